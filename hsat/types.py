@@ -110,7 +110,7 @@ def _anchors(ids: Tensor) -> int:
     """How many images share their id with another image."""
     if ids.numel() == 0:
         return 0
-    counts = torch.unique(ids, return_counts=True)[1]  # type: ignore[no-untyped-call]
+    counts = torch.unique(ids, return_counts=True)[1]
     return int(counts[counts > 1].sum())
 
 

@@ -1,0 +1,232 @@
+"""The named attacks: frozen settings of one gradient loop."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from hsat.attacks import starts
+from hsat.attacks.ascend import Climb, ascend
+from hsat.attacks.gradient import check_value
+from hsat.types import AttackResult, Objective, ThreatModel
+
+Success = Callable[[Tensor], Tensor]
+
+
+class _Ascent(ABC):
+    """The two ways to call an attack, once; each final class below provides the numbers of its ascent."""
+
+    @abstractmethod
+    def _climb(self) -> Climb: ...
+
+    def __call__(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Success | None = None,
+    ) -> Tensor:
+        """Adversarial images, same shape, dtype and device as x, detached; see `run` for the arguments."""
+        climb = self._climb()
+        return ascend(
+            x, objective, climb, start=start, generator=generator, ids=ids, success=success, score=False
+        ).x_adv
+
+    def run(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Success | None = None,
+    ) -> AttackResult:
+        """The attack with its record.
+
+        x: (n, c, h, w) floats in the threat model's range.  objective: images -> scalar or (n,), maximised.
+        start: (n, c, h, w), replaces the first restart's start and is projected first.  generator: source of random
+        starts (torch's global one if None).  ids: (n,) ints that make each image's noise its own.  success:
+        (x_adv) -> (n,) bool, stops images early.
+        """
+        return ascend(x, objective, self._climb(), start=start, generator=generator, ids=ids, success=success)
+
+
+def _check_steps(step_size: float, steps: int, restarts: int, *, random_start: bool) -> None:
+    if not (math.isfinite(step_size) and step_size >= 0):
+        raise ValueError(f"step_size must be a finite number >= 0 in units of the pixel range, got {step_size!r}")
+    for name, count in (("steps", steps), ("restarts", restarts)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
+    if restarts > 1 and not random_start:
+        raise ValueError(f"{restarts} restarts from the same point are one; set random_start=True")
+
+
+@dataclass(frozen=True)
+class PGD(_Ascent):
+    """Projected gradient ascent, x <- project(x + step_size * ascent(gradient)), from a random start.
+
+    Madry et al., arXiv:1706.06083, section 2.1.  HSAT trains with Linf(8/255), step_size=2/255, steps=5.
+    step_size is in units of the threat model's norm; steps, restarts >= 1.
+    """
+
+    threat: ThreatModel
+    _: KW_ONLY
+    step_size: float
+    steps: int
+    random_start: bool = True
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        _check_steps(self.step_size, self.steps, self.restarts, random_start=self.random_start)
+
+    def _climb(self) -> Climb:
+        return Climb(
+            threat=self.threat,
+            step_size=self.step_size,
+            steps=self.steps,
+            random_start=self.random_start,
+            restarts=self.restarts,
+        )
+
+
+@dataclass(frozen=True)
+class BIM(_Ascent):
+    """Basic iterative method: PGD that starts at the images themselves (Kurakin et al., arXiv:1607.02533, eq. 2).
+
+    With random_start=True it is PGD, which is what the published HSAT evaluation runs under this name.
+    """
+
+    threat: ThreatModel
+    _: KW_ONLY
+    step_size: float
+    steps: int
+    random_start: bool = False
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        _check_steps(self.step_size, self.steps, self.restarts, random_start=self.random_start)
+
+    def _climb(self) -> Climb:
+        return Climb(
+            threat=self.threat,
+            step_size=self.step_size,
+            steps=self.steps,
+            random_start=self.random_start,
+            restarts=self.restarts,
+        )
+
+
+@dataclass(frozen=True)
+class MIFGSM(_Ascent):
+    """Momentum iterative method: m <- decay * m + g / mean|g| per image, then a step along ascent(m).
+
+    Dong et al., arXiv:1710.06081, algorithm 1 (there with the sum |g|; a positive factor per image and step, and with
+    it the published code's trajectories).  A zero gradient leaves the image in place for that step; the published
+    code divides by zero there and never moves the image again.
+    """
+
+    threat: ThreatModel
+    _: KW_ONLY
+    step_size: float
+    steps: int
+    decay: float = 1.0
+    random_start: bool = False
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        _check_steps(self.step_size, self.steps, self.restarts, random_start=self.random_start)
+        if not (math.isfinite(self.decay) and self.decay >= 0):
+            raise ValueError(f"decay must be a finite number >= 0, got {self.decay!r}")
+
+    def _climb(self) -> Climb:
+        return Climb(
+            threat=self.threat,
+            step_size=self.step_size,
+            steps=self.steps,
+            random_start=self.random_start,
+            restarts=self.restarts,
+            decay=self.decay,
+        )
+
+
+@dataclass(frozen=True)
+class FGSM(_Ascent):
+    """One step of size eps from the images (Goodfellow et al., arXiv:1412.6572, section 4)."""
+
+    threat: ThreatModel
+
+    def _climb(self) -> Climb:
+        return Climb(threat=self.threat, step_size=self.threat.eps, steps=1)
+
+
+@dataclass(frozen=True)
+class FFGSM(_Ascent):
+    """One step from a random start, project(start + step_size * ascent(gradient)).
+
+    Wong et al., arXiv:2001.03994, algorithm 3.  step_size=None is their 1.25 eps; the published HSAT code uses 10/255
+    whatever eps is.
+    """
+
+    threat: ThreatModel
+    _: KW_ONLY
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None:
+            _check_steps(self.step_size, 1, 1, random_start=True)
+
+    def _climb(self) -> Climb:
+        step_size = 1.25 * self.threat.eps if self.step_size is None else self.step_size
+        return Climb(threat=self.threat, step_size=step_size, steps=1, random_start=True)
+
+
+@dataclass(frozen=True)
+class RandomNoise:
+    """No attack at all: one random point of the feasible set.  The baseline every attack has to beat."""
+
+    threat: ThreatModel
+
+    def __call__(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Success | None = None,
+    ) -> Tensor:
+        """Images with noise; the objective and `success` are not asked.  `start` replaces the noise."""
+        starts.check_ids(ids, len(x))
+        starts.check_start(start, x)
+        if start is not None:
+            return self.threat.project(start.detach().to(x), x.detach())
+        return starts.random_start(x.detach(), self.threat, generator=generator, ids=ids, restart=0)
+
+    def run(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Success | None = None,
+    ) -> AttackResult:
+        """The same with the objective's value at the images and at the noisy images."""
+        x_adv = self(x, objective, start=start, generator=generator, ids=ids)
+        with torch.no_grad():
+            start_value, value = objective(x).detach(), objective(x_adv).detach()
+        check_value(value, len(x))
+        zero = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        found = None if success is None else success(x_adv)
+        return AttackResult(x_adv, value, start_value, zero, found, forwards=2, backwards=0)

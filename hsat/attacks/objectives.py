@@ -1,0 +1,118 @@
+"""What attacks maximise: drift from the clean embedding, the hierarchical loss, a classifier's error, anything else.
+
+No objective owns or changes a model.  Wrap the model in `hsat.models.frozen` while you attack it: layers that behave
+differently in training (dropout, batch statistics) would otherwise give every call another answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hsat.types import Encoder, HierarchicalBatch, Levels, Objective
+
+Distance = Literal["cosine", "l2", "l1"]
+DISTANCES = ("cosine", "l2", "l1")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureDrift:
+    """Distance of each image's embedding to a fixed reference; see `feature_drift`."""
+
+    encode: Encoder
+    reference: Tensor
+    distance: Distance = "cosine"
+    stationary_at_clean: bool = True
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> distances (n,), float32 or wider."""
+        z = self.encode(images)
+        if z.shape != self.reference.shape:
+            raise ValueError(
+                f"the encoder gave embeddings {tuple(z.shape)}, the reference has {tuple(self.reference.shape)}"
+            )
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(self.reference.dtype)
+            if self.distance == "cosine":
+                return 1.0 - F.cosine_similarity(z, self.reference, dim=1)
+            gap = z - self.reference
+            return gap.square().sum(1) if self.distance == "l2" else gap.abs().sum(1)
+
+    def select(self, index: Tensor) -> FeatureDrift:
+        """The same for the images `index` of the batch."""
+        return FeatureDrift(self.encode, self.reference[index], self.distance)
+
+
+def feature_drift(
+    encode: Encoder, x: Tensor, distance: Distance = "cosine", *, reference: Tensor | None = None
+) -> FeatureDrift:
+    """Label-free objective: how far the embedding of each image moves from that of the clean image.
+
+    encode: images -> (n, d).  x: (n, c, h, w) clean images, embedded once, here.  reference: (n, d), their embeddings
+    when you have them already.  distance: "cosine" (1 - cosine similarity), "l2" (squared distance) or "l1".
+    Gives per-image values.  The clean images are a stationary point of all three, so attacks without a random start
+    begin at a random point all the same (and count it).  Evaluation attack of HSAT, arXiv:2503.10629, section 3.
+    Raises ValueError for an unknown distance or a reference of the wrong shape.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance {distance!r}; choose one of {DISTANCES}")
+    if reference is None:
+        with torch.no_grad():
+            reference = encode(x)
+    if reference.ndim != 2 or len(reference) != len(x):
+        raise ValueError(f"the reference must be ({len(x)}, d), one row per image; got {tuple(reference.shape)}")
+    return FeatureDrift(encode, reference.detach().to(torch.promote_types(reference.dtype, torch.float32)), distance)
+
+
+def hierarchical(
+    encoder: Encoder, loss: Callable[[Tensor, Levels], Any], batch: HierarchicalBatch | Levels
+) -> Objective:
+    """The hierarchical contrastive loss of a batch as a function of its images: HSAT's inner maximisation.
+
+    encoder: images -> embeddings (n, d).  loss: (embeddings, levels) -> terms with `.total`, for instance HiDiscLoss.
+    Gives a scalar, because every image takes part in every other image's loss.  arXiv:2503.10629, section 2.
+    """
+    levels = batch.levels if isinstance(batch, HierarchicalBatch) else batch
+
+    def objective(images: Tensor) -> Tensor:
+        total: Tensor = loss(encoder(images), levels).total
+        return total
+
+    return objective
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """Cross-entropy of each image; see `classification`."""
+
+    model: Callable[[Tensor], Tensor]
+    labels: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> cross-entropy (n,)."""
+        logits = self.model(images)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return F.cross_entropy(logits, self.labels, reduction="none")
+
+    def select(self, index: Tensor) -> Classification:
+        """The same for the images `index` of the batch."""
+        return Classification(self.model, self.labels[index])
+
+
+def classification(model: Callable[[Tensor], Tensor], labels: Tensor) -> Classification:
+    """Cross-entropy of a classifier against the true labels (n,) int64, one value per image; the untargeted attack."""
+    return Classification(model, labels)
+
+
+def objective_from(model: Callable[[Tensor], Any], loss_fn: Callable[..., Tensor], *args: Any) -> Objective:
+    """The objective images -> loss_fn(model(images), *args), for any model and loss of yours.
+
+    A result of shape (n,) promises that entry i depends on image i alone.
+    """
+    return lambda images: loss_fn(model(images), *args)

@@ -1,0 +1,93 @@
+"""The size of a ball: a float, or one per image, or one per channel or pixel."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Radius:
+    """Descriptor of a dataclass field that holds eps: a float, or a tensor of which only copies are handed out."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, obj: Any, owner: type | None = None) -> float | Tensor:
+        if obj is None:
+            raise AttributeError(self._name)  # dataclasses then treat the field as having no default
+        value: float | Tensor = obj.__dict__[self._name]
+        return value.clone() if isinstance(value, Tensor) else value
+
+    def __set__(self, obj: Any, value: float | Tensor) -> None:
+        obj.__dict__[self._name] = _plain(value)
+
+
+def _plain(value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"a tensor eps must hold floats, got {value.dtype}")
+        return value.detach().clone()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"eps must be a number or a tensor, got {type(value).__name__} {value!r}")
+    return float(value)
+
+
+def check_radius(eps: float | Tensor, *, largest: float, reason: str) -> None:
+    """Raise ValueError unless 0 <= eps <= largest everywhere; `reason` says where the bound comes from."""
+    if isinstance(eps, Tensor):
+        if eps.numel() == 0:
+            raise ValueError("eps is an empty tensor")
+        low, high = (float(v) for v in eps.double().aminmax())
+        got = f"values from {low:g} to {high:g}"
+    else:
+        low = high = eps
+        got = f"{eps:g}"
+    if not (low >= 0 and high <= largest):  # written so that NaN fails
+        bound = f"{largest:g}" if math.isfinite(largest) else "infinity"
+        raise ValueError(f"eps must lie in [0, {bound}], {reason}; got {got}. For 8 grey levels write eps=8/255.")
+
+
+def broadcast(eps: float | Tensor, x: Tensor) -> float | Tensor:
+    """eps as a float, or as a float64 tensor that broadcasts against x (n, c, h, w) on the device of x."""
+    if not isinstance(eps, Tensor):
+        return eps
+    if eps.ndim == 1 and eps.shape[0] == x.shape[0]:
+        return eps.to(x.device, torch.float64)[:, None, None, None]
+    if eps.ndim == 4 and all(e in (1, s) for e, s in zip(eps.shape, x.shape, strict=True)):
+        return eps.to(x.device, torch.float64)
+    raise ValueError(
+        f"eps of shape {tuple(eps.shape)} does not fit images of shape {tuple(x.shape)}:"
+        f" give a float, ({x.shape[0]},) for one eps per image, or four axes that broadcast to the images"
+    )
+
+
+def select(eps: float | Tensor, index: Tensor) -> float | Tensor:
+    """eps of the images `index` of a batch."""
+    if isinstance(eps, Tensor) and (eps.ndim == 1 or eps.shape[0] > 1):
+        return eps[index.to(eps.device)]
+    return eps
+
+
+def text(eps: float | Tensor) -> str:
+    """eps as it is written: 8/255 where that is exact, else all digits; a tensor as shape, range and digest."""
+    if isinstance(eps, Tensor):
+        low, high = (float(v) for v in eps.double().aminmax())
+        return f"tensor(shape={tuple(eps.shape)}, min={low:g}, max={high:g}, sha256={digest(eps)[:8]})"
+    grey = round(eps * 255)
+    return f"{grey}/255" if grey / 255 == eps and 0 < grey < 255 else repr(eps)
+
+
+def digest(eps: Tensor) -> str:
+    """SHA-256 of shape and values."""
+    values = eps.detach().double().cpu().contiguous()
+    return hashlib.sha256(repr(tuple(eps.shape)).encode() + values.numpy().tobytes()).hexdigest()
+
+
+def key(eps: float | Tensor) -> object:
+    """What eps is compared and hashed by."""
+    return (tuple(eps.shape), str(eps.dtype), digest(eps)) if isinstance(eps, Tensor) else eps

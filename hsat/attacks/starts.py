@@ -1,0 +1,62 @@
+"""Where an attack begins: at the images, at a given point, or at a random point of the feasible set."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from hsat.types import ThreatModel
+
+
+def image_seed(seed: int, image_id: int, restart: int) -> int:
+    """63-bit seed of one image's noise; depends on nothing but these three numbers."""
+    text = f"{seed}/{image_id}/{restart}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def random_start(
+    x: Tensor,
+    threat: ThreatModel,
+    *,
+    generator: torch.Generator | None,
+    ids: Tensor | None,
+    restart: int,
+) -> Tensor:
+    """A random feasible point for each image.
+
+    Without ids the noise of the batch is drawn at once from `generator` (torch's global one if None).  With ids (n,)
+    the noise of an image depends on the generator's initial seed, its id and the restart only, and no generator is
+    advanced: batch size, order and rank do not matter.
+    """
+    if ids is None:
+        return threat.start(x, generator)
+    seed = torch.initial_seed() if generator is None else generator.initial_seed()
+    points = []
+    for i, image_id in enumerate(ids.tolist()):
+        own = torch.Generator().manual_seed(image_seed(seed, image_id, restart))
+        points.append(threat_of(threat, torch.tensor([i])).start(x[i : i + 1], own))
+    return torch.cat(points) if points else x
+
+
+def threat_of(threat: ThreatModel, index: Tensor) -> ThreatModel:
+    """The threat model of some images of a batch; one without `select` is taken to be the same for all images."""
+    select = getattr(threat, "select", None)
+    return threat if select is None else select(index)
+
+
+def check_ids(ids: Tensor | None, n: int) -> None:
+    """Raise unless ids is None or holds one integer per image."""
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be a tensor of integers, got {getattr(ids, 'dtype', type(ids).__name__)}")
+    if ids.shape != (n,):
+        raise ValueError(f"ids must have shape ({n},), one per image; got {tuple(ids.shape)}")
+
+
+def check_start(start: Tensor | None, x: Tensor) -> None:
+    """Raise unless start is None or a point for every image."""
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"start must have the shape of the images, {tuple(x.shape)}; got {tuple(start.shape)}")
