@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsat.attacks import starts
+from hsat.attacks import radius, starts
 from hsat.attacks.ascend import Climb, ascend
 from hsat.attacks.gradient import check_value
 from hsat.types import AttackResult, Objective, ThreatModel
@@ -23,6 +24,9 @@ class _Ascent(ABC):
 
     @abstractmethod
     def _climb(self) -> Climb: ...
+
+    def __repr__(self) -> str:
+        return _text(self)
 
     def __call__(
         self,
@@ -60,6 +64,15 @@ class _Ascent(ABC):
         return ascend(x, objective, self._climb(), start=start, generator=generator, ids=ids, success=success)
 
 
+def _text(attack: Any) -> str:
+    """The complete settings, as they would be typed: step sizes are written as grey levels where that is exact."""
+    parts = []
+    for option in fields(attack):
+        value = getattr(attack, option.name)
+        parts.append(f"{option.name}={radius.text(value) if option.name == 'step_size' and value else repr(value)}")
+    return f"{type(attack).__name__}({', '.join(parts)})"
+
+
 def _check_steps(step_size: float, steps: int, restarts: int, *, random_start: bool) -> None:
     if not (math.isfinite(step_size) and step_size >= 0):
         raise ValueError(f"step_size must be a finite number >= 0 in units of the pixel range, got {step_size!r}")
@@ -70,7 +83,7 @@ def _check_steps(step_size: float, steps: int, restarts: int, *, random_start: b
         raise ValueError(f"{restarts} restarts from the same point are one; set random_start=True")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PGD(_Ascent):
     """Projected gradient ascent, x <- project(x + step_size * ascent(gradient)), from a random start.
 
@@ -98,7 +111,7 @@ class PGD(_Ascent):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BIM(_Ascent):
     """Basic iterative method: PGD that starts at the images themselves (Kurakin et al., arXiv:1607.02533, eq. 2).
 
@@ -125,7 +138,7 @@ class BIM(_Ascent):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MIFGSM(_Ascent):
     """Momentum iterative method: m <- decay * m + g / mean|g| per image, then a step along ascent(m).
 
@@ -158,7 +171,7 @@ class MIFGSM(_Ascent):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FGSM(_Ascent):
     """One step of size eps from the images (Goodfellow et al., arXiv:1412.6572, section 4)."""
 
@@ -168,7 +181,7 @@ class FGSM(_Ascent):
         return Climb(threat=self.threat, step_size=self.threat.eps, steps=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FFGSM(_Ascent):
     """One step from a random start, project(start + step_size * ascent(gradient)).
 

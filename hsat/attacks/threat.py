@@ -162,10 +162,10 @@ class L2:
             # a hair inside the sphere, so that no order of summation finds the norm above eps
             wanted = nearest_in_ball_and_box(x_adv.double(), exact, eps * (1 - 1e-12), self.low, self.high)
             near = wanted.to(dtype).clamp(low, high)
+            inward = _toward(near, exact)
             over = (near.double() - exact).abs() > (wanted - exact).abs()
-            inward = torch.where(near.double() > exact, next_float(near, up=False), next_float(near, up=True))
-            inward = torch.where(over, inward, near)
-            near = torch.where(norm(near.double() - exact) <= eps, near, inward)
+            for candidate in (torch.where(over, inward, near), inward):
+                near = torch.where(norm(near.double() - exact) <= eps, near, candidate)
             return torch.where(feasible, boxed, near)
 
         return project
@@ -196,3 +196,9 @@ class L2:
 
     def __repr__(self) -> str:
         return _text(self)
+
+
+def _toward(y: Tensor, x: Tensor) -> Tensor:
+    """Every element of y moved by one float towards x, unless it is there."""
+    lower, upper = next_float(y, up=False), next_float(y, up=True)
+    return torch.where(y.double() > x, lower, torch.where(y.double() < x, upper, y))

@@ -1,0 +1,145 @@
+"""The supervised contrastive loss, for one grouping of the images or for several that share their similarities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+
+def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temperature: float = 0.07) -> Tensor:
+    """Supervised contrastive loss with the sum over positives outside the logarithm, averaged over anchors.
+
+    Equation 2 of arXiv:2004.11362: with s_ij = cos(z_i, z_j) / temperature, anchor i costs
+    log(sum of exp s_ij over j != i) minus the mean of s_ip over its positives p.
+
+    z: (n, d) floats of any scale; rows are normalised here, an all-zero row stays zero.  group: (n,) ints (a tensor,
+    an array or a list); images with equal ids are positives of each other, never of themselves.
+    Returns a scalar in float32, or in float64 for float64 embeddings, whatever autocast says, forward and backward.
+    Differentiable twice.  Non-finite embeddings give a non-finite loss: looking for them would stop the device.
+    Where `group` lies on a device, that device is read once, to see that there is a positive.
+
+    Deviations from the published code: an anchor without a positive is left out of the mean (there it gives NaN), and
+    there is no base temperature (there the loss is multiplied by temperature / base_temperature, by default with equal
+    values, which is this loss).
+    Raises ValueError when shapes disagree, no id occurs twice, or the temperature is not positive; TypeError for
+    embeddings that are not floats or ids that are not integers.
+    """
+    check_temperature(temperature)
+    unit = unit_rows(z)
+    ids = torch.as_tensor(group)
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"group must hold integer ids, got {ids.dtype}")
+    if ids.shape != (len(z),):
+        raise ValueError(
+            f"{len(z)} embeddings but group has shape {tuple(ids.shape)}; expected ({len(z)},), one id each"
+        )
+    groups = count_groups(ids)
+    if groups == len(ids):
+        raise ValueError(
+            f"SupCon has no positive pair: the {len(ids)} images lie in {groups} groups of one;"
+            " draw at least two images of a group"
+        )
+    return group_terms(unit, [ids], temperature=temperature)[0]
+
+
+def count_groups(ids: Tensor) -> int:
+    """How many different ids there are; reads the device."""
+    return int(torch.unique(ids).numel())
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless the temperature is a positive finite number."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a positive finite number, got {temperature}; the usual value is 0.07")
+
+
+def unit_rows(z: Tensor) -> Tensor:
+    """Rows of z (n, d) divided by their length, in float32 or wider; a zero row stays zero."""
+    if z.ndim != 2:
+        hint = "; squeeze the axis of size one" if 1 in z.shape[1:-1] else ""
+        raise ValueError(f"embeddings must be (n, d), one row per image; got shape {tuple(z.shape)}{hint}")
+    if not z.dtype.is_floating_point:
+        raise TypeError(f"embeddings must be floats, got {z.dtype}")
+    wide = z if z.dtype == torch.float64 else z.float()
+    return F.normalize(wide, dim=1)
+
+
+def group_terms(unit: Tensor, groups: Sequence[Tensor], *, temperature: float) -> Tensor:
+    """SupCon of every grouping: rows unit (n, d), used as they come, and k id tensors (n,) give k losses (k,).
+
+    The similarities and the denominators are formed once for all groupings.  The sum of an anchor's similarities to
+    its positives is its product with the sum of its group's rows, so a further grouping costs n*d and not n*n.
+    A grouping without any positive gives NaN: the callers refuse it, where no read of the device is needed.
+    On CUDA the sums over groups are bit-reproducible under torch.use_deterministic_algorithms(True) only.
+    """
+    slots = torch.stack([_slots(ids.to(unit.device)) for ids in groups])
+    losses: Tensor = _GroupTerms.apply(unit, slots, temperature)
+    return losses
+
+
+def _slots(ids: Tensor) -> Tensor:
+    """The ids renumbered into [0, n), equal where they were equal; torch.unique would read the device."""
+    ordered, order = torch.sort(ids)
+    steps = torch.zeros_like(order)
+    steps[1:] = (ordered[1:] != ordered[:-1]).long()
+    return torch.empty_like(order).scatter_(0, order, steps.cumsum(0))
+
+
+def _similarities(unit: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Similarities of all pairs over the temperature, -inf for an image with itself, and log(sum exp) of each row."""
+    logits = (unit @ unit.T).div_(temperature).fill_diagonal_(-torch.inf)
+    return logits, logits.logsumexp(1, keepdim=True)
+
+
+def _pull(unit: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of each image's positives (n, d), zero where it has none, and each anchor's share in the loss (n, 1)."""
+    n = len(unit)
+    size = unit.new_zeros(n).index_add_(0, slot, unit.new_ones(n))
+    others = (size[slot] - 1).unsqueeze(1)
+    sums = torch.zeros_like(unit).index_add(0, slot, unit)
+    counted = (others > 0).to(unit.dtype)
+    return (sums[slot] - unit) / others.clamp_min(1) * counted, counted / counted.sum()
+
+
+class _GroupTerms(torch.autograd.Function):
+    """The losses (k,) of rows (n, d) and slots (k, n).
+
+    By hand because autograd's matrix products run in half precision when backward is called under autocast, and
+    because one product then serves both sides of the similarity matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, slots: Tensor, temperature: float) -> Tensor:
+        with torch.autocast(unit.device.type, enabled=False):
+            logits, log_sum = _similarities(unit, temperature)
+            losses = []
+            for slot in slots:
+                pull, share = _pull(unit, slot)
+                agreement = (unit * pull).sum(1, keepdim=True) / temperature
+                losses.append(((log_sum - agreement) * share).sum())
+        ctx.temperature = temperature
+        ctx.save_for_backward(unit, slots, logits, log_sum)
+        return torch.stack(losses)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Any) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        unit, slots, logits, log_sum = ctx.saved_tensors  # type: ignore[attr-defined]
+        temperature: float = ctx.temperature  # type: ignore[attr-defined]
+        with torch.autocast(unit.device.type, enabled=False):
+            if torch.is_grad_enabled():  # create_graph=True: what was saved is cut off from the rows
+                logits, log_sum = _similarities(unit, temperature)
+            pulled, weight = torch.zeros_like(unit), torch.zeros_like(log_sum)
+            for slot, g in zip(slots, grad.unbind(), strict=True):
+                pull, share = _pull(unit, slot)
+                pulled = pulled + (g * share) * pull
+                weight = weight + g * share
+            push = (logits - log_sum).exp() * weight
+            return ((push + push.T) @ unit - 2 * pulled) / temperature, None, None
