@@ -1,1 +1,59 @@
-"""hsat."""
+"""hsat: make histopathology encoders robust, and measure honestly how robust they are.
+
+The rooms are imported by name: hsat.attacks, hsat.losses, hsat.data, hsat.models, hsat.training, hsat.eval.  Their
+public names are offered here as well, loaded when they are first asked for: `import hsat` alone loads neither
+torchvision nor timm nor faiss.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from hsat.types import (
+    Attack,
+    AttackResult,
+    EmbeddingTable,
+    Encoder,
+    HierarchicalBatch,
+    Levels,
+    Objective,
+    ThreatModel,
+)
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "hsat.attacks": (
+        "BIM FFGSM FGSM L2 MIFGSM PGD Linf RandomNoise classification feature_drift hierarchical objective_from"
+    ),
+    "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
+    "hsat.data": "BadPatch Cohort HierarchicalDataset PatchDataset collate srh_to_rgb",
+    "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
+    "hsat.training": ("adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight"),
+    "hsat.eval": "KNNClassifier embed evaluate_whitebox metrics pool",
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
+
+__all__ = [  # noqa: PLE0604
+    "Attack",
+    "AttackResult",
+    "EmbeddingTable",
+    "Encoder",
+    "HierarchicalBatch",
+    "Levels",
+    "Objective",
+    "ThreatModel",
+    "__version__",
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'hsat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

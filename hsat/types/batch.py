@@ -1,0 +1,167 @@
+"""Images with their place in the hierarchy of patches, slides and patients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+LEVELS = ("patch", "slide", "patient")
+
+
+def _as_ids(name: str, ids: Tensor, n: int) -> Tensor:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} ids must be a tensor of integers, got {type(ids).__name__}")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"{name} ids must be integers, got {ids.dtype}")
+    if ids.shape != (n,):
+        raise ValueError(f"{name} ids must have shape ({n},), one per image; got {tuple(ids.shape)}")
+    return ids.to(torch.int64)
+
+
+def _anchors(ids: Tensor) -> int:
+    """How many images share their id with another image."""
+    if ids.numel() == 0:
+        return 0
+    counts = torch.unique(ids, return_counts=True)[1]
+    return int(counts[counts > 1].sum())
+
+
+def _check_nesting(inner: str, inner_ids: Tensor, outer: str, outer_ids: Tensor) -> None:
+    order = torch.argsort(inner_ids, stable=True)
+    inner_sorted, outer_sorted = inner_ids[order], outer_ids[order]
+    broken = (inner_sorted[1:] == inner_sorted[:-1]) & (outer_sorted[1:] != outer_sorted[:-1])
+    if broken.any():
+        at = int(broken.nonzero()[0, 0])
+        first, second = int(outer_sorted[at]), int(outer_sorted[at + 1])
+        raise ValueError(
+            f"{inner} {int(inner_sorted[at])} belongs to {outer}s {first} and {second};"
+            f" ids must be unique over the cohort, so that a {inner} lies in one {outer}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Patch, slide and patient ids of n images, (n,) int64 each, unique over the cohort.
+
+    `anchors` maps each level to the number of images that share their id with another one.  It is counted once, at
+    creation, so that losses need no device-to-host read; `to` carries it along.
+    Raises TypeError for ids that are not integers, ValueError for shapes that differ or ids that do not nest.
+    """
+
+    patch: Tensor
+    slide: Tensor
+    patient: Tensor
+    anchors: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.anchors:
+            return
+        n = len(self.patch)
+        for name in LEVELS:
+            object.__setattr__(self, name, _as_ids(name, getattr(self, name), n))
+        patch, slide, patient = (getattr(self, name).cpu() for name in LEVELS)
+        _check_nesting("patch", patch, "slide", slide)
+        _check_nesting("slide", slide, "patient", patient)
+        object.__setattr__(
+            self, "anchors", {"patch": _anchors(patch), "slide": _anchors(slide), "patient": _anchors(patient)}
+        )
+
+    def __len__(self) -> int:
+        return len(self.patch)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Levels:
+        """The same ids on another device, without counting again."""
+        patch, slide, patient = (getattr(self, name).to(device, non_blocking=non_blocking) for name in LEVELS)
+        return Levels(patch, slide, patient, anchors=self.anchors)
+
+
+@dataclass(frozen=True, eq=False)
+class HierarchicalBatch:
+    """n images with their place in the hierarchy; the views of one patch are n rows that share its patch id.
+
+    images: (n, c, h, w) floats in [0, 1].  patch, slide, patient: (n,) int64, unique over the cohort and nested.
+    label: (n,) int64 class indices or None; the HiDisc loss never reads it.
+    Raises TypeError or ValueError, naming the field, when shapes or dtypes disagree or ids do not nest.
+    """
+
+    images: Tensor
+    patch: Tensor
+    slide: Tensor
+    patient: Tensor
+    label: Tensor | None = None
+    _levels: Levels | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4:
+            raise ValueError(f"images must be (n, c, h, w), got shape {tuple(self.images.shape)}")
+        if not self.images.dtype.is_floating_point:
+            raise TypeError(f"images must be floats in [0, 1], got {self.images.dtype}; divide integers by their range")
+        n = len(self.images)
+        if self._levels is not None:
+            if len(self._levels) != n:
+                raise ValueError(f"{n} images but ids for {len(self._levels)}")
+            return
+        for name in LEVELS:
+            object.__setattr__(self, name, _as_ids(name, getattr(self, name), n))
+        if self.label is not None:
+            object.__setattr__(self, "label", _as_ids("label", self.label, n))
+        object.__setattr__(self, "_levels", Levels(self.patch, self.slide, self.patient))
+
+    @property
+    def levels(self) -> Levels:
+        """The ids alone, as the losses take them."""
+        assert self._levels is not None  # set in __post_init__
+        return self._levels
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of distinct patches, slides and patients in the batch (reads the device)."""
+        return {name: int(getattr(self, name).unique().numel()) for name in LEVELS}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def replace(self, *, images: Tensor) -> HierarchicalBatch:
+        """The same ids and labels with other images; nothing is counted or checked again but the number of images."""
+        return dataclasses.replace(self, images=images)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> HierarchicalBatch:
+        patch, slide, patient = (move(getattr(self, name)) for name in LEVELS)
+        return HierarchicalBatch(
+            images=move(self.images),
+            patch=patch,
+            slide=slide,
+            patient=patient,
+            label=None if self.label is None else move(self.label),
+            _levels=Levels(patch, slide, patient, anchors=self.levels.anchors),
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> HierarchicalBatch:
+        """The batch on another device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> HierarchicalBatch:
+        """The batch in page-locked memory; torch's DataLoader calls this when pin_memory=True."""
+        return self._map(lambda t: t.pin_memory())
+
+    @classmethod
+    def from_grid(cls, images: Tensor, labels: Tensor | None = None) -> HierarchicalBatch:
+        """A batch with slot ids from images (P, S, K, V, c, h, w) and labels (P,) of the patients.
+
+        Slot ids number the axes: the same patient drawn into two slots counts as two patients, exactly as in the
+        layout of the published code.  Use real ids wherever you have them.
+        """
+        if images.ndim != 7:
+            raise ValueError(f"images must be (patients, slides, patches, views, c, h, w), got {tuple(images.shape)}")
+        p, s, k, v = images.shape[:4]
+        patch = torch.arange(p * s * k, device=images.device).repeat_interleave(v)
+        slide = torch.arange(p * s, device=images.device).repeat_interleave(k * v)
+        patient = torch.arange(p, device=images.device).repeat_interleave(s * k * v)
+        if labels is not None and labels.shape != (p,):
+            raise ValueError(f"labels must have shape ({p},), one per patient; got {tuple(labels.shape)}")
+        label = None if labels is None else labels.repeat_interleave(s * k * v)
+        return cls(images.flatten(0, 3), patch, slide, patient, label)

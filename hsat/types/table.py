@@ -1,0 +1,109 @@
+"""One row per image: all that evaluation knows of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_TABLE_IDS = ("label", "patch", "slide", "patient")
+_TABLE_TEXT = ("cohort", "split", "encoder")
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingTable:
+    """One row per image: all that evaluation knows of a model.
+
+    z: (n, d) float32 unit rows, may be memory-mapped; float64 is rounded and rows of other lengths are normalised (an
+    all-zero row stays zero).  label, patch, slide, patient: (n,) int64.  class_names: label i is class_names[i].
+    cohort, split, encoder: fingerprints or names; ids of tables of different cohorts are never compared.
+    Raises ValueError naming the field when lengths differ, a label has no class name, or z is not finite.
+    """
+
+    z: np.ndarray
+    label: np.ndarray
+    patch: np.ndarray
+    slide: np.ndarray
+    patient: np.ndarray
+    class_names: tuple[str, ...]
+    cohort: str = ""
+    split: str = ""
+    encoder: str = ""
+
+    def __post_init__(self) -> None:
+        if self.z.ndim != 2:
+            raise ValueError(f"z must be (n, d), got shape {self.z.shape}")
+        n = len(self.z)
+        for name in _TABLE_IDS:
+            ids = np.asarray(getattr(self, name))
+            if ids.shape != (n,):
+                raise ValueError(f"{n} embeddings but {name} has shape {ids.shape}; expected ({n},)")
+            if not np.issubdtype(ids.dtype, np.integer):
+                raise TypeError(f"{name} must hold integers, got {ids.dtype}")
+            object.__setattr__(self, name, ids.astype(np.int64, copy=False))
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        if n and not (self.label.min() >= 0 and self.label.max() < len(self.class_names)):
+            raise ValueError(
+                f"labels run from {self.label.min()} to {self.label.max()} but there are {len(self.class_names)}"
+                f" class names: {self.class_names}"
+            )
+        if not isinstance(self.z, np.memmap):
+            object.__setattr__(self, "z", _unit_rows(self.z))
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the table as a folder of .npy files and a table.json; the folder appears whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (path / "table.json").is_file():
+            raise FileExistsError(f"{path} exists and is not an embedding table; it is left untouched")
+        working = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            for name in ("z", *_TABLE_IDS):
+                np.save(working / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            text: dict[str, Any] = {name: getattr(self, name) for name in _TABLE_TEXT}
+            text["class_names"] = list(self.class_names)
+            (working / "table.json").write_text(json.dumps(text, indent=1))
+            if path.exists():
+                shutil.rmtree(path)
+            working.replace(path)
+        except BaseException:
+            shutil.rmtree(working, ignore_errors=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, memory_map: bool = False) -> EmbeddingTable:
+        """Read a table written by `save`; with memory_map=True z stays on disk.  Never unpickles."""
+        path = Path(path)
+        if not (path / "table.json").is_file():
+            raise FileNotFoundError(f"{path} is not an embedding table: {path / 'table.json'} is missing")
+        text = json.loads((path / "table.json").read_text())
+        arrays: dict[str, Any] = {}
+        for name in ("z", *_TABLE_IDS):
+            mode: Any = "r" if memory_map and name == "z" else None
+            arrays[name] = np.load(path / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
+        names = {name: text[name] for name in _TABLE_TEXT}
+        return cls(**arrays, class_names=tuple(text["class_names"]), **names)
+
+
+def _unit_rows(z: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(z.dtype, np.floating):
+        raise TypeError(f"z must hold floats, got {z.dtype}")
+    norms = np.sqrt(np.einsum("ij,ij->i", z, z, dtype=np.float64))
+    finite = np.isfinite(norms)
+    if not finite.all():
+        rows = np.flatnonzero(~finite)
+        raise ValueError(f"z holds non-finite values in {len(rows)} of {len(z)} rows, first in row {rows[0]}")
+    if np.abs(norms - 1.0).max(initial=0.0) > 1e-5:
+        scale = np.where(norms > 0, norms, 1.0)
+        z = z / scale[:, None]
+    return np.ascontiguousarray(z, dtype=np.float32)

@@ -1,0 +1,121 @@
+"""The shape of the package: which room may import which, file sizes, public names, keyword-only options."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import hsat
+
+ROOT = Path(hsat.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+LOWER = {"attacks", "losses", "data", "models"}
+MAY_IMPORT = {room: {"types"} for room in LOWER} | {
+    "types": set(),
+    "training": LOWER | {"types"},
+    "eval": LOWER | {"types"},
+    "testing": {"types"},
+}
+PUBLIC = {
+    "hsat.attacks": "BIM FFGSM FGSM L2 MIFGSM PGD Linf RandomNoise"
+    " classification feature_drift hierarchical objective_from",
+    "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
+    "hsat.data": "BadPatch Cohort HierarchicalBatch HierarchicalDataset PatchDataset collate srh_to_rgb",
+    "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
+    "hsat.training": "adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight",
+    "hsat.eval": "KNNClassifier embed evaluate_whitebox metrics pool",
+    "hsat.types": "Attack AttackResult EmbeddingTable Encoder HierarchicalBatch Levels Objective ThreatModel",
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for name in imported(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "hsat" and len(parts) > 1 and parts[1] != room and parts[1] in MAY_IMPORT:
+            assert parts[1] in MAY_IMPORT[room], f"hsat.{room} must not import {name}"
+        assert parts[0] not in ("argparse", "examples", "benchmarks"), f"hsat/ reads no command line: {name}"
+
+
+def test_a_wrong_arrow_would_be_seen():
+    assert "hsat.models" in imported(ast.parse("def f():\n    from hsat.models import frozen"))
+    assert "models" not in MAY_IMPORT["attacks"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_fit_in_a_readers_mind(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 270, "split this file"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            if body:
+                length = (body[-1].end_lineno or 0) - body[0].lineno + 1
+                assert length <= 45, f"{node.name} has {length} lines"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", "the library does not print"
+    assert path.stem not in ("utils", "helpers", "base", "misc", "common")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_environment_and_no_argv_inside_the_library(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert (ast.unparse(node)) not in ("os.environ", "sys.argv"), "configuration stays in the examples"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_there_and_documented(module):
+    room = importlib.import_module(module)
+    for name in PUBLIC[module].split():
+        thing = getattr(room, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__doc__ and len(thing.__doc__) > 40, f"{name} needs a docstring"
+        assert getattr(hsat, name) is thing
+        assert name in hsat.__all__
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    modules = {path.stem for path in FILES}
+    assert not modules & {name for name in hsat.__all__ if name[:1].islower()}
+
+
+def test_options_of_public_functions_are_keyword_only():
+    """At most four positional parameters, and none of them optional but for a short list."""
+    allowed = {"distance", "group", "head", "how", "labels", "lam", "plateau", "x", "layout", "attacks", "name"}
+    for names in PUBLIC.values():
+        for name in names.split():
+            thing = getattr(hsat, name, None)
+            if inspect.isfunction(thing):
+                for parameter in inspect.signature(thing).parameters.values():
+                    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty:
+                        assert parameter.name in allowed, f"{name}({parameter.name}=...) should be keyword-only"
+
+
+def test_hsat_has_no_name_it_does_not_define():
+    with pytest.raises(AttributeError, match="no attribute 'PDG'"):
+        _ = hsat.PDG
+    assert set(hsat.__all__) <= set(dir(hsat))
