@@ -1,0 +1,169 @@
+"""White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
+
+    python examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    python examples/evaluate_whitebox.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
+
+A checkpoint written by train_hsat.py says how to build its encoder.  For any other file (published, plain) give
+--model.backbone and --model.head.  Attacks move what --target says, "features" (what kNN reads) or "embedding" (as in
+the paper); they start at random points, as in the published evaluation, which makes BIM the same algorithm as PGD.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from cohorts import describe, open_cohort
+from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
+from hsat.eval import (
+    Record,
+    WhiteboxResult,
+    evaluate_whitebox,
+    markdown_table,
+    paper_attacks,
+    plot_accuracy_vs_eps,
+    plot_patches,
+    write_records,
+)
+from hsat.models import build_encoder, checkpoint_hash, load_checkpoint, load_encoder
+from runs import versions, write_json
+from settings import Counts, DataSettings, ModelSettings, Names, Pixels, PixelsList, Settings
+
+
+class EvaluateWhitebox(Settings):
+    """Measure the white-box robustness of encoders by kNN at patch, slide and patient level."""
+
+    checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
+    eps: PixelsList = Field([4 / 255, 8 / 255], description="radii: 4/255,8/255")
+    step_size: Pixels = Field(2 / 255, description="size of a step")
+    steps: int = Field(10, gt=0, description="gradient steps")
+    k: Counts = Field([200], description="neighbours; several with commas between")
+    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
+    target: Literal["features", "embedding"] = Field("features", description="what the attacks move")
+    noise: bool = Field(True, description="measure random noise of each eps, too")
+    untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
+    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
+    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
+    batch_size: int = Field(64, gt=0, description="patches per batch")
+    bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
+    gallery: int = Field(6, ge=0, description="patches in the picture of perturbations")
+    seed: int = Field(0, ge=0, description="of the attacks' random starts")
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    out: Path = Field(Path("runs/whitebox"), description="folder for the results")
+    quiet: bool = Field(False, description="no progress bars")
+
+
+def load_named(settings: EvaluateWhitebox, text: str) -> tuple[str, torch.nn.Module, str]:
+    """(name, encoder, SHA-256 of its file) of `file` or `name=file`."""
+    name, _, file = text.rpartition("=")
+    path = Path(file)
+    name = name or (path.parent.name if path.stem in ("best", "final", "last") else path.stem)
+    try:
+        if "backbone" in settings.model.model_fields_set:
+            encoder = build_encoder(
+                settings.model.backbone,
+                embedding_dim=settings.model.embedding_dim,
+                head=settings.model.head,
+                head_hidden=settings.model.head_hidden,
+                seed=0,
+            ).eval()
+            load_checkpoint(encoder, path)
+        else:
+            encoder = load_encoder(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    return name, encoder, checkpoint_hash(path)
+
+
+def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]:
+    """The bank (clean training patches) and the queries (validation patches), thinned evenly where asked."""
+    found = []
+    for split, wanted in (("train", settings.bank_patches), ("val", settings.query_patches)):
+        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size)
+        if wanted is not None and wanted < len(dataset):
+            dataset.rows = dataset.rows[np.linspace(0, len(dataset) - 1, wanted).round().astype(int)]
+        found.append(patch_loader(dataset, batch_size=settings.batch_size, workers=settings.data.workers))
+    return found[0], found[1]
+
+
+def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxResult]:
+    """Results by the name of the encoder."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    bank, queries = loaders(settings, cohort)
+    encoders = [load_named(settings, text) for text in settings.checkpoint]
+    if settings.untrained:
+        spec = {key: value for key, value in encoders[0][1].spec.items() if key != "input_size"}
+        encoders.append(("untrained", build_encoder(**spec, seed=settings.seed).eval(), ""))
+    attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
+    results = {}
+    for title, encoder, digest in encoders:
+        print(f"evaluating {title} (target {settings.target})", file=sys.stderr)
+        results[title] = evaluate_whitebox(
+            encoder.to(name),
+            bank,
+            queries,
+            attacks,
+            target=settings.target,
+            k=settings.k,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            bootstrap=settings.bootstrap,
+            noise=settings.noise,
+            model=title,
+            checkpoint=digest,
+            progress=not settings.quiet,
+            keep_examples=settings.gallery,
+        )
+    return results
+
+
+def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
+    """Write records, table, plots and the account of the run; returns the table."""
+    out = settings.out
+    records: list[Record] = [record for result in results.values() for record in result.records]
+    write_records(out / "records.jsonl", records)
+    table = markdown_table(records)
+    (out / "table.md").write_text(table)
+    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
+    write_json(out / "run.json", about)
+    try:
+        plot_accuracy_vs_eps(records, out / "accuracy_vs_eps.png")
+        for title, result in results.items():
+            strongest = [name for name in result.examples if not name.startswith(("clean", "noise"))]
+            if strongest and settings.gallery:
+                name = strongest[-1]
+                heads = [f"patch {i + 1}" for i in range(len(result.examples["clean"]))]
+                plot_patches(
+                    result.examples["clean"], result.examples[name], out / f"patches_{title}_{name}.png", titles=heads
+                )
+    except ImportError as error:
+        print(f"no figures: {error}", file=sys.stderr)
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, evaluate, write, print."""
+    settings = EvaluateWhitebox.load(argv)
+    if not settings.checkpoint:
+        raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
+    cohort = open_cohort(settings.data, seed=settings.seed)
+    print(describe(cohort), file=sys.stderr)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    try:
+        results = evaluate(settings, cohort)
+    except (BadPatch, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(write_results(settings, cohort, results))
+    print(f"results are in {settings.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

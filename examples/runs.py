@@ -1,0 +1,142 @@
+"""A run folder: what was run on what, the training log, and optional loggers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from settings import LoggerSettings
+
+PACKAGES = ("hsat", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "pydantic", "tifffile")
+MAY_DIFFER = {
+    "resume",
+    "data.workers",
+    "train.save_every",
+    "device",
+    "log.tensorboard",
+    "log.wandb",
+    "out",
+    "data.root",
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages that decide numbers, and of the machine."""
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all."""
+    working = path.with_name(f".{path.name}.partial")
+    working.write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+    os.replace(working, path)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+class Run:
+    """The folder `out` of one training: run.json, train.csv, last.pt, best and final encoder."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], *, cohort: str, resume: bool, log: LoggerSettings) -> None:
+        self.out, self.settings, self.cohort = out, settings, cohort
+        self.last = out / "last.pt"
+        found = out / "run.json"
+        if found.exists():
+            if not resume:
+                raise SystemExit(
+                    f"error: {out} holds a run already; add --resume to go on with it, or choose another --out"
+                )
+            self._check_same(json.loads(found.read_text()))
+        out.mkdir(parents=True, exist_ok=True)
+        if not found.exists():
+            about = {"settings": settings, "cohort": cohort, "versions": versions(), "command": sys.argv}
+            write_json(found, about)
+        self._rows: list[dict[str, Any]] = []
+        self._loggers = _loggers(out, settings, log)
+
+    def _check_same(self, earlier: dict[str, Any]) -> None:
+        if earlier["cohort"] != self.cohort:
+            raise SystemExit(
+                f"error: {self.out} was trained on another cohort (fingerprint {earlier['cohort'][:12]},"
+                f" now {self.cohort[:12]}); resuming would mix the two"
+            )
+        before, now = flat(earlier["settings"]), flat(json.loads(json.dumps(self.settings, default=str)))
+        differing = [
+            key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_DIFFER
+        ]
+        if differing:
+            listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in sorted(differing))
+            raise SystemExit(f"error: --resume needs the settings the run began with: {listed}")
+
+    def keep_rows_before(self, step: int) -> None:
+        """After a resume: drop what was logged behind the checkpoint, it will be logged again."""
+        path = self.out / "train.csv"
+        if path.exists():
+            with path.open(newline="") as file:
+                self._rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+            self._write()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to train.csv and to the loggers; `step` is required."""
+        self._rows.append(row)
+        self._write()
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        for logger in self._loggers:
+            logger(numbers, int(row["step"]))
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        working = self.out / ".train.csv.partial"
+        with working.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(working, self.out / "train.csv")
+
+
+def _loggers(out: Path, settings: dict[str, Any], log: LoggerSettings) -> list[Any]:
+    found: list[Any] = []
+    if log.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise SystemExit('error: --log.tensorboard needs an extra: pip install "hsat[train]"') from None
+        writer = SummaryWriter(str(out))
+
+        def to_tensorboard(numbers: dict[str, float], step: int) -> None:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        found.append(to_tensorboard)
+    if log.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise SystemExit('error: --log.wandb needs an extra: pip install "hsat[train]"') from None
+        session = wandb.init(project=log.wandb, dir=str(out), config=settings)
+        found.append(lambda numbers, step: session.log(numbers, step=step))
+    return found

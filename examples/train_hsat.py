@@ -1,0 +1,130 @@
+"""Train an encoder with HSAT (or, with --attack.name none, the HiDisc baseline).
+
+Defaults are the paper's for OpenSRH.  Without --data.root a small synthetic cohort is used, with a recipe that fits a
+laptop (configs/demo.yaml).  The run folder receives run.json (settings, versions, cohort), train.csv, last.pt (resume
+with --resume), final.safetensors and best.safetensors, the latter chosen by robust kNN on held-out training patients.
+
+    python examples/train_hsat.py --data.root /data/opensrh --out runs/hsat
+    python examples/train_hsat.py --data.root /data/patches --data.layout folders --data.image_size 96
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from tqdm import tqdm
+
+from cohorts import describe, open_cohort
+from hsat.data import BadPatch
+from hsat.models import save_encoder
+from runs import Run
+from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, read_yaml
+from trainer import Trainer, held_out_accuracy, keep_best
+
+DEMO = Path(__file__).parent / "configs" / "demo.yaml"
+
+
+class AttackSettings(Section):
+    """The inner maximisation."""
+
+    name: Literal["none", "pgd"] = Field("pgd", description="none trains the HiDisc baseline")
+    eps: Pixels = Field(8 / 255, description="radius of the l_inf ball: 8/255")
+    step_size: Pixels = Field(2 / 255, description="size of a step: 2/255")
+    steps: int = Field(5, gt=0, description="gradient steps")
+    levels: Literal["p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt"] = Field("p_s_pt", description="loss it maximises")
+    warmup_epochs: int | None = Field(None, ge=0, description="eps grows from 1/255 over these; an eighth of the run")
+
+
+class TrainSettings(Section):
+    """The outer minimisation."""
+
+    epochs: int = Field(40_000, gt=0, description="passes over the (class-balanced) patients")
+    steps: int | None = Field(None, gt=0, description="optimiser steps; instead of epochs")
+    batch_patients: int = Field(16, gt=0, description="patients per batch")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    loss: Literal["p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt"] = Field("p_s_pt", description="loss it minimises")
+    temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
+    clean: bool = Field(False, description="mix clean and adversarial losses with the paper's dynamic weight")
+    plateau: int | None = Field(None, gt=0, description="epochs of equal augmentation strength; a share of the run")
+    save_every: int = Field(500, gt=0, description="steps between checkpoints")
+    eval_every: int | None = Field(None, gt=0, description="steps between held-out evaluations; a tenth of the run")
+    eval_patches: int = Field(512, gt=0, description="held-out patches looked at in such an evaluation")
+    eval_eps: Pixels = Field(4 / 255, description="radius of the PGD-5 attack in it")
+    k: int = Field(20, gt=0, description="neighbours in it")
+
+
+class TrainHSAT(Settings):
+    """Train an encoder with HSAT (or, with --attack.name none, the HiDisc baseline)."""
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    attack: AttackSettings = AttackSettings()
+    train: TrainSettings = TrainSettings()
+    log: LoggerSettings = LoggerSettings()
+    seed: int = Field(0, ge=0, description="of weights, draws, augmentation and attacks")
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    out: Path = Field(Path("runs/hsat"), description="run folder")
+    resume: bool = Field(False, description="go on where the run in --out stopped")
+    quiet: bool = Field(False, description="no progress bars")
+
+
+def load_settings(argv: list[str]) -> TrainHSAT:
+    """Settings of the command line; without a cohort of the user's the demo's recipe lies beneath them."""
+    settings = TrainHSAT.load(argv)
+    if settings.data.root is not None or settings.config is not None:
+        return settings
+    try:
+        return TrainHSAT.over(read_yaml(DEMO), argv)
+    except ValidationError as error:
+        raise SystemExit(explain(error, TrainHSAT, DEMO)) from None
+
+
+def train(settings: TrainHSAT) -> Path:
+    """Run or resume the training; returns the path of the best encoder (the final one where none was held out)."""
+    cohort = open_cohort(settings.data, seed=settings.seed)
+    tuned = settings.data.tune_fraction > 0
+    if tuned:
+        cohort = cohort.with_split(
+            val_fraction=settings.data.tune_fraction, seed=settings.data.split_seed, names=("train", "tune"), of="train"
+        )
+    print(describe(cohort), file=sys.stderr)
+    try:
+        trainer = Trainer(settings, cohort)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    fingerprint = cohort.fingerprint()
+    run = Run(settings.out, settings.plain(), cohort=fingerprint, resume=settings.resume, log=settings.log)
+    trainer.restore(run)
+    per_epoch = trainer.sampler.batches_per_epoch
+    bar = tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=settings.quiet)
+    while trainer.step < trainer.steps:
+        epoch, done = divmod(trainer.step, per_epoch)
+        trainer.sampler.set_epoch(epoch, strength=trainer.strength(epoch), start_batch=done)
+        for batch in trainer.loader:
+            row = trainer.train_step(batch, epoch)
+            if tuned and (trainer.step % trainer.eval_every == 0 or trainer.step == trainer.steps):
+                row |= held_out_accuracy(trainer.model, cohort, settings)
+                keep_best(trainer, run, row, fingerprint)
+            run.log(row)
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            if trainer.step % settings.train.save_every == 0 or trainer.step == trainer.steps:
+                trainer.save(run)
+            if trainer.step == trainer.steps:
+                break
+    bar.close()
+    save_encoder(trainer.model, run.out / "final.safetensors", metadata={"step": trainer.step, "cohort": fingerprint})
+    best = run.out / "best.safetensors"
+    return best if best.exists() else run.out / "final.safetensors"
+
+
+if __name__ == "__main__":
+    try:
+        print(f"encoder: {train(load_settings(sys.argv[1:]))}")
+    except (BadPatch, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,217 @@
+"""Augmentation pipelines of the paper: static, v0 and v1, the last two with a strength that decays over training.
+
+A pipeline maps one patch (3, h, w), floats in [0, 1], to (3, size, size) float32 in [0, 1].  All randomness comes from
+torch's global CPU generator, so a caller that forks and seeds that generator decides every draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AugmentationName = Literal["none", "static", "v0", "v1"]
+AUGMENTATIONS: tuple[AugmentationName, ...] = ("none", "static", "v0", "v1")
+
+Transform = Callable[[Tensor], Tensor]
+
+_JITTER, _HUE = 0.4, 0.1  # at strength 1: brightness, contrast and saturation within 40%, hue within a tenth of a turn
+_SMALLEST_SIDE = 5  # the Gaussian blur's kernel; reflection needs at least half of it
+_RANGE_SLACK = 1e-6
+
+
+def resize_patch(x: Tensor, size: tuple[int, int], *, mode: str = "bilinear") -> Tensor:
+    """The patch x (c, h, w) resampled to `size` (height, width), antialiased and clamped to [0, 1].
+
+    A patch that has that size already is returned as it is, bit for bit.
+    """
+    if tuple(x.shape[-2:]) == size:
+        return x
+    return F.interpolate(x[None], size=size, mode=mode, align_corners=False, antialias=True)[0].clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """Adds white noise whose standard deviation is uniform in [low, high], then clamps to [0, 1].
+
+    The published code calls the two bounds variances but uses the draw as a standard deviation; so does this, and the
+    names say so.  The draw comes from torch's generator (there: Python's `random`), so that one seed rules everything.
+    """
+
+    low: float
+    high: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The noisy patch, same shape as x."""
+        noise = torch.randn(x.shape, dtype=x.dtype)
+        std = self.low + (self.high - self.low) * torch.rand(())
+        return (x + std * noise).clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class CropToSize:
+    """With probability `prob` a random crop (area share in `scale`, aspect in `ratio`); then a resize to `size`.
+
+    size=None means the patch's own size.  The resize also happens where no crop was drawn, so every patch leaves with
+    the same size; the published pipelines leave an uncropped patch as large as it came.
+    """
+
+    size: int | None
+    prob: float
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    mode: str = "bilinear"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The patch at its final size; draws nothing where `prob` is zero."""
+        target = (x.shape[-2], x.shape[-1]) if self.size is None else (self.size, self.size)
+        if self.prob > 0.0 and float(torch.rand(())) < self.prob:
+            crop = _torchvision().RandomResizedCrop
+            top, left, height, width = crop.get_params(x, list(self.scale), list(self.ratio))
+            x = x[..., top : top + height, left : left + width]
+        return resize_patch(x, target, mode=self.mode)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One augmentation pipeline, fixed by its four numbers; `steps` are the operations in order.
+
+    Called on x (3, h, w), floats in [0, 1]; gives (3, image_size, image_size) float32 in [0, 1], or (3, h, w) where
+    image_size is None.  x is not changed.  Raises TypeError or ValueError naming what is wrong with x.
+    """
+
+    name: AugmentationName
+    image_size: int | None
+    strength: float
+    prob: float
+    steps: tuple[Transform, ...] = field(repr=False, compare=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The augmented patch."""
+        _check_patch(x, smallest=1 if self.name == "none" else _SMALLEST_SIDE)
+        x = x.to(torch.float32)
+        for step in self.steps:
+            x = step(x)
+        return x.clamp(0.0, 1.0)
+
+
+def build_transform(name: str, *, image_size: int | None, strength: float = 1.0, prob: float = 0.5) -> Augmentation:
+    """The augmentation pipeline called `name`, ending at image_size x image_size (None keeps the patch's own size).
+
+    "none": only the resize.  "static": flips, noise, autocontrast, solarize, sharpness, blur, affine, crop, erasing,
+    each with probability `prob`; `strength` changes nothing.  "v0": the same ideas, where `strength` s scales the
+    ranges of noise, colour jitter, solarize, blur, erasing, affine and crop, and the probabilities of jitter, solarize,
+    blur, erasing and affine.  "v1" (DynACL's): crop, horizontal flip, colour jitter with probability 0.8 s, grayscale
+    with probability 0.2 s; `prob` changes nothing.
+
+    Raises ValueError for an unknown name, a size below 1, or strength or prob outside [0, 1]; ImportError where
+    torchvision does not load (every name but "none" needs it).
+
+    Source: Malik et al. (arXiv:2503.10629) and its published pipelines; parameters agree with them for every strength.
+    Deliberate differences: the published output size is always 300, and a patch that was not cropped keeps its size;
+    here every patch ends at image_size.  Pixels are clamped to [0, 1], after the bicubic crop of v1 too, which
+    overshoots.  The static list's colour jitter has no ranges and does nothing, so it is left out.  v0 at strength 0
+    fails there (blur of width 0); here operations of probability zero are left out.
+    """
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {name!r}; known are {', '.join(AUGMENTATIONS)}")
+    _check_share("strength", strength)
+    _check_share("prob", prob)
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size must be a whole number of pixels, at least 1, or None; got {image_size!r}")
+    steps: tuple[Transform, ...]
+    if name == "none":
+        steps = (CropToSize(image_size, 0.0, (1.0, 1.0), (1.0, 1.0)),)
+    elif name == "static":
+        steps = _static_steps(image_size, prob)
+    elif name == "v0":
+        steps = _v0_steps(image_size, prob, strength)
+    else:
+        steps = _v1_steps(image_size, strength)
+    return Augmentation(name, image_size, float(strength), float(prob), steps)
+
+
+def _static_steps(size: int | None, p: float) -> tuple[Transform, ...]:
+    tv = _torchvision()
+    return (
+        tv.RandomHorizontalFlip(p),
+        tv.RandomVerticalFlip(p),
+        tv.RandomApply([GaussianNoise(0.01, 0.1)], p),
+        tv.RandomAutocontrast(p),
+        tv.RandomSolarize(0.2, p),
+        tv.RandomAdjustSharpness(2.0, p),
+        tv.RandomApply([tv.GaussianBlur(5, (1.0, 1.0))], p),
+        tv.RandomApply([tv.RandomAffine(10.0, translate=(0.1, 0.3))], p),
+        CropToSize(size, p, (0.08, 1.0), (3 / 4, 4 / 3)),
+        tv.RandomErasing(p, scale=(0.02, 0.33), ratio=(0.3, 3.3)),
+    )
+
+
+def _v0_steps(size: int | None, p: float, s: float) -> tuple[Transform, ...]:
+    tv = _torchvision()
+    before = (tv.RandomHorizontalFlip(p), tv.RandomVerticalFlip(p))
+    always = (tv.RandomAutocontrast(p), tv.RandomAdjustSharpness(2.0, p))
+    crop = CropToSize(size, p, (1.0 - 0.92 * s, 1.0), (0.75, 1.333))
+    if s == 0.0:
+        return (*before, *always, crop)
+    jitter = tv.ColorJitter(s * _JITTER, s * _JITTER, s * _JITTER, s * _HUE)
+    return (
+        *before,
+        tv.RandomApply([GaussianNoise(0.01 * s, 0.1 * s)], p),
+        tv.RandomApply([jitter], p * s),
+        always[0],
+        tv.RandomSolarize(0.2 + 0.8 * (1.0 - s), p * s),
+        always[1],
+        tv.RandomApply([tv.GaussianBlur(5, (s, s))], p * s),
+        tv.RandomErasing(p * s, scale=(0.02 * s, 0.33 * s), ratio=(0.3, 3.3)),
+        tv.RandomApply([tv.RandomAffine(10.0 * s, translate=(0.1 * s, 0.3 * s))], p * s),
+        crop,
+    )
+
+
+def _v1_steps(size: int | None, s: float) -> tuple[Transform, ...]:
+    tv = _torchvision()
+    before = (CropToSize(size, 1.0, (1.0 - 0.9 * s, 1.0), (3 / 4, 4 / 3), "bicubic"), tv.RandomHorizontalFlip(0.5))
+    if s == 0.0:
+        return before
+    jitter = tv.ColorJitter(s * _JITTER, s * _JITTER, s * _JITTER, s * _HUE)
+    return (*before, tv.RandomApply([jitter], 0.8 * s), tv.RandomGrayscale(0.2 * s))
+
+
+def _check_share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+
+def _check_patch(x: Tensor, *, smallest: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"augmentations take a tensor (3, h, w) with values in [0, 1], got {type(x).__name__}")
+    if x.ndim != 3 or x.shape[0] != 3:
+        raise ValueError(
+            f"augmentations take one patch (3, h, w), got shape {tuple(x.shape)}; call them patch by patch"
+        )
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"augmentations take floats in [0, 1], got {x.dtype}; divide integers by their range")
+    if min(x.shape[1:]) < smallest:
+        raise ValueError(f"a patch of {x.shape[1]} x {x.shape[2]} pixels is too small, need {smallest} x {smallest}")
+    low, high = (float(value) for value in torch.aminmax(x))
+    if not (low >= -_RANGE_SLACK and high <= 1.0 + _RANGE_SLACK and math.isfinite(low + high)):
+        raise ValueError(f"augmentations take values in [0, 1], got {low:g} to {high:g}")
+
+
+def _torchvision() -> Any:
+    """torchvision.transforms, or an ImportError that says how to mend the installation."""
+    try:
+        import torchvision.transforms as tv
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise ImportError(
+            f"torchvision does not load ({error}); most often torch and torchvision come from different builds."
+            " Install both at once: pip install --force-reinstall torch torchvision"
+        ) from error
+    return tv

@@ -1,0 +1,76 @@
+"""Samples to batches, and data loaders that touch no global generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import DataLoader
+
+from hsat.data.datasets import HierarchicalDataset, PatchDataset
+from hsat.data.samples import Sample
+from hsat.data.sampling import PatientBatchSampler
+from hsat.types import HierarchicalBatch
+
+
+def collate(samples: Sequence[Sample]) -> HierarchicalBatch:
+    """One HierarchicalBatch with the images of all samples, in their order.
+
+    Raises ValueError for no samples, for images of different shapes (naming both files and shapes), and for ids that do
+    not nest, which happens when samples of two cohorts are mixed.
+    """
+    if not samples:
+        raise ValueError("collate needs at least one sample, got none")
+    first = samples[0]
+    for sample in samples:
+        if sample.images.shape[1:] != first.images.shape[1:]:
+            raise ValueError(
+                f"{first.paths[0]} (patch {int(first.patch[0])}) gives images of shape {tuple(first.images.shape[1:])}"
+                f" and {sample.paths[0]} (patch {int(sample.patch[0])}) of shape {tuple(sample.images.shape[1:])};"
+                " pass image_size to the dataset so that all images have one size"
+            )
+    images, patch, slide, patient, label = (torch.cat(parts) for parts in list(zip(*samples, strict=True))[:5])
+    return HierarchicalBatch(images, patch, slide, patient, label)
+
+
+def patch_loader(
+    dataset: PatchDataset, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Sample]:
+    """A DataLoader that yields every patch once, in cohort order, as HierarchicalBatches of up to batch_size images.
+
+    workers: reading processes; 0 reads in this one.  The batches are the same for any number.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
+    )
+
+
+def hierarchical_loader(
+    dataset: HierarchicalDataset, sampler: PatientBatchSampler, *, workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Sample]:
+    """A DataLoader that yields the sampler's batches of patients as HierarchicalBatches.
+
+    Call sampler.set_epoch before each pass; workers are kept alive between passes.  What comes does not depend on their
+    number.  Raises ValueError where dataset and sampler were made for different splits or cohorts.
+    """
+    if dataset.split != sampler.split:
+        raise ValueError(f"the dataset reads split {dataset.split!r} but the sampler draws from {sampler.split!r}")
+    if dataset.cohort is not sampler.cohort and dataset.cohort != sampler.cohort:
+        raise ValueError("dataset and sampler were made for different cohorts; pass the same Cohort to both")
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
+    )

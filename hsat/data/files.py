@@ -1,0 +1,68 @@
+"""Whether a cohort's files are there, and inside its root."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+_NAMED_AT_MOST = 5
+
+
+def existing_root(root: str | os.PathLike[str]) -> Path:
+    """The root as an absolute path.  Raises FileNotFoundError or NotADirectoryError naming it."""
+    folder = Path(os.path.abspath(os.path.expanduser(root)))
+    if not folder.exists():
+        raise FileNotFoundError(f"cohort root {folder} does not exist; give the folder that holds the patches")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"cohort root {folder} is not a folder; give the folder that holds the patches")
+    return folder
+
+
+def check_inside(root: Path, full: str, name: str) -> None:
+    """Raise ValueError when `full`, with all links followed, lies outside the root; `name` is for the message."""
+    base, target = os.path.realpath(root), os.path.realpath(full)
+    if target != base and not target.startswith(base.rstrip("/") + "/"):
+        raise ValueError(
+            f"path {name!r} leads out of the cohort's root {base} through a link, to {target};"
+            " copy or hard-link the files into the root, or read the cohort from where they lie"
+        )
+
+
+def file_sizes(root: Path, names: Iterable[str], paths: Iterable[Path]) -> list[int]:
+    """Size in bytes of every file, in the order given; names are for the messages.
+
+    Raises FileNotFoundError naming the missing files (up to five, and how many), ValueError for files that are empty,
+    not regular, or reached through a link out of the root, and another OSError for those that may not be looked at.
+    """
+    sizes: list[int] = []
+    missing: list[str] = []
+    empty: list[str] = []
+    for name, path in zip(names, paths, strict=True):
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(name)
+            continue
+        except OSError as error:
+            raise OSError(
+                error.errno, f"patch {name!r} of the cohort at {root}: {error.strerror}", str(path)
+            ) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"patch {name!r} of the cohort at {root} is not a regular file")
+        if not found.st_size:
+            empty.append(name)
+        sizes.append(found.st_size)
+    if missing:
+        raise FileNotFoundError(f"files missing from the cohort at {root}: {shortened(missing)}")
+    if empty:
+        raise ValueError(f"empty files in the cohort at {root}: {shortened(empty)}")
+    return sizes
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first few names, quoted, for a message."""
+    listed = list(names)
+    more = f", ... ({len(listed)} in all)" if len(listed) > _NAMED_AT_MOST else ""
+    return ", ".join(map(repr, listed[:_NAMED_AT_MOST])) + more

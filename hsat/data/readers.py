@@ -1,0 +1,183 @@
+"""From one file to one tensor; a file that cannot be read is a BadPatch, whatever is wrong with it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsat.data.srh import RAW_RANGE, srh_to_rgb
+
+MAX_PIXELS = 4096 * 4096
+"""Larger images are refused before their pixels are read: a patch is small, a decompression bomb is not."""
+
+_FORMATS = ("PNG", "JPEG", "TIFF")
+_IN_MESSAGE = re.compile(
+    r"cannot read patch (?P<path>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"): (?P<reason>.*)\Z", re.DOTALL
+)
+
+
+class BadPatch(Exception):
+    """A patch that cannot be read.  `.path` names the file, `.reason` says what was found and what was wanted.
+
+    Survives pickling, and survives a DataLoader's worker: there torch rebuilds an exception from one string (the
+    worker's traceback), from which path and reason are recovered; the traceback is kept as a note.
+    """
+
+    path: str
+    reason: str
+
+    def __init__(self, path: str | os.PathLike[str], reason: str | None = None) -> None:
+        self.path, self.reason = os.fspath(path), "" if reason is None else reason
+        if reason is None and (found := _IN_MESSAGE.search(self.path.rstrip())):
+            self.add_note(self.path)
+            self.path, self.reason = ast.literal_eval(found["path"]), found["reason"]
+        super().__init__(self.path, self.reason)
+
+    def __str__(self) -> str:
+        return f"cannot read patch {self.path!r}: {self.reason}"
+
+
+def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> Tensor:
+    """One patch as (3, h, w) float32 in [0, 1].
+
+    kind "srh": a TIFF of two 16-bit planes, through `read_raw` and `srh_to_rgb`.
+    kind "rgb": PNG, JPEG or TIFF with three 8-bit channels, divided by 255; a fourth, alpha channel is dropped when
+    it is opaque throughout.  Grey, palette, CMYK and 16-bit images are refused, not converted: what their values
+    mean is the owner's to say.  Colour profiles and EXIF orientation are not applied.
+    Raises BadPatch for anything that cannot be read as that; ValueError for another kind.
+    """
+    if kind == "srh":
+        return srh_to_rgb(read_raw(path))
+    if kind != "rgb":
+        raise ValueError(f"kind must be 'srh' (two-plane 16-bit TIFF) or 'rgb' (8-bit colour), got {kind!r}")
+    _check_file(path)
+    # Decoders raise whatever they like on hostile files (struct.error, SyntaxError, MemoryError, ...).
+    try:
+        pixels = _colour_pixels(path)
+    except BadPatch:
+        raise
+    except Exception as error:
+        raise BadPatch(path, f"not a readable PNG, JPEG or TIFF ({type(error).__name__}: {error})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32) / 255
+
+
+def read_raw(path: str | os.PathLike[str]) -> Tensor:
+    """The two raw channels (CH2, CH3) of an SRH patch as (2, h, w) float32 in [0, 1): counts / 65536.
+
+    Raises BadPatch unless the file is a complete TIFF of shape (2, h, w), 16-bit unsigned, of at most MAX_PIXELS
+    pixels per plane.
+    """
+    _check_file(path)
+    # As above: the parser of a damaged TIFF may raise anything.
+    try:
+        counts = _planes(path)
+    except BadPatch:
+        raise
+    except Exception as error:
+        raise BadPatch(path, f"not a readable TIFF ({type(error).__name__}: {error})") from error
+    return torch.from_numpy(counts.astype(np.float32)) / RAW_RANGE
+
+
+def _check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what is not a regular file with something in it; opening a FIFO would wait for ever."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise BadPatch(path, "there is no such file") from error
+    except (OSError, ValueError) as error:
+        raise BadPatch(path, f"it cannot be looked at ({error})") from error
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise BadPatch(path, f"it is {what}, not a regular file")
+    if not found.st_size:
+        raise BadPatch(path, "the file is empty")
+
+
+def _check_size(path: str | os.PathLike[str], height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise BadPatch(path, f"it declares {height} x {width} pixels")
+    if height * width > MAX_PIXELS:
+        raise BadPatch(
+            path, f"it declares {height} x {width} pixels; at most {MAX_PIXELS} are read, cut it into patches"
+        )
+
+
+def _planes(path: str | os.PathLike[str]) -> np.ndarray:
+    import tifffile
+
+    with tifffile.TiffFile(Path(path)) as file:
+        if len(file.series) != 1:
+            raise BadPatch(path, f"it holds {len(file.series)} images; wanted one of shape (2, h, w)")
+        image = file.series[0]
+        shape, dtype = tuple(image.shape), np.dtype(image.dtype)
+        if len(shape) != 3 or shape[0] != 2:
+            raise BadPatch(path, f"its shape is {shape}; wanted (2, h, w), planes CH2 and CH3{_hint(shape)}")
+        if dtype.kind != "u" or dtype.itemsize != 2:
+            raise BadPatch(path, f"its values are {dtype.name}; wanted uint16")
+        _check_size(path, shape[1], shape[2])
+        _check_complete(path, image)
+        counts = np.asarray(image.asarray())
+    if counts.shape != shape or counts.dtype.newbyteorder("=") != np.uint16:
+        raise BadPatch(path, f"it declares {shape} uint16 and decodes to {counts.shape} {counts.dtype.name}")
+    return counts
+
+
+def _hint(shape: tuple[int, ...]) -> str:
+    if len(shape) == 3 and shape[2] == 2:
+        return "; the planes come last, store np.moveaxis(image, -1, 0)"
+    if len(shape) == 3 and 3 in (shape[0], shape[2]):
+        return "; three channels look like kind='rgb'"
+    return ""
+
+
+def _check_complete(path: str | os.PathLike[str], image: Any) -> None:
+    """Refuse pixels that the file does not hold; the decoder fills in zeros for strips and tiles of size or place 0."""
+    size = os.stat(path).st_size
+    for page in image.pages:
+        if page is None or not page.databytecounts or not all(page.databytecounts) or not all(page.dataoffsets):
+            raise BadPatch(path, "a part of its pixels is missing")
+        end = max(offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True))
+        if end > size:
+            raise BadPatch(path, f"the file is truncated: it has {size} bytes and its pixels end at byte {end}")
+
+
+def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path, formats=_FORMATS) as image:
+        _check_size(path, image.height, image.width)
+        frames = getattr(image, "n_frames", 1)
+        if frames != 1:
+            raise BadPatch(path, f"it holds {frames} images; wanted one")
+        _check_colour(path, image)
+        pixels = np.array(image)
+    if pixels.shape[2] == 4:
+        if pixels[..., 3].min() != 255:
+            raise BadPatch(path, "its alpha channel is not opaque; flatten it onto a background first")
+        pixels = np.ascontiguousarray(pixels[..., :3])
+    return pixels
+
+
+def _check_colour(path: str | os.PathLike[str], image: Any) -> None:
+    if image.mode not in ("RGB", "RGBA"):
+        raise BadPatch(
+            path,
+            f"its mode is {image.mode}; wanted three 8-bit channels, so store image.convert('RGB') if that is right",
+        )
+    bits = {8}
+    if image.format == "PNG":
+        # Pillow reads 16-bit colour PNGs as 8-bit ones without a word; the depth stands in byte 24 of the header.
+        with open(path, "rb") as file:
+            bits = {file.read(25)[24]}
+    elif image.format == "TIFF":
+        bits = set(image.tag_v2.get(258, (1,)))
+    if bits != {8}:
+        raise BadPatch(path, f"its channels have {sorted(bits)} bits; wanted 8")

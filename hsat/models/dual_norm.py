@@ -1,0 +1,94 @@
+"""Two sets of BatchNorm statistics in one network: one for clean images, one for adversarial ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BRANCHES = ("normal", "pgd")
+
+
+class DualBatchNorm(nn.Module):
+    """A pair of BatchNorm layers, of which one is active: bn_list.0 is "normal" (clean), bn_list.1 is "pgd".
+
+    Both start as copies of the layer that is replaced (its weights, statistics, fused activation if any).  Only the
+    active layer is used and, in training mode, only its statistics move.  Which one is active is not part of the state
+    dict; use `branch` to choose.  Key names are those of the published `resnet50_multi_bn` checkpoints.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.bn_list = nn.ModuleList([norm, copy.deepcopy(norm)])
+        self.active = BRANCHES[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x with the active layer."""
+        out: Tensor = self.bn_list[BRANCHES.index(self.active)](x)
+        return out
+
+    def extra_repr(self) -> str:
+        """Name the active branch."""
+        return f"active={self.active!r}"
+
+
+def is_dual(module: nn.Module) -> bool:
+    """Whether the module holds a DualBatchNorm."""
+    return any(isinstance(part, DualBatchNorm) for part in module.modules())
+
+
+def convert_to_dual(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm inside by a DualBatchNorm, in place; returns the module (a new one if it is a BatchNorm).
+
+    Layers that are dual already stay as they are.  Raises ValueError if there is no BatchNorm to replace.  Call it
+    before the optimiser is built: the "pgd" copies are new parameters.
+    """
+    if isinstance(module, _BatchNorm):
+        return DualBatchNorm(module)
+    if not any(isinstance(part, _BatchNorm) for part in module.modules()):
+        raise ValueError(f"{type(module).__name__} has no BatchNorm layer, so there is nothing to double")
+    _convert_children(module)
+    return module
+
+
+def _convert_children(module: nn.Module) -> None:
+    if isinstance(module, DualBatchNorm):
+        return
+    for name, child in list(module.named_children()):
+        if isinstance(child, _BatchNorm):
+            setattr(module, name, DualBatchNorm(child))
+        else:
+            _convert_children(child)
+
+
+@contextmanager
+def branch(module: nn.Module, name: str) -> Iterator[None]:
+    """Inside the block, every DualBatchNorm of the module uses the branch "normal" or "pgd"; restored afterwards.
+
+    Blocks nest, and every layer gets back the branch it had, also after an exception.  Outside of any block the branch
+    is "normal".  Raises ValueError for another name, or if the module has no DualBatchNorm.
+
+        with branch(encoder, "pgd"):
+            x_adv = attack(x, hierarchical(encoder, loss, batch))
+
+    The published evaluation attacks one branch and scores the other; use one block around both.
+    """
+    if name not in BRANCHES:
+        raise ValueError(f"branch must be 'normal' or 'pgd', got {name!r}")
+    layers = [part for part in module.modules() if isinstance(part, DualBatchNorm)]
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no dual BatchNorm, so there is no {name!r} branch;"
+            f" build it with build_encoder(..., dual_norm=True) or call convert_to_dual first"
+        )
+    before = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = name
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active

@@ -1,0 +1,221 @@
+"""The encoder: pixel normalisation, resizing, backbone and projection head behind one differentiable call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsat.models.modes import frozen
+from hsat.models.weight_files import LoadReport
+
+Features = Callable[[Tensor], Tensor]
+PROBED_SIZES = (224, 96, 64, 32)
+
+
+class Encoder(nn.Module):
+    """Images (n, c, h, w) in [0, 1] -> unit rows (n, embedding_dim), with everything that happens to pixels inside.
+
+    `features(x)` gives the backbone's (n, feature_dim) output as it is; `encoder(x)` sends it through `head` (none:
+    the features themselves) and scales rows to unit length in float32 or wider; an all-zero row stays zero.
+    Order: (x - mean) / std, bilinear resizing with antialiasing to `input_size` where the images differ from it, cast
+    to the backbone's dtype, backbone.  All of it is differentiable, so a perturbation and its eps stay on the pixels
+    that the caller passes.  mean and std are no part of the state dict.
+
+    A backbone's output may be (n, d), or a map (n, d, h, w), which is averaged over h and w; anything else is an error
+    that says what to do.  Build one with `build_encoder` or `wrap_encoder`.
+    `spec` is what `build_encoder` needs to build the same encoder again, or None; `weights_report` says what its
+    `weights=` file held.
+    """
+
+    pixel_mean: Tensor | None
+    pixel_std: Tensor | None
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        feature_dim: int | None = None,
+        head: nn.Module | None = None,
+        embedding_dim: int | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        input_size: int | tuple[int, int] | None = None,
+        features: str | Features | None = None,
+        fixed_size: tuple[int, int] | None = None,
+        spec: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.mean, self.std = check_normalisation(mean, std)
+        self.input_size = check_size(input_size)
+        self.fixed_size = fixed_size
+        self.spec = None if spec is None else dict(spec)
+        self.weights_report: LoadReport | None = None
+        self._feature_dim = feature_dim
+        self._embedding_dim = embedding_dim
+        self._features = features
+        for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
+            buffer = None if values is None else torch.tensor(values).view(1, -1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def attach_head(self, head: nn.Module, *, embedding_dim: int) -> None:
+        """Put another head (n, feature_dim) -> (n, embedding_dim) in place of the present one."""
+        self.head = head
+        self.spec = None
+        self._embedding_dim = embedding_dim
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of `features`; when nobody said it, found by the first forward pass or by running black images."""
+        if self._feature_dim is None:
+            self._feature_dim = self._probe(self.features)
+        return self._feature_dim
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the embeddings."""
+        if self.head is None:
+            return self.feature_dim
+        if self._embedding_dim is None:
+            self._embedding_dim = self._probe(self)
+        return self._embedding_dim
+
+    def features(self, x: Tensor) -> Tensor:
+        """Backbone features (n, feature_dim), not normalised to unit length.
+
+        Raises TypeError if x holds integers, ValueError if it is not (n, c, h, w), has another number of channels than
+        mean has, or another size than the backbone is built for.
+        """
+        backbone: Any = self.backbone
+        if isinstance(self._features, str):
+            backbone = attrgetter(self._features)(self.backbone)
+        elif self._features is not None:
+            backbone = self._features
+        features = _as_vectors(backbone(self._prepare(x)), len(x))
+        if self._feature_dim is None:
+            self._feature_dim = features.shape[1]
+        elif features.shape[1] != self._feature_dim:
+            raise ValueError(f"the backbone gave features of width {features.shape[1]}, expected {self._feature_dim}")
+        return features
+
+    def project(self, features: Tensor) -> Tensor:
+        """Unit rows (n, embedding_dim) from backbone features (n, feature_dim); `encoder(x)` is this of `features(x)`.
+
+        Serves those who want both from one pass through the backbone.
+        """
+        projected = features if self.head is None else self.head(features)
+        if projected.dtype in {torch.float16, torch.bfloat16}:
+            projected = projected.float()
+        return F.normalize(projected, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings: unit rows (n, embedding_dim)."""
+        return self.project(self.features(x))
+
+    def extra_repr(self) -> str:
+        """Name what happens to the pixels."""
+        return f"mean={self.mean}, std={self.std}, input_size={self.input_size}"
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"images must be floats in [0, 1], got {x.dtype}; divide integers by their range")
+        if x.ndim != 4:
+            raise ValueError(f"images must be (n, c, h, w), got shape {tuple(x.shape)}; for one image write x[None]")
+        if self.mean is not None and len(self.mean) not in {1, x.shape[1]}:
+            raise ValueError(f"images have {x.shape[1]} channels, but mean and std have {len(self.mean)}")
+        x = self._normalise(x)
+        if self.input_size is not None and x.shape[2:] != self.input_size:
+            x = F.interpolate(x, size=self.input_size, mode="bilinear", antialias=True, align_corners=False)
+        if self.fixed_size is not None and x.shape[2:] != self.fixed_size:
+            height, width = self.fixed_size
+            raise ValueError(
+                f"the backbone takes {height}x{width} images, got {x.shape[2]}x{x.shape[3]};"
+                f" pass input_size={height if height == width else self.fixed_size} to resize inside the encoder"
+            )
+        wanted = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), x.dtype)
+        return x.to(wanted)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if self.pixel_mean is None or self.pixel_std is None:
+            return x
+        if x.dtype == torch.float64:  # the buffers are float32: too coarse here
+            mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+            return (x - mean) / std
+        return (x - self.pixel_mean) / self.pixel_std
+
+    def _probe(self, function: Features) -> int:
+        """Width of what function gives for black images, leaving modes, buffers and random numbers alone."""
+        size = self.input_size or self.fixed_size
+        sizes = [size] if size is not None else [(side, side) for side in PROBED_SIZES]
+        where = next((t.device for t in (*self.backbone.parameters(), *self.backbone.buffers())), torch.device("cpu"))
+        channels = self._channels()
+        errors = []
+        for height, width in sizes:
+            black = torch.zeros(1, channels, height, width, device=where)
+            try:
+                with frozen(self), torch.no_grad(), torch.random.fork_rng([where] if where.type == "cuda" else []):
+                    return function(black).shape[1]
+            except Exception as error:
+                errors.append(error)
+        raise ValueError(
+            f"the width of the features could not be found by running {type(self.backbone).__name__} on black images"
+            f" of {channels} channels, sides {', '.join(str(h) for h, _ in sizes)}: {errors[0]}."
+            f" Pass feature_dim=, or input_size= if it needs one size"
+        ) from errors[0]
+
+    def _channels(self) -> int:
+        if self.mean is not None and len(self.mean) > 1:
+            return len(self.mean)
+        return next((m.in_channels for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+def _as_vectors(out: object, n: int) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"the backbone must return a tensor (n, d), got {type(out).__name__};"
+            f" pass features=, a function of the images that picks one, to wrap_encoder"
+        )
+    if out.ndim == 4:
+        out = out.mean((2, 3))
+    if out.ndim != 2 or len(out) != n:
+        tokens = " (tokens?); to take the class token" if out.ndim == 3 else ";"
+        raise ValueError(
+            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {tuple(out.shape)}{tokens}"
+            f" pass features=, such as features=lambda x: module.forward_features(x)[:, 0], to wrap_encoder"
+        )
+    return out
+
+
+def check_normalisation(
+    mean: Sequence[float] | float | None, std: Sequence[float] | float | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """mean and std as tuples, one value per channel (or one for all); both None means no normalisation."""
+    if mean is None and std is None:
+        return None, None
+    if mean is None or std is None:
+        missing = "mean" if mean is None else "std"
+        raise ValueError(f"mean and std go together; {missing} is missing (no centring is mean=0, no scaling is std=1)")
+    centre, scale = ((float(v),) if isinstance(v, int | float) else tuple(map(float, v)) for v in (mean, std))
+    if len(centre) != len(scale):
+        raise ValueError(f"mean has {len(centre)} values and std has {len(scale)}; both need one per channel")
+    if min(scale) <= 0:
+        raise ValueError(f"std must be positive, got {scale}")
+    if max(map(abs, centre)) > 1.5:
+        raise ValueError(f"images are in [0, 1], so mean={centre} is out of scale; divide mean and std by 255")
+    return centre, scale
+
+
+def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """input_size as (height, width)."""
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or any(side < 1 for side in sides):
+        raise ValueError(f"input_size must be a positive side, or (height, width); got {size!r}")
+    return sides[0], sides[1]

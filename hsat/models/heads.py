@@ -1,0 +1,72 @@
+"""Projection heads: from backbone features to the embedding that the contrastive loss sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+HEADS = ("linear", "mlp", "mlp3_bn")
+PAPER_EMBEDDING_DIM = 128
+
+
+class ProjectionHead(nn.Module):
+    """A stack of layers (n, in_features) -> (n, out_features); rows are not normalised here, the encoder does that.
+
+    The layers sit in `layers`, numbered as in the published checkpoints, which therefore load by name.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], *, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, in_features) -> (n, out_features)."""
+        projected: Tensor = self.layers(features)
+        return projected
+
+
+def projection_head(
+    kind: str, *, in_features: int, embedding_dim: int | None = None, hidden: Sequence[int] = ()
+) -> ProjectionHead:
+    """One of the paper's three projection heads (arXiv 2503.10629, ablation of the projector).
+
+    kind "linear": one affine layer; embedding_dim None means 128.
+    kind "mlp": affine layers with ReLU between them; `hidden` lists the inner widths, empty means two of the feature
+    width (2048, 2048 on a ResNet-50); embedding_dim None means 128 (the paper's run with this head used 2048).
+    kind "mlp3_bn": three affine layers, BatchNorm after each, ReLU after the first two; only the first has a bias;
+    embedding_dim None and empty `hidden` mean the feature width throughout, as in the paper.
+    The width of the input is always the true feature width; the published code fixes it to 2048 for most backbones,
+    so that narrower ones cannot run there.
+    Raises ValueError naming the option for an unknown kind or widths that do not fit it.
+    """
+    if kind not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, or None for no head; got {kind!r}")
+    for name, widths in (("embedding_dim", () if embedding_dim is None else (embedding_dim,)), ("head_hidden", hidden)):
+        if any(width < 1 for width in widths):
+            raise ValueError(f"{name} must hold positive widths, got {tuple(widths)}")
+    if kind == "linear" and hidden:
+        raise ValueError(f"head='linear' has no hidden layers, got head_hidden={tuple(hidden)}; write head='mlp'")
+    if kind == "mlp3_bn":
+        if len(hidden) not in {0, 2}:
+            raise ValueError(f"head='mlp3_bn' has two hidden layers, got head_hidden={tuple(hidden)}")
+        embedding_dim = in_features if embedding_dim is None else embedding_dim
+    out = PAPER_EMBEDDING_DIM if embedding_dim is None else embedding_dim
+    inner = () if kind == "linear" else tuple(hidden) or (in_features, in_features)
+    layers = _layers((in_features, *inner, out), batch_norm=kind == "mlp3_bn")
+    return ProjectionHead(layers, in_features=in_features, out_features=out)
+
+
+def _layers(widths: Sequence[int], *, batch_norm: bool) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    last = len(widths) - 2
+    for i, (before, after) in enumerate(pairwise(widths)):
+        layers.append(nn.Linear(before, after, bias=i == 0 or not batch_norm))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(after))
+        if i < last:
+            layers.append(nn.ReLU(inplace=True))
+    return layers

@@ -1,0 +1,54 @@
+"""Freezing a model for a while, and giving it back exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside the block; everything restored after it.
+
+    Inside, every submodule has `training == False` and every parameter `requires_grad == False`; gradients with
+    respect to the images still flow.  Afterwards, also after an exception, each submodule's `training` flag and each
+    parameter's `requires_grad` are what they were one by one: a BatchNorm that was already in eval mode stays in it, a
+    parameter that was already frozen stays frozen.  Blocks nest.  `.grad`, buffers and values are never touched.
+
+    The flags are set directly, without calling `train()` or `eval()`, so that a module whose `train()` does more than
+    set flags (merging low-rank weights, say) does not do it here.  Submodules and parameters shared by several modules
+    are handled once.  Raises TypeError for anything that is not a torch.nn.Module, before anything is changed.
+
+        with frozen(encoder):
+            x_adv = attack(x, feature_drift(encoder.features, x))
+    """
+    for module in modules:
+        _check_is_module(module)
+    flags = {id(part): (part, part.training) for module in modules for part in module.modules()}
+    wanted = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
+    try:
+        for part, _ in flags.values():
+            part.training = False
+        for parameter, _ in wanted.values():
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for part, training in flags.values():
+            part.training = training
+        for parameter, requires_grad in wanted.values():
+            parameter.requires_grad_(requires_grad)
+
+
+def _check_is_module(module: object) -> None:
+    if isinstance(module, nn.Module):
+        return
+    owner = getattr(module, "__self__", None)
+    if isinstance(owner, nn.Module):
+        hint = f"; it is a method of a {type(owner).__name__}: pass that module itself, as in frozen(encoder)"
+    elif callable(module):
+        hint = "; for a function pass the modules it calls, as in frozen(backbone, head)"
+    else:
+        hint = ""
+    raise TypeError(f"frozen() takes torch.nn.Module objects, got {type(module).__name__}{hint}")
