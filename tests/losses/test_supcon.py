@@ -69,7 +69,7 @@ def test_gradient_is_tangential_and_lone_images_still_push(batch: tuple[Tensor, 
     z = z.requires_grad_()
     (grad,) = torch.autograd.grad(supcon_loss(z, group), z)
     assert (grad * z).sum(1).abs().max() < 1e-7
-    if z.shape[1] > 2:
+    if z.shape[1] > 2 and len(z) > 2:  # two images of a group leave nothing to learn
         assert grad.abs().sum(1).min() > 0
 
 

@@ -1,0 +1,127 @@
+"""One step of adversarial training: attack the batch, then the losses to descend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hsat.attacks import hierarchical
+from hsat.losses import HiDiscTerms
+from hsat.models import branch, frozen, is_dual
+from hsat.types import Attack, HierarchicalBatch, Levels
+
+Loss = Callable[[Tensor, Levels], HiDiscTerms]
+
+
+class StepResult(NamedTuple):
+    """loss: the scalar to call backward on.  clean, adversarial: their terms, None for a pass that was not made.
+
+    x_adv: (n, c, h, w) adversarial images, detached, or None without an attack.
+    """
+
+    loss: Tensor
+    clean: HiDiscTerms | None
+    adversarial: HiDiscTerms | None
+    x_adv: Tensor | None
+
+
+def adversarial_step(
+    model: nn.Module,
+    loss: Loss,
+    attack: Attack | None,
+    batch: HierarchicalBatch,
+    *,
+    inner_loss: Loss | None = None,
+    clean_weight: float = 0.0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+) -> StepResult:
+    """Forward part of one training step (arXiv:2503.10629, section 2); the caller does backward and the optimiser.
+
+    The attack maximises `inner_loss` (default: `loss`) of the batch, with the model in eval mode and its parameters
+    frozen; then the model, in train mode, is run on the adversarial images and, where clean_weight > 0, on the clean
+    ones, in this order and in separate passes.  result.loss = clean_weight * clean + (1 - clean_weight) * adversarial.
+    BatchNorm statistics move in these passes only.  A pass of weight 0 is not made; at clean_weight=1 nor is the
+    attack.  attack=None is the baseline without attack: the loss is the clean one, and clean_weight is not looked at.
+
+    model: images -> embeddings, in train mode (frozen parts may be in eval mode).  DistributedDataParallel is unwrapped
+    for the attack, so the inner steps wait for no other rank; an inner loss with `gather=True` is used without it.
+    A model with dual BatchNorm uses the branch "pgd" for the attack and the adversarial pass, "normal" for the clean.
+    loss, inner_loss: (embeddings, Levels) -> terms with `.total`, such as HiDiscLoss; HiDiscLoss.from_code gives the
+    inner losses of the paper's ablations.
+    autocast: makes the context for every pass, such as partial(torch.autocast, "cuda", torch.bfloat16).
+    generator, start: handed to the attack.  No ids are: the views of a patch share theirs and would share their noise.
+
+    Raises ValueError if the model is in eval mode or clean_weight lies outside [0, 1].
+    """
+    if not 0 <= clean_weight <= 1:
+        raise ValueError(f"clean_weight is the share of the clean loss and must lie in [0, 1], got {clean_weight}")
+    if not model.training:
+        raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
+    share = 1.0 if attack is None else clean_weight
+    x_adv = clean = adversarial = None
+    if attack is not None and share < 1:
+        inner = _local(loss if inner_loss is None else inner_loss)
+        x_adv = _attacked(model, inner, attack, batch, autocast=autocast, generator=generator, start=start)
+        adversarial = _terms(model, loss, x_adv, batch.levels, autocast=autocast, statistics="pgd")
+    if share > 0:
+        clean = _terms(model, loss, batch.images, batch.levels, autocast=autocast, statistics="normal")
+    total: Tensor
+    if adversarial is None:
+        assert clean is not None  # one of the two has weight
+        total = clean.total
+    elif clean is None:
+        total = adversarial.total
+    else:
+        total = share * clean.total + (1 - share) * adversarial.total
+    return StepResult(total, clean, adversarial, x_adv)
+
+
+def _attacked(
+    model: nn.Module,
+    loss: Loss,
+    attack: Attack,
+    batch: HierarchicalBatch,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    generator: torch.Generator | None,
+    start: Tensor | None,
+) -> Tensor:
+    encoder = _unwrapped(model)
+    with _statistics(encoder, "pgd"), frozen(encoder), autocast():
+        return attack(batch.images, hierarchical(encoder, loss, batch), start=start, generator=generator)
+
+
+def _terms(
+    model: nn.Module,
+    loss: Loss,
+    images: Tensor,
+    levels: Levels,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    statistics: str,
+) -> HiDiscTerms:
+    with _statistics(_unwrapped(model), statistics), autocast():
+        return loss(model(images), levels)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _local(loss: Loss) -> Loss:
+    """The loss on this rank's images only."""
+    if getattr(loss, "gather", False) and dataclasses.is_dataclass(loss) and not isinstance(loss, type):
+        return dataclasses.replace(loss, gather=False)
+    return loss
+
+
+def _statistics(encoder: nn.Module, name: str) -> AbstractContextManager[Any]:
+    return branch(encoder, name) if is_dual(encoder) else ExitStack()
