@@ -1,1 +1,37 @@
-"""eval."""
+"""Evaluation: embeddings, nearest neighbours, metrics at three levels, white-box attacks, records and figures."""
+
+from __future__ import annotations
+
+from hsat.eval.bootstrap import Interval, bootstrap_intervals
+from hsat.eval.embedding import embed
+from hsat.eval.figures import plot_accuracy_vs_eps, plot_patches
+from hsat.eval.knn import FittedKNN, KNNClassifier
+from hsat.eval.pooling import PooledScores, pool
+from hsat.eval.published import paper_attacks
+from hsat.eval.records import Record, eps_text, markdown_table, read_records, write_records
+from hsat.eval.scoring import Metrics, match_classes, metrics, score_levels
+from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
+
+__all__ = [
+    "FittedKNN",
+    "Interval",
+    "KNNClassifier",
+    "Metrics",
+    "PooledScores",
+    "Record",
+    "WhiteboxResult",
+    "bootstrap_intervals",
+    "embed",
+    "eps_text",
+    "evaluate_whitebox",
+    "markdown_table",
+    "match_classes",
+    "metrics",
+    "paper_attacks",
+    "plot_accuracy_vs_eps",
+    "plot_patches",
+    "pool",
+    "read_records",
+    "score_levels",
+    "write_records",
+]

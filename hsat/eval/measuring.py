@@ -1,0 +1,138 @@
+"""From the class scores of one condition to its records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hsat.eval.bootstrap import Interval, bootstrap_intervals
+from hsat.eval.knn import FittedKNN
+from hsat.eval.pooling import How
+from hsat.eval.records import Record, eps_text, eps_value, software_versions
+from hsat.eval.scoring import METRICS, Compat, Metrics, level_scores, metrics, resolve_how
+from hsat.eval.tally import Tally, attack_settings, shared_patients, suspicions
+from hsat.types import Attack, EmbeddingTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What all records of one evaluation have in common.
+
+    identity: fields of Record.  settings: what goes into `Record.settings`.  flags: doubts about all of them.
+    """
+
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    flags: tuple[str, ...]
+    class_names: tuple[str, ...]
+    compat: Compat | None
+    bootstrap: int
+
+
+def evaluation_frame(
+    knn: FittedKNN,
+    queries: EmbeddingTable,
+    *,
+    target: str,
+    layer: str,
+    seed: int,
+    how: How | None,
+    compat: Compat | None,
+    bootstrap: int,
+    model: str,
+    checkpoint: str,
+) -> Frame:
+    """The frame of an evaluation of these queries, embedded clean, by this classifier."""
+    bank = knn.table
+    return Frame(
+        identity={
+            "model": model,
+            "target": target,
+            "temperature": knn.settings.temperature,
+            "seed": seed,
+            "checkpoint": checkpoint,
+            "cohort": queries.cohort,
+            "split": queries.split,
+            "versions": software_versions(),
+        },
+        settings={
+            "layer": layer,
+            "how": resolve_how(how, compat),
+            "compat": compat or "",
+            "bootstrap": bootstrap,
+            "index": knn.settings.index,
+            "bank_rows": len(bank),
+            "bank_cohort": bank.cohort,
+            "bank_split": bank.split,
+        },
+        flags=shared_patients(bank, queries),
+        class_names=knn.class_names,
+        compat=compat,
+        bootstrap=bootstrap,
+    )
+
+
+def condition_records(
+    frame: Frame,
+    *,
+    name: str,
+    attack: Attack | None,
+    tally: Tally,
+    table: EmbeddingTable,
+    scores: Mapping[int, np.ndarray],
+) -> list[Record]:
+    """One record per k, level and metric of a condition; scores: class scores by k."""
+    eps = getattr(getattr(attack, "threat", None), "eps", 0.0)
+    head = Record(
+        **frame.identity,
+        attack="" if attack is None else repr(attack),
+        attack_name=name,
+        eps=eps_text(eps),
+        eps_value=eps_value(eps),
+        flags=frame.flags + suspicions(tally, eps_value(eps)),
+        forwards=tally.share("forwards"),
+        backwards=tally.share("backwards"),
+        settings=frame.settings | attack_settings(attack, tally),
+        level="",
+        metric="",
+        value=0.0,
+        n=0,
+        k=0,
+    )
+    found = []
+    for k, rows in scores.items():
+        for level, (measured, intervals) in _measure(frame, rows, table, head.seed).items():
+            place = dataclasses.replace(head, k=k, level=level, n=measured.n)
+            found += [_record(place, metric, getattr(measured, metric), intervals[metric]) for metric in METRICS]
+    return found
+
+
+def _measure(
+    frame: Frame, scores: np.ndarray, table: EmbeddingTable, seed: int
+) -> dict[str, tuple[Metrics, dict[str, Interval]]]:
+    levels = level_scores(scores, table, class_names=frame.class_names, how=frame.settings["how"], compat=frame.compat)
+    return {
+        level: (
+            metrics(pooled, labels, compat=frame.compat),
+            bootstrap_intervals(
+                pooled,
+                labels,
+                patients,
+                generator=np.random.default_rng(seed),
+                resamples=frame.bootstrap,
+                compat=frame.compat,
+            ),
+        )
+        for level, (pooled, labels, patients) in levels.items()
+    }
+
+
+def _record(place: Record, metric: str, value: float, interval: Interval) -> Record:
+    settings = place.settings | ({"no_interval": interval.reason} if interval.reason else {})
+    return dataclasses.replace(
+        place, metric=metric, value=value, low=interval.low, high=interval.high, settings=settings
+    )

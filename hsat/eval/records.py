@@ -1,0 +1,208 @@
+"""A number with everything that is needed to trust it, as JSON lines and as a Markdown table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsat.types import LEVELS
+
+_TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One number: what was measured, of what, under which attack, and how certain it is.
+
+    attack: repr of the attack ("" for clean images); attack_name: its short name, the column of a table.  eps: as text
+    ("8/255"); eps_value: the same in units of the pixel range.  target: the layer whose drift the attack maximises.
+    value, low, high: the metric and its interval in [0, 1]; low and high are None where there is no interval.
+    n: rows at this level.  forwards, backwards: passes per image that the attack spent.
+    flags: reasons to distrust the number.  settings: whatever else decides it.
+    """
+
+    model: str
+    attack: str
+    attack_name: str
+    eps: str
+    eps_value: float
+    target: str
+    level: str
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int
+    k: int
+    temperature: float
+    seed: int
+    versions: dict[str, str] = field(default_factory=dict)
+    cohort: str = ""
+    split: str = ""
+    checkpoint: str = ""
+    flags: tuple[str, ...] = ()
+    forwards: float = 0.0
+    backwards: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "flags", tuple(self.flags))
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Path:
+    """Write one JSON object per line; the file appears whole or not at all.  ValueError for NaN or infinity."""
+    path = Path(path)
+    lines = [json.dumps(dataclasses.asdict(record), allow_nan=False, sort_keys=True) + "\n" for record in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, working = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+        Path(working).chmod(0o644)  # mkstemp makes files that only their owner can read
+        Path(working).replace(path)
+    except BaseException:
+        Path(working).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
+    """Read what `write_records` wrote; empty lines are skipped.
+
+    Raises ValueError naming the line for text that is not a JSON object and for missing or unknown fields.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+        records.append(_as_record(values, f"{path}, line {number}"))
+    return tuple(records)
+
+
+def _as_record(values: Any, where: str) -> Record:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(values).__name__}")
+    known = {option.name for option in dataclasses.fields(Record)}
+    needed = {
+        option.name
+        for option in dataclasses.fields(Record)
+        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(needed - values.keys()):
+        raise ValueError(f"{where}: fields {missing} are missing; every record needs {sorted(needed)}")
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"{where}: unknown fields {unknown}; a record has {sorted(known)}")
+    return Record(**values)
+
+
+def eps_text(eps: float | torch.Tensor) -> str:
+    """eps as people write it: "8/255" for whole grey levels, else plain digits ("0.5"), "4/255..8/255" for a tensor."""
+    if isinstance(eps, torch.Tensor):
+        low, high = (eps_text(float(edge)) for edge in eps.double().aminmax())
+        return low if low == high else f"{low}..{high}"
+    levels = eps * 255
+    whole = round(levels) > 0 and abs(levels - round(levels)) < 1e-4
+    return f"{round(levels)}/255" if whole and round(eps, 3) != eps else f"{eps:g}"
+
+
+def eps_value(eps: float | torch.Tensor) -> float:
+    """eps as a number; the largest entry of a tensor."""
+    return float(eps.max()) if isinstance(eps, torch.Tensor) else float(eps)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what a number depends on; libraries that are not installed are left out."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for name, package in (("hsat", "hsat"), ("faiss", "faiss-cpu"), ("timm", "timm"), ("torchvision", "torchvision")):
+        try:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def markdown_table(
+    records: Sequence[Record],
+    *,
+    levels: Sequence[str] = LEVELS,
+    metrics: Sequence[str] = ("accuracy", "mca"),
+    intervals: bool = True,
+) -> str:
+    """One Markdown table per level: rows are models, columns are clean and then the attacks as they first occur.
+
+    A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
+    cell (seeds, splits) give their mean and standard deviation.  Rows are split by target and k where those differ.
+    Below the tables stand the notes and flags of the records.  Raises ValueError if no record fits.
+    """
+    wanted = [record for record in records if record.level in levels and record.metric in metrics]
+    if not wanted:
+        raise ValueError(
+            f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
+        )
+    columns = list(dict.fromkeys(record.attack_name for record in wanted))
+    columns.sort(key=lambda name: name != "clean")
+    parts = [_table(level, wanted, columns, metrics, intervals) for level in levels]
+    parts.append(_remarks(wanted))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(
+    level: str, records: Sequence[Record], columns: Sequence[str], metrics: Sequence[str], intervals: bool
+) -> str:
+    here = [record for record in records if record.level == level]
+    if not here:
+        return ""
+    rows = list(dict.fromkeys((record.model, record.target, record.k) for record in here))
+    sizes = sorted({record.n for record in here})
+    heading = f"**{level.capitalize()} level** ({' / '.join(_TITLES.get(name, name) for name in metrics)}, %;"
+    heading += f" n = {', '.join(map(str, sizes))})"
+    lines = [heading, "", "| model | target | k | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 3)]
+    for row in rows:
+        mine = [record for record in here if (record.model, record.target, record.k) == row]
+        cells = [
+            _cell([record for record in mine if record.attack_name == name], metrics, intervals) for name in columns
+        ]
+        lines.append("| " + " | ".join([*(str(value) for value in row), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(records: Sequence[Record], metrics: Sequence[str], intervals: bool) -> str:
+    parts = []
+    for name in metrics:
+        found = [record for record in records if record.metric == name]
+        if not found:
+            parts.append("–")
+        elif len(found) > 1:
+            values = [100 * record.value for record in found]
+            parts.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} runs)")
+        elif intervals and found[0].low is not None and found[0].high is not None:
+            parts.append(f"{100 * found[0].value:.1f} [{100 * found[0].low:.1f}, {100 * found[0].high:.1f}]")
+        else:
+            parts.append(f"{100 * found[0].value:.1f}")
+    return " / ".join(parts) if any(part != "–" for part in parts) else "–"
+
+
+def _remarks(records: Sequence[Record]) -> str:
+    lines: dict[str, None] = {}
+    for record in records:
+        if note := record.settings.get("note"):
+            lines[f"- {record.attack_name}: {note}"] = None
+        for flag in record.flags:
+            lines[f"- {record.model}, {record.attack_name} ({record.target}): {flag}"] = None
+    return "\n".join(lines)

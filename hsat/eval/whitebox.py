@@ -1,0 +1,218 @@
+"""White-box robustness of an encoder: its kNN accuracy on clean, noisy and attacked queries, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsat.attacks import RandomNoise, feature_drift
+from hsat.eval.embedding import (
+    LAYERS,
+    Layer,
+    describe,
+    device_of,
+    embed,
+    encode,
+    frozen_module,
+    labelled,
+    select_layer,
+    watch,
+)
+from hsat.eval.knn import FittedKNN, KNNClassifier
+from hsat.eval.measuring import condition_records, evaluation_frame
+from hsat.eval.pooling import How
+from hsat.eval.records import Record, eps_text
+from hsat.eval.scoring import Compat, match_labels
+from hsat.eval.tally import Tally
+from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True, eq=False)
+class WhiteboxResult:
+    """What `evaluate_whitebox` found; the keys of all mappings are "clean" and the names of the attacks.
+
+    records: one per condition, k, level and metric.  tables: the embeddings.  scores: class scores (n, classes) by
+    condition and k, columns as in `class_names`.  examples: the first images of the queries under each condition.
+    """
+
+    records: tuple[Record, ...]
+    tables: dict[str, EmbeddingTable]
+    scores: dict[str, dict[int, np.ndarray]]
+    examples: dict[str, Tensor]
+    class_names: tuple[str, ...]
+
+
+def evaluate_whitebox(
+    encoder: Encoder,
+    bank: Iterable[HierarchicalBatch] | EmbeddingTable,
+    queries: Iterable[HierarchicalBatch],
+    attacks: Mapping[str, Attack],
+    *,
+    target: str = "features",
+    layer: Layer = "features",
+    k: int | Sequence[int] = 200,
+    temperature: float = 0.07,
+    index: str = "flat",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    how: How | None = None,
+    compat: Compat | None = None,
+    bootstrap: int = 1000,
+    noise: bool = False,
+    class_names: Sequence[str] | None = None,
+    model: str = "",
+    checkpoint: str = "",
+    progress: bool = False,
+    keep_examples: int = 0,
+) -> WhiteboxResult:
+    """Attack the queries, embed them, and classify them by their neighbours in a clean bank.
+
+    bank: a loader of clean training images, or their table from `embed` with the same `layer`.  queries: a loader, read
+    once; all attacks see each batch in turn and share its clean embedding.  attacks: {"PGD-8": PGD(...), ...}; clean
+    queries are always measured, under the name "clean".  noise=True adds one random point of each threat model.
+
+    target: the layer whose cosine distance to the clean value the attacks maximise, "features" (what kNN reads) or
+    "embedding" (the projected embedding, as in the paper's tables).  layer: what kNN reads.  Each image's random start
+    depends on (seed, patch id) only.  k: one number or several; neighbours are searched once.  how, compat: see
+    `score_levels`.  bootstrap: resamples of patients for the intervals; 0 for none.
+    model, checkpoint: what the records say.  class_names: for loaders that do not know theirs.
+
+    Records carry flags where a result is doubtful: gradients that are exactly zero or images that never moved in more
+    than 1 % of the images (a masked gradient looks like robustness), and a bank that shares patients with the queries.
+
+    Raises ValueError for an unknown target, k, how or compat, an attack called "clean", and what `embed` and
+    `KNNClassifier` raise.
+    """
+    _check_options(target, attacks, how, compat)
+    ks = (k,) if isinstance(k, int) else tuple(k)
+    if not ks or min(ks) < 1:
+        raise ValueError(f"k must be a number of at least 1, or several as in (200, 20); got {k!r}")
+    settings = KNNClassifier(k=max(ks), temperature=temperature, index=index)
+    if not isinstance(bank, EmbeddingTable):
+        bank = embed(
+            encoder, bank, class_names=class_names, layer=layer, device=device, encoder_name=model, progress=progress
+        )
+    knn = settings.fit(bank)
+    trial = _Trial(encoder, target, layer, _conditions(attacks, noise), bank=bank, seed=seed, keep=keep_examples)
+    tables = trial.run(queries, class_names=class_names, device=device, model=model, progress=progress)
+    scores = {name: _scores(knn, table, ks) for name, table in tables.items()}
+    frame = evaluation_frame(
+        knn,
+        tables[CLEAN],
+        target=target,
+        layer=layer,
+        seed=seed,
+        how=how,
+        compat=compat,
+        bootstrap=bootstrap,
+        model=model,
+        checkpoint=checkpoint,
+    )
+    records = [
+        record
+        for name in tables
+        for record in condition_records(
+            frame,
+            name=name,
+            attack=trial.attacks.get(name),
+            tally=trial.tallies[name],
+            table=tables[name],
+            scores=scores[name],
+        )
+    ]
+    examples = {name: torch.cat(tally.kept) for name, tally in trial.tallies.items() if tally.kept}
+    return WhiteboxResult(tuple(records), tables, scores, examples, knn.class_names)
+
+
+class _Trial:
+    """One pass over the queries under all conditions."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        target: str,
+        layer: str,
+        attacks: Mapping[str, Attack],
+        *,
+        bank: EmbeddingTable,
+        seed: int,
+        keep: int,
+    ) -> None:
+        self._encoder, self._bank, self._seed, self._keep = encoder, bank, seed, keep
+        self._attacked, self._scored = select_layer(encoder, target), select_layer(encoder, layer)
+        self._same = target == layer
+        self.attacks = attacks
+        self.tallies = {name: Tally() for name in (CLEAN, *attacks)}
+
+    def run(
+        self,
+        queries: Iterable[HierarchicalBatch],
+        *,
+        class_names: Sequence[str] | None,
+        device: torch.device | str | None,
+        model: str,
+        progress: bool,
+    ) -> dict[str, EmbeddingTable]:
+        """The embeddings of all queries, by condition."""
+        names, cohort, split = describe(queries, class_names, "", "")
+        place = device_of(self._encoder, device)
+        with frozen_module(self._encoder):
+            for batch in watch(queries, progress, "attacking"):
+                match_labels(labelled(batch), names, self._bank.class_names)
+                self.see(batch, batch.images.to(place))
+        return {
+            name: tally.rows.table(class_names=names, cohort=cohort, split=split, encoder=model)
+            for name, tally in self.tallies.items()
+        }
+
+    def see(self, batch: HierarchicalBatch, images: Tensor) -> None:
+        """Attack and embed one batch; the clean embedding is computed once and serves every attack."""
+        clean = encode(self._scored, images)
+        if (width := self._bank.z.shape[1]) != clean.shape[-1]:
+            raise ValueError(f"the bank's embeddings have width {width}, the encoder's {clean.shape[-1]}: not its bank")
+        reference = clean if self._same else encode(self._attacked, images)
+        self._store(CLEAN, batch, images, clean)
+        objective = feature_drift(self._attacked, images, "cosine", reference=reference)
+        for name, attack in self.attacks.items():
+            generator = torch.Generator().manual_seed(self._seed)
+            result = attack.run(images, objective, generator=generator, ids=batch.patch)
+            self.tallies[name].count(result, images)
+            self._store(name, batch, result.x_adv, encode(self._scored, result.x_adv))
+
+    def _store(self, name: str, batch: HierarchicalBatch, images: Tensor, z: Tensor) -> None:
+        tally = self.tallies[name]
+        tally.rows.add(batch, z)
+        if (missing := self._keep - sum(map(len, tally.kept))) > 0:
+            tally.kept.append(images[:missing].detach().cpu())
+
+
+def _scores(knn: FittedKNN, table: EmbeddingTable, ks: Sequence[int]) -> dict[int, np.ndarray]:
+    """Class scores for each k, from one search; k above the bank are cut to it."""
+    found = knn.neighbours(table)
+    return {k: knn.score(found, k=k) for k in dict.fromkeys(min(k, knn.k) for k in ks)}
+
+
+def _conditions(attacks: Mapping[str, Attack], noise: bool) -> dict[str, Attack]:
+    found: dict[str, Attack] = {}
+    if noise:
+        for threat in dict.fromkeys(a.threat for a in attacks.values() if hasattr(a, "threat")):
+            found[f"noise-{eps_text(threat.eps).removesuffix('/255')}"] = RandomNoise(threat)
+    return found | dict(attacks)
+
+
+def _check_options(target: str, attacks: Mapping[str, Attack], how: str | None, compat: str | None) -> None:
+    if target not in LAYERS:
+        hint = " ('knn' is not available yet)" if target == "knn" else ""
+        raise ValueError(f"unknown target {target!r}{hint}; choose one of {list(LAYERS)}")
+    if CLEAN in attacks:
+        raise ValueError(f"an attack cannot be called {CLEAN!r}: that is the name of the queries as they are")
+    if how not in (None, "mean", "paper"):
+        raise ValueError(f"how must be 'mean' or 'paper', got {how!r}")
+    if compat not in (None, "paper"):
+        raise ValueError(f"compat must be None or 'paper', got {compat!r}")

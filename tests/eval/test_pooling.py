@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsat.eval import pool
+
+
+def loop_pool(scores, groups, how):
+    """One group after the other."""
+    rows = {}
+    for group in sorted(set(groups)):
+        members = [row for row, g in zip(scores, groups, strict=True) if g == group]
+        if how == "paper":
+            members = [np.exp(row) / np.exp(row).sum() for row in members]
+            total = sum(members)
+            rows[group] = total / total.sum()
+        else:
+            rows[group] = sum(members) / len(members)
+    return list(rows), np.array(list(rows.values()))
+
+
+def simplex(rng, n, classes):
+    return rng.dirichlet(np.full(classes, 0.4), n)
+
+
+@pytest.mark.parametrize("level", ["slide", "patient"])
+@pytest.mark.parametrize("case", ["all7_shuffled", "five_classes"])
+def test_equals_the_published_pooling(golden, case, level):
+    parts = [path.split("/") for path in golden[f"specs/{case}/paths"]]
+    groups = ["/".join(p[-4:-3] if level == "patient" else p[-4:-2]) for p in parts]
+    pooled = pool(golden[f"specs/{case}/logits"], groups, golden[f"specs/{case}/labels"], how="paper")
+    keys = [f"{group}|{label}" for group, label in zip(pooled.groups, pooled.labels, strict=True)]
+    published = list(golden[f"specs/{case}/{level}_keys"])
+    assert sorted(keys) == sorted(published)
+    expected = golden[f"specs/{case}/{level}_scores"][[published.index(key) for key in keys]]
+    np.testing.assert_allclose(pooled.scores, expected, atol=1e-6, rtol=0)
+
+
+def test_the_published_case_with_two_labels_in_one_patient_is_refused(golden):
+    patients = [path.split("/")[-4] for path in golden["specs/mixed_patient/paths"]]
+    scores, labels = golden["specs/mixed_patient/logits"], golden["specs/mixed_patient/labels"]
+    with pytest.raises(
+        ValueError, match=r"group NIO_002 holds patches with labels \[1, 2\]; a slide or patient has one"
+    ):
+        pool(scores, patients, labels, how="paper")
+    assert len(pool(scores, patients)) == len(set(patients))  # labels never take part in the grouping
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 40),
+    classes=st.integers(1, 6),
+    how=st.sampled_from(["mean", "paper"]),
+)
+def test_laws(seed, n, classes, how):
+    rng = np.random.default_rng(seed)
+    scores, groups = simplex(rng, n, classes), rng.integers(-5, 5, n)
+    labels = groups % classes
+    pooled = pool(scores, groups, labels, how=how)
+    names, expected = loop_pool(scores, groups.tolist(), how)
+    assert pooled.groups.tolist() == names
+    np.testing.assert_allclose(pooled.scores, expected, atol=1e-12)
+    np.testing.assert_allclose(pooled.scores.sum(1), 1.0, atol=1e-12)
+    assert pooled.labels.tolist() == [group % classes for group in names]
+    assert pooled.sizes.tolist() == [(groups == group).sum() for group in names]
+    order = rng.permutation(n)
+    again = pool(scores[order], groups[order], labels[order], how=how)
+    np.testing.assert_allclose(again.scores, pooled.scores, atol=1e-12)
+    renamed = pool(scores, groups + 100, how=how)
+    np.testing.assert_array_equal(renamed.scores, pooled.scores)
+    assert renamed.labels is None
+    np.testing.assert_allclose(
+        pool(np.repeat(scores, 3, 0), np.repeat(groups, 3), how=how).scores, pooled.scores, atol=1e-12
+    )
+
+
+def test_groups_of_one_keep_their_scores():
+    scores = simplex(np.random.default_rng(0), 5, 3)
+    np.testing.assert_array_equal(pool(scores, [4, 2, 0, 1, 3]).scores, scores[[2, 3, 1, 4, 0]])
+
+
+def test_the_published_softmax_can_turn_a_vote():
+    """Two patches sure of class 0 against three that lean to class 1: the means say 1, the softmax says 0."""
+    scores = np.array([[1.0, 0.0, 0.0]] * 2 + [[0.0, 0.68, 0.32]] * 3)
+    assert pool(scores, np.zeros(5, int)).scores.argmax() == 1
+    assert pool(scores, np.zeros(5, int), how="paper").scores.argmax() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(scores=np.ones((2, 3)), groups=[0, 1, 2]), r"2 rows of scores but groups has shape \(3,\)"),
+        (dict(scores=np.ones((2, 3)), groups=[0, 1], labels=[0]), r"2 rows of scores but labels has shape \(1,\)"),
+        (dict(scores=np.ones(3), groups=[0]), r"scores must be \(n, classes\), got shape \(3,\)"),
+        (dict(scores=np.ones((0, 3)), groups=[]), r"scores of shape \(0, 3\) hold nothing"),
+        (
+            dict(scores=np.array([[1.0], [np.nan]]), groups=[0, 1]),
+            "scores are not finite in 1 of 2 rows, first in row 1",
+        ),
+        (dict(scores=np.ones((1, 3)), groups=[0], how="sum"), "how must be 'mean' or 'paper', got 'sum'"),
+        (
+            dict(scores=np.ones((3, 3)), groups=[7, 8, 7], labels=[0, 1, 2]),
+            r"group 7 holds patches with labels \[0, 2\]",
+        ),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pool(**arguments)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from hsat.eval import Record, eps_text, markdown_table, read_records, write_records
+from hsat.eval.records import eps_value, software_versions
+
+
+def record(**changes) -> Record:
+    values = dict(
+        model="hsat",
+        attack="PGD(...)",
+        attack_name="PGD-8",
+        eps="8/255",
+        eps_value=8 / 255,
+        target="features",
+        level="patch",
+        metric="accuracy",
+        value=0.5,
+        low=0.25,
+        high=0.75,
+        n=100,
+        k=200,
+        temperature=0.07,
+        seed=0,
+        versions={"torch": "2"},
+        flags=("doubtful",),
+        settings={"random_start": True, "note": "noted"},
+    )
+    return Record(**(values | changes))
+
+
+def test_written_and_read_back_the_same(tmp_path):
+    records = (record(), record(low=None, high=None, flags=(), model="größer"), record(value=1 / 3, forwards=11.0))
+    path = write_records(tmp_path / "runs" / "records.jsonl", iter(records))
+    assert read_records(path) == records
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 3
+    assert os.listdir(path.parent) == ["records.jsonl"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = write_records(tmp_path / "records.jsonl", [record()])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_records(path, [record(value=float("nan"))])
+    assert read_records(path) == (record(),)
+    assert os.listdir(tmp_path) == ["records.jsonl"]
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_records(tmp_path / "records.jsonl", [record()])
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_records(path, [record(value=0.1)])
+    assert read_records(path) == (record(),)
+    assert os.listdir(tmp_path) == ["records.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", r"records.jsonl, line 3: not JSON \(.*at column 2\)"),
+        ("[1]", "records.jsonl, line 3: expected a JSON object, got list"),
+        ('{"model": "a"}', r"records.jsonl, line 3: fields \['attack', .* are missing"),
+        (None, r"records.jsonl, line 3: unknown fields \['levle'\]"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, message):
+    path = write_records(tmp_path / "records.jsonl", [record()])
+    good = path.read_text()
+    bad = json.dumps(json.loads(good) | {"levle": 1}) if line is None else line
+    path.write_text(good + "\n" + bad + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        (8 / 255, "8/255"),
+        (4 / 255, "4/255"),
+        (1.0, "1"),
+        (0.0, "0"),
+        (0.5, "0.5"),
+        (0.01, "0.01"),
+        (0.0123456, "0.0123456"),
+        (torch.tensor([8 / 255]), "8/255"),
+        (torch.tensor([4 / 255, 8 / 255]), "4/255..8/255"),
+    ],
+)
+def test_eps_as_text(eps, text):
+    assert eps_text(eps) == text
+
+
+def test_eps_as_a_number():
+    assert eps_value(torch.tensor([0.1, 0.25])) == 0.25
+    assert eps_value(0.5) == 0.5
+
+
+def test_versions_are_recorded():
+    assert {"python", "torch", "numpy", "hsat"} <= software_versions().keys()
+
+
+def test_markdown_table():
+    records = [
+        record(model=model, attack_name=name, metric=metric, level=level, value=value, flags=(), settings={})
+        for level in ("slide", "patch")
+        for model, base in (("hidisc", 0.1), ("hsat", 0.5))
+        for name, gain in (("PGD-8", 0.0), ("clean", 0.3))
+        for metric, value in (("accuracy", base + gain), ("mca", base), ("map", 0.0))
+    ]
+    records[0] = record(model="hidisc", level="slide", value=0.1, low=None, high=None, flags=("doubtful",))
+    text = markdown_table(records, levels=("patch", "slide"))
+    assert text.splitlines()[:6] == [
+        "**Patch level** (Acc / MCA, %; n = 100)",
+        "",
+        "| model | target | k | clean | PGD-8 |",
+        "| --- | --- | --- | --- | --- |",
+        "| hidisc | features | 200 | 40.0 [25.0, 75.0] / 10.0 [25.0, 75.0] | 10.0 [25.0, 75.0] / 10.0 [25.0, 75.0] |",
+        "| hsat | features | 200 | 80.0 [25.0, 75.0] / 50.0 [25.0, 75.0] | 50.0 [25.0, 75.0] / 50.0 [25.0, 75.0] |",
+    ]
+    assert "| hidisc | features | 200 | 40.0 [25.0, 75.0] / 10.0 [25.0, 75.0] | 10.0 / 10.0 [25.0, 75.0] |" in text
+    assert text.endswith("- PGD-8: noted\n- hidisc, PGD-8 (features): doubtful\n")
+
+
+def test_markdown_table_without_intervals_and_with_several_runs():
+    several = [record(seed=seed, value=value, flags=(), settings={}) for seed, value in enumerate((0.4, 0.5, 0.6))]
+    text = markdown_table(several, levels=("patch",), metrics=("accuracy",))
+    assert "| hsat | features | 200 | 50.0 ± 10.0 (3 runs) |" in text
+    text = markdown_table(several[:1], levels=("patch",), metrics=("accuracy",), intervals=False)
+    assert "| hsat | features | 200 | 40.0 |" in text
+
+
+def test_markdown_table_marks_what_was_not_measured():
+    other = record(model="b", attack_name="BIM-8", target="embedding", k=20)
+    text = markdown_table([record(), other], metrics=("accuracy",), intervals=False)
+    assert "| hsat | features | 200 | 50.0 | – |" in text
+    assert "| b | embedding | 20 | – | 50.0 |" in text
+
+
+def test_markdown_table_of_nothing():
+    with pytest.raises(ValueError, match=r"none of the 1 records is at a level of \['slide'\]"):
+        markdown_table([record()], levels=("slide",))

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from hsat.attacks import BIM, PGD, Linf
+from hsat.eval import (
+    Interval,
+    KNNClassifier,
+    bootstrap_intervals,
+    embed,
+    evaluate_whitebox,
+    paper_attacks,
+    read_records,
+    score_levels,
+    write_records,
+)
+from hsat.eval.scoring import level_scores
+from hsat.types import AttackResult, HierarchicalBatch
+
+PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=6)
+FAST = dict(k=15, bootstrap=50)
+
+
+@pytest.fixture(scope="module")
+def bank(toy_batches):
+    return toy_batches(seed=1, sizes=(30, 30, 30), first_id=1000)
+
+
+@pytest.fixture(scope="module")
+def queries(toy_batches):
+    return toy_batches(seed=2, sizes=(20, 16))
+
+
+def value(result, name, *, level="patch", metric="accuracy"):
+    (found,) = (r for r in result.records if (r.attack_name, r.level, r.metric) == (name, level, metric))
+    return found.value
+
+
+@pytest.mark.parametrize("target", ["features", "embedding"])
+def test_attacks_lower_accuracy_and_noise_hardly_does(toy_encoder, bank, queries, target):
+    attacks = paper_attacks((4 / 255, 8 / 255), steps=6)
+    result = evaluate_whitebox(toy_encoder, bank, queries, attacks, target=target, noise=True, **FAST)
+    assert list(result.tables) == ["clean", "noise-4", "noise-8", *attacks]
+    assert value(result, "clean") >= 0.95
+    assert value(result, "noise-8") >= 0.8
+    for name in attacks:
+        assert value(result, name) <= 0.4, name
+    assert {record.target for record in result.records} == {target}
+
+
+def test_records_are_what_the_parts_give(toy_encoder, bank, queries, tmp_path):
+    result = evaluate_whitebox(
+        toy_encoder, bank, queries, {"PGD-8": PGD8}, seed=3, model="toy", checkpoint="abc", **FAST
+    )
+    assert len(result.records) == 2 * 3 * 5
+    knn = KNNClassifier(k=15).fit(embed(toy_encoder, bank))
+    attacked = embed(toy_encoder, queries, attack=PGD8, generator=torch.Generator().manual_seed(3))
+    np.testing.assert_array_equal(attacked.z, result.tables["PGD-8"].z)
+    expected = score_levels(knn.predict_proba(attacked), attacked)
+    for record in result.records:
+        if record.attack_name == "PGD-8":
+            assert record.value == getattr(expected[record.level], record.metric)
+            assert record.n == expected[record.level].n
+    record = result.records[-1]
+    assert (record.model, record.checkpoint, record.cohort, record.split, record.seed) == (
+        "toy",
+        "abc",
+        "toy",
+        "val",
+        3,
+    )
+    assert (record.attack, record.eps, record.eps_value) == (repr(PGD8), "8/255", 8 / 255)
+    assert (record.k, record.temperature, record.level, record.metric) == (15, 0.07, "patient", "top3")
+    assert record.backwards == PGD8.steps <= record.forwards
+    assert record.settings["random_start"] is True
+    assert record.settings["how"] == "mean" and record.settings["bank_rows"] == 90
+    assert {"python", "torch", "numpy", "hsat", "faiss"} <= record.versions.keys()
+    for record in result.records:
+        assert 0 <= record.low <= record.high <= 1
+    assert result.records[0].attack == "" and result.records[0].eps == "0"
+    assert read_records(write_records(tmp_path / "r.jsonl", result.records)) == result.records
+
+
+def test_eps_zero_is_clean_exactly(toy_encoder, bank, queries):
+    nothing = dataclasses.replace(PGD8, threat=Linf(0.0))
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-0": nothing}, keep_examples=5, **FAST)
+    np.testing.assert_array_equal(result.tables["PGD-0"].z, result.tables["clean"].z)
+    assert torch.equal(result.examples["PGD-0"], result.examples["clean"])
+    for clean, attacked in zip(result.records[:15], result.records[15:], strict=True):
+        assert (clean.value, clean.low, clean.high) == (attacked.value, attacked.low, attacked.high)
+        assert attacked.flags == ()
+
+
+def test_seeds_and_batches(toy_encoder, bank, queries, toy_batches):
+    def run(loader, seed=0):
+        attack = dataclasses.replace(PGD8, steps=1)
+        return evaluate_whitebox(toy_encoder, bank, loader, {"PGD-8": attack}, seed=seed, **FAST).tables["PGD-8"].z
+
+    first = run(queries)
+    np.testing.assert_array_equal(run(queries), first)
+    assert np.abs(run(queries, seed=1) - first).max() > 1e-3
+    again = [batch for batch in reversed(queries)]
+    loader = type(queries)(again)
+    np.testing.assert_allclose(run(loader), np.concatenate((first[20:], first[:20])), atol=1e-5)
+
+
+def test_one_pass_over_a_loader_that_can_be_read_once(toy_encoder, bank, queries):
+    result = evaluate_whitebox(
+        toy_encoder,
+        embed(toy_encoder, bank),
+        iter(queries),
+        {"PGD-8": PGD8},
+        class_names=("cyan", "green", "red"),
+        **FAST,
+    )
+    assert len(result.tables["PGD-8"]) == 36
+    assert result.tables["clean"].cohort == ""
+
+
+def test_the_clean_embedding_is_computed_once_per_batch(toy_encoder, bank, queries):
+    table = embed(toy_encoder, bank)
+    attacks = {name: dataclasses.replace(PGD8, random_start=start) for name, start in (("a-8", True), ("b-8", True))}
+    costs = []
+    for chosen in ({}, dict(list(attacks.items())[:1]), attacks):
+        toy_encoder.forwards = 0
+        evaluate_whitebox(toy_encoder, table, queries, chosen, **FAST)
+        costs.append(toy_encoder.forwards)
+    assert costs[0] == len(queries)
+    assert costs[2] - costs[1] == costs[1] - costs[0] <= len(queries) * (PGD8.steps + 2)
+
+
+def test_several_k_from_one_run(toy_encoder, bank, queries):
+    both = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, k=(15, 3), bootstrap=0)
+    alone = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, k=3, bootstrap=0)
+    assert sorted(both.scores["clean"]) == [3, 15]
+    np.testing.assert_allclose(both.scores["PGD-8"][3], alone.scores["PGD-8"][3], atol=1e-12)
+    assert [r.value for r in both.records if r.k == 3] == pytest.approx([r.value for r in alone.records])
+    assert all(r.low is None and r.settings["no_interval"] == "no resamples" for r in both.records)
+
+
+def test_k_above_the_bank_warns_and_is_recorded(toy_encoder, bank, queries):
+    with pytest.warns(UserWarning, match="k=200 is more than the 90 rows of the bank; using k=90"):
+        result = evaluate_whitebox(toy_encoder, bank, queries, {}, k=(200, 20), bootstrap=0)
+    assert {record.k for record in result.records} == {90, 20}
+
+
+def test_examples_are_the_first_images(toy_encoder, bank, queries):
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, keep_examples=25, **FAST)
+    images = torch.cat([batch.images for batch in queries])[:25]
+    assert torch.equal(result.examples["clean"], images)
+    gap = (result.examples["PGD-8"].double() - images.double()).abs()
+    assert 7.5 / 255 < gap.max() <= 8 / 255
+    assert evaluate_whitebox(toy_encoder, bank, queries, {}, **FAST).examples == {}
+
+
+def test_compat_repeats_the_published_arithmetic(toy_encoder, bank, queries):
+    columns = ("images", "patch", "slide", "patient", "label")
+    queries = type(queries)(  # without one class, which the attack makes the classifier predict
+        HierarchicalBatch(*(getattr(batch, name)[batch.label < 2] for name in columns)) for batch in queries
+    )
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, compat="paper", **FAST)
+    table, scores = result.tables["PGD-8"], result.scores["PGD-8"][15]
+    expected = score_levels(scores, table, compat="paper")
+    assert expected["slide"].mca < score_levels(scores, table)["slide"].mca
+    assert expected["patch"].map != score_levels(scores, table)["patch"].map
+    for record in result.records[15:]:
+        assert record.value == getattr(expected[record.level], record.metric)
+        assert (record.settings["how"], record.settings["compat"]) == ("paper", "paper")
+    rows, labels, patients = level_scores(scores, table, compat="paper")["slide"]
+    options = dict(generator=np.random.default_rng(0), resamples=50, compat="paper")
+    intervals = bootstrap_intervals(rows, labels, patients, **options)
+    found = {r.metric: Interval(r.low, r.high) for r in result.records[15:] if r.level == "slide"}
+    assert found == intervals
+
+
+def test_bim_with_a_random_start_says_what_it_is(toy_encoder, bank, queries):
+    attacks = {
+        name: BIM(Linf(8 / 255), step_size=2 / 255, steps=2, random_start=r) for name, r in (("r", True), ("c", False))
+    }
+    result = evaluate_whitebox(toy_encoder, bank, queries, attacks, **FAST)
+    notes = {r.attack_name: (r.settings.get("random_start"), r.settings.get("note")) for r in result.records}
+    assert notes == {"clean": (None, None), "r": (True, "BIM with a random start is PGD"), "c": (False, None)}
+
+
+def test_masked_gradients_are_flagged(bank, queries):
+    def quantised(images):
+        return (images - images.detach()) * 0 + (images.detach() * 255).round() / 255
+
+    def encode(images):
+        mean = quantised(images).mean((2, 3)) - 0.5
+        return torch.stack((mean[:, 0] - mean[:, 1], mean[:, 1] - mean[:, 2]), 1) * 40
+
+    still = dataclasses.replace(PGD8, random_start=False)
+    result = evaluate_whitebox(encode, bank, queries, {"PGD-8": PGD8, "still-8": still}, **FAST)
+    flags = {record.attack_name: record.flags for record in result.records}
+    assert flags["clean"] == ()
+    assert flags["PGD-8"] == ("gradient exactly zero in some step for 100.0% of the images",)
+    shares = {r.attack_name: r.settings.get("zero_gradient_share") for r in result.records}
+    assert shares["PGD-8"] == 1.0
+
+
+def test_images_that_never_move_are_flagged(toy_encoder, bank, queries):
+    class Asleep:
+        threat = Linf(8 / 255)
+
+        def run(self, x, objective, **_):
+            n = len(x)
+            return AttackResult(x, torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.int64), None, 1, 0)
+
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"asleep": Asleep()}, **FAST)
+    assert result.records[-1].flags == ("100.0% of the images never moved",)
+    assert result.records[0].flags == ()
+
+
+def test_a_bank_with_the_queries_patients_is_flagged(toy_encoder, queries):
+    result = evaluate_whitebox(toy_encoder, queries, queries, {}, **FAST)
+    assert result.records[0].flags == ("bank and queries share 9 patients",)
+
+
+def test_a_bank_of_another_cohort_works_by_class_name(toy_encoder, bank, queries):
+    table = embed(toy_encoder, bank)
+    turned = dataclasses.replace(
+        table, label=(table.label + 1) % 3, class_names=("red", "cyan", "green"), cohort="another"
+    )
+    result = evaluate_whitebox(toy_encoder, turned, queries, {}, **FAST)
+    assert result.class_names == ("red", "cyan", "green")
+    assert value(result, "clean") == value(evaluate_whitebox(toy_encoder, bank, queries, {}, **FAST), "clean")
+
+
+def test_the_encoder_comes_back_as_it_was(toy_encoder, bank, queries):
+    toy_encoder.train()
+    before = {name: tensor.clone() for name, tensor in toy_encoder.state_dict().items()}
+    evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST)
+    assert toy_encoder.training and toy_encoder.norm.training and toy_encoder.norm.weight.requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in toy_encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(target="knn"), r"unknown target 'knn' \('knn' is not available yet\); choose one of \['features', 'emb"),
+        (dict(target="pixels"), r"unknown target 'pixels'; choose one of"),
+        (dict(layer="pixels"), r"unknown layer or target 'pixels'"),
+        (dict(attacks={"clean": PGD8}), "an attack cannot be called 'clean'"),
+        (dict(k=()), r"k must be a number of at least 1, or several as in \(200, 20\); got \(\)"),
+        (dict(k=(20, 0)), r"k must be a number of at least 1.*got \(20, 0\)"),
+        (dict(how="sum"), "how must be 'mean' or 'paper', got 'sum'"),
+        (dict(compat="published"), "compat must be None or 'paper', got 'published'"),
+        (dict(class_names=("cyan", "green", "blue")), r"classes \['blue'\] that the bank does not know"),
+    ],
+)
+def test_errors_come_before_the_attacks(toy_encoder, bank, queries, options, message):
+    class Never:
+        def run(self, *_, **__):
+            raise AssertionError("the attack ran")
+
+    arguments = dict(attacks={"never": Never()}, **FAST) | options
+    with pytest.raises(ValueError, match=message):
+        evaluate_whitebox(toy_encoder, embed(toy_encoder, bank), queries, **arguments)
+
+
+def test_the_bank_of_another_encoder(toy_encoder, bank, queries):
+    table = embed(toy_encoder, bank, layer="embedding")
+    with pytest.raises(ValueError, match="the bank's embeddings have width 4, the encoder's 3: not its bank"):
+        evaluate_whitebox(toy_encoder, table, queries, {"PGD-8": PGD8}, **FAST)
