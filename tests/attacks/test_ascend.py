@@ -23,6 +23,7 @@ from hsat.attacks import (
     hierarchical,
     objective_from,
 )
+from hsat.testing import check_feasible
 from hsat.types import Attack, HierarchicalBatch, ThreatModel
 
 THREAT = Linf(8 / 255)
@@ -273,6 +274,16 @@ def test_overflow_under_float16_halves_the_scale(x):
     """Slopes of 40 times the first scale exceed 65504; the attack still climbs."""
     x = x.half()
     assert torch.equal(PGD5(x, lambda v: (v * 40).sum((1, 2, 3)), start=x), THREAT.project(x + 1, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("threat", [THREAT, L2(0.3)])
+def test_every_image_the_objective_is_shown_is_feasible_in_its_own_dtype(x, dtype, threat):
+    x, shown = x.to(dtype), []
+    attack = PGD(threat, step_size=threat.eps / 3, steps=6)
+    attack.run(x, lambda v: shown.append(v.detach()) or bumpy(v), generator=seeded())
+    for v in shown:
+        check_feasible(v, x, threat)
 
 
 def test_inference_mode_is_refused_with_a_way_out(x):
