@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
 from hsat.data.files import check_inside, existing_root, file_sizes
-from hsat.data.records import PatchRecord, check_records
+from hsat.data.numbering import numbered, read_only
+from hsat.data.records import PatchRecord, as_record, check_records
 
 __all__ = ["Cohort", "PatchRecord"]
 
-Key = TypeVar("Key", bound=Hashable)
 Layout = Literal["opensrh", "folders", "csv"]
 
 
 class Cohort(BaseModel):
     """All patches of a study; row i of every array belongs to records[i].  Frozen; checked once, when made.
 
-    root: an existing folder; kept absolute.  records: PatchRecord rows.  class_names: one list for all splits; the
-    position in it is the label.  It is deliberately not made per split: the published code numbers the classes that
-    a split happens to hold, and so compares different numbers when a class is absent from one of them.
+    root: an existing folder; kept absolute.  records: PatchRecord rows, or tuples of their fields.
+    class_names: one list for all splits; the position in it is the label.  It is deliberately not made per split: the
+    published code numbers the classes that a split happens to hold, and so compares different numbers when a class is
+    absent from one of them.
     kind: "srh" (two-plane 16-bit TIFF) or "rgb" (8-bit colour).  notes: what the reader left out, in words.
+    allow_links: a link may lead to a file outside the root; otherwise that is an error where the path is used.  Pass it
+    only for folders whose links are your own: whatever they point to is read.
 
     Raises FileNotFoundError or NotADirectoryError for the root, ValueError or TypeError for records that break a
     rule of `hsat.data.records.check_records` (unique safe relative paths; one split and one class per patient; known
@@ -40,6 +43,7 @@ class Cohort(BaseModel):
     class_names: tuple[str, ...]
     kind: Literal["srh", "rgb"]
     notes: tuple[str, ...] = ()
+    allow_links: bool = False
 
     def __init__(
         self,
@@ -49,14 +53,22 @@ class Cohort(BaseModel):
         class_names: Sequence[str],
         kind: Literal["srh", "rgb"],
         notes: Iterable[str] = (),
+        allow_links: bool = False,
     ) -> None:
         folder = existing_root(root)
         if kind not in ("srh", "rgb"):
             raise ValueError(f"kind must be 'srh' (two-plane 16-bit TIFF) or 'rgb' (8-bit colour), got {kind!r}")
-        rows = tuple(records)
+        rows = tuple(map(as_record, records))
         # Before pydantic, so that a caller's mistake is a plain ValueError and not a wrapped one.
         check_records(rows, class_names)
-        super().__init__(root=folder, records=rows, class_names=tuple(class_names), kind=kind, notes=tuple(notes))
+        super().__init__(
+            root=folder,
+            records=rows,
+            class_names=tuple(class_names),
+            kind=kind,
+            notes=tuple(notes),
+            allow_links=allow_links,
+        )
 
     @classmethod
     def from_opensrh(cls, root: str | os.PathLike[str], **options: Any) -> Cohort:
@@ -113,13 +125,13 @@ class Cohort(BaseModel):
     @cached_property
     def patch(self) -> np.ndarray:
         """(n,) int64 patch ids: patch[i] == i."""
-        return _frozen(np.arange(len(self.records), dtype=np.int64))
+        return read_only(np.arange(len(self.records), dtype=np.int64))
 
     @cached_property
     def label(self) -> np.ndarray:
         """(n,) int64 positions in class_names."""
         index = {name: i for i, name in enumerate(self.class_names)}
-        return _frozen(np.fromiter((index[row.class_name] for row in self.records), np.int64, len(self.records)))
+        return read_only(np.fromiter((index[row.class_name] for row in self.records), np.int64, len(self.records)))
 
     @cached_property
     def slide(self) -> np.ndarray:
@@ -148,15 +160,15 @@ class Cohort(BaseModel):
 
     @cached_property
     def _slides(self) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
-        return _numbered([(row.patient, row.slide) for row in self.records])
+        return numbered([(row.patient, row.slide) for row in self.records])
 
     @cached_property
     def _patients(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        return _numbered([row.patient for row in self.records])
+        return numbered([row.patient for row in self.records])
 
     @cached_property
     def _split_codes(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        return _numbered([row.split for row in self.records])
+        return numbered([row.split for row in self.records])
 
     @cached_property
     def _checked_folders(self) -> dict[str, None]:
@@ -177,12 +189,15 @@ class Cohort(BaseModel):
     def path(self, i: int) -> Path:
         """Absolute path of records[i].
 
-        Raises IndexError, or ValueError when a link leads out of the root.  The file itself need not exist.
+        Raises IndexError, or ValueError when a link leads out of the root and allow_links is False.  The file itself
+        need not exist.
         """
         if not 0 <= i < len(self.records):
             raise IndexError(f"row {i} is outside this cohort of {len(self.records)} patches")
         name = self.records[i].path
         full = f"{self.root}/{name}"
+        if self.allow_links:
+            return Path(full)
         folder = os.path.dirname(full)
         if folder not in self._checked_folders:
             check_inside(self.root, folder, name)
@@ -217,7 +232,8 @@ class Cohort(BaseModel):
         """The same patches with a fresh patient-disjoint split, stratified by class; any earlier split is replaced.
 
         of: divide the patients of this split only, and leave the others where they are; with names=("train", "tune")
-        and of="train" some training patients are held out to choose a model by, beside an untouched "val".
+        and of="train" some training patients are held out to choose a model by, beside an untouched "val".  It is an
+        error then if names[1] has patients already.
 
         Of each class, round(val_fraction * patients) go to names[1], but at least one and at most all but one; the
         draw depends on the seed, the class's name and its patients' names only.  A class with a single patient stays
@@ -227,8 +243,10 @@ class Cohort(BaseModel):
 
         if of is not None:
             self.rows(of)  # an unknown split is an error that lists those there are
+            if names[1] != of and names[1] in self.splits:
+                raise ValueError(f"split {names[1]!r} has patients already; name another, as in names=({of!r}, 'tune')")
         records = split_by_patient(self.records, val_fraction=val_fraction, seed=seed, names=names, of=of)
-        return Cohort(root=self.root, records=records, class_names=self.class_names, kind=self.kind, notes=self.notes)
+        return Cohort(**{name: getattr(self, name) for name in type(self).model_fields} | {"records": records})
 
     def summary(self) -> dict[str, dict[str, dict[str, int]]]:
         """How many patients, slides and patches each class has in each split.
@@ -236,27 +254,6 @@ class Cohort(BaseModel):
         Nested as [split][class]["patients" | "slides" | "patches"]; the split "" holds rows without one.  Every class
         of class_names is there, also with zeros.
         """
-        codes, split_names = self._split_codes
-        table: dict[str, dict[str, dict[str, int]]] = {}
-        for code, split in enumerate(split_names):
-            table[split] = {}
-            for label, name in enumerate(self.class_names):
-                rows = np.flatnonzero((codes == code) & (self.label == label))
-                table[split][name] = {
-                    "patients": len(np.unique(self.patient[rows])),
-                    "slides": len(np.unique(self.slide[rows])),
-                    "patches": len(rows),
-                }
-        return table
+        from hsat.data.counts import cohort_counts
 
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array.setflags(write=False)
-    return array
-
-
-def _numbered(keys: Sequence[Key]) -> tuple[np.ndarray, tuple[Key, ...]]:
-    """Numbers in order of first appearance, and what they stand for."""
-    codes: dict[Key, int] = {}
-    numbers = np.fromiter((codes.setdefault(key, len(codes)) for key in keys), np.int64, len(keys))
-    return _frozen(numbers), tuple(codes)
+        return cohort_counts(self)

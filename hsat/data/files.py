@@ -26,7 +26,8 @@ def check_inside(root: Path, full: str, name: str) -> None:
     if target != base and not target.startswith(base.rstrip("/") + "/"):
         raise ValueError(
             f"path {name!r} leads out of the cohort's root {base} through a link, to {target};"
-            " copy or hard-link the files into the root, or read the cohort from where they lie"
+            " copy or hard-link the files into the root, read the cohort from where they lie, or, where the links are"
+            " your own, pass allow_links=True"
         )
 
 

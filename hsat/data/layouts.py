@@ -28,6 +28,7 @@ def read_folders(
     class_names: Sequence[str] | None = None,
     mixed: Literal["error", "drop_minority"] = "error",
     on_empty: Literal["error", "skip"] = "error",
+    allow_links: bool = False,
 ) -> Cohort:
     """A Cohort from folders class/patient/slide/patch.png, or split/class/patient/slide/patch.png.
 
@@ -38,7 +39,7 @@ def read_folders(
     level is the split.  class_names: None takes all classes that occur, in alphabetical order.
     mixed: a patient with folders under two classes is an error; "drop_minority" keeps the patches of the class with
     most (of equals, the first by name) and warns.  on_empty: an empty class, patient or slide folder is an error, or
-    "skip" with a warning.
+    "skip" with a warning.  allow_links: see `Cohort`.
     Raises FileNotFoundError or NotADirectoryError for the root; ValueError naming the culprit for images at a wrong
     depth, links in a circle, files that are not regular, and whatever `Cohort` refuses; PermissionError for folders
     that may not be read.
@@ -60,7 +61,8 @@ def read_folders(
         warnings.warn(f"slide folders of {folder} hold files that are not read: {found.strange_words()}", stacklevel=3)
     kept = _settle_mixed(found.records, mixed, notes, places=[row.path for row in found.records])
     records = [found.records[i] for i in kept]
-    return _cohort(folder, records, class_names, kind, notes, places=[row.path for row in records])
+    places = [row.path for row in records]
+    return _cohort(folder, records, class_names, kind, notes, places=places, allow_links=allow_links)
 
 
 def read_csv(
@@ -70,11 +72,12 @@ def read_csv(
     kind: Kind | None = None,
     class_names: Sequence[str] | None = None,
     mixed: Literal["error", "drop_minority"] = "error",
+    allow_links: bool = False,
 ) -> Cohort:
     """A Cohort from a CSV file with the columns path, class, patient, slide and, if wanted, split; others are ignored.
 
     manifest: relative to the root, or absolute.  Paths in it are relative to the root.  Rows keep their order.  UTF-8,
-    commas; an empty split means none.  kind, class_names and mixed as in `read_folders`.
+    commas; an empty split means none.  kind, class_names, mixed and allow_links as in `read_folders`.
     Raises FileNotFoundError for a missing root or manifest; ValueError naming file and line for missing columns, rows
     of another length, text that is not UTF-8 CSV, and whatever `Cohort` refuses.
     """
@@ -93,7 +96,8 @@ def read_csv(
     notes: list[str] = []
     places = [f"{path.name}, line {line}" for line in lines]
     kept = _settle_mixed(records, mixed, notes, places=places)
-    return _cohort(folder, [records[i] for i in kept], class_names, kind, notes, places=[places[i] for i in kept])
+    records, places = [records[i] for i in kept], [places[i] for i in kept]
+    return _cohort(folder, records, class_names, kind, notes, places=places, allow_links=allow_links)
 
 
 def _manifest_records(path: Path) -> tuple[list[PatchRecord], list[int]]:
@@ -163,10 +167,18 @@ def _cohort(
     notes: list[str],
     *,
     places: Sequence[str],
+    allow_links: bool,
 ) -> Cohort:
     names = ordered_classes(records) if class_names is None else tuple(class_names)
     check_records(records, names, where=places.__getitem__)
-    return Cohort(root=folder, records=records, class_names=names, kind=_kind(records, kind), notes=notes)
+    return Cohort(
+        root=folder,
+        records=records,
+        class_names=names,
+        kind=_kind(records, kind),
+        notes=notes,
+        allow_links=allow_links,
+    )
 
 
 def _kind(records: Iterable[PatchRecord], kind: Kind | None) -> Kind:

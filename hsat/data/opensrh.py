@@ -26,6 +26,7 @@ def read_opensrh(
     class_names: Sequence[str] | None = None,
     on_empty: Literal["error", "skip"] = "error",
     unlisted: Literal["skip", "keep", "error"] = "skip",
+    allow_links: bool = False,
 ) -> Cohort:
     """An OpenSRH folder as a Cohort of kind "srh"; rows in order of split file, slide and patch list.
 
@@ -35,6 +36,7 @@ def read_opensrh(
     class_names: None takes the classes of all splits in alphabetical order.  on_empty: what to do with a patient
     without any usable patch: "error", or "skip" with a warning that names them.  unlisted: what to do with patients
     whom the split file does not list: "skip" with a warning that names them, "keep" without a split, or "error".
+    allow_links: see `Cohort`.
 
     Deliberately unlike the published code: one class list for all splits (there each split numbers its own classes),
     and nothing is dropped in silence.
@@ -63,7 +65,7 @@ def read_opensrh(
         raise ValueError(f"{patients.path} lists no usable patch for any patient of {SPLITS_FILE}")
     names = ordered_classes(records) if class_names is None else tuple(class_names)
     check_records(records, names, where=lambda i: f"{patients.path}, patient {records[i].patient!r}")
-    return Cohort(root=folder, records=records, class_names=names, kind="srh", notes=notes)
+    return Cohort(root=folder, records=records, class_names=names, kind="srh", notes=notes, allow_links=allow_links)
 
 
 @dataclass

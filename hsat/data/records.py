@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SAFE_PATH = re.compile(r"(?:(?!\.{1,2}(?:/|\Z))[^/\\\x00]+(?:/(?=[^/])|\Z))+")
@@ -38,6 +38,13 @@ def wrong_path(path: str) -> str | None:
     if ".." in path.split("/"):
         return "'..' may lead out of the cohort's root; write it relative to the root"
     return "it has an empty part or a '.' part; write it in its shortest form, such as class/patient/slide/patch.png"
+
+
+def as_record(row: Any) -> PatchRecord:
+    """A row as a PatchRecord; anything but a tuple or list of its four or five fields is left for `check_records`."""
+    if type(row) is PatchRecord or not isinstance(row, tuple | list) or len(row) not in {4, 5}:
+        return row  # type: ignore[no-any-return]
+    return PatchRecord(*row)
 
 
 def _number(index: int) -> str:

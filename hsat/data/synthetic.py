@@ -137,7 +137,7 @@ def _is_there(root: Path, settings: Mapping[str, Any]) -> bool:
                 f"{root} holds other files and no {SETTINGS.as_posix()}; it is left untouched, choose another root"
             )
         return False
-    found = json.loads((root / SETTINGS).read_text())
+    found = _read_settings(root / SETTINGS)
     if found != settings:
         differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
         listed = "; ".join(f"{key} {found.get(key)!r} there, {settings.get(key)!r} wanted" for key in differing)
@@ -153,6 +153,16 @@ def _is_there(root: Path, settings: Mapping[str, Any]) -> bool:
             " remove the folder and it will be written anew"
         )
     return True
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not text
+        found = error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not the settings of a synthetic cohort ({found}); remove the folder")
+    return found
 
 
 def _patients(settings: Mapping[str, Any]) -> Iterator[_Patient]:
