@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -150,3 +151,35 @@ def test_saving_does_not_replace_other_folders_and_loading_never_unpickles(tmp_p
 def test_table_errors_name_the_field(change, error, message):
     with pytest.raises(error, match=message):
         table(**change)
+
+
+def test_dataclasses_replace_counts_and_checks_the_new_ids():
+    one = batch(label=torch.arange(4))
+    alone = dataclasses.replace(one, patch=torch.arange(4))
+    assert torch.equal(alone.levels.patch, torch.arange(4)) and alone.levels.anchors["patch"] == 0
+    assert dataclasses.replace(one.levels, patch=torch.arange(4)).anchors["patch"] == 0
+    with pytest.raises(ValueError, match="patch 0 belongs to slides 0 and 1"):
+        dataclasses.replace(one, slide=ids(0, 1, 1, 1))
+    with pytest.raises(TypeError, match="label ids must be integers"):
+        dataclasses.replace(one, label=torch.rand(4))
+    with pytest.raises(ValueError, match=r"patch ids must have shape \(1,\)"):
+        Levels(torch.tensor(0), torch.tensor(0), torch.tensor(0))
+
+
+def test_a_table_takes_tensors_and_lists_and_refuses_what_it_cannot_check():
+    rows = [[3.0, 4.0, 0.0]] * 5
+    for z in (rows, torch.tensor(rows)):
+        np.testing.assert_allclose(table(z=z).z, [[0.6, 0.8, 0.0]] * 5, atol=1e-7)
+    with pytest.raises(TypeError, match="class_names must be a tuple of names, got the text 'ab'"):
+        table(class_names="ab")
+
+
+def test_a_memory_mapped_z_must_be_float32(tmp_path):
+    np.save(tmp_path / "z.npy", np.ones((5, 3)))
+    with pytest.raises(TypeError, match="memory-mapped z must hold float32 unit rows, got float64"):
+        table(z=np.load(tmp_path / "z.npy", mmap_mode="r"))
+
+
+def test_a_saved_table_has_the_permissions_of_any_new_folder(tmp_path):
+    (tmp_path / "plain").mkdir()
+    assert table().save(tmp_path / "bank").stat().st_mode == (tmp_path / "plain").stat().st_mode

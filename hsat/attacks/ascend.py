@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsat.attacks import starts
 from hsat.attacks.gradient import ImageGradient, check_finite, check_value
-from hsat.attacks.pixels import refuse
+from hsat.attacks.pixels import admit_to, refuse
 from hsat.types import AttackResult, Objective, ThreatModel
 
 
@@ -51,9 +51,9 @@ class _Run:
         n, device = len(x), x.device
         self.objective, self.climb, self.success = objective, climb, success
         self.generator, self.ids = generator, ids
-        self.x, self.outside = _admit(x, climb.threat)
+        self.x, self.outside = admit_to(x, climb.threat)
         self.work = torch.promote_types(x.dtype, torch.float32)
-        around = getattr(climb.threat, "around", None)
+        around = starts.shortcut(climb.threat, "around", instead_of="project")
         self.project: Callable[[Tensor], Tensor] = (
             around(self.x) if around is not None else lambda y: climb.threat.project(y, self.x)
         )
@@ -68,7 +68,7 @@ class _Run:
 
     def random(self, restart: int) -> Tensor:
         return starts.random_start(
-            self.x, self.climb.threat, generator=self.generator, ids=self.ids, restart=restart
+            self.x, self.climb.threat, generator=self.generator, ids=self.ids, restart=restart, inside=True
         ).to(self.work)
 
     def seen(self, y: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _Run:
             if self.stop_early(y):
                 break
             value, grad = self.evaluate(y)
-            still = (grad == 0).flatten(1).all(1)
+            still = (grad == 0).flatten(1).all(1) & ~self.done
             if step == 0 and escape is not None and bool(still.any()):
                 self.stationary |= still
                 y = torch.where(_wide(still), escape(), y)
@@ -114,7 +114,7 @@ class _Run:
                 " it returned a scalar"
             )
         if keep is not None:
-            value = self.x.new_zeros(len(self.x), dtype=value.dtype).index_put((keep,), value)
+            value = value.new_full((len(self.x),), torch.nan).index_put((keep,), value)
             grad = torch.zeros_like(y).index_put((keep,), grad)
         bad = ~grad.isfinite().flatten(1).all(1) & ~self.done
         if y.device.type == "cpu":
@@ -149,6 +149,8 @@ class _Run:
             check_value(value, len(self.x))
             self.forwards += 1
             self.per_image = value.ndim == 1
+            if self.start_value is not None:  # images that were done before the first gradient have not moved since
+                self.start_value = torch.where(self.start_value.isnan() & self.done, value, self.start_value)
         return _Point(x_adv, value, self.done.clone())
 
     def raise_flags(self, x: Tensor) -> None:
@@ -222,19 +224,6 @@ def _first_point(run: _Run, restart: int, start: Tensor | None) -> tuple[Tensor,
         run.stationary |= True
         return run.random(restart), None
     return run.x.to(run.work), lambda: run.random(restart)
-
-
-def _admit(x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
-    """Images clamped to the pixel range; out-of-range images raise at once on the CPU, later elsewhere."""
-    if x.ndim != 4 or not x.dtype.is_floating_point:
-        raise ValueError(f"images must be (n, c, h, w) floats, got shape {tuple(x.shape)} of {x.dtype}")
-    admit = getattr(threat, "admit", None)
-    if admit is None:
-        return x, torch.zeros((), dtype=torch.bool, device=x.device)
-    clamped, outside = admit(x)
-    if x.device.type == "cpu" and bool(outside):
-        refuse(x, threat.low, threat.high)  # type: ignore[attr-defined]
-    return clamped, outside
 
 
 def _stronger(old: _Point, new: _Point, *, per_image: bool) -> _Point:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FARTHEST = 1e140
+"""Beyond this the square of a distance would overflow; an infinite pixel then counts as one this far away."""
+
 
 def norm(d: Tensor) -> Tensor:
     """Euclidean norm per image, (n, 1, 1, 1)."""
@@ -19,7 +22,7 @@ def nearest_in_ball_and_box(y: Tensor, x: Tensor, eps: float | Tensor, low: floa
     a t^2 + b; solving that for eps^2 undershoots whenever more pixels clip, so t climbs to the answer from the
     feasible side and is exact once the set of clipped pixels no longer changes.
     """
-    d = y - x
+    d = (y - x).clamp(-FARTHEST, FARTHEST)
     room = torch.where(d > 0, high - x, x - low)
     target = torch.as_tensor(eps, dtype=y.dtype, device=y.device) ** 2
     t = torch.zeros_like(d[:, :1, :1, :1])

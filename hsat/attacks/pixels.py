@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hsat.attacks.floating import round_inside
+from hsat.types import ThreatModel
 
 RANGE_TOLERANCE = 1e-6
 """Images may leave [low, high] by this much, for rounding in the pipeline that made them; they are clamped first."""
@@ -49,6 +50,19 @@ def admitted(x: Tensor, low: float, high: float) -> Tensor:
     if bool(outside):
         refuse(x, low, high)
     return clamped
+
+
+def admit_to(x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
+    """Images clamped to the threat model's range, and `admit`'s flag; out of range they raise here only on the CPU."""
+    if x.ndim != 4 or not x.dtype.is_floating_point:
+        raise ValueError(f"images must be (n, c, h, w) floats, got shape {tuple(x.shape)} of {x.dtype}")
+    admit = getattr(threat, "admit", None)
+    if admit is None:
+        return x, torch.zeros((), dtype=torch.bool, device=x.device)
+    clamped, outside = admit(x)
+    if x.device.type == "cpu" and bool(outside):
+        refuse(x, threat.low, threat.high)  # type: ignore[attr-defined]
+    return clamped, outside
 
 
 def draw(x: Tensor, generator: torch.Generator | None, source: Callable[..., Tensor]) -> Tensor:

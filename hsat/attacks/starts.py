@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +25,34 @@ def random_start(
     generator: torch.Generator | None,
     ids: Tensor | None,
     restart: int,
+    inside: bool = False,
 ) -> Tensor:
-    """A random feasible point for each image.
+    """A random feasible point for each image.  inside=True: x is known to lie in the pixel range; do not check again.
 
     Without ids the noise of the batch is drawn at once from `generator` (torch's global one if None).  With ids (n,)
     the noise of an image depends on the generator's initial seed, its id and the restart only, and no generator is
     advanced: batch size, order and rank do not matter.
     """
     if ids is None:
-        return threat.start(x, generator)
+        return _start(threat, x, generator, inside=inside)
     seed = torch.initial_seed() if generator is None else generator.initial_seed()
     points = []
     for i, image_id in enumerate(ids.tolist()):
         own = torch.Generator().manual_seed(image_seed(seed, image_id, restart))
-        points.append(threat_of(threat, torch.tensor([i])).start(x[i : i + 1], own))
+        points.append(_start(threat_of(threat, torch.tensor([i])), x[i : i + 1], own, inside=inside))
     return torch.cat(points) if points else x
+
+
+def _start(threat: ThreatModel, x: Tensor, generator: torch.Generator | None, *, inside: bool) -> Tensor:
+    draw = shortcut(threat, "start_inside", instead_of="start") if inside else None
+    point: Tensor = (draw or threat.start)(x, generator)
+    return point
+
+
+def shortcut(threat: ThreatModel, name: str, *, instead_of: str) -> Callable[..., Any] | None:
+    """The threat model's faster form of one of its methods; None if it has none, or a subclass changed the method."""
+    homes = [next((c for c in type(threat).__mro__ if n in vars(c)), None) for n in (name, instead_of)]
+    return getattr(threat, name) if homes[0] is not None and homes[0] is homes[1] else None
 
 
 def threat_of(threat: ThreatModel, index: Tensor) -> ThreatModel:

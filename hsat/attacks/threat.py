@@ -55,7 +55,10 @@ class Linf:
 
     def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x plus uniform noise in [-eps, eps], projected; dtype of x."""
-        x = admitted(x, self.low, self.high)
+        return self.start_inside(admitted(x, self.low, self.high), generator)
+
+    def start_inside(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`start` for an x that is already inside [low, high]: nothing is read from the device."""
         noise = (draw(x, generator, torch.rand) * 2 - 1) * radius.broadcast(self.__dict__["eps"], x)
         return self.around(x)((x + noise).to(x.dtype))
 
@@ -134,7 +137,10 @@ class L2:
 
     def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x plus noise drawn uniformly from the ball, projected; dtype of x."""
-        x = admitted(x, self.low, self.high)
+        return self.start_inside(admitted(x, self.low, self.high), generator)
+
+    def start_inside(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`start` for an x that is already inside [low, high]: nothing is read from the device."""
         direction = self.ascent(draw(x, generator, torch.randn))
         reach = draw(x[:, :1, :1, :1], generator, torch.rand) ** (1.0 / max(1, x[0].numel() if len(x) else 1))
         return self.around(x)((x + direction * reach * self._eps(x)).to(x.dtype))

@@ -52,16 +52,18 @@ class KNNClassifier:
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("chunk", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; the paper uses 0.07")
 
     def fit(self, table: EmbeddingTable) -> FittedKNN:
         """A classifier with this table as its bank.  Raises ValueError for an empty table or a bad factory string."""
+        if not isinstance(table, EmbeddingTable):
+            raise TypeError(f"the bank must be an EmbeddingTable, as embed gives, got {type(table).__name__}")
         if not len(table):
             raise ValueError(f"the bank is empty (cohort {table.cohort!r}, split {table.split!r}): nothing to search")
-        k = min(self.k, len(table))
+        k = int(min(self.k, len(table)))
         if k < self.k:
             warnings.warn(f"k={self.k} is more than the {len(table)} rows of the bank; using k={k}", stacklevel=2)
         search = None if self.index == "torch" else _faiss_index(self, table.z)

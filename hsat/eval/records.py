@@ -118,7 +118,8 @@ def eps_text(eps: float | torch.Tensor) -> str:
         return low if low == high else f"{low}..{high}"
     levels = eps * 255
     whole = round(levels) > 0 and abs(levels - round(levels)) < 1e-4
-    return f"{round(levels)}/255" if whole and round(eps, 3) != eps else f"{eps:g}"
+    plain = abs(round(eps, 3) - eps) < 1e-7  # with room for the rounding of float32
+    return f"{round(levels)}/255" if whole and not plain else f"{eps:g}"
 
 
 def eps_value(eps: float | torch.Tensor) -> float:

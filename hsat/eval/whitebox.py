@@ -86,12 +86,12 @@ def evaluate_whitebox(
     Records carry flags where a result is doubtful: gradients that are exactly zero or images that never moved in more
     than 1 % of the images (a masked gradient looks like robustness), and a bank that shares patients with the queries.
 
-    Raises ValueError for an unknown target, k, how or compat, an attack called "clean", and what `embed` and
-    `KNNClassifier` raise.
+    Raises ValueError for an unknown target, k, how or compat, an attack called "clean", TypeError for attacks that are
+    no mapping of attacks, and what `embed` and `KNNClassifier` raise.
     """
     _check_options(target, attacks, how, compat)
-    ks = (k,) if isinstance(k, int) else tuple(k)
-    if not ks or min(ks) < 1:
+    ks = tuple(np.atleast_1d(np.asarray(k)).tolist())
+    if not ks or not all(isinstance(each, int) and each >= 1 for each in ks):
         raise ValueError(f"k must be a number of at least 1, or several as in (200, 20); got {k!r}")
     settings = KNNClassifier(k=max(ks), temperature=temperature, index=index)
     if not isinstance(bank, EmbeddingTable):
@@ -202,7 +202,9 @@ def _conditions(attacks: Mapping[str, Attack], noise: bool) -> dict[str, Attack]
     found: dict[str, Attack] = {}
     if noise:
         for threat in dict.fromkeys(a.threat for a in attacks.values() if hasattr(a, "threat")):
-            found[f"noise-{eps_text(threat.eps).removesuffix('/255')}"] = RandomNoise(threat)
+            eps = eps_text(threat.eps).removesuffix("/255")
+            name = f"noise-{eps}" if f"noise-{eps}" not in found else f"noise-{type(threat).__name__}-{eps}"
+            found[name] = RandomNoise(threat)
     return found | dict(attacks)
 
 
@@ -210,6 +212,11 @@ def _check_options(target: str, attacks: Mapping[str, Attack], how: str | None, 
     if target not in LAYERS:
         hint = " ('knn' is not available yet)" if target == "knn" else ""
         raise ValueError(f"unknown target {target!r}{hint}; choose one of {list(LAYERS)}")
+    if not isinstance(attacks, Mapping):
+        raise TypeError(f"attacks must be a mapping such as {{'PGD-8': PGD(...)}}, got {type(attacks).__name__}")
+    for name, attack in attacks.items():
+        if not callable(getattr(attack, "run", None)):
+            raise TypeError(f"attack {name!r} has no method run, as hsat.types.Attack wants: {attack!r}")
     if CLEAN in attacks:
         raise ValueError(f"an attack cannot be called {CLEAN!r}: that is the name of the queries as they are")
     if how not in (None, "mean", "paper"):

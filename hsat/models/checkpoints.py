@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str], ...]] = {  # (begins with, becomes)
 }
 DUAL_NAMES = ((".downsample.conv.", ".downsample.0."), (".downsample.bn.", ".downsample.1."))
 CLASSIFIERS = ("fc.", "head.", "head.fc.", "classifier.", "proj.", "projector.")
-NORMALISERS = ("normalize.", "normalizer.", "normalise.", "normalization.")
+NORMALISERS = ("0.mean", "0.std", "normalize.", "normalizer.", "normalise.", "normalization.")
 LISTED = 5
+MOST_PREFIXES = 8  # of those found in a file, beside the usual ones
 
 
 def load_checkpoint(encoder: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
@@ -49,8 +51,9 @@ def load_checkpoint(encoder: nn.Module, path: str | os.PathLike[str]) -> LoadRep
 
     Reads what `save_encoder` and hsat's training write, safetensors, and published checkpoints: a dict with "model" or
     "state_dict" whose names begin with `module.model.bb.` (or `...bb.model.`) and `module.model.proj.layers.`; also
-    plain state dicts of the encoder, and of the backbone where the encoder has no head.  Prefixes that wrappers leave
-    are recognised.  Values go to the encoder's own dtypes and devices.
+    plain state dicts of the encoder, and of the backbone where the encoder has no head.  A prefix that wrappers leave
+    (`module.`, or the attribute of a Lightning module) is taken off where all entries have it.
+    Values go to the encoder's own dtypes and devices.
     Raises ValueError, before anything is changed, listing every kind of misfit: entries that the file lacks or has too
     much, shapes that differ, values that are not finite; and for files that hold no weights (see `read_weights`).
     Published training resumes with strict=False, and can load nothing and go on; this cannot.
@@ -76,7 +79,7 @@ def load_backbone(encoder: Encoder, path: str | os.PathLike[str]) -> LoadReport:
     naming = _best_naming(state, target)
     fits = {naming(key): value for key, value in state.items() if naming(key) in target}
     others = [key for key in state if naming(key) not in target]
-    dropped = [key for key in others if _is_left_out(key.removeprefix(naming.prefix))]
+    dropped = [key for key in others if any(map(_is_left_out, naming.shortened(key)))]
     _check_fit(path, naming, target, fits, [key for key in others if key not in dropped])
     encoder.backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in fits.items()}, strict=True)
     return LoadReport(str(path), checkpoint_hash(path), str(naming), len(fits), tuple(dropped), metadata)
@@ -101,7 +104,8 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Ma
     state = {key: value.detach().cpu().clone().contiguous() for key, value in encoder.state_dict().items()}
     working = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(state, working, metadata={"format": "pt", SAFETENSORS_KEY: text})
+        # One entry only: safetensors writes several in random order, and equal encoders should be equal files.
+        save_file(state, working, metadata={SAFETENSORS_KEY: text})
         working.chmod(0o644)  # safetensors writes files that only their owner can read
         with working.open("rb") as file:
             os.fsync(file.fileno())
@@ -115,13 +119,15 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Ma
 def load_encoder(path: str | os.PathLike[str]) -> Encoder:
     """Rebuild the encoder that `save_encoder` wrote, weights included, in evaluation mode, on the CPU.
 
-    Also reads a training checkpoint that keeps `encoder.spec` under "encoder".  Nothing is downloaded and torch's
-    global random state stays.  Raises ValueError when the file does not say how to build its encoder.
+    Also reads a training checkpoint that keeps `encoder.spec` under "encoder", itself or in its "extra".  Nothing is
+    downloaded and torch's global random state stays.  Raises ValueError when the file does not say how to build its
+    encoder.
     """
     from hsat.models.building import build_encoder
 
     _, metadata = read_weights(path)
-    spec = metadata.get("encoder")
+    extra = metadata.get("extra")
+    spec = metadata.get("encoder", extra.get("encoder") if isinstance(extra, dict) else None)
     if not isinstance(spec, dict):
         raise ValueError(
             f"{path} does not say how to build its encoder; build it with build_encoder or wrap_encoder and call"
@@ -162,6 +168,11 @@ class _Naming:
     def __str__(self) -> str:
         return f"{self.layout}, prefix {self.prefix}" if self.prefix else self.layout
 
+    def shortened(self, key: str) -> list[str]:
+        """The key without the prefix, or without its beginning: what stands beside the backbone has less of it."""
+        outer = [self.prefix[: i + 1] for i, letter in enumerate(self.prefix) if letter == "."]
+        return [key.removeprefix(part) for part in ("", *outer)]
+
     def __call__(self, key: str) -> str:
         if not key.startswith(self.prefix):
             return f"(outside {self.prefix}) {key}"
@@ -177,7 +188,9 @@ class _Naming:
 def _best_naming(state: Iterable[str], target: Mapping[str, Tensor]) -> _Naming:
     """The reading of the file's names under which most of them have a place; the first wins ties."""
     keys = list(state)
-    readings = [_Naming(layout, prefix) for layout in LAYOUTS for prefix in PREFIXES]
+    found = Counter(key[: i + 1] for key in keys for i, letter in enumerate(key) if letter == ".")
+    prefixes = dict.fromkeys((*PREFIXES, *(prefix for prefix, _ in found.most_common(MOST_PREFIXES))))
+    readings = [_Naming(layout, prefix) for layout in LAYOUTS for prefix in prefixes]
     return max(readings, key=lambda naming: sum(naming(key) in target for key in keys))
 
 

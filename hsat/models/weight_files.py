@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from torch import Tensor
 
 STATE_NAMES = ("model", "state_dict", "model_state_dict", "encoder", "network")
 SAFETENSORS_KEY = "hsat"
+_TORCH_STARTS = (b"PK", b"\x80")  # zip archives, and the pickles that older versions of torch wrote
+_REFUSED = re.compile(r"GLOBAL (\w+(?:\.\w+)*)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     A torch file is either a flat dict of tensors or holds one under "model", "state_dict" and the like.
     Raises FileNotFoundError, or ValueError naming the file and what it is: a folder, empty, an HTML page, a Git LFS
-    pointer, truncated, a pickle with code in it, or one without tensors.
+    pointer, some other text, truncated, a pickle with code in it, or one without tensors.
     """
     path = Path(path)
     if not path.exists():
@@ -60,6 +64,8 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     _check_is_weights(path, size, start)
     if _is_safetensors(path, start):
         return _read_safetensors(path)
+    if not start.startswith(_TORCH_STARTS):
+        raise ValueError(f"{path} is neither a torch nor a safetensors file: it begins with {start[:24]!r}")
     return _read_torch(path)
 
 
@@ -67,7 +73,7 @@ def _check_is_weights(path: Path, size: int, start: bytes) -> None:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if size == 0:
         raise ValueError(f"{path} is empty (0 bytes); fetch it again")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if text.startswith((b"<!doctype", b"<!--", b"<html", b"<?xml", b"<head")):
         raise ValueError(
             f"{path} is an HTML page, not weights: the server answered the download with a web page"
             f" (a login, a warning or an error); open it in a browser and fetch the file itself"
@@ -97,13 +103,17 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower():
             raise ValueError(f"{path} is no file of weights: {error}") from error
+        refused = _REFUSED.search(str(error))
         raise ValueError(
             f"{path} holds Python objects beside its tensors, which loading refuses because they can run code:"
-            f" {_first_line(error)}. Where you trust it, save its state dict alone, with torch.save, and load that"
+            f" {refused[1] if refused else 'a pickle that torch.save did not write'}."
+            f" Where you trust it, save its state dict alone, with torch.save, and load that"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(

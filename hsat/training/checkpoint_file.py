@@ -73,7 +73,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         items = [_plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         value = torch.from_numpy(value.copy())
     elif isinstance(value, np.generic):
         value = value.item()

@@ -106,6 +106,9 @@ def load_training_state(
             f"{path} is no training checkpoint of this version ({FORMAT!r});"
             f" it holds {_listed(sorted(map(str, content)))}. hsat.models.load_checkpoint reads weights alone"
         )
+    lost = sorted({"model", "random", "epoch", "step", "config", "extra"} - content.keys())
+    if lost:
+        raise ValueError(f"{path} is a damaged training checkpoint: it lacks {_listed(lost)}")
     parts = {name: part for name, part in (("optimizer", optimizer), ("scheduler", scheduler)) if part is not None}
     _check_names(path, "states", {"optimizer", "scheduler"} & content.keys(), set(parts))
     _check_model(path, content["model"], model.state_dict())

@@ -55,12 +55,10 @@ class Levels:
     patch: Tensor
     slide: Tensor
     patient: Tensor
-    anchors: dict[str, int] = field(default_factory=dict, repr=False)
+    anchors: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.anchors:
-            return
-        n = len(self.patch)
+        n = len(self.patch) if getattr(self.patch, "ndim", 1) else 1  # a 0-d tensor is refused by its shape below
         for name in LEVELS:
             object.__setattr__(self, name, _as_ids(name, getattr(self, name), n))
         patch, slide, patient = (getattr(self, name).cpu() for name in LEVELS)
@@ -75,8 +73,14 @@ class Levels:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Levels:
         """The same ids on another device, without counting again."""
-        patch, slide, patient = (getattr(self, name).to(device, non_blocking=non_blocking) for name in LEVELS)
-        return Levels(patch, slide, patient, anchors=self.anchors)
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Levels:
+        moved = object.__new__(Levels)  # not the constructor, which would read the ids to check and count them
+        for name in LEVELS:
+            object.__setattr__(moved, name, move(getattr(self, name)))
+        object.__setattr__(moved, "anchors", self.anchors)
+        return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +104,16 @@ class HierarchicalBatch:
             raise ValueError(f"images must be (n, c, h, w), got shape {tuple(self.images.shape)}")
         if not self.images.dtype.is_floating_point:
             raise TypeError(f"images must be floats in [0, 1], got {self.images.dtype}; divide integers by their range")
-        n = len(self.images)
-        if self._levels is not None:
-            if len(self._levels) != n:
-                raise ValueError(f"{n} images but ids for {len(self._levels)}")
+        n, known = len(self.images), self._levels
+        kept = known is not None and all(getattr(known, name) is getattr(self, name) for name in LEVELS)
+        if known is not None and kept and len(known) != n:
+            raise ValueError(f"{n} images but ids for {len(known)}")
+        if self.label is not None:
+            object.__setattr__(self, "label", _as_ids("label", self.label, n))
+        if kept:
             return
         for name in LEVELS:
             object.__setattr__(self, name, _as_ids(name, getattr(self, name), n))
-        if self.label is not None:
-            object.__setattr__(self, "label", _as_ids("label", self.label, n))
         object.__setattr__(self, "_levels", Levels(self.patch, self.slide, self.patient))
 
     @property
@@ -130,14 +135,14 @@ class HierarchicalBatch:
         return dataclasses.replace(self, images=images)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> HierarchicalBatch:
-        patch, slide, patient = (move(getattr(self, name)) for name in LEVELS)
+        levels = self.levels._map(move)
         return HierarchicalBatch(
             images=move(self.images),
-            patch=patch,
-            slide=slide,
-            patient=patient,
+            patch=levels.patch,
+            slide=levels.slide,
+            patient=levels.patient,
             label=None if self.label is None else move(self.label),
-            _levels=Levels(patch, slide, patient, anchors=self.levels.anchors),
+            _levels=levels,
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> HierarchicalBatch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,14 @@ class EmbeddingTable:
     encoder: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.z, np.memmap):
+            object.__setattr__(self, "z", np.asarray(self.z))
+        elif self.z.dtype != np.float32:
+            raise TypeError(
+                f"a memory-mapped z must hold float32 unit rows, got {self.z.dtype}; np.array(z) reads it into memory"
+            )
+        if isinstance(self.class_names, str):
+            raise TypeError(f"class_names must be a tuple of names, got the text {self.class_names!r}")
         if self.z.ndim != 2:
             raise ValueError(f"z must be (n, d), got shape {self.z.shape}")
         n = len(self.z)
@@ -65,19 +72,17 @@ class EmbeddingTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not (path / "table.json").is_file():
             raise FileExistsError(f"{path} exists and is not an embedding table; it is left untouched")
-        working = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+            working = Path(scratch) / "new"
+            working.mkdir()  # with the permissions of an ordinary folder, which the scratch folder does not have
             for name in ("z", *_TABLE_IDS):
                 np.save(working / f"{name}.npy", getattr(self, name), allow_pickle=False)
             text: dict[str, Any] = {name: getattr(self, name) for name in _TABLE_TEXT}
             text["class_names"] = list(self.class_names)
             (working / "table.json").write_text(json.dumps(text, indent=1))
             if path.exists():
-                shutil.rmtree(path)
+                path.replace(Path(scratch) / "old")
             working.replace(path)
-        except BaseException:
-            shutil.rmtree(working, ignore_errors=True)
-            raise
         return path
 
     @classmethod

@@ -397,3 +397,40 @@ def test_importing_attacks_loads_no_heavy_room():
     code = f"import sys, hsat.attacks, hsat.losses, hsat; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_an_image_that_succeeds_before_the_first_step_stays_and_reports_its_own_start_value(x):
+    """Left out of the first gradient, it must not pass for stationary and be moved to a random point."""
+    objective = classification(lambda v: v.flatten(1)[:, :4] * 10, torch.arange(4))
+    done = torch.tensor([True, False, True, False])
+    attack, generator = BIM(THREAT, step_size=2 / 255, steps=3), seeded()
+    before = generator.get_state()
+    result = attack.run(x, objective, success=lambda v: done, generator=generator)
+    assert torch.equal(result.x_adv[done], x[done])
+    assert not result.stationary.any() and torch.equal(generator.get_state(), before)
+    torch.testing.assert_close(result.start_value, objective(x))
+    plain = attack.run(x, lambda v: v.sum((1, 2, 3)) * ~done, success=lambda v: done, generator=generator)
+    assert torch.equal(plain.x_adv[done], x[done]) and not plain.stationary.any()
+
+
+@pytest.mark.parametrize("threat", [THREAT, L2(0.5)], ids=repr)
+def test_images_are_checked_once_per_call_and_not_again_for_the_random_start(x, threat, monkeypatch):
+    """The check reads the device, and an attack may do so only once."""
+    monkeypatch.setattr("hsat.attacks.threat.admitted", lambda *_: pytest.fail("the range was read again"))
+    PGD(threat, step_size=0.01, steps=2, restarts=2)(x, bumpy, generator=seeded())
+
+
+def test_what_a_subclass_of_a_threat_model_changes_is_respected(x):
+    class Everywhere(Linf):
+        def project(self, x_adv, x):
+            return x_adv
+
+    class FromTheMiddle(Linf):
+        def start(self, x, generator=None):
+            return self.project(torch.full_like(x, 0.5), x)
+
+    brighter = lambda v: v.sum((1, 2, 3))
+    far = PGD(Everywhere(0.1), step_size=0.1, steps=5, random_start=False)(x, brighter)
+    torch.testing.assert_close(far, x + 0.5)
+    result = PGD(FromTheMiddle(0.1), step_size=0.1, steps=1).run(x, brighter)
+    torch.testing.assert_close(result.start_value, brighter(Linf(0.1).project(torch.full_like(x, 0.5), x)))

@@ -231,3 +231,9 @@ def test_next_float_is_the_neighbour(value, dtype, up):
     middle = ((n.double() + t.double()) / 2).to(dtype)  # nothing of this dtype lies between
     assert middle.item() in (n.item(), t.item())
     assert torch.equal(next_float(n, up=not up), t)
+
+
+@pytest.mark.parametrize("far", [float("inf"), 1e200])
+def test_l2_projection_of_points_whose_squared_distance_overflows(far):
+    x = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
+    torch.testing.assert_close(L2(0.4).project(x + far, x), x + 0.2)

@@ -388,3 +388,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_many_times(tmp_path: Path) -> None:
     check_killed_runs(tmp_path, kills=60, steps=1500, seed=random.SystemRandom().randrange(2**32))
+
+
+def test_a_checkpoint_with_lost_parts_and_arrays_of_text_are_named(tmp_path):
+    torch.save({"format": "hsat training 1", "epoch": 1}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="damaged training checkpoint: it lacks config, extra, model, random, step"):
+        load_training_state(tmp_path / "part.pt", model=nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"extra\.names is a ndarray"):
+        save_checkpoint(
+            tmp_path / "c.pt", model=nn.Linear(1, 1), epoch=0, step=0, config={}, extra={"names": np.array(["a"])}
+        )
