@@ -31,7 +31,7 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import build_encoder, checkpoint_hash, load_checkpoint, load_encoder
-from runs import versions, write_json
+from runs import device_named, versions, write_json
 from settings import Counts, DataSettings, ModelSettings, Names, Pixels, PixelsList, Settings
 
 
@@ -63,7 +63,7 @@ class EvaluateWhitebox(Settings):
 
 def load_named(settings: EvaluateWhitebox, text: str) -> tuple[str, torch.nn.Module, str]:
     """(name, encoder, SHA-256 of its file) of `file` or `name=file`."""
-    name, _, file = text.rpartition("=")
+    name, file = ("", text) if Path(text).exists() or "=" not in text else text.split("=", 1)
     path = Path(file)
     name = name or (path.parent.name if path.stem in ("best", "final", "last") else path.stem)
     try:
@@ -78,8 +78,8 @@ def load_named(settings: EvaluateWhitebox, text: str) -> tuple[str, torch.nn.Mod
             load_checkpoint(encoder, path)
         else:
             encoder = load_encoder(path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--checkpoint {text}: {error}") from error
     return name, encoder, checkpoint_hash(path)
 
 
@@ -96,18 +96,23 @@ def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]
 
 def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxResult]:
     """Results by the name of the encoder."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    device = device_named(settings.device)
     bank, queries = loaders(settings, cohort)
     encoders = [load_named(settings, text) for text in settings.checkpoint]
     if settings.untrained:
         spec = {key: value for key, value in encoders[0][1].spec.items() if key != "input_size"}
         encoders.append(("untrained", build_encoder(**spec, seed=settings.seed).eval(), ""))
+    titles = [title for title, _, _ in encoders]
+    if twice := {title for title in titles if titles.count(title) > 1}:
+        raise ValueError(
+            f"two encoders are called {', '.join(map(repr, twice))}; name them: --checkpoint a=FILE,b=FILE"
+        )
     attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
     results = {}
     for title, encoder, digest in encoders:
         print(f"evaluating {title} (target {settings.target})", file=sys.stderr)
         results[title] = evaluate_whitebox(
-            encoder.to(name),
+            encoder.to(device),
             bank,
             queries,
             attacks,
@@ -156,12 +161,12 @@ def main(argv: list[str]) -> None:
         raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
     cohort = open_cohort(settings.data, seed=settings.seed)
     print(describe(cohort), file=sys.stderr)
-    settings.out.mkdir(parents=True, exist_ok=True)
     try:
-        results = evaluate(settings, cohort)
-    except (BadPatch, ValueError) as error:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        table = write_results(settings, cohort, evaluate(settings, cohort))
+    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(write_results(settings, cohort, results))
+    print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
 
 

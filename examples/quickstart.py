@@ -3,6 +3,8 @@
 A synthetic cohort, a small network, a hierarchical loss of your own making, PGD on it, and an honest check at the end.
 """
 
+import sys
+
 import torch
 from torch import nn
 
@@ -12,6 +14,8 @@ from hsat.eval import KNNClassifier, embed, metrics
 from hsat.losses import supcon_loss
 from hsat.models import frozen, wrap_encoder
 
+if "--help" in sys.argv:
+    raise SystemExit(print(__doc__))
 STEPS = 40
 torch.manual_seed(0)
 cohort = data.Cohort.from_opensrh(data.write_synthetic_cohort("runs/synthetic-0"))

@@ -22,6 +22,7 @@ MAY_DIFFER = {
     "data.workers",
     "train.save_every",
     "device",
+    "quiet",
     "log.tensorboard",
     "log.wandb",
     "out",
@@ -40,6 +41,17 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def device_named(name: str) -> torch.device:
+    """The device that --device names; auto is a GPU where there is one.  ValueError for one that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,18 +83,13 @@ class Run:
                 )
             self._check_same(json.loads(found.read_text()))
         out.mkdir(parents=True, exist_ok=True)
+        self._loggers = _loggers(out, settings, log)  # first: one that is not installed leaves no run behind
         if not found.exists():
             about = {"settings": settings, "cohort": cohort, "versions": versions(), "command": sys.argv}
             write_json(found, about)
-        self._rows: list[dict[str, Any]] = []
-        self._loggers = _loggers(out, settings, log)
+        self._columns: list[str] = []
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
-        if earlier["cohort"] != self.cohort:
-            raise SystemExit(
-                f"error: {self.out} was trained on another cohort (fingerprint {earlier['cohort'][:12]},"
-                f" now {self.cohort[:12]}); resuming would mix the two"
-            )
         before, now = flat(earlier["settings"]), flat(json.loads(json.dumps(self.settings, default=str)))
         differing = [
             key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_DIFFER
@@ -90,30 +97,41 @@ class Run:
         if differing:
             listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in sorted(differing))
             raise SystemExit(f"error: --resume needs the settings the run began with: {listed}")
+        if earlier["cohort"] != self.cohort:
+            raise SystemExit(
+                f"error: {self.out} was trained on another cohort (fingerprint {earlier['cohort'][:12]},"
+                f" now {self.cohort[:12]}); resuming would mix the two"
+            )
 
     def keep_rows_before(self, step: int) -> None:
         """After a resume: drop what was logged behind the checkpoint, it will be logged again."""
-        path = self.out / "train.csv"
-        if path.exists():
-            with path.open(newline="") as file:
-                self._rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-            self._write()
+        self._rewrite([row for row in self._rows() if int(row["step"]) < step], [])
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to train.csv and to the loggers; `step` is required."""
-        self._rows.append(row)
-        self._write()
+        if not row.keys() <= set(self._columns):
+            self._rewrite(self._rows(), list(row))
+        with (self.out / "train.csv").open("a", newline="") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for logger in self._loggers:
             logger(numbers, int(row["step"]))
 
-    def _write(self) -> None:
-        columns = list(dict.fromkeys(key for row in self._rows for key in row))
+    def _rows(self) -> list[dict[str, str]]:
+        """The whole rows of train.csv; a row that a killed process left half written is none."""
+        path = self.out / "train.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+
+    def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
+        self._columns = list(dict.fromkeys([*(rows[0] if rows else []), *columns]))
         working = self.out / ".train.csv.partial"
         with working.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
+            writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
-            writer.writerows(self._rows)
+            writer.writerows(rows)
         os.replace(working, self.out / "train.csv")
 
 

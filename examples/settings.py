@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 
 def pixels(value: Any) -> float:
@@ -95,7 +101,7 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls, argv: list[str] | None = None) -> Self:
         """Settings from argv over the YAML file named in it over the defaults; bad options end the program with why."""
-        argv = _one_letter(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         path = finder.parse_known_args(argv)[0].config
@@ -103,11 +109,14 @@ class Settings(BaseSettings):
             return cls.over(read_yaml(path) if path else {}, argv)
         except ValidationError as error:
             raise SystemExit(explain(error, cls, path)) from None
+        except SettingsError as error:
+            raise SystemExit(f"error: {error}; write --section.option VALUE, as in --data.root PATH") from None
 
     @classmethod
     def over(cls, layer: dict[str, Any], argv: list[str]) -> Self:
         """Settings from argv over a nested dictionary over the defaults.  Raises ValidationError."""
-        return _layered(cls, layer)(_cli_parse_args=_one_letter(argv), _cli_prog_name=f"{Path(sys.argv[0]).name}")  # type: ignore[call-arg]
+        words = _for_argparse(argv, option_names(cls, kind=bool))
+        return _layered(cls, layer)(_cli_parse_args=words, _cli_prog_name=Path(sys.argv[0]).name)  # type: ignore[call-arg]
 
     @classmethod
     def settings_customise_sources(
@@ -133,13 +142,15 @@ def _layered(cls: type[Settings], layer: dict[str, Any]) -> type[Settings]:
     return Layered
 
 
-def _one_letter(argv: list[str]) -> list[str]:
-    """--k 20 and --k=20 as -k 20: argparse has one dash for names of one letter, people type two."""
+def _for_argparse(argv: list[str], flags: list[str]) -> list[str]:
+    """What people type as argparse wants it: --k 20 as -k 20 (one letter, one dash), --resume as --resume true."""
     found: list[str] = []
-    for word in argv:
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         name, equals, value = word.partition("=")
         is_short = len(name) == 3 and name.startswith("--")
         found += [name[1:], *([value] if equals else [])] if is_short else [word]
+        if word.removeprefix("--") in flags and following.startswith("-"):
+            found.append("true")
     return found
 
 
@@ -148,33 +159,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SystemExit(f"cannot read the configuration {path}: {error}") from None
+        raise SystemExit(f"error: cannot read the configuration {path}: {error}") from None
     if not isinstance(content, dict):
-        raise SystemExit(f"the configuration {path} must hold a mapping of options, not a {type(content).__name__}")
+        raise SystemExit(
+            f"error: the configuration {path} must hold a mapping of options, not a {type(content).__name__}"
+        )
     return content
 
 
 def explain(error: ValidationError, cls: type[BaseModel], path: Path | None) -> str:
     """What is wrong with which option, one line each, with the nearest name for a mistyped one."""
     known = option_names(cls)
+    sections = {name.partition(".")[0] for name in known}
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, known, n=1)
-            lines.append(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] != "extra_forbidden":
+            lines.append(f"option {name}: {message}" + ("" if "got" in message else f" (got {item['input']!r})"))
+        elif name in known:
+            section, _, key = name.partition(".")
+            lines.append(f"unknown option {name!r}; write it nested, as in {section}: {{{key}: ...}}")
         else:
-            lines.append(f"option {name}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+            near = difflib.get_close_matches(name, [*known, *sections], n=1)
+            lines.append(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return "\n".join(["error:" + (f" (options and {path})" if path else ""), *(f"  {line}" for line in lines)])
 
 
-def option_names(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every option of a settings class as it is typed, without the dashes."""
+def option_names(cls: type[BaseModel], prefix: str = "", *, kind: type | None = None) -> list[str]:
+    """Every option of a settings class (of one kind, such as bool) as it is typed, without the dashes."""
     names = []
     for name, field in cls.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += option_names(inner, f"{prefix}{name}.")
-        else:
+            names += option_names(inner, f"{prefix}{name}.", kind=kind)
+        elif kind is None or inner is kind:
             names.append(prefix + name)
     return names

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from tqdm import tqdm
 
 from cohorts import describe, open_cohort
-from hsat.data import BadPatch
+from hsat.data import BadPatch, Cohort
 from hsat.models import save_encoder
 from runs import Run
 from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, read_yaml
@@ -57,6 +57,12 @@ class TrainSettings(Section):
     eval_eps: Pixels = Field(4 / 255, description="radius of the PGD-5 attack in it")
     k: int = Field(20, gt=0, description="neighbours in it")
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError(f"give epochs or steps, not both; got epochs {self.epochs} and steps {self.steps}")
+        return self
+
 
 class TrainHSAT(Settings):
     """Train an encoder with HSAT (or, with --attack.name none, the HiDisc baseline)."""
@@ -78,10 +84,22 @@ def load_settings(argv: list[str]) -> TrainHSAT:
     settings = TrainHSAT.load(argv)
     if settings.data.root is not None or settings.config is not None:
         return settings
+    recipe = read_yaml(DEMO)
+    if "epochs" in settings.train.model_fields_set:
+        del recipe["train"]["steps"]
     try:
-        return TrainHSAT.over(read_yaml(DEMO), argv)
+        return TrainHSAT.over(recipe, argv)
     except ValidationError as error:
         raise SystemExit(explain(error, TrainHSAT, DEMO)) from None
+
+
+def hold_out(cohort: Cohort, settings: TrainHSAT) -> Cohort:
+    """Some training patients become the split "tune", by which the best encoder is chosen."""
+    share, seed = settings.data.tune_fraction, settings.data.split_seed
+    try:
+        return cohort.with_split(val_fraction=share, seed=seed, names=("train", "tune"), of="train")
+    except ValueError as error:
+        raise ValueError(f"{error}; or hold out no training patient: --data.tune_fraction 0") from None
 
 
 def train(settings: TrainHSAT) -> Path:
@@ -89,42 +107,42 @@ def train(settings: TrainHSAT) -> Path:
     cohort = open_cohort(settings.data, seed=settings.seed)
     tuned = settings.data.tune_fraction > 0
     if tuned:
-        cohort = cohort.with_split(
-            val_fraction=settings.data.tune_fraction, seed=settings.data.split_seed, names=("train", "tune"), of="train"
-        )
+        cohort = hold_out(cohort, settings)
     print(describe(cohort), file=sys.stderr)
-    try:
-        trainer = Trainer(settings, cohort)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+    trainer = Trainer(settings, cohort)
     fingerprint = cohort.fingerprint()
     run = Run(settings.out, settings.plain(), cohort=fingerprint, resume=settings.resume, log=settings.log)
     trainer.restore(run)
     per_epoch = trainer.sampler.batches_per_epoch
-    bar = tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=settings.quiet)
-    while trainer.step < trainer.steps:
-        epoch, done = divmod(trainer.step, per_epoch)
-        trainer.sampler.set_epoch(epoch, strength=trainer.strength(epoch), start_batch=done)
-        for batch in trainer.loader:
-            row = trainer.train_step(batch, epoch)
-            if tuned and (trainer.step % trainer.eval_every == 0 or trainer.step == trainer.steps):
-                row |= held_out_accuracy(trainer.model, cohort, settings)
-                keep_best(trainer, run, row, fingerprint)
-            run.log(row)
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
-            if trainer.step % settings.train.save_every == 0 or trainer.step == trainer.steps:
-                trainer.save(run)
-            if trainer.step == trainer.steps:
-                break
-    bar.close()
+    with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=settings.quiet) as bar:
+        while trainer.step < trainer.steps:
+            epoch, done = divmod(trainer.step, per_epoch)
+            trainer.sampler.set_epoch(epoch, strength=trainer.strength(epoch), start_batch=done)
+            for batch in trainer.loader:
+                row = trainer.train_step(batch, epoch)
+                if tuned and (trainer.step % trainer.eval_every == 0 or trainer.step == trainer.steps):
+                    row |= held_out_accuracy(trainer.model, cohort, settings)
+                    keep_best(trainer, run, row, fingerprint)
+                run.log(row)
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                if trainer.step % settings.train.save_every == 0 or trainer.step == trainer.steps:
+                    trainer.save(run)
+                if trainer.step == trainer.steps:
+                    break
     save_encoder(trainer.model, run.out / "final.safetensors", metadata={"step": trainer.step, "cohort": fingerprint})
     best = run.out / "best.safetensors"
     return best if best.exists() else run.out / "final.safetensors"
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    """Read the options, train, say where the encoder is; what the user can mend ends the program with the reason."""
+    settings = load_settings(argv)
     try:
-        print(f"encoder: {train(load_settings(sys.argv[1:]))}")
-    except (BadPatch, FloatingPointError) as error:
+        print(f"encoder: {train(settings)}")
+    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -25,7 +25,7 @@ from hsat.training import (
     save_checkpoint,
 )
 from hsat.types import LEVELS
-from runs import Run, write_json
+from runs import Run, device_named, write_json
 
 if TYPE_CHECKING:
     from train_hsat import TrainHSAT
@@ -37,8 +37,8 @@ class Trainer:
     def __init__(self, settings: TrainHSAT, cohort: Cohort) -> None:
         self.settings, self.cohort = settings, cohort
         data, train = settings.data, settings.train
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-        self.device = torch.device(name)
+        self.device = device_named(settings.device)
+        torch.manual_seed(settings.seed)  # for backbones with dropout; nothing of hsat draws from it
         self.sampler = PatientBatchSampler(cohort, "train", batch_patients=train.batch_patients, seed=settings.seed)
         patches = HierarchicalDataset(
             cohort,
@@ -87,18 +87,21 @@ class Trainer:
         weight = paper_clean_weight(self.strength(epoch)) if self.settings.train.clean else 0.0
         attack = self.attack(epoch)
         self.model.train()
-        result = adversarial_step(
-            self.model,
-            self.loss,
-            attack,
-            batch,
-            inner_loss=self.inner_loss,
-            clean_weight=weight,
-            generator=generator,
-        )
+        try:
+            result = adversarial_step(
+                self.model,
+                self.loss,
+                attack,
+                batch,
+                inner_loss=self.inner_loss,
+                clean_weight=weight,
+                generator=generator,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {self.step}: {error}; or try a lower --train.lr") from error
         value = float(result.loss.detach())
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {self.step}; try a lower --train.lr")
+            raise FloatingPointError(f"step {self.step}: the loss is {value}; try a lower --train.lr")
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         self.optimizer.step()

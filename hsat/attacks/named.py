@@ -73,14 +73,18 @@ def _text(attack: Any) -> str:
     return f"{type(attack).__name__}({', '.join(parts)})"
 
 
-def _check_steps(step_size: float, steps: int, restarts: int, *, random_start: bool) -> None:
+def _check_threat(threat: ThreatModel) -> None:
+    if not isinstance(threat, ThreatModel):
+        raise TypeError(f"threat must be a threat model such as Linf(8/255), got {threat!r}")
+
+
+def _check_steps(threat: ThreatModel, step_size: float, steps: int = 1, restarts: int = 1) -> None:
+    _check_threat(threat)
     if not (math.isfinite(step_size) and step_size >= 0):
         raise ValueError(f"step_size must be a finite number >= 0 in units of the pixel range, got {step_size!r}")
     for name, count in (("steps", steps), ("restarts", restarts)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
-    if restarts > 1 and not random_start:
-        raise ValueError(f"{restarts} restarts from the same point are one; set random_start=True")
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +103,7 @@ class PGD(_Ascent):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        _check_steps(self.step_size, self.steps, self.restarts, random_start=self.random_start)
+        _check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
     def _climb(self) -> Climb:
         return Climb(
@@ -115,7 +119,8 @@ class PGD(_Ascent):
 class BIM(_Ascent):
     """Basic iterative method: PGD that starts at the images themselves (Kurakin et al., arXiv:1607.02533, eq. 2).
 
-    With random_start=True it is PGD, which is what the published HSAT evaluation runs under this name.
+    With random_start=True it is PGD, which is what the published HSAT evaluation runs under this name.  Restarts after
+    the first begin at random points.
     """
 
     threat: ThreatModel
@@ -126,7 +131,7 @@ class BIM(_Ascent):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        _check_steps(self.step_size, self.steps, self.restarts, random_start=self.random_start)
+        _check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
     def _climb(self) -> Climb:
         return Climb(
@@ -156,7 +161,7 @@ class MIFGSM(_Ascent):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        _check_steps(self.step_size, self.steps, self.restarts, random_start=self.random_start)
+        _check_steps(self.threat, self.step_size, self.steps, self.restarts)
         if not (math.isfinite(self.decay) and self.decay >= 0):
             raise ValueError(f"decay must be a finite number >= 0, got {self.decay!r}")
 
@@ -177,6 +182,9 @@ class FGSM(_Ascent):
 
     threat: ThreatModel
 
+    def __post_init__(self) -> None:
+        _check_threat(self.threat)
+
     def _climb(self) -> Climb:
         return Climb(threat=self.threat, step_size=self.threat.eps, steps=1)
 
@@ -194,8 +202,9 @@ class FFGSM(_Ascent):
     step_size: float | None = None
 
     def __post_init__(self) -> None:
+        _check_threat(self.threat)
         if self.step_size is not None:
-            _check_steps(self.step_size, 1, 1, random_start=True)
+            _check_steps(self.threat, self.step_size)
 
     def _climb(self) -> Climb:
         step_size = 1.25 * self.threat.eps if self.step_size is None else self.step_size
@@ -207,6 +216,9 @@ class RandomNoise:
     """No attack at all: one random point of the feasible set.  The baseline every attack has to beat."""
 
     threat: ThreatModel
+
+    def __post_init__(self) -> None:
+        _check_threat(self.threat)
 
     def __call__(
         self,

@@ -69,18 +69,17 @@ def feature_drift(
     return FeatureDrift(encode, reference.detach().to(torch.promote_types(reference.dtype, torch.float32)), distance)
 
 
-def hierarchical(
-    encoder: Encoder, loss: Callable[[Tensor, Levels], Any], batch: HierarchicalBatch | Levels
-) -> Objective:
+def hierarchical(encoder: Encoder, loss: Callable[[Tensor, Any], Any], batch: HierarchicalBatch | Levels) -> Objective:
     """The hierarchical contrastive loss of a batch as a function of its images: HSAT's inner maximisation.
 
-    encoder: images -> embeddings (n, d).  loss: (embeddings, levels) -> terms with `.total`, for instance HiDiscLoss.
+    encoder: images -> embeddings (n, d).  loss: (embeddings, batch) -> a scalar, or terms with `.total`, for instance
+    HiDiscLoss; it is handed the batch, or the Levels, that is given here.
     Gives a scalar, because every image takes part in every other image's loss.  arXiv:2503.10629, section 2.
     """
-    levels = batch.levels if isinstance(batch, HierarchicalBatch) else batch
 
     def objective(images: Tensor) -> Tensor:
-        total: Tensor = loss(encoder(images), levels).total
+        terms = loss(encoder(images), batch)
+        total: Tensor = terms if isinstance(terms, Tensor) else terms.total
         return total
 
     return objective

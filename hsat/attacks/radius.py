@@ -33,12 +33,13 @@ def _plain(value: float | Tensor) -> float | Tensor:
             raise TypeError(f"a tensor eps must hold floats, got {value.dtype}")
         return value.detach().clone()
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"eps must be a number or a tensor, got {type(value).__name__} {value!r}")
+        hint = f"; write {value} without the quotes" if isinstance(value, str) else ""
+        raise TypeError(f"eps must be a number or a tensor, got {type(value).__name__} {value!r}{hint}")
     return float(value)
 
 
-def check_radius(eps: float | Tensor, *, largest: float, reason: str) -> None:
-    """Raise ValueError unless 0 <= eps <= largest everywhere; `reason` says where the bound comes from."""
+def check_radius(eps: float | Tensor, *, largest: float, reason: str, hint: str = "") -> None:
+    """Raise ValueError unless 0 <= eps <= largest everywhere; reason: where the bound comes from; hint: what to do."""
     if isinstance(eps, Tensor):
         if eps.numel() == 0:
             raise ValueError("eps is an empty tensor")
@@ -49,7 +50,7 @@ def check_radius(eps: float | Tensor, *, largest: float, reason: str) -> None:
         got = f"{eps:g}"
     if not (low >= 0 and high <= largest):  # written so that NaN fails
         bound = f"{largest:g}" if math.isfinite(largest) else "infinity"
-        raise ValueError(f"eps must lie in [0, {bound}], {reason}; got {got}. For 8 grey levels write eps=8/255.")
+        raise ValueError(f"eps must lie in [0, {bound}], {reason}; got {got}{hint}")
 
 
 def broadcast(eps: float | Tensor, x: Tensor) -> float | Tensor:

@@ -51,7 +51,8 @@ class Linf:
 
     def __post_init__(self) -> None:
         check_range(self.low, self.high)
-        radius.check_radius(self.eps, largest=self.high - self.low, reason="the pixel range of the images")
+        hint = ". For 8 grey levels write eps=8/255."
+        radius.check_radius(self.eps, largest=self.high - self.low, reason="the pixel range of the images", hint=hint)
 
     def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x plus uniform noise in [-eps, eps], projected; dtype of x."""

@@ -14,20 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 from hsat.attacks import hierarchical
 from hsat.losses import HiDiscTerms
 from hsat.models import branch, frozen, is_dual
-from hsat.types import Attack, HierarchicalBatch, Levels
+from hsat.types import Attack, HierarchicalBatch
 
-Loss = Callable[[Tensor, Levels], HiDiscTerms]
+Loss = Callable[[Tensor, HierarchicalBatch], HiDiscTerms | Tensor]
 
 
 class StepResult(NamedTuple):
-    """loss: the scalar to call backward on.  clean, adversarial: their terms, None for a pass that was not made.
+    """loss: the scalar to call backward on.  clean, adversarial: what the loss gave, None for a pass that was not made.
 
     x_adv: (n, c, h, w) adversarial images, detached, or None without an attack.
     """
 
     loss: Tensor
-    clean: HiDiscTerms | None
-    adversarial: HiDiscTerms | None
+    clean: Any
+    adversarial: Any
     x_adv: Tensor | None
 
 
@@ -54,8 +54,8 @@ def adversarial_step(
     model: images -> embeddings, in train mode (frozen parts may be in eval mode).  DistributedDataParallel is unwrapped
     for the attack, so the inner steps wait for no other rank; an inner loss with `gather=True` is used without it.
     A model with dual BatchNorm uses the branch "pgd" for the attack and the adversarial pass, "normal" for the clean.
-    loss, inner_loss: (embeddings, Levels) -> terms with `.total`, such as HiDiscLoss; HiDiscLoss.from_code gives the
-    inner losses of the paper's ablations.
+    loss, inner_loss: (embeddings, batch) -> terms with `.total`, such as HiDiscLoss, or a scalar; HiDiscLoss.from_code
+    gives the inner losses of the paper's ablations.
     autocast: makes the context for every pass, such as partial(torch.autocast, "cuda", torch.bfloat16).
     generator, start: handed to the attack.  No ids are: the views of a patch share theirs and would share their noise.
 
@@ -70,17 +70,17 @@ def adversarial_step(
     if attack is not None and share < 1:
         inner = _local(loss if inner_loss is None else inner_loss)
         x_adv = _attacked(model, inner, attack, batch, autocast=autocast, generator=generator, start=start)
-        adversarial = _terms(model, loss, x_adv, batch.levels, autocast=autocast, statistics="pgd")
+        adversarial = _terms(model, loss, batch.replace(images=x_adv), autocast=autocast, statistics="pgd")
     if share > 0:
-        clean = _terms(model, loss, batch.images, batch.levels, autocast=autocast, statistics="normal")
+        clean = _terms(model, loss, batch, autocast=autocast, statistics="normal")
     total: Tensor
     if adversarial is None:
         assert clean is not None  # one of the two has weight
-        total = clean.total
+        total = _total(clean)
     elif clean is None:
-        total = adversarial.total
+        total = _total(adversarial)
     else:
-        total = share * clean.total + (1 - share) * adversarial.total
+        total = share * _total(clean) + (1 - share) * _total(adversarial)
     return StepResult(total, clean, adversarial, x_adv)
 
 
@@ -102,14 +102,17 @@ def _attacked(
 def _terms(
     model: nn.Module,
     loss: Loss,
-    images: Tensor,
-    levels: Levels,
+    batch: HierarchicalBatch,
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
     statistics: str,
-) -> HiDiscTerms:
+) -> HiDiscTerms | Tensor:
     with _statistics(_unwrapped(model), statistics), autocast():
-        return loss(model(images), levels)
+        return loss(model(batch.images), batch)
+
+
+def _total(terms: HiDiscTerms | Tensor) -> Tensor:
+    return terms if isinstance(terms, Tensor) else terms.total
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -350,11 +350,20 @@ def test_impossible_settings_are_refused(numbers):
         PGD(THREAT, **{"step_size": 0.01, "steps": 3} | numbers)
 
 
-def test_restarts_without_randomness_and_negative_decay_are_refused():
-    with pytest.raises(ValueError, match="random_start=True"):
-        BIM(THREAT, step_size=0.01, steps=3, restarts=2)
+def test_restarts_without_a_random_start_go_on_from_random_points(x):
+    rugged = lambda v: (v * 300).sin().sum((1, 2, 3))
+    once = BIM(THREAT, step_size=1 / 255, steps=3).run(x, rugged)
+    often = BIM(THREAT, step_size=1 / 255, steps=3, restarts=6).run(x, rugged, generator=seeded())
+    assert torch.equal(often.start_value, rugged(x))
+    assert (often.value >= once.value).all() and (often.value > once.value).any()
+
+
+def test_negative_decay_and_missing_threat_models_are_refused():
     with pytest.raises(ValueError, match="decay"):
         MIFGSM(THREAT, step_size=0.01, steps=3, decay=-1.0)
+    for make in (FGSM, FFGSM, RandomNoise, lambda eps: PGD(eps, step_size=2 / 255, steps=5)):
+        with pytest.raises(TypeError, match=r"threat must be a threat model such as Linf\(8/255\), got 0\.03"):
+            make(0.03)
 
 
 def test_feature_drift_values_reference_and_errors(x, encoder):
@@ -382,10 +391,15 @@ def test_hierarchical_and_objective_from_are_plain_functions(x, encoder):
             self.total = total
 
     batch = HierarchicalBatch(x, *(torch.tensor(ids) for ids in ([0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0])))
-    loss = lambda z, levels: Terms(z.square().sum() * levels.anchors["patch"])
+    loss = lambda z, b: Terms(z.square().sum() * getattr(b, "levels", b).anchors["patch"])
     expected = encoder(x).square().sum() * 4
     assert torch.equal(hierarchical(encoder, loss, batch)(x), expected)
     assert torch.equal(hierarchical(encoder, loss, batch.levels)(x), expected)
+    own = lambda z, b: z.square().sum() * len(b.images)  # a loss of the user's: a plain tensor, and the whole batch
+    labelled = lambda z, b: (z[:, 0] * b.label).sum()
+    assert torch.equal(hierarchical(encoder, own, batch)(x), expected)
+    with_labels = HierarchicalBatch(x, batch.patch, batch.slide, batch.patient, torch.arange(4))
+    assert torch.equal(hierarchical(encoder, labelled, with_labels)(x), (encoder(x)[:, 0] * torch.arange(4)).sum())
     target = torch.ones(4, 5)
     assert torch.equal(
         objective_from(encoder, nn.functional.mse_loss, target)(x), nn.functional.mse_loss(encoder(x), target)
