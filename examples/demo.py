@@ -12,16 +12,17 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cohorts import describe, open_cohort
 from evaluate_whitebox import EvaluateWhitebox, evaluate, write_results
 from hsat.data import Cohort
 from hsat.eval import Record, markdown_table, read_records
 from runs import flat, versions, write_json
-from settings import Names, Settings, read_yaml
+from settings import Settings, listed, read_yaml
 from train_hsat import DEMO, TrainHSAT, train
 
 K = 20  # neighbours in the short table; the small bank makes the paper's 200 blur, the full tables have both
@@ -32,7 +33,9 @@ class Demo(Settings):
 
     out: Path = Field(Path("runs/demo"), description="folder for everything")
     seed: int = Field(0, ge=0, description="of the cohort, the weights, the draws and the attacks")
-    targets: Names = Field(["features"], description="what the attacks move: features, embedding, or both")
+    targets: Annotated[list[Literal["features", "embedding"]], BeforeValidator(listed)] = Field(
+        ["features"], description="what the attacks move: features, embedding, or both"
+    )
     steps: int | None = Field(None, gt=0, description="training steps, if not the recipe's")
     query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
     quiet: bool = Field(False, description="no progress bars")
@@ -122,9 +125,9 @@ def report(demo: Demo, tables: dict[str, str], cohort: Cohort, seconds: float) -
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def run(demo: Demo) -> None:
     """Train, evaluate, print, write."""
-    demo, begin = Demo.load(argv), time.monotonic()
+    begin = time.monotonic()
     encoders = train_both(demo)
     tables = {}
     for target in demo.targets:
@@ -134,10 +137,18 @@ def main(argv: list[str]) -> None:
         print(f"\n# Attacks on {target}, k = {K}\n\n{markdown_table(short, intervals=False)}")
         print(verdict(records))
         print(chance_line(cohort))
-    text = report(demo, tables, cohort, time.monotonic() - begin)
-    (demo.out / "report.md").write_text(text)
+    (demo.out / "report.md").write_text(report(demo, tables, cohort, time.monotonic() - begin))
     write_json(demo.out / "chance.json", chance(cohort))
     print(f"\nreport: {demo.out / 'report.md'}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+    """Read the options and run; what the user can mend ends the program with the reason."""
+    demo = Demo.load(argv)
+    try:
+        run(demo)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
