@@ -63,6 +63,7 @@ class DataSettings(Section):
     patches: int = Field(2, gt=0, description="patches per slide")
     views: int = Field(2, gt=0, description="augmented views per patch")
     augmentation: Literal["none", "static", "v0", "v1"] = Field("v0", description="augmentation pipeline")
+    strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
     dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")
     val_fraction: float = Field(0.3, gt=0, lt=1, description="share of patients to validate on, without split files")
     split_seed: int = Field(0, ge=0, description="seed of that split")

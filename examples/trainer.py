@@ -78,7 +78,8 @@ class Trainer:
 
     def strength(self, epoch: int) -> float:
         """Augmentation strength in this epoch; the static pipelines ignore it."""
-        return augmentation_strength(epoch, self.epochs, self.plateau) if self.settings.data.dynamic else 1.0
+        data = self.settings.data
+        return data.strength * (augmentation_strength(epoch, self.epochs, self.plateau) if data.dynamic else 1.0)
 
     def train_step(self, batch: Any, epoch: int) -> dict[str, float]:
         """One optimiser step; returns what is logged.  Raises FloatingPointError before a bad loss is stepped on."""
