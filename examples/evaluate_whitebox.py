@@ -140,18 +140,24 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(out / "run.json", about)
     try:
-        plot_accuracy_vs_eps(records, out / "accuracy_vs_eps.png")
-        for title, result in results.items():
-            strongest = [name for name in result.examples if not name.startswith(("clean", "noise"))]
-            if strongest and settings.gallery:
-                name = strongest[-1]
-                heads = [f"patch {i + 1}" for i in range(len(result.examples["clean"]))]
-                plot_patches(
-                    result.examples["clean"], result.examples[name], out / f"patches_{title}_{name}.png", titles=heads
-                )
+        draw(settings, records, results)
     except ImportError as error:
         print(f"no figures: {error}", file=sys.stderr)
     return table
+
+
+def draw(settings: EvaluateWhitebox, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
+    """Accuracy against eps for the first k, and each encoder's patches under the first attack at its largest eps."""
+    used = {record.k for record in records}
+    k = settings.k[0] if settings.k[0] in used else max(used)
+    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=k)
+    for title, result in results.items():
+        attacks = [name for name in result.examples if not name.startswith(("clean", "noise"))]
+        if attacks and settings.gallery:
+            name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
+            clean, x_adv = result.examples["clean"], result.examples[name]
+            heads = [f"patch {i + 1}" for i in range(len(clean))]
+            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
 
 
 def main(argv: list[str]) -> None:

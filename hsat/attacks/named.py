@@ -87,6 +87,17 @@ def _check_steps(threat: ThreatModel, step_size: float, steps: int = 1, restarts
             raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
 
 
+def _steps_of(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) -> Climb:
+    return Climb(
+        threat=attack.threat,
+        step_size=attack.step_size,
+        steps=attack.steps,
+        random_start=attack.random_start,
+        restarts=attack.restarts,
+        decay=decay,
+    )
+
+
 @dataclass(frozen=True, repr=False)
 class PGD(_Ascent):
     """Projected gradient ascent, x <- project(x + step_size * ascent(gradient)), from a random start.
@@ -106,13 +117,7 @@ class PGD(_Ascent):
         _check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
     def _climb(self) -> Climb:
-        return Climb(
-            threat=self.threat,
-            step_size=self.step_size,
-            steps=self.steps,
-            random_start=self.random_start,
-            restarts=self.restarts,
-        )
+        return _steps_of(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,13 +139,7 @@ class BIM(_Ascent):
         _check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
     def _climb(self) -> Climb:
-        return Climb(
-            threat=self.threat,
-            step_size=self.step_size,
-            steps=self.steps,
-            random_start=self.random_start,
-            restarts=self.restarts,
-        )
+        return _steps_of(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,14 +165,7 @@ class MIFGSM(_Ascent):
             raise ValueError(f"decay must be a finite number >= 0, got {self.decay!r}")
 
     def _climb(self) -> Climb:
-        return Climb(
-            threat=self.threat,
-            step_size=self.step_size,
-            steps=self.steps,
-            random_start=self.random_start,
-            restarts=self.restarts,
-            decay=self.decay,
-        )
+        return _steps_of(self, decay=self.decay)
 
 
 @dataclass(frozen=True, repr=False)

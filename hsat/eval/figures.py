@@ -62,7 +62,8 @@ def _draw_lines(panel: Any, records: Sequence[Record]) -> None:
             line = clean + [record for record in mine if record.attack_name != "clean" and _kind(record) == kind]
             eps, value, bars = _points(line)
             panel.errorbar(
-                255 * eps + 0.08 * (i * len(kinds) + j),  # moved aside, so that intervals do not hide each other
+                # moved aside around the true eps, so that intervals of models and attacks do not hide each other
+                255 * eps + 0.18 * (i - (len(rows) - 1) / 2) + 0.05 * (j - (len(kinds) - 1) / 2),
                 value,
                 yerr=bars,
                 color=_COLOURS[i % len(_COLOURS)],

@@ -76,7 +76,7 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
     table = (out / "table.md").read_text()
     assert all(f" {name} |" in table for name in conditions) and "BIM with a random start is PGD" in table
     assert table.strip() in capsys.readouterr().out
-    for name in ("accuracy_vs_eps.png", "patches_run_MIFGSM-8.png"):
+    for name in ("accuracy_vs_eps.png", "patches_run_PGD-8.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 200
     about = json.loads((out / "run.json").read_text())
