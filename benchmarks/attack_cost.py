@@ -87,15 +87,16 @@ def published_evaluation_attack(model: nn.Module, x: Tensor, steps: int) -> Tens
     return adv
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
+def timed(function: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, as the mean of several in a row."""
     gc.collect()
     begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
 
 
-def compare(variants: dict[str, Callable[[], object]], turns: int) -> dict[str, object]:
+def compare(variants: dict[str, Callable[[], object]], turns: int, calls: int = 1) -> dict[str, object]:
     """Seconds per variant and, for all but the first, the ratio first / variant of each turn."""
     for function in variants.values():
         function()  # warm-up
@@ -103,7 +104,7 @@ def compare(variants: dict[str, Callable[[], object]], turns: int) -> dict[str, 
     for turn in range(turns):
         order = list(variants) if turn % 2 == 0 else list(variants)[::-1]
         for name in order:
-            seconds[name].append(timed(variants[name]))
+            seconds[name].append(timed(variants[name], calls))
     first, *others = variants
     ratios = {name: [a / b for a, b in zip(seconds[first], seconds[name], strict=True)] for name in others}
     return {
@@ -168,17 +169,21 @@ def main() -> None:
     """Run everything, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--only", default="", help="measure the rows whose title holds this, keep the others of --out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results: dict[str, object] = {}
+    if options.only and options.out and options.out.exists():
+        results = json.loads(options.out.read_text())["results"]
     for title, aim in AIMS.items():
+        if options.only not in title:
+            continue
         kind, *rest = title.split(", ")
         if kind.endswith("attack"):
             variants = attack_variants(rest[0], int(rest[1].split("x")[-1]), training=kind.startswith("training"))
-            turns = options.turns
+            found = compare(variants, options.turns)
         else:
-            variants, turns = loss_variants(), 10 * options.turns
-        found = compare(variants, turns)
+            found = compare(loss_variants(), 3 * options.turns, calls=10)  # milliseconds each
         ratio = found["times faster"]["hsat"]
         results[title] = found | {"aim": aim, "reached": ratio["median"] >= aim}
         verdict = "reached" if ratio["median"] >= aim else "NOT reached"

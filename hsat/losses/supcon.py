@@ -119,27 +119,22 @@ class _GroupTerms(torch.autograd.Function):
     def forward(ctx: Any, unit: Tensor, slots: Tensor, temperature: float) -> Tensor:
         with torch.autocast(unit.device.type, enabled=False):
             logits, log_sum = _similarities(unit, temperature)
-            losses = []
-            for slot in slots:
-                pull, share = _pull(unit, slot)
-                agreement = (unit * pull).sum(1, keepdim=True) / temperature
-                losses.append(((log_sum - agreement) * share).sum())
+            pulls, shares = (torch.stack(parts) for parts in zip(*(_pull(unit, slot) for slot in slots), strict=True))
+            agreement = (unit * pulls).sum(2, keepdim=True) / temperature
+            losses = ((log_sum - agreement) * shares).sum((1, 2))
         ctx.temperature = temperature
-        ctx.save_for_backward(unit, slots, logits, log_sum)
-        return torch.stack(losses)
+        ctx.save_for_backward(unit, slots, logits, log_sum, pulls, shares)
+        return losses
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Any) -> tuple[Tensor, None, None]:
         (grad,) = grads
-        unit, slots, logits, log_sum = ctx.saved_tensors  # type: ignore[attr-defined]
+        unit, slots, logits, log_sum, pulls, shares = ctx.saved_tensors  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
         with torch.autocast(unit.device.type, enabled=False):
             if torch.is_grad_enabled():  # create_graph=True: what was saved is cut off from the rows
                 logits, log_sum = _similarities(unit, temperature)
-            pulled, weight = torch.zeros_like(unit), torch.zeros_like(log_sum)
-            for slot, g in zip(slots, grad.unbind(), strict=True):
-                pull, share = _pull(unit, slot)
-                pulled = pulled + (g * share) * pull
-                weight = weight + g * share
-            push = (logits - log_sum).exp() * weight
-            return ((push + push.T) @ unit - 2 * pulled) / temperature, None, None
+                pulls = torch.stack([_pull(unit, slot)[0] for slot in slots])
+            weights = grad[:, None, None] * shares
+            push = (logits - log_sum).exp() * weights.sum(0)
+            return ((push + push.T) @ unit - 2 * (weights * pulls).sum(0)) / temperature, None, None
