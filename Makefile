@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint install clean
 
+# one thread: the network is too small to gain from more, and threads that wait for each other lose much on busy machines
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py --out runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py --out runs/demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
