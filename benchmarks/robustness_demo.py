@@ -25,7 +25,7 @@ PREFACE = """# The demo over seeds
 `python benchmarks/robustness_demo.py --seeds {seeds}`: each seed has its own synthetic cohort, weights, draws and
 attack starts.  Versions and settings are in the JSON file beside this one.
 
-Read it with this in mind.  The generator of the cohort was changed four times while looking at seed 0, the last time
+Read it with this in mind.  The generator of the cohort went through four versions while looking at seed 0, the last
 after seeing seeds 0 to 2, so that a baseline finds a fragile cue beside the coarse ones; these seeds are tuning seeds,
 and the gain is partly by construction.  It shows that the method and its measurement work, not how much it gains on
 tissue.  Columns BIM and PGD agree because BIM with a random start is PGD.
