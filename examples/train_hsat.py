@@ -51,6 +51,8 @@ class TrainSettings(Section):
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
     clean: bool = Field(False, description="mix clean and adversarial losses with the paper's dynamic weight")
     plateau: int | None = Field(None, gt=0, description="epochs of equal augmentation strength; a share of the run")
+    precision: Literal["32", "bf16"] = Field("32", description="of the passes through the encoder; bf16 is autocast")
+    channels_last: bool = Field(False, description="memory layout that many CPUs and GPUs compute faster in")
     save_every: int = Field(500, gt=0, description="steps between checkpoints")
     eval_every: int | None = Field(None, gt=0, description="steps between held-out evaluations; a tenth of the run")
     eval_patches: int = Field(512, gt=0, description="held-out patches looked at in such an evaluation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,9 @@ class Trainer:
         self.eps_warmup = _or(settings.attack.warmup_epochs, self.epochs // 8)
         self.plateau = _or(train.plateau, max(1, self.epochs // 800))
         self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
-        self.model = _build(settings).to(self.device)
+        self.layout = torch.channels_last if train.channels_last else torch.preserve_format
+        self.model = _build(settings).to(self.device, memory_format=self.layout)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=train.precision == "bf16")
         self.loss = HiDiscLoss.from_code(train.loss, temperature=train.temperature)
         self.inner_loss = HiDiscLoss.from_code(settings.attack.levels, temperature=train.temperature)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
@@ -84,6 +87,7 @@ class Trainer:
     def train_step(self, batch: Any, epoch: int) -> dict[str, float]:
         """One optimiser step; returns what is logged.  Raises FloatingPointError before a bad loss is stepped on."""
         batch = batch.to(self.device, non_blocking=True)
+        batch = batch.replace(images=batch.images.to(memory_format=self.layout))
         generator = torch.Generator().manual_seed(_mixed(self.settings.seed, self.step))
         weight = paper_clean_weight(self.strength(epoch)) if self.settings.train.clean else 0.0
         attack = self.attack(epoch)
@@ -96,6 +100,7 @@ class Trainer:
                 batch,
                 inner_loss=self.inner_loss,
                 clean_weight=weight,
+                autocast=self.autocast,
                 generator=generator,
             )
         except FloatingPointError as error:
