@@ -30,6 +30,7 @@ class Record:
     ("8/255"); eps_value: the same in units of the pixel range.  target: the layer whose drift the attack maximises.
     value, low, high: the metric and its interval in [0, 1]; low and high are None where there is no interval.
     n: rows at this level.  forwards, backwards: passes per image that the attack spent.
+    surrogate: in a transfer, the encoder that was attacked while `model` was measured; "" otherwise.
     flags: reasons to distrust the number.  settings: whatever else decides it.
     """
 
@@ -52,6 +53,7 @@ class Record:
     cohort: str = ""
     split: str = ""
     checkpoint: str = ""
+    surrogate: str = ""
     flags: tuple[str, ...] = ()
     forwards: float = 0.0
     backwards: float = 0.0
@@ -149,6 +151,7 @@ def markdown_table(
 
     A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
     cell (seeds, splits) give their mean and standard deviation.  Rows are split by target and k where those differ.
+    Transfers have a row per pair, "surrogate → model"; see `transfer_table` for the matrix.
     Below the tables stand the notes and flags of the records.  Raises ValueError if no record fits.
     """
     wanted = [record for record in records if record.level in levels and record.metric in metrics]
@@ -169,18 +172,22 @@ def _table(
     here = [record for record in records if record.level == level]
     if not here:
         return ""
-    rows = list(dict.fromkeys((record.model, record.target, record.k) for record in here))
+    rows = list(dict.fromkeys((_row(record), record.target, record.k) for record in here))
     sizes = sorted({record.n for record in here})
     heading = f"**{level.capitalize()} level** ({' / '.join(_TITLES.get(name, name) for name in metrics)}, %;"
     heading += f" n = {', '.join(map(str, sizes))})"
     lines = [heading, "", "| model | target | k | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 3)]
     for row in rows:
-        mine = [record for record in here if (record.model, record.target, record.k) == row]
+        mine = [record for record in here if (_row(record), record.target, record.k) == row]
         cells = [
             _cell([record for record in mine if record.attack_name == name], metrics, intervals) for name in columns
         ]
         lines.append("| " + " | ".join([*(str(value) for value in row), *cells]) + " |")
     return "\n".join(lines)
+
+
+def _row(record: Record) -> str:
+    return f"{record.surrogate} → {record.model}" if record.surrogate else record.model
 
 
 def _cell(records: Sequence[Record], metrics: Sequence[str], intervals: bool) -> str:
@@ -205,5 +212,5 @@ def _remarks(records: Sequence[Record]) -> str:
         if note := record.settings.get("note"):
             lines[f"- {record.attack_name}: {note}"] = None
         for flag in record.flags:
-            lines[f"- {record.model}, {record.attack_name} ({record.target}): {flag}"] = None
+            lines[f"- {_row(record)}, {record.attack_name} ({record.target}): {flag}"] = None
     return "\n".join(lines)
