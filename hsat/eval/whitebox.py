@@ -89,10 +89,8 @@ def evaluate_whitebox(
     Raises ValueError for an unknown target, k, how or compat, an attack called "clean", TypeError for attacks that are
     no mapping of attacks, and what `embed` and `KNNClassifier` raise.
     """
-    _check_options(target, attacks, how, compat)
-    ks = tuple(np.atleast_1d(np.asarray(k)).tolist())
-    if not ks or not all(isinstance(each, int) and each >= 1 for each in ks):
-        raise ValueError(f"k must be a number of at least 1, or several as in (200, 20); got {k!r}")
+    check_options(target, attacks, how, compat)
+    ks = several_k(k)
     settings = KNNClassifier(k=max(ks), temperature=temperature, index=index)
     if not isinstance(bank, EmbeddingTable):
         bank = embed(
@@ -101,7 +99,7 @@ def evaluate_whitebox(
     knn = settings.fit(bank)
     trial = _Trial(encoder, target, layer, _conditions(attacks, noise), bank=bank, seed=seed, keep=keep_examples)
     tables = trial.run(queries, class_names=class_names, device=device, model=model, progress=progress)
-    scores = {name: _scores(knn, table, ks) for name, table in tables.items()}
+    scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
     frame = evaluation_frame(
         knn,
         tables[CLEAN],
@@ -192,7 +190,15 @@ class _Trial:
             tally.kept.append(images[:missing].detach().cpu())
 
 
-def _scores(knn: FittedKNN, table: EmbeddingTable, ks: Sequence[int]) -> dict[int, np.ndarray]:
+def several_k(k: int | Sequence[int]) -> tuple[int, ...]:
+    """One or several numbers of neighbours as a tuple; ValueError for none, and for what is no number of at least 1."""
+    ks = tuple(np.atleast_1d(np.asarray(k)).tolist())
+    if not ks or not all(isinstance(each, int) and each >= 1 for each in ks):
+        raise ValueError(f"k must be a number of at least 1, or several as in (200, 20); got {k!r}")
+    return ks
+
+
+def scores_by_k(knn: FittedKNN, table: EmbeddingTable, ks: Sequence[int]) -> dict[int, np.ndarray]:
     """Class scores for each k, from one search; k above the bank are cut to it."""
     found = knn.neighbours(table)
     return {k: knn.score(found, k=k) for k in dict.fromkeys(min(k, knn.k) for k in ks)}
@@ -208,7 +214,8 @@ def _conditions(attacks: Mapping[str, Attack], noise: bool) -> dict[str, Attack]
     return found | dict(attacks)
 
 
-def _check_options(target: str, attacks: Mapping[str, Attack], how: str | None, compat: str | None) -> None:
+def check_options(target: str, attacks: Mapping[str, Attack], how: str | None, compat: str | None) -> None:
+    """ValueError or TypeError for an unknown target, how or compat, and for attacks that are no mapping of attacks."""
     if target not in LAYERS:
         hint = " ('knn' is not available yet)" if target == "knn" else ""
         raise ValueError(f"unknown target {target!r}{hint}; choose one of {list(LAYERS)}")
