@@ -128,6 +128,17 @@ def frozen_module(encoder: Encoder) -> AbstractContextManager[None]:
     return frozen(encoder)
 
 
+def through_branch(encoder: Encoder, name: str | None) -> AbstractContextManager[None]:
+    """`hsat.models.branch` of a dual BatchNorm encoder; nothing for None."""
+    if name is None:
+        return nullcontext()
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"{type(encoder).__name__} is no module, so it has no BatchNorm branch {name!r}")
+    from hsat.models import branch
+
+    return branch(encoder, name)
+
+
 def device_of(encoder: Encoder, device: torch.device | str | None) -> torch.device:
     """The device that was asked for, else that of the encoder's first parameter or buffer, else the CPU."""
     if device is not None:

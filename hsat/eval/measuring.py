@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from hsat.eval.bootstrap import Interval, bootstrap_intervals
+from hsat.eval.conventions import Absent, Arithmetic, Compat, How, Keys, resolve_arithmetic
 from hsat.eval.knn import FittedKNN
-from hsat.eval.pooling import How
 from hsat.eval.records import Record, eps_text, eps_value, software_versions
-from hsat.eval.scoring import METRICS, Compat, Metrics, level_scores, metrics, resolve_how
+from hsat.eval.scoring import METRICS, Metrics, level_scores, metrics
 from hsat.eval.tally import Tally, attack_settings, shared_patients, suspicions
 from hsat.types import Attack, EmbeddingTable
 
@@ -29,7 +29,7 @@ class Frame:
     settings: dict[str, Any]
     flags: tuple[str, ...]
     class_names: tuple[str, ...]
-    compat: Compat | None
+    arithmetic: Arithmetic
     bootstrap: int
 
 
@@ -45,9 +45,13 @@ def evaluation_frame(
     bootstrap: int,
     model: str,
     checkpoint: str,
+    absent: Absent | None = None,
+    keys: Keys | None = None,
+    attack_branch: str | None = None,
 ) -> Frame:
     """The frame of an evaluation of these queries, embedded clean, by this classifier."""
     bank = knn.table
+    arithmetic = resolve_arithmetic(compat, how=how, absent=absent, keys=keys)
     return Frame(
         identity={
             "model": model,
@@ -61,8 +65,9 @@ def evaluation_frame(
         },
         settings={
             "layer": layer,
-            "how": resolve_how(how, compat),
+            **dataclasses.asdict(arithmetic),
             "compat": compat or "",
+            **({"attack_branch": attack_branch} if attack_branch else {}),
             "bootstrap": bootstrap,
             "index": knn.settings.index,
             "bank_rows": len(bank),
@@ -71,7 +76,7 @@ def evaluation_frame(
         },
         flags=shared_patients(bank, queries),
         class_names=knn.class_names,
-        compat=compat,
+        arithmetic=arithmetic,
         bootstrap=bootstrap,
     )
 
@@ -114,17 +119,18 @@ def condition_records(
 def _measure(
     frame: Frame, scores: np.ndarray, table: EmbeddingTable, seed: int
 ) -> dict[str, tuple[Metrics, dict[str, Interval]]]:
-    levels = level_scores(scores, table, class_names=frame.class_names, how=frame.settings["how"], compat=frame.compat)
+    chosen = frame.arithmetic
+    levels = level_scores(scores, table, class_names=frame.class_names, how=chosen.how, keys=chosen.keys)
     return {
         level: (
-            metrics(pooled, labels, compat=frame.compat),
+            metrics(pooled, labels, absent=chosen.absent),
             bootstrap_intervals(
                 pooled,
                 labels,
                 patients,
                 generator=np.random.default_rng(seed),
                 resamples=frame.bootstrap,
-                compat=frame.compat,
+                absent=chosen.absent,
             ),
         )
         for level, (pooled, labels, patients) in levels.items()
@@ -132,7 +138,8 @@ def _measure(
 
 
 def _record(place: Record, metric: str, value: float, interval: Interval) -> Record:
-    settings = place.settings | ({"no_interval": interval.reason} if interval.reason else {})
+    word = "no_interval" if interval.low is None else "interval"
+    settings = place.settings | ({word: interval.reason} if interval.reason else {})
     return dataclasses.replace(
         place, metric=metric, value=value, low=interval.low, high=interval.high, settings=settings
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-How = Literal["mean", "paper"]
+from hsat.eval.conventions import How as How  # noqa: PLC0414 (offered here as well)
+from hsat.eval.conventions import Keys
 
 
 @dataclass(frozen=True, eq=False)
 class PooledScores:
     """One row per group, in ascending order of the group ids.
 
-    groups: (g,) the ids.  scores: (g, classes) float64, rows sum to one when those of the patches do.
+    groups: (g,) the ids; with keys="id_and_label" an id stands there once for each of its labels.
+    scores: (g, classes) float64, rows sum to one when those of the patches do.
     labels: (g,) the label that all members share, or None when none were given.  sizes: (g,) members of each group.
     """
 
@@ -27,27 +29,37 @@ class PooledScores:
         return len(self.groups)
 
 
-def pool(scores: Any, groups: Any, labels: Any = None, *, how: How = "mean") -> PooledScores:
+def pool(scores: Any, groups: Any, labels: Any = None, *, how: How = "mean", keys: Keys = "id") -> PooledScores:
     """Pool the scores of patches into one row per group (slide or patient).
 
     scores: (n, classes), class scores of each patch as `predict_proba` gives them.  groups: (n,) ids, integers or text.
-    labels: (n,) class indices; they are carried along and never take part in the grouping (the published code groups
-    by id *and* true label, so that a patient with two labels is counted twice).
+    labels: (n,) class indices; they are carried along.
+
+    keys="id": rows of one id are a group, and their labels must agree.  keys="id_and_label": the published grouping, in
+    which a patient with two labels is two groups; it needs labels.
 
     how="mean": the mean of the members' scores.  how="paper": the arithmetic of the published evaluation, which takes
     scores that sum to one for logits: softmax of each row, sum over the group, division by the row sum.
 
-    Raises ValueError for lengths that differ, scores that are not finite, an unknown `how`, no rows at all, and for a
-    group whose members disagree about the label, naming the group.
+    Raises ValueError for lengths that differ, scores that are not finite, an unknown `how` or `keys`, no rows at all,
+    and with keys="id" for a group whose members disagree about the label, naming the group.
     """
     scores = check_scores(scores)
     groups = _column("groups", groups, len(scores))
     if how not in ("mean", "paper"):
         raise ValueError(f"how must be 'mean' or 'paper', got {how!r}")
+    if keys not in ("id", "id_and_label") or (keys == "id_and_label" and labels is None):
+        raise ValueError(f"keys must be 'id', or with labels 'id_and_label'; got {keys!r}")
     names, first, member_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     shared = None
     if labels is not None:
         labels = _column("labels", labels, len(scores))
+        if keys == "id_and_label":
+            pairs = np.stack((member_of, np.unique(labels, return_inverse=True)[1]), 1)
+            _, first, member_of, sizes = np.unique(
+                pairs, axis=0, return_index=True, return_inverse=True, return_counts=True
+            )
+            names, member_of = groups[first], member_of.reshape(-1)
         shared = labels[first]
         _check_agreement(names, labels, shared, member_of)
     if how == "paper":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from hsat.eval.pooling import How, check_scores, pool, softmax_rows
+from hsat.eval.conventions import Absent, How, Keys, resolve_arithmetic
+from hsat.eval.conventions import Compat as Compat  # noqa: PLC0414 (offered here as well)
+from hsat.eval.pooling import PooledScores, check_scores, pool, softmax_rows
 from hsat.types import EmbeddingTable
 
-Compat = Literal["paper"]
 METRICS = ("accuracy", "mca", "map", "top2", "top3")
 
 
@@ -42,7 +43,12 @@ class Metrics:
 
 
 def metrics(
-    scores: Any, labels: Any, *, class_names: Sequence[str] | None = None, compat: Compat | None = None
+    scores: Any,
+    labels: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    absent: Absent | None = None,
+    compat: Compat | None = None,
 ) -> Metrics:
     """Metrics of scores (n, classes) against class indices (n,).
 
@@ -50,13 +56,15 @@ def metrics(
     sum of (recall step) x precision over the distinct values of the class's score, without interpolation; equal scores
     form one step.  A class that does not occur in the truth counts neither in mca nor in map.
 
-    compat="paper" repeats the published mca, in which a class that is predicted but never true counts as recall 0.
+    absent="zero" repeats the published mca, in which a class that is predicted but never true counts as recall 0; None
+    is "skip", or "zero" under compat="paper".
 
     Raises ValueError for lengths that differ, labels outside the classes, scores that are not finite, class_names of
-    another length and an unknown compat.
+    another length and an unknown absent or compat.
     """
     scores, labels = check_scores(scores), np.asarray(labels)
-    _check_labels(scores, labels, class_names, compat)
+    _check_labels(scores, labels, class_names)
+    absent = resolve_arithmetic(compat, absent=absent).absent
     rank = true_rank(scores, labels)
     classes = scores.shape[1]
     confusion = np.zeros((classes, classes), dtype=np.int64)
@@ -65,7 +73,7 @@ def metrics(
     recall = np.full(classes, np.nan)
     np.divide(confusion.diagonal(), occurs, out=recall, where=occurs > 0)
     precision = average_precision(scores, labels)
-    counted = (occurs > 0) | (predicted > 0) if compat == "paper" else occurs > 0
+    counted = (occurs > 0) | (predicted > 0) if absent == "zero" else occurs > 0
     return Metrics(
         accuracy=float((rank == 0).mean()),
         mca=float(np.nan_to_num(recall)[counted].mean()),
@@ -133,17 +141,13 @@ def match_labels(labels: np.ndarray, own_names: Sequence[str], class_names: Sequ
     return matched
 
 
-def resolve_how(how: How | None, compat: Compat | None) -> How:
-    """The pooling that is meant: what was asked for, else "paper" under compat="paper" and "mean" otherwise."""
-    return how or ("paper" if compat == "paper" else "mean")
-
-
 def level_scores(
     scores: Any,
     table: EmbeddingTable,
     *,
     class_names: Sequence[str] | None = None,
     how: How | None = None,
+    keys: Keys | None = None,
     compat: Compat | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(scores, labels, patient ids) of the rows at each of the levels patch, slide and patient.
@@ -151,19 +155,24 @@ def level_scores(
     The patch level has one row per row of the table.  With how="paper" its scores are softmaxed as in the published
     code, which moves the mean average precision and nothing else.
     """
-    scores, how = check_scores(scores), resolve_how(how, compat)
+    scores, chosen = check_scores(scores), resolve_arithmetic(compat, how=how, keys=keys)
     if len(scores) != len(table):
         raise ValueError(f"{len(scores)} rows of scores for a table of {len(table)} embeddings; give one per embedding")
     names = table.class_names if class_names is None else tuple(class_names)
     labels = match_classes(table, names)
-    levels = {"patch": (softmax_rows(scores) if how == "paper" else scores, labels, table.patient)}
-    slide = pool(scores, table.slide, labels, how=how)
-    patient_of_slide = table.patient[np.unique(table.slide, return_index=True)[1]]
-    patient = pool(scores, table.patient, labels, how=how)
-    assert slide.labels is not None and patient.labels is not None  # labels were given
-    levels["slide"] = (slide.scores, slide.labels, patient_of_slide)
-    levels["patient"] = (patient.scores, patient.labels, patient.groups)
-    return levels
+    slides, first = np.unique(table.slide, return_index=True)
+    slide = pool(scores, table.slide, labels, how=chosen.how, keys=chosen.keys)
+    patient = pool(scores, table.patient, labels, how=chosen.how, keys=chosen.keys)
+    return {
+        "patch": (softmax_rows(scores) if chosen.how == "paper" else scores, labels, table.patient),
+        "slide": _labelled(slide, table.patient[first][np.searchsorted(slides, slide.groups)]),
+        "patient": _labelled(patient, patient.groups),
+    }
+
+
+def _labelled(pooled: PooledScores, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    assert pooled.labels is not None  # labels were given
+    return pooled.scores, pooled.labels, patients
 
 
 def score_levels(
@@ -172,25 +181,26 @@ def score_levels(
     *,
     class_names: Sequence[str] | None = None,
     how: How | None = None,
+    absent: Absent | None = None,
+    keys: Keys | None = None,
     compat: Compat | None = None,
 ) -> dict[str, Metrics]:
     """Metrics at the three levels, {"patch": ..., "slide": ..., "patient": ...}.
 
     scores: (n, classes), one row per row of `table`.  class_names: what the columns of scores are (the bank's classes);
     the table's labels are matched to them by name.  None means the table's own.
-    how: pooling, see `pool`; None is "mean", or "paper" under compat="paper".
-    compat="paper" alone repeats the published numbers: its pooling, its patch-level softmax and its mca.
+    how, keys: pooling and grouping, see `pool`; absent: see `metrics`.  compat="paper" chooses the published arithmetic
+    for those that are None ("paper", "id_and_label", "zero"); otherwise None is hsat's ("mean", "id", "skip").
     """
-    levels = level_scores(scores, table, class_names=class_names, how=how, compat=compat)
+    levels = level_scores(scores, table, class_names=class_names, how=how, keys=keys, compat=compat)
     names = table.class_names if class_names is None else tuple(class_names)
     return {
-        level: metrics(rows, labels, class_names=names, compat=compat) for level, (rows, labels, _) in levels.items()
+        level: metrics(rows, labels, class_names=names, absent=absent, compat=compat)
+        for level, (rows, labels, _) in levels.items()
     }
 
 
-def _check_labels(
-    scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None, compat: Compat | None
-) -> None:
+def _check_labels(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None) -> None:
     n, classes = scores.shape
     if labels.shape != (n,):
         raise ValueError(f"{n} rows of scores but labels has shape {labels.shape}; expected ({n},)")
@@ -200,5 +210,3 @@ def _check_labels(
         raise ValueError(f"labels run from {labels.min()} to {labels.max()} but scores have {classes} classes")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"{len(class_names)} class names {list(class_names)} for scores of {classes} classes")
-    if compat not in (None, "paper"):
-        raise ValueError(f"compat must be None or 'paper', got {compat!r}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hsat.attacks import RandomNoise, feature_drift
+from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.embedding import (
     LAYERS,
     Layer,
@@ -20,13 +21,13 @@ from hsat.eval.embedding import (
     frozen_module,
     labelled,
     select_layer,
+    through_branch,
     watch,
 )
 from hsat.eval.knn import FittedKNN, KNNClassifier
 from hsat.eval.measuring import condition_records, evaluation_frame
-from hsat.eval.pooling import How
 from hsat.eval.records import Record, eps_text
-from hsat.eval.scoring import Compat, match_labels
+from hsat.eval.scoring import match_labels
 from hsat.eval.tally import Tally
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
 
@@ -54,7 +55,7 @@ def evaluate_whitebox(
     queries: Iterable[HierarchicalBatch],
     attacks: Mapping[str, Attack],
     *,
-    target: str = "features",
+    target: str | None = None,
     layer: Layer = "features",
     k: int | Sequence[int] = 200,
     temperature: float = 0.07,
@@ -62,6 +63,9 @@ def evaluate_whitebox(
     seed: int = 0,
     device: torch.device | str | None = None,
     how: How | None = None,
+    absent: Absent | None = None,
+    keys: Keys | None = None,
+    attack_branch: str | None = None,
     compat: Compat | None = None,
     bootstrap: int = 1000,
     noise: bool = False,
@@ -77,18 +81,23 @@ def evaluate_whitebox(
     once; all attacks see each batch in turn and share its clean embedding.  attacks: {"PGD-8": PGD(...), ...}; clean
     queries are always measured, under the name "clean".  noise=True adds one random point of each threat model.
 
-    target: the layer whose cosine distance to the clean value the attacks maximise, "features" (what kNN reads) or
-    "embedding" (the projected embedding, as in the paper's tables).  layer: what kNN reads.  Each image's random start
-    depends on (seed, patch id) only.  k: one number or several; neighbours are searched once.  how, compat: see
-    `score_levels`.  bootstrap: resamples of patients for the intervals; 0 for none.
+    target: the layer whose cosine distance to the clean value the attacks maximise, "features" (what kNN reads; the
+    default) or "embedding" (the projected embedding, as in the paper's tables).  layer: what kNN reads.  Each image's
+    random start depends on (seed, patch id) only.  k: one number or several; neighbours are searched once.
+    attack_branch: for an encoder with dual BatchNorm, the branch that the attacks go through; by default they go
+    through the branch that is scored, the active one.  how, absent, keys: see `score_levels`.
+    compat="paper" repeats the published evaluation: target "embedding", attack_branch "pgd" (dual encoders only) and
+    the published arithmetic; an option that is given wins.  The attacks are yours: see `paper_attacks`.
+    bootstrap: resamples of patients for the intervals; 0 for none.
     model, checkpoint: what the records say.  class_names: for loaders that do not know theirs.
 
     Records carry flags where a result is doubtful: gradients that are exactly zero or images that never moved in more
     than 1 % of the images (a masked gradient looks like robustness), and a bank that shares patients with the queries.
 
-    Raises ValueError for an unknown target, k, how or compat, an attack called "clean", TypeError for attacks that are
-    no mapping of attacks, and what `embed` and `KNNClassifier` raise.
+    Raises ValueError for an unknown target, k, how, absent, keys, attack_branch or compat, an attack called "clean",
+    TypeError for attacks that are no mapping of attacks, and what `embed` and `KNNClassifier` raise.
     """
+    target, attack_branch = _published(compat, encoder, target, attack_branch)
     check_options(target, attacks, how, compat)
     ks = several_k(k)
     settings = KNNClassifier(k=max(ks), temperature=temperature, index=index)
@@ -97,7 +106,8 @@ def evaluate_whitebox(
             encoder, bank, class_names=class_names, layer=layer, device=device, encoder_name=model, progress=progress
         )
     knn = settings.fit(bank)
-    trial = _Trial(encoder, target, layer, _conditions(attacks, noise), bank=bank, seed=seed, keep=keep_examples)
+    chosen = _conditions(attacks, noise)
+    trial = _Trial(encoder, target, layer, chosen, bank=bank, seed=seed, keep=keep_examples, branch=attack_branch)
     tables = trial.run(queries, class_names=class_names, device=device, model=model, progress=progress)
     scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
     frame = evaluation_frame(
@@ -107,10 +117,13 @@ def evaluate_whitebox(
         layer=layer,
         seed=seed,
         how=how,
+        absent=absent,
+        keys=keys,
         compat=compat,
         bootstrap=bootstrap,
         model=model,
         checkpoint=checkpoint,
+        attack_branch=attack_branch,
     )
     records = [
         record
@@ -141,10 +154,12 @@ class _Trial:
         bank: EmbeddingTable,
         seed: int,
         keep: int,
+        branch: str | None,
     ) -> None:
         self._encoder, self._bank, self._seed, self._keep = encoder, bank, seed, keep
+        self._branch = branch
         self._attacked, self._scored = select_layer(encoder, target), select_layer(encoder, layer)
-        self._same = target == layer
+        self._same = target == layer and branch is None
         self.attacks = attacks
         self.tallies = {name: Tally() for name in (CLEAN, *attacks)}
 
@@ -174,12 +189,14 @@ class _Trial:
         clean = encode(self._scored, images)
         if (width := self._bank.z.shape[1]) != clean.shape[-1]:
             raise ValueError(f"the bank's embeddings have width {width}, the encoder's {clean.shape[-1]}: not its bank")
-        reference = clean if self._same else encode(self._attacked, images)
         self._store(CLEAN, batch, images, clean)
+        with through_branch(self._encoder, self._branch):
+            reference = clean if self._same else encode(self._attacked, images)
         objective = feature_drift(self._attacked, images, "cosine", reference=reference)
         for name, attack in self.attacks.items():
             generator = torch.Generator().manual_seed(self._seed)
-            result = attack.run(images, objective, generator=generator, ids=batch.patch)
+            with through_branch(self._encoder, self._branch):
+                result = attack.run(images, objective, generator=generator, ids=batch.patch)
             self.tallies[name].count(result, images)
             self._store(name, batch, result.x_adv, encode(self._scored, result.x_adv))
 
@@ -202,6 +219,17 @@ def scores_by_k(knn: FittedKNN, table: EmbeddingTable, ks: Sequence[int]) -> dic
     """Class scores for each k, from one search; k above the bank are cut to it."""
     found = knn.neighbours(table)
     return {k: knn.score(found, k=k) for k in dict.fromkeys(min(k, knn.k) for k in ks)}
+
+
+def _published(
+    compat: Compat | None, encoder: Encoder, target: str | None, attack_branch: str | None
+) -> tuple[str, str | None]:
+    """(target, attack_branch) as they are given, or as compat chooses them."""
+    if compat == "paper" and attack_branch is None and isinstance(encoder, torch.nn.Module):
+        from hsat.models import is_dual
+
+        attack_branch = "pgd" if is_dual(encoder) else None
+    return target or ("embedding" if compat == "paper" else "features"), attack_branch
 
 
 def _conditions(attacks: Mapping[str, Attack], noise: bool) -> dict[str, Attack]:
