@@ -2,89 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
-from hsat.attacks import radius, starts
-from hsat.attacks.ascend import Climb, ascend
+from hsat.attacks import starts
+from hsat.attacks.ascend import Climb
+from hsat.attacks.calling import Ascent, Success, check_number, check_steps, check_threat
 from hsat.attacks.gradient import check_value
 from hsat.types import AttackResult, Objective, ThreatModel
-
-Success = Callable[[Tensor], Tensor]
-
-
-class _Ascent(ABC):
-    """The two ways to call an attack, once; each final class below provides the numbers of its ascent."""
-
-    @abstractmethod
-    def _climb(self) -> Climb: ...
-
-    def __repr__(self) -> str:
-        return _text(self)
-
-    def __call__(
-        self,
-        x: Tensor,
-        objective: Objective,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        ids: Tensor | None = None,
-        success: Success | None = None,
-    ) -> Tensor:
-        """Adversarial images, same shape, dtype and device as x, detached; see `run` for the arguments."""
-        climb = self._climb()
-        return ascend(
-            x, objective, climb, start=start, generator=generator, ids=ids, success=success, score=False
-        ).x_adv
-
-    def run(
-        self,
-        x: Tensor,
-        objective: Objective,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        ids: Tensor | None = None,
-        success: Success | None = None,
-    ) -> AttackResult:
-        """The attack with its record.
-
-        x: (n, c, h, w) floats in the threat model's range.  objective: images -> scalar or (n,), maximised.
-        start: (n, c, h, w), replaces the first restart's start and is projected first.  generator: source of random
-        starts (torch's global one if None).  ids: (n,) ints that make each image's noise its own.  success:
-        (x_adv) -> (n,) bool, stops images early.
-        """
-        return ascend(x, objective, self._climb(), start=start, generator=generator, ids=ids, success=success)
-
-
-def _text(attack: Any) -> str:
-    """The complete settings, as they would be typed: step sizes are written as grey levels where that is exact."""
-    parts = []
-    for option in fields(attack):
-        value = getattr(attack, option.name)
-        parts.append(f"{option.name}={radius.text(value) if option.name == 'step_size' and value else repr(value)}")
-    return f"{type(attack).__name__}({', '.join(parts)})"
-
-
-def _check_threat(threat: ThreatModel) -> None:
-    if not isinstance(threat, ThreatModel):
-        raise TypeError(f"threat must be a threat model such as Linf(8/255), got {threat!r}")
-
-
-def _check_steps(threat: ThreatModel, step_size: float, steps: int = 1, restarts: int = 1) -> None:
-    _check_threat(threat)
-    if not (math.isfinite(step_size) and step_size >= 0):
-        raise ValueError(f"step_size must be a finite number >= 0 in units of the pixel range, got {step_size!r}")
-    for name, count in (("steps", steps), ("restarts", restarts)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
 
 
 def _steps_of(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) -> Climb:
@@ -99,7 +26,7 @@ def _steps_of(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) -> Clim
 
 
 @dataclass(frozen=True, repr=False)
-class PGD(_Ascent):
+class PGD(Ascent):
     """Projected gradient ascent, x <- project(x + step_size * ascent(gradient)), from a random start.
 
     Madry et al., arXiv:1706.06083, section 2.1.  HSAT trains with Linf(8/255), step_size=2/255, steps=5.
@@ -114,14 +41,14 @@ class PGD(_Ascent):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        _check_steps(self.threat, self.step_size, self.steps, self.restarts)
+        check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
     def _climb(self) -> Climb:
         return _steps_of(self)
 
 
 @dataclass(frozen=True, repr=False)
-class BIM(_Ascent):
+class BIM(Ascent):
     """Basic iterative method: PGD that starts at the images themselves (Kurakin et al., arXiv:1607.02533, eq. 2).
 
     With random_start=True it is PGD, which is what the published HSAT evaluation runs under this name.  Restarts after
@@ -136,14 +63,14 @@ class BIM(_Ascent):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        _check_steps(self.threat, self.step_size, self.steps, self.restarts)
+        check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
     def _climb(self) -> Climb:
         return _steps_of(self)
 
 
 @dataclass(frozen=True, repr=False)
-class MIFGSM(_Ascent):
+class MIFGSM(Ascent):
     """Momentum iterative method: m <- decay * m + g / mean|g| per image, then a step along ascent(m).
 
     Dong et al., arXiv:1710.06081, algorithm 1 (there with the sum |g|; a positive factor per image and step, and with
@@ -160,29 +87,28 @@ class MIFGSM(_Ascent):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        _check_steps(self.threat, self.step_size, self.steps, self.restarts)
-        if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise ValueError(f"decay must be a finite number >= 0, got {self.decay!r}")
+        check_steps(self.threat, self.step_size, self.steps, self.restarts)
+        check_number("decay", self.decay)
 
     def _climb(self) -> Climb:
         return _steps_of(self, decay=self.decay)
 
 
 @dataclass(frozen=True, repr=False)
-class FGSM(_Ascent):
+class FGSM(Ascent):
     """One step of size eps from the images (Goodfellow et al., arXiv:1412.6572, section 4)."""
 
     threat: ThreatModel
 
     def __post_init__(self) -> None:
-        _check_threat(self.threat)
+        check_threat(self.threat)
 
     def _climb(self) -> Climb:
         return Climb(threat=self.threat, step_size=self.threat.eps, steps=1)
 
 
 @dataclass(frozen=True, repr=False)
-class FFGSM(_Ascent):
+class FFGSM(Ascent):
     """One step from a random start, project(start + step_size * ascent(gradient)).
 
     Wong et al., arXiv:2001.03994, algorithm 3.  step_size=None is their 1.25 eps; the published HSAT code uses 10/255
@@ -194,9 +120,9 @@ class FFGSM(_Ascent):
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        _check_threat(self.threat)
+        check_threat(self.threat)
         if self.step_size is not None:
-            _check_steps(self.threat, self.step_size)
+            check_steps(self.threat, self.step_size)
 
     def _climb(self) -> Climb:
         step_size = 1.25 * self.threat.eps if self.step_size is None else self.step_size
@@ -210,7 +136,7 @@ class RandomNoise:
     threat: ThreatModel
 
     def __post_init__(self) -> None:
-        _check_threat(self.threat)
+        check_threat(self.threat)
 
     def __call__(
         self,

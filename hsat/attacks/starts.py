@@ -12,9 +12,9 @@ from torch import Tensor
 from hsat.types import ThreatModel
 
 
-def image_seed(seed: int, image_id: int, restart: int) -> int:
-    """63-bit seed of one image's noise; depends on nothing but these three numbers."""
-    text = f"{seed}/{image_id}/{restart}".encode()
+def image_seed(seed: int, image_id: int, restart: int, purpose: str = "") -> int:
+    """63-bit seed of one image's noise; nothing else enters.  purpose: what is drawn, when it is not a start."""
+    text = f"{seed}/{image_id}/{restart}{purpose and '/' + purpose}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
@@ -33,14 +33,43 @@ def random_start(
     the noise of an image depends on the generator's initial seed, its id and the restart only, and no generator is
     advanced: batch size, order and rank do not matter.
     """
-    if ids is None:
-        return _start(threat, x, generator, inside=inside)
-    seed = torch.initial_seed() if generator is None else generator.initial_seed()
-    points = []
-    for i, image_id in enumerate(ids.tolist()):
-        own = torch.Generator().manual_seed(image_seed(seed, image_id, restart))
-        points.append(_start(threat_of(threat, torch.tensor([i])), x[i : i + 1], own, inside=inside))
-    return torch.cat(points) if points else x
+    return Noise(len(x), generator=generator, ids=ids, restart=restart).point(x, threat, inside=inside)
+
+
+class Noise:
+    """What one restart draws: for the batch at once, or with ids from a generator of each image's own.
+
+    Without ids draws come from `generator` (torch's global one if None).  With ids (n,) those of an image depend on the
+    generator's initial seed, its id, the restart, the purpose and how much was drawn before; no generator is advanced.
+    """
+
+    def __init__(
+        self, n: int, *, generator: torch.Generator | None, ids: Tensor | None, restart: int, purpose: str = ""
+    ) -> None:
+        self.n, self.generator = n, generator
+        self.own: list[torch.Generator] | None = None
+        if ids is not None:
+            seed = torch.initial_seed() if generator is None else generator.initial_seed()
+            seeds = [image_seed(seed, image_id, restart, purpose) for image_id in ids.tolist()]
+            self.own = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def point(self, x: Tensor, threat: ThreatModel, *, inside: bool = False) -> Tensor:
+        """A random point of the feasible set around each image of x (n, c, h, w); `inside` as in `random_start`."""
+        if self.own is None:
+            return _start(threat, x, self.generator, inside=inside)
+        points = [
+            _start(threat_of(threat, torch.tensor([i])), x[i : i + 1], own, inside=inside)
+            for i, own in enumerate(self.own)
+        ]
+        return torch.cat(points) if points else x
+
+    def uniform(self, *shape: int, device: torch.device) -> Tensor:
+        """(n, *shape) float32 in [0, 1)."""
+        if self.own is None:
+            home = device if self.generator is None else self.generator.device
+            return torch.rand((self.n, *shape), generator=self.generator, device=home).to(device)
+        rows = [torch.rand(shape, generator=own) for own in self.own]
+        return (torch.stack(rows) if rows else torch.zeros((0, *shape))).to(device)
 
 
 def _start(threat: ThreatModel, x: Tensor, generator: torch.Generator | None, *, inside: bool) -> Tensor:
