@@ -72,17 +72,32 @@ class DataSettings(Section):
     workers: int = Field(0, ge=0, description="processes that read patches")
 
 
-class ModelSettings(Section):
-    """The encoder."""
+class EncoderSettings(Section):
+    """What an encoder is made of."""
 
     backbone: str = Field("resnet50", description="a backbone of the paper, or any timm model")
     embedding_dim: int | None = Field(
         None, gt=0, description="width of the projected embedding; 128 unless the head says otherwise"
     )
-    head: Literal["linear", "mlp", "mlp3_bn"] = Field("linear", description="projection head")
+    head: Literal["linear", "mlp", "mlp3_bn", "none"] = Field("linear", description="projection head")
     head_hidden: Counts = Field([], description="widths of the hidden layers of an mlp head: 2048,2048")
+    dual_norm: bool = Field(False, description="two BatchNorm branches: normal (clean), pgd (adversarial)")
+    input_size: int | None = Field(None, gt=0, description="resize inside the encoder to squares of this side")
+
+
+class ModelSettings(EncoderSettings):
+    """The encoder to train."""
+
     weights: Path | None = Field(None, description="local file with backbone weights to start from")
     pretrained: bool = Field(False, description="download ImageNet weights through timm")
+
+
+class StoredModelSettings(EncoderSettings):
+    """The encoder in a file.  What is not said is read from it."""
+
+    branch: Literal["normal", "pgd"] | None = Field(
+        None, description="BatchNorm branch to attack and score, of a dual encoder; pgd where that was trained"
+    )
 
 
 class LoggerSettings(Section):

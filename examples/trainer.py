@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from encoders import new_encoder
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, HierarchicalDataset, PatchDataset, PatientBatchSampler, hierarchical_loader, patch_loader
 from hsat.eval import KNNClassifier, embed, metrics
 from hsat.losses import HiDiscLoss
-from hsat.models import Encoder, build_encoder, save_encoder
+from hsat.models import branch, is_dual, save_encoder, trained_branch
 from hsat.training import (
     adversarial_step,
     augmentation_strength,
@@ -62,7 +64,7 @@ class Trainer:
         self.plateau = _or(train.plateau, max(1, self.epochs // 800))
         self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
         self.layout = torch.channels_last if train.channels_last else torch.preserve_format
-        self.model = _build(settings).to(self.device, memory_format=self.layout)
+        self.model = new_encoder(settings.model, seed=settings.seed).to(self.device, memory_format=self.layout)
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=train.precision == "bf16")
         self.loss = HiDiscLoss.from_code(train.loss, temperature=train.temperature)
         self.inner_loss = HiDiscLoss.from_code(settings.attack.levels, temperature=train.temperature)
@@ -148,21 +150,16 @@ def _mixed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _build(settings: TrainHSAT) -> Encoder:
-    model = settings.model
-    return build_encoder(
-        model.backbone,
-        embedding_dim=model.embedding_dim,
-        head=model.head,
-        head_hidden=model.head_hidden,
-        weights=model.weights,
-        pretrained=model.pretrained,
-        seed=settings.seed,
-    )
-
-
 def held_out_accuracy(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT) -> dict[str, float]:
-    """Clean and PGD-5 kNN patch accuracy and MCA on held-out patients; the bank is the training split."""
+    """Clean and PGD-5 kNN patch accuracy and MCA on held-out patients; the bank is the training split.
+
+    With dual BatchNorm one branch serves bank, queries and attack: "pgd", or "normal" in a baseline without attack.
+    """
+    with branch(encoder, trained_branch(encoder)) if is_dual(encoder) else nullcontext():
+        return _held_out(encoder, cohort, settings)
+
+
+def _held_out(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT) -> dict[str, float]:
     eps, size = settings.train.eval_eps, settings.train.eval_patches
     attack = PGD(Linf(eps), step_size=eps / 2, steps=5)
     loaders = {}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hsat.models.dual_norm import is_dual
 from hsat.models.encoder import Encoder
+from hsat.models.file_heads import head_in
+from hsat.models.naming import Naming, best_naming
+from hsat.models.suggestions import alike_names, fitting_names
 from hsat.models.weight_files import SAFETENSORS_KEY, LoadReport, checkpoint_hash, read_weights
+from hsat.models.zoo import PAPER_NAMES
 
-PREFIXES = (
-    "",
-    "module.",
-    "model.",
-    "module.model.",
-    "model.model.",
-    "model.module.",
-    "model.module.model.",
-    "encoder.",
-    "_orig_mod.",
-    "module._orig_mod.",
-    "_orig_mod.module.",
-)
-LAYOUTS: Mapping[str, tuple[tuple[str, str], ...]] = {  # (begins with, becomes), the first that applies
-    "hsat": (("", ""),),
-    "published": (("bb.", "backbone."), ("proj.", "head.")),
-    "published zoo": (("bb.model.", "backbone."), ("proj.", "head.")),
-    "published dual": (("bb.", "backbone."), ("proj.", "head.")),
-    "backbone": (("", "backbone."),),
-}
-DUAL_NAMES = ((".downsample.conv.", ".downsample.0."), (".downsample.bn.", ".downsample.1."))
 CLASSIFIERS = ("fc.", "head.", "head.fc.", "classifier.", "proj.", "projector.")
 NORMALISERS = ("0.mean", "0.std", "normalize.", "normalizer.", "normalise.", "normalization.")
 LISTED = 5
-MOST_PREFIXES = 8  # of those found in a file, beside the usual ones
 
 
 def load_checkpoint(encoder: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
@@ -55,15 +36,25 @@ def load_checkpoint(encoder: nn.Module, path: str | os.PathLike[str]) -> LoadRep
     (`module.`, or the attribute of a Lightning module) is taken off where all entries have it.
     Values go to the encoder's own dtypes and devices.
     Raises ValueError, before anything is changed, listing every kind of misfit: entries that the file lacks or has too
-    much, shapes that differ, values that are not finite; and for files that hold no weights (see `read_weights`).
+    much, shapes that differ, values that are not finite; names of the paper that the file would fit are listed with
+    them.  Also for files that hold no weights (see `read_weights`), and for a published file whose names say that its
+    encoder normalised pixels where this one does not, or the reverse.
     Published training resumes with strict=False, and can load nothing and go on; this cannot.
     """
+    return load_state(encoder, path, *read_weights(path))
+
+
+def load_state(
+    encoder: nn.Module, path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> LoadReport:
+    """`load_checkpoint` with what `read_weights(path)` gave."""
     encoder = encoder.module if isinstance(encoder, DistributedDataParallel) else encoder
-    state, metadata = read_weights(path)
     target = encoder.state_dict()
-    naming = _best_naming(state, target)
+    naming = best_naming(state, target)
     fits = {naming(key): value for key, value in state.items() if naming(key) in target}
-    _check_fit(path, naming, target, fits, [key for key in state if naming(key) not in target])
+    _check_fit(path, naming, target, state)
+    if isinstance(encoder, Encoder):
+        _check_pixels(path, encoder, naming.layout)
     encoder.load_state_dict(fits, strict=True)
     return LoadReport(str(path), checkpoint_hash(path), str(naming), len(fits), metadata=metadata)
 
@@ -76,11 +67,12 @@ def load_backbone(encoder: Encoder, path: str | os.PathLike[str]) -> LoadReport:
     """
     state, metadata = read_weights(path)
     target = {f"backbone.{key}": value for key, value in encoder.backbone.state_dict().items()}
-    naming = _best_naming(state, target)
+    naming = best_naming(state, target)
     fits = {naming(key): value for key, value in state.items() if naming(key) in target}
     others = [key for key in state if naming(key) not in target]
     dropped = [key for key in others if any(map(_is_left_out, naming.shortened(key)))]
-    _check_fit(path, naming, target, fits, [key for key in others if key not in dropped])
+    _check_fit(path, naming, target, {key: value for key, value in state.items() if key not in dropped})
+    _check_pixels(path, encoder, naming.layout)
     encoder.backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in fits.items()}, strict=True)
     return LoadReport(str(path), checkpoint_hash(path), str(naming), len(fits), tuple(dropped), metadata)
 
@@ -116,29 +108,6 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Ma
     return path
 
 
-def load_encoder(path: str | os.PathLike[str]) -> Encoder:
-    """Rebuild the encoder that `save_encoder` wrote, weights included, in evaluation mode, on the CPU.
-
-    Also reads a training checkpoint that keeps `encoder.spec` under "encoder", itself or in its "extra".  Nothing is
-    downloaded and torch's global random state stays.  Raises ValueError when the file does not say how to build its
-    encoder.
-    """
-    from hsat.models.building import build_encoder
-
-    _, metadata = read_weights(path)
-    extra = metadata.get("extra")
-    spec = metadata.get("encoder", extra.get("encoder") if isinstance(extra, dict) else None)
-    if not isinstance(spec, dict):
-        raise ValueError(
-            f"{path} does not say how to build its encoder; build it with build_encoder or wrap_encoder and call"
-            f" load_checkpoint(encoder, {str(path)!r})"
-        )
-    size = spec.get("input_size")
-    encoder = build_encoder(**{**spec, "input_size": None if size is None else tuple(size)}, seed=0)
-    load_checkpoint(encoder, path)
-    return encoder.eval()
-
-
 def state_fingerprint(encoder: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the state, and over what the encoder does to pixels.
 
@@ -158,49 +127,11 @@ def _is_left_out(name: str) -> bool:
     return name in {"mean", "std"} or name.startswith((*CLASSIFIERS, *NORMALISERS))
 
 
-@dataclass(frozen=True)
-class _Naming:
-    """A way to read a file's names as the encoder's: take the prefix off, then replace beginnings."""
-
-    layout: str
-    prefix: str
-
-    def __str__(self) -> str:
-        return f"{self.layout}, prefix {self.prefix}" if self.prefix else self.layout
-
-    def shortened(self, key: str) -> list[str]:
-        """The key without the prefix, or without its beginning: what stands beside the backbone has less of it."""
-        outer = [self.prefix[: i + 1] for i, letter in enumerate(self.prefix) if letter == "."]
-        return [key.removeprefix(part) for part in ("", *outer)]
-
-    def __call__(self, key: str) -> str:
-        if not key.startswith(self.prefix):
-            return f"(outside {self.prefix}) {key}"
-        short = key.removeprefix(self.prefix)
-        for old, new in DUAL_NAMES if self.layout == "published dual" else ():
-            short = short.replace(old, new)
-        for old, new in LAYOUTS[self.layout]:
-            if short.startswith(old):
-                return new + short.removeprefix(old)
-        return f"(no place) {key}"
-
-
-def _best_naming(state: Iterable[str], target: Mapping[str, Tensor]) -> _Naming:
-    """The reading of the file's names under which most of them have a place; the first wins ties."""
-    keys = list(state)
-    found = Counter(key[: i + 1] for key in keys for i, letter in enumerate(key) if letter == ".")
-    prefixes = dict.fromkeys((*PREFIXES, *(prefix for prefix, _ in found.most_common(MOST_PREFIXES))))
-    readings = [_Naming(layout, prefix) for layout in LAYOUTS for prefix in prefixes]
-    return max(readings, key=lambda naming: sum(naming(key) in target for key in keys))
-
-
 def _check_fit(
-    path: str | os.PathLike[str],
-    naming: _Naming,
-    target: Mapping[str, Tensor],
-    fits: Mapping[str, Tensor],
-    extra: list[str],
+    path: str | os.PathLike[str], naming: Naming, target: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
+    fits = {naming(key): value for key, value in state.items() if naming(key) in target}
+    extra = [key for key in state if naming(key) not in target]
     missing = [key for key in target if key not in fits]
     shapes = [
         f"{key} is {tuple(value.shape)} in the file, {tuple(target[key].shape)} in the encoder"
@@ -222,7 +153,36 @@ def _check_fit(
     ]
     if not problems:
         return
-    hint = ""
-    if missing and all(key.startswith("head.") for key in missing):
-        hint = "; for a backbone without its head write build_encoder(..., weights=PATH)"
+    hint = _hint(missing, extra, shapes, state) if missing or extra or shapes else ""
     raise ValueError(f"{path} does not fit (read as {naming}); nothing was loaded. {'. '.join(problems)}{hint}")
+
+
+def _hint(missing: list[str], extra: list[str], shapes: list[str], state: Mapping[str, Tensor]) -> str:
+    """What to type instead, where that can be told."""
+    if missing and not extra and not shapes and all(key.startswith("head.") for key in missing):
+        return "; for a backbone without its head write build_encoder(..., weights=PATH)"
+    with suppress(ValueError):
+        if all(key.startswith("head.") for key in (*missing, *shapes)) and (head := head_in(state)):
+            return (
+                f"; the file's head is {head}, on features of width {head.in_features}."
+                f" load_encoder(path, name) builds the head of the file, with head=None it takes the backbone alone"
+            )
+    names = fitting_names(state)
+    return f"; its backbone is that of {', '.join(names)}" if names else ""
+
+
+def _check_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str) -> None:
+    """The published names say whether pixels were normalised: `bb.model.` with, `bb.` without."""
+    name = "" if encoder.spec is None else encoder.spec["name"]
+    if name not in PAPER_NAMES or not layout.startswith("published"):
+        return
+    expected, zoo = PAPER_NAMES[name].normalisation, layout == "published zoo"
+    if (encoder.mean, encoder.std) != (expected or (None, None)) or zoo == (expected is not None):
+        return
+    alike = [other for other in alike_names(name) if zoo == (PAPER_NAMES[other].normalisation is not None)]
+    kind, names = ("normalises", "bb.model.") if zoo else ("does not normalise", "bb.")
+    raise ValueError(
+        f"{path} fits {name!r} in shape, but its names ({names}) are those of a published encoder that {kind} pixels,"
+        f" and {name!r} {'does not' if zoo else 'does'}; nothing was loaded."
+        f" Use {' or '.join(alike) or 'another backbone'}, or give mean= and std= yourself"
+    )

@@ -69,21 +69,14 @@ def branch(module: nn.Module, name: str) -> Iterator[None]:
     """Inside the block, every DualBatchNorm of the module uses the branch "normal" or "pgd"; restored afterwards.
 
     Blocks nest, and every layer gets back the branch it had, also after an exception.  Outside of any block the branch
-    is "normal".  Raises ValueError for another name, or if the module has no DualBatchNorm.
+    is "normal", or what `set_branch` chose.  Raises ValueError for another name, or if the module has no DualBatchNorm.
 
         with branch(encoder, "pgd"):
             x_adv = attack(x, hierarchical(encoder, loss, batch))
 
     The published evaluation attacks one branch and scores the other; use one block around both.
     """
-    if name not in BRANCHES:
-        raise ValueError(f"branch must be 'normal' or 'pgd', got {name!r}")
-    layers = [part for part in module.modules() if isinstance(part, DualBatchNorm)]
-    if not layers:
-        raise ValueError(
-            f"{type(module).__name__} has no dual BatchNorm, so there is no {name!r} branch;"
-            f" build it with build_encoder(..., dual_norm=True) or call convert_to_dual first"
-        )
+    layers = _layers(module, name)
     before = [layer.active for layer in layers]
     try:
         for layer in layers:
@@ -92,3 +85,53 @@ def branch(module: nn.Module, name: str) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer.active = active
+
+
+def set_branch(module: nn.Module, name: str) -> None:
+    """Use the branch "normal" or "pgd" from now on; for an encoder that is only evaluated.  Errors as in `branch`."""
+    for layer in _layers(module, name):
+        layer.active = name
+
+
+def active_branch(module: nn.Module) -> str | None:
+    """The branch in use, or None without dual BatchNorm.  ValueError if the layers disagree."""
+    found = sorted({part.active for part in module.modules() if isinstance(part, DualBatchNorm)})
+    if len(found) > 1:
+        raise ValueError(f"{type(module).__name__} has layers in branch {' and in branch '.join(map(repr, found))}")
+    return found[0] if found else None
+
+
+def trained_branch(module: nn.Module) -> str:
+    """The branch to evaluate where nobody chose one: "pgd", unless "normal" saw more batches in training.
+
+    Training with an attack moves "pgd" in its adversarial passes, and "normal" only where clean images are mixed in; a
+    baseline without an attack moves "normal" alone.  Counted by `num_batches_tracked`.  Errors as in `branch`.
+    """
+    layers = _layers(module, BRANCHES[0])
+    normal, pgd = (sum(_batches(layer.bn_list[i]) for layer in layers) for i in range(len(BRANCHES)))
+    return "normal" if normal > pgd else "pgd"
+
+
+def untouched_branches(module: nn.Module) -> tuple[str, ...]:
+    """Branches that never saw a batch although the other one did: they normalise with initial statistics."""
+    layers = _layers(module, BRANCHES[0])
+    seen = [sum(_batches(layer.bn_list[i]) for layer in layers) for i in range(len(BRANCHES))]
+    return tuple(name for name, count in zip(BRANCHES, seen, strict=True) if count == 0 < max(seen))
+
+
+def _batches(norm: nn.Module) -> int:
+    count = getattr(norm, "num_batches_tracked", None)
+    return 0 if count is None else int(count)
+
+
+def _layers(module: nn.Module, name: str) -> list[DualBatchNorm]:
+    """The dual layers of the module, for a branch that there is."""
+    if name not in BRANCHES:
+        raise ValueError(f"branch must be 'normal' or 'pgd', got {name!r}")
+    layers = [part for part in module.modules() if isinstance(part, DualBatchNorm)]
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no dual BatchNorm, so there is no {name!r} branch;"
+            f" build it with build_encoder(..., dual_norm=True) or call convert_to_dual first"
+        )
+    return layers
