@@ -1,0 +1,89 @@
+"""Pulling an image's embedding towards that of another patient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hsat.attacks.vote_bank import check_labels
+from hsat.types import EmbeddingTable, Encoder
+
+Which = Literal["nearest", "farthest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """Cosine similarity of each image's embedding to its target; see `guide`."""
+
+    encode: Encoder
+    targets: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> similarities (n,) in [-1, 1], float32 or wider."""
+        z = self.encode(images)
+        if z.shape != self.targets.shape:
+            raise ValueError(
+                f"the encoder gave embeddings {tuple(z.shape)}, the targets are {tuple(self.targets.shape)}"
+            )
+        with torch.autocast(z.device.type, enabled=False):
+            dtype = torch.promote_types(z.dtype, self.targets.dtype)
+            return F.cosine_similarity(z.to(dtype), self.targets.to(dtype), dim=1)
+
+    def select(self, index: Tensor) -> Guide:
+        """The same for the images `index` of the batch."""
+        return Guide(self.encode, self.targets[index])
+
+
+def guide(encoder: Encoder, targets: Tensor) -> Guide:
+    """Targeted objective: pull the embedding of each image towards a given one, such as another patient's.
+
+    encoder: images -> (n, d).  targets: (n, d), one embedding per image, of any length; `choose_guides` finds some.
+    Gives the cosine similarity to the target, one value per image, to be maximised.
+    The feature adversaries of Sabour et al., arXiv:1511.05122, eq. 1, which minimise the Euclidean distance to the
+    guide's features; here it is the cosine, since that is what kNN and the losses compare.
+    Raises ValueError for targets of another shape, not finite, or of length zero.
+    """
+    if not isinstance(targets, Tensor) or targets.ndim != 2 or not targets.dtype.is_floating_point:
+        form = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets must be floats (n, d), one embedding per image; got {form}")
+    length = torch.linalg.vector_norm(targets.detach().double().cpu(), dim=1)
+    if len(bad := ((length == 0) | ~length.isfinite()).nonzero().flatten()):
+        raise ValueError(
+            f"the target of image {int(bad[0])} is zero or not finite: it has no direction to pull towards"
+        )
+    return Guide(encoder, targets.detach().to(torch.promote_types(targets.dtype, torch.float32)))
+
+
+def choose_guides(
+    bank: EmbeddingTable, z: Tensor, *, labels: Tensor, patients: Tensor | None = None, which: Which = "nearest"
+) -> Tensor:
+    """For each embedding the nearest, or farthest, row of a bank that has another class and another patient, (n, d).
+
+    bank: a table.  z: (n, d) embeddings of the images.  labels: (n,), their classes as indices of the bank's classes.
+    patients: (n,), their patients; None where the bank is of another cohort, whose ids mean nothing here.
+    Distance is the cosine on float32 products; ties go to the earlier row.  Device of z.
+    Raises ValueError where the bank has no such row for an image, naming it.
+    """
+    if which not in ("nearest", "farthest"):
+        raise ValueError(f"which must be 'nearest' or 'farthest', got {which!r}")
+    if z.ndim != 2 or z.shape[1] != bank.z.shape[1]:
+        raise ValueError(f"embeddings must be (n, {bank.z.shape[1]}) as the bank's are, got {tuple(z.shape)}")
+    check_labels(labels, classes=len(bank.class_names))
+    if patients is not None and patients.shape != labels.shape:
+        raise ValueError(f"{len(labels)} labels but patients of shape {tuple(patients.shape)}; give one per image")
+    rows = torch.tensor(bank.z).to(z.device)
+    other = torch.tensor(bank.label).to(z.device) != labels.to(z.device)[:, None]
+    if patients is not None:
+        other &= torch.tensor(bank.patient).to(z.device) != patients.to(z.device)[:, None]
+    if len(lost := (~other.any(1)).nonzero().flatten()):
+        raise ValueError(f"the bank has no row of another class and patient for image {int(lost[0])}")
+    with torch.no_grad():
+        similarity = F.normalize(z.detach().float(), dim=1) @ rows.T
+    if which == "nearest":
+        return rows[similarity.masked_fill(~other, -math.inf).argmax(1)]
+    return rows[similarity.masked_fill(~other, math.inf).argmin(1)]

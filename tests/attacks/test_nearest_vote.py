@@ -1,0 +1,281 @@
+"""The kNN vote as an objective: it is the classifier's own, it is never flat, and attacks on it succeed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsat.attacks import PGD, Linf, feature_drift, soft_knn
+from hsat.attacks import vote_bank as module
+from hsat.eval import KNNClassifier
+from hsat.testing import check_feasible
+from hsat.types import EmbeddingTable
+
+CLASSES = 4
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def table_of(z, label, classes=CLASSES):
+    index = np.arange(len(z))
+    return EmbeddingTable(np.asarray(z), np.asarray(label), index, index, index, tuple("abcdefgh"[:classes]))
+
+
+def problem(seed=0, *, m=60, n=20, d=5, classes=CLASSES):
+    """Overlapping classes: bank, query embeddings (float64) and labels."""
+    g = seeded(seed)
+    label, own = torch.randint(0, classes, (m,), generator=g), torch.randint(0, classes, (n,), generator=g)
+    centre = torch.randn(classes, d, generator=g)
+    z = torch.randn(m, d, generator=g) + centre[label]
+    query = (torch.randn(n, d, generator=g) + centre[own]).double()
+    return table_of(z, label, classes), query, own
+
+
+def same(v):
+    return v
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0, 0.01])
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_scores_and_decisions_are_the_classifiers(k, temperature):
+    bank, z, label = problem()
+    knn = KNNClassifier(k=k, temperature=temperature).fit(bank)
+    vote = soft_knn(same, bank, label, k=k, temperature=temperature)
+    np.testing.assert_allclose(vote.scores(z), knn.predict_proba(z), atol=1e-12)
+    np.testing.assert_allclose(vote.scores(z.float()), knn.predict_proba(z.float()), atol=1e-12)
+    wrong = torch.from_numpy(knn.predict(z)) != label
+    assert 0 < wrong.sum() < len(wrong), "the problem should have both"
+    assert torch.equal(vote(z) > 0, wrong) and torch.equal(vote.success(z), wrong)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_ties_fall_as_in_the_classifier(data):
+    """Few directions, each many times in the bank and with several labels: equal similarities and equal scores."""
+    directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]])
+    rows = data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=14))
+    at, label = (torch.tensor(column) for column in zip(*rows, strict=True))
+    k = data.draw(st.integers(1, len(rows)))
+    bank = table_of(directions[at], label, 3)
+    z, own = directions.double(), torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=4, max_size=4)))
+    knn = KNNClassifier(k=k).fit(bank)
+    vote = soft_knn(same, bank, own, k=k)
+    np.testing.assert_allclose(vote.scores(z), knn.predict_proba(z), atol=1e-12)
+    wrong = torch.from_numpy(knn.predict(z)) != own
+    assert torch.equal(vote.success(z), wrong)
+    assert torch.equal(vote(z) > 0, wrong)
+
+
+def test_a_tie_lost_to_a_lower_class_counts_as_wrong():
+    bank = table_of([[1.0, 0.0], [1.0, 0.0]], [0, 1], 2)
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    vote = soft_knn(same, bank, torch.tensor([0, 1]), k=2)
+    assert vote(z).tolist() == [0.0, 1e-12]
+    assert vote.success(z).tolist() == [False, True]
+
+
+def loops(bank, z, label, k, temperature):
+    """The formula, with Python's own arithmetic: (margin, cross-entropy) of one embedding."""
+    unit = [v / math.sqrt(sum(w * w for w in z)) for v in z]
+    rows = bank.z.astype(np.float64)
+    similar = [sum(a * b for a, b in zip(unit, row, strict=True)) / math.sqrt((row * row).sum()) for row in rows]
+    near = sorted(range(len(rows)), key=lambda j: (-similar[j], j))[:k]
+    votes = []
+    for c in range(len(bank.class_names)):
+        own = [similar[j] for j in near if bank.label[j] == c]
+        anywhere = [s for s, y in zip(similar, bank.label, strict=True) if y == c]
+        own = own or ([max(anywhere)] if anywhere else [-1.0])
+        votes.append(math.log(sum(math.exp(s / temperature) for s in own)))
+    margin = max(v for c, v in enumerate(votes) if c != label) - votes[label]
+    return margin, math.log(sum(map(math.exp, votes))) - votes[label]
+
+
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_values_are_those_of_the_formula(k):
+    bank, z, label = problem(3, n=8, classes=5)
+    bank = dataclasses.replace(bank, label=np.where(bank.label == 4, 0, bank.label))  # one class without rows
+    label = label.clamp(max=4)
+    expected = [loops(bank, row, y, k, 0.07) for row, y in zip(z.tolist(), label.tolist(), strict=True)]
+    margin, entropy = (torch.tensor(column, dtype=torch.float64) for column in zip(*expected, strict=True))
+    torch.testing.assert_close(soft_knn(same, bank, label, k=k)(z), margin)
+    torch.testing.assert_close(soft_knn(same, bank, label, k=k, loss="ce")(z), entropy)
+
+
+def test_cross_entropy_is_minus_the_log_of_the_score_where_every_class_votes():
+    bank, z, label = problem()
+    vote = soft_knn(same, bank, label, k=60, loss="ce")
+    torch.testing.assert_close(vote(z), -vote.scores(z).gather(1, label[:, None])[:, 0].log())
+
+
+@pytest.mark.parametrize("loss", ["margin", "ce"])
+@pytest.mark.parametrize("k", [4, 60])
+def test_gradients(k, loss):
+    bank, z, label = problem(5, n=6)
+    assert torch.autograd.gradcheck(soft_knn(same, bank, label, k=k, loss=loss), (z.requires_grad_(),))
+    assert torch.autograd.gradcheck(soft_knn(same, bank, label, k=k).scores, (z,))
+
+
+def test_a_safe_decision_and_a_lost_one_are_not_flat():
+    """All neighbours share one class, so that the scores are constant; the objective still points to the other."""
+    g = seeded(1)
+    right = torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0]]) + 0.01 * torch.randn(30, 3, generator=g), dim=1)
+    bank = table_of(torch.cat((right, torch.tensor([[0.0, 1, 0], [-1, 0, 0.1]]))), [0] * 30 + [1, 1], 2)
+    z = torch.tensor([[1.0, 0.02, 0.0]], dtype=torch.float64, requires_grad=True)
+    for label, way in ((0, 1.0), (1, -1.0)):  # safe: towards the nearest row of class 1; lost: away from it
+        for loss in ("margin", "ce"):
+            vote = soft_knn(same, bank, torch.tensor([label]), k=20, temperature=0.07, loss=loss)
+            (flat,) = torch.autograd.grad(vote.scores(z)[:, 0].sum(), z)
+            assert flat.abs().max() < 1e-15
+            value = vote(z)
+            (grad,) = torch.autograd.grad(value.sum(), z)
+            assert value.isfinite().all() and grad.isfinite().all()
+            assert way * grad[0, 1] > 0
+            if loss == "margin":
+                assert grad.norm() > 1 and (value > 0).item() == (label == 1)
+
+
+def test_the_margin_is_continuous_for_the_class_that_enters():
+    """Turning from class 0 to class 1, the vote of class 1 does not jump where its rows become neighbours."""
+    angle = torch.linspace(0, math.pi / 2, 40, dtype=torch.float64)
+    bank = table_of(torch.stack((angle.cos(), angle.sin()), 1), [0] * 20 + [1] * 20, 2)
+    turn = torch.linspace(0, math.pi / 2, 4001, dtype=torch.float64)
+    z = torch.stack((turn.cos(), turn.sin()), 1)
+    vote = soft_knn(same, bank, torch.zeros(4001, dtype=torch.int64), k=1)
+    assert (vote.vote(z).log_vote[:, 1].diff().abs() < 0.02).all()
+    assert (vote(z).diff() > -1e-9).all(), "each step towards class 1 raises the margin"
+
+
+@pytest.mark.parametrize("slice_size", [1, 7])
+def test_slices_of_the_bank_and_of_the_batch_change_nothing(monkeypatch, slice_size):
+    bank, z, label = problem(7)
+    z.requires_grad_()
+    vote = soft_knn(same, bank, label, k=9)
+    whole, (grad,) = vote(z), torch.autograd.grad(vote(z).sum(), z)
+    monkeypatch.setattr(module, "_SLICE", slice_size)
+    monkeypatch.setattr(module, "_GATHER_BYTES", 1)
+    assert torch.equal(vote(z), whole)
+    assert torch.equal(torch.autograd.grad(vote(z).sum(), z)[0], grad)
+
+
+def test_low_precision_products_are_not_trusted(monkeypatch):
+    bank, z, label = problem()
+    vote = soft_knn(same, bank, label, k=9)
+    expected = vote(z)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert torch.equal(vote(z), expected)
+
+
+def test_select_relabel_and_tensors_as_bank():
+    bank, z, label = problem()
+    vote = soft_knn(same, bank, label, k=9)
+    index = torch.tensor([3, 0, 11])
+    assert torch.equal(vote.select(index)(z[index]), vote(z)[index])
+    other = (label + 1) % CLASSES
+    again = vote.relabel(other)
+    assert again.bank is vote.bank
+    assert torch.equal(again(z), soft_knn(same, bank, other, k=9)(z))
+    scaled = (torch.from_numpy(bank.z) * 3, torch.from_numpy(bank.label))
+    torch.testing.assert_close(soft_knn(same, scaled, label, k=9)(z), vote(z), atol=1e-5, rtol=1e-5)
+
+
+def test_a_zero_embedding_has_a_finite_gradient():
+    bank, z, label = problem()
+    z[0] = 0
+    vote = soft_knn(same, bank, label, k=9)
+    np.testing.assert_allclose(vote.scores(z)[0].sum(), 1.0)
+    (grad,) = torch.autograd.grad(vote(z.requires_grad_()).sum(), z)
+    assert grad.isfinite().all()
+
+
+def images_and_encoder(n=12):
+    g = seeded(2)
+    weight = torch.randn(3 * 16, 6, generator=g, dtype=torch.float64)
+    encoder = lambda v: ((v - 0.5).double().flatten(1) @ weight).tanh()
+    label = torch.arange(n) % 3
+    tint = torch.randn(3, 3, 4, 4, generator=seeded(3)) * 0.1
+    make = lambda count, seed: (
+        0.5 + tint[torch.arange(count) % 3] + 0.03 * torch.randn(count, 3, 4, 4, generator=seeded(seed))
+    ).clamp(0, 1)
+    bank = table_of(encoder(make(90, 4)), np.arange(90) % 3, 3)
+    return make(n, 5), label, encoder, bank
+
+
+def test_attacks_turn_the_vote_and_early_stopping_is_the_vote():
+    x, label, encoder, bank = images_and_encoder()
+    threat = Linf(0.1)
+    vote = soft_knn(encoder, bank, label, k=10)
+    assert not vote.success(x).any(), "clean images are classified well"
+    attack = PGD(threat, step_size=0.02, steps=12)
+    result = attack.run(x, vote, generator=seeded())
+    check_feasible(result.x_adv, x, threat)
+    wrong = torch.from_numpy(KNNClassifier(k=10).fit(bank).predict(encoder(result.x_adv))) != label
+    assert wrong.all() and torch.equal(result.value > 0, wrong)
+    assert (result.zero_gradient == 0).all()
+    stopped = attack.run(x, vote, generator=seeded(), success=vote.success)
+    assert stopped.success.all() and vote.success(stopped.x_adv).all()
+    assert stopped.backwards < result.backwards
+
+
+def test_half_precision_images():
+    x, label, encoder, bank = images_and_encoder()
+    vote = soft_knn(encoder, bank, label, k=10)
+    for dtype in (torch.float16, torch.bfloat16):
+        x_adv = PGD(Linf(0.1), step_size=0.02, steps=5)(x.to(dtype), vote, generator=seeded())
+        assert (vote(x_adv) > vote(x.to(dtype))).all()
+
+
+def test_drift_leaves_the_class_less_often_than_the_vote_does():
+    x, _, encoder, bank = images_and_encoder(30)
+    attack, vote = PGD(Linf(0.05), step_size=0.01, steps=10), soft_knn(encoder, bank, torch.arange(30) % 3, k=10)
+    drift = attack(x, feature_drift(encoder, x), generator=seeded(), ids=torch.arange(30))
+    aimed = attack(x, vote, generator=seeded(), ids=torch.arange(30))
+    assert vote.success(aimed).sum() > vote.success(drift).sum()
+
+
+def test_k_above_the_bank_is_cut_with_a_warning():
+    bank, z, label = problem()
+    with pytest.warns(UserWarning, match="k=200 is more than the 60 rows of the bank; using k=60"):
+        vote = soft_knn(same, bank, label)
+    assert torch.equal(vote(z), soft_knn(same, bank, label, k=60)(z))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=0), "k must be a whole number of at least 1, got 0"),
+        (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
+        (dict(loss="hinge"), r"unknown loss 'hinge'; choose one of \('margin', 'ce'\)"),
+        (dict(labels=torch.tensor([0, 4])), "labels run from 0 to 4, but the bank has 4 classes"),
+        (dict(labels=torch.tensor([0.0])), r"labels must be integers \(n,\).*got torch.float32 \(1,\)"),
+        (dict(classes=2), "labels of the bank run from 0 to 3, with 2 classes"),
+        (dict(bank=(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))), "the bank is empty"),
+        (dict(bank=(torch.ones(3, 5), torch.zeros(2, dtype=torch.int64))), r"got \(3, 5\) torch.float32 and \(2,\)"),
+        (dict(bank=(torch.full((3, 5), torch.nan), torch.arange(3))), "the bank is not finite, first in row 0"),
+        (dict(bank=(torch.ones(3, 5), torch.zeros(3, dtype=torch.int64))), "needs at least two classes"),
+        (dict(bank=torch.ones(3, 5)), r"an EmbeddingTable or \(embeddings, labels\), got Tensor"),
+    ],
+)
+def test_what_makes_no_vote_is_refused(change, message):
+    bank, _, label = problem()
+    options = dict(bank=bank, labels=label, k=3) | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        soft_knn(same, options.pop("bank"), options.pop("labels"), **options)
+
+
+def test_embeddings_that_do_not_fit_are_named():
+    bank, z, label = problem()
+    vote = soft_knn(same, bank, label, k=3)
+    with pytest.raises(ValueError, match=r"embeddings \(20, 4\), the bank's have width 5: not its bank"):
+        vote(z[:, :4])
+    with pytest.raises(ValueError, match="20 labels for 3 embeddings"):
+        vote(z[:3])
+    with pytest.raises(ValueError, match="embeddings on meta, the bank on cpu"):
+        vote(z.to("meta"))
