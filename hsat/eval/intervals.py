@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal
 
@@ -93,6 +94,7 @@ def _bca_tails(point: float, replicates: np.ndarray, left_out: np.ndarray, tail:
     return moved(tail), moved(1 - tail)
 
 
+@lru_cache
 def student_quantile(share: float, freedom: int) -> float:
     """The `share` quantile of Student's t with `freedom` degrees of freedom, share in [0.5, 1).
 

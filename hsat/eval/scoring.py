@@ -158,15 +158,21 @@ def level_scores(
     scores, chosen = check_scores(scores), resolve_arithmetic(compat, how=how, keys=keys)
     if len(scores) != len(table):
         raise ValueError(f"{len(scores)} rows of scores for a table of {len(table)} embeddings; give one per embedding")
-    names = table.class_names if class_names is None else tuple(class_names)
-    labels = match_classes(table, names)
-    slides, first = np.unique(table.slide, return_index=True)
-    slide = pool(scores, table.slide, labels, how=chosen.how, keys=chosen.keys)
-    patient = pool(scores, table.patient, labels, how=chosen.how, keys=chosen.keys)
+    labels = match_classes(table, table.class_names if class_names is None else tuple(class_names))
+    return pooled_levels(scores, labels, table.slide, table.patient, how=chosen.how, keys=chosen.keys)
+
+
+def pooled_levels(
+    scores: np.ndarray, labels: np.ndarray, slide: np.ndarray, patient: np.ndarray, *, how: How, keys: Keys
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The same from scores (n, classes) and columns (n,): labels index the columns of the scores."""
+    slides, first = np.unique(slide, return_index=True)
+    by_slide = pool(scores, slide, labels, how=how, keys=keys)
+    by_patient = pool(scores, patient, labels, how=how, keys=keys)
     return {
-        "patch": (softmax_rows(scores) if chosen.how == "paper" else scores, labels, table.patient),
-        "slide": _labelled(slide, table.patient[first][np.searchsorted(slides, slide.groups)]),
-        "patient": _labelled(patient, patient.groups),
+        "patch": (softmax_rows(scores) if how == "paper" else scores, labels, patient),
+        "slide": _labelled(by_slide, patient[first][np.searchsorted(slides, by_slide.groups)]),
+        "patient": _labelled(by_patient, by_patient.groups),
     }
 
 
