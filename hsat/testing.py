@@ -190,8 +190,14 @@ def _with_eps(attack: Any, threat: Any, eps: float | Tensor) -> Attack | None:
     """The attack with another eps, where attack and threat model are dataclasses that allow it."""
     if not (dataclasses.is_dataclass(attack) and dataclasses.is_dataclass(threat) and hasattr(attack, "threat")):
         return None
-    smaller = dataclasses.replace(threat, eps=eps)  # type: ignore[type-var]
-    return dataclasses.replace(attack, threat=smaller)  # type: ignore[type-var, return-value]
+    return dataclasses.replace(attack, threat=_resized(threat, eps))  # type: ignore[type-var, return-value]
+
+
+def _resized(threat: Any, eps: float | Tensor) -> Any:
+    """The threat model with another eps; one that confines another (Masked) passes it on."""
+    if any(option.name == "eps" for option in dataclasses.fields(threat)):
+        return dataclasses.replace(threat, eps=eps)
+    return dataclasses.replace(threat, threat=_resized(threat.threat, eps))
 
 
 LAWS: dict[str, Law] = {

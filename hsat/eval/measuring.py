@@ -91,7 +91,7 @@ def condition_records(
     scores: Mapping[int, np.ndarray],
 ) -> list[Record]:
     """One record per k, level and metric of a condition; scores: class scores by k."""
-    eps = getattr(getattr(attack, "threat", None), "eps", 0.0)
+    eps = getattr(getattr(attack, "threat", attack), "eps", 0.0)  # attacks in a space of their own have eps, no threat
     head = Record(
         **frame.identity,
         attack="" if attack is None else repr(attack),

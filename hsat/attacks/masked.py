@@ -1,0 +1,146 @@
+"""A threat model that is confined to a part of the image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsat.attacks.starts import shortcut, threat_of
+from hsat.types import ThreatModel
+
+
+class _Mask:
+    """Descriptor of the field `mask`: (1 or n, 1 or c, h, w) bool, of which only copies are handed out."""
+
+    def __get__(self, obj: Any, owner: type | None = None) -> Tensor:
+        if obj is None:
+            raise AttributeError("mask")  # dataclasses then treat the field as having no default
+        value: Tensor = obj.__dict__["mask"]
+        return value.clone()
+
+    def __set__(self, obj: Any, value: Tensor) -> None:
+        obj.__dict__["mask"] = _checked(value)
+
+
+def _checked(mask: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor of bools or of 0 and 1, got {type(mask).__name__}")
+    if mask.ndim not in (2, 4) or mask.numel() == 0:
+        raise ValueError(f"mask must be (h, w), (1, 1, h, w) or (n, 1, h, w); got shape {tuple(mask.shape)}")
+    kept = mask.detach() != 0
+    if mask.dtype != torch.bool and not bool((mask.detach() == kept).all()):
+        raise ValueError("mask must hold bools, or nothing but 0 and 1: a pixel may change or it may not")
+    return kept.clone() if mask.ndim == 4 else kept[None, None].clone()
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Masked:
+    """Only the pixels where the mask is true may change; those follow another threat model.
+
+    threat: Linf, L2, or any threat model whose feasible set does not grow when a pixel moves away from the image.
+    mask: bools (or 0 and 1), True where the attacker may write: (h, w) or (1, 1, h, w) for all images, (n, 1, h, w) one
+    per image; a second axis of c gives each channel its own.  It is copied, compared and hashed by value.
+
+    The feasible set is that of `threat`, met with "unmasked pixels are those of x"; the projection is its nearest
+    point, as exact as that of `threat`: for Linf pixels do not know of each other, and for L2 the nearest point of the
+    ball with some coordinates fixed is the ball's projection of the point whose fixed coordinates are already in place.
+    `ascent` is the steepest direction among those that the mask allows.  A random start draws from `threat` and puts
+    the unmasked pixels back (for L2 it is then not uniform in the smaller ball).
+    Raises ValueError for a mask of another shape than the images, naming both, TypeError for a threat that is none.
+    """
+
+    threat: ThreatModel
+    mask: _Mask = _Mask()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, ThreatModel):
+            raise TypeError(f"threat must be a threat model such as Linf(8/255), got {self.threat!r}")
+
+    @property
+    def eps(self) -> float | Tensor:
+        """Size of the ball inside the mask."""
+        return self.threat.eps
+
+    @property
+    def low(self) -> float:
+        """Least pixel value, for messages."""
+        return float(getattr(self.threat, "low", 0.0))
+
+    @property
+    def high(self) -> float:
+        """Largest pixel value, for messages."""
+        return float(getattr(self.threat, "high", 1.0))
+
+    def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A random point of `threat` with the unmasked pixels put back; dtype of x."""
+        return torch.where(self._fitted(x), self.threat.start(x, generator), self.admit(x)[0])
+
+    def start_inside(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`start` for an x that is already inside the pixel range."""
+        start = shortcut(self.threat, "start_inside", instead_of="start") or self.threat.start
+        return torch.where(self._fitted(x), start(x, generator), x)
+
+    def ascent(self, grad: Tensor) -> Tensor:
+        """The direction of `threat` for the gradient inside the mask; zero elsewhere."""
+        allowed = self._fitted(grad)
+        return torch.where(allowed, self.threat.ascent(torch.where(allowed, grad, 0.0)), 0.0)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Nearest point to x_adv that `threat` allows and that differs from x inside the mask only."""
+        return self._confine(x_adv, self.admit(x)[0], lambda y: self.threat.project(y, x))
+
+    def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` for a fixed x that is already inside the pixel range."""
+        fast = shortcut(self.threat, "around", instead_of="project")
+        project = fast(x) if fast is not None else lambda y: self.threat.project(y, x)
+        return lambda x_adv: self._confine(x_adv, x, project)
+
+    def admit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `threat`: x clamped to the pixel range, and whether it must be refused."""
+        admit = getattr(self.threat, "admit", None)
+        return (x, torch.zeros((), dtype=torch.bool, device=x.device)) if admit is None else admit(x)
+
+    def select(self, index: Tensor) -> Masked:
+        """The threat model of the images `index` of a batch."""
+        mask = self.__dict__["mask"]
+        return Masked(threat_of(self.threat, index), mask[index.to(mask.device)] if len(mask) > 1 else mask)
+
+    def _confine(self, x_adv: Tensor, x: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        allowed = self._fitted(x)
+        dtype = torch.promote_types(x_adv.dtype, x.dtype)
+        return torch.where(allowed, project(torch.where(allowed, x_adv.to(dtype), x.to(dtype))), x.to(dtype))
+
+    def _fitted(self, x: Tensor) -> Tensor:
+        mask: Tensor = self.__dict__["mask"]
+        own, wanted = mask.shape, x.shape
+        if x.ndim != 4 or own[0] not in (1, len(x)) or own[1] not in (1, wanted[1]) or own[2:] != wanted[2:]:
+            raise ValueError(
+                f"mask of shape {tuple(own)} does not fit images of shape {tuple(wanted)}:"
+                f" give (h, w) = {tuple(wanted[2:])}, or one mask per image, ({len(x)}, 1, h, w)"
+            )
+        return mask.to(x.device)
+
+    def _key(self) -> tuple[object, ...]:
+        mask = self.__dict__["mask"]
+        return (self.threat, tuple(mask.shape), _digest(mask))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Masked) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        mask = self.__dict__["mask"]
+        share = float(mask.double().mean())
+        text = f"tensor(shape={tuple(mask.shape)}, share={share:.4g}, sha256={_digest(mask)[:8]})"
+        return f"Masked(threat={self.threat!r}, mask={text})"
+
+
+def _digest(mask: Tensor) -> str:
+    return hashlib.sha256(repr(tuple(mask.shape)).encode() + mask.cpu().contiguous().numpy().tobytes()).hexdigest()
