@@ -1,0 +1,86 @@
+"""Encoders by name: loaded when they are needed, held together or one at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from hsat.eval.embedding import frozen_module
+from hsat.types import Encoder
+
+Hold = Literal["all", "one"]
+EncoderSource = Encoder | Callable[[], Encoder]
+
+
+class Lender:
+    """Lends encoders by name, frozen meanwhile.
+
+    encoders: modules, other callables of images, or functions without arguments that load one (`is_loader`).  A loaded
+    encoder is kept for the next time under hold="all" and let go after its use under hold="one".
+    checkpoints: what to call an encoder's weights, by name; for instance the SHA-256 of a file.
+    """
+
+    def __init__(self, encoders: Mapping[str, EncoderSource], *, checkpoints: Mapping[str, str], hold: Hold) -> None:
+        self._encoders, self._checkpoints, self.hold = dict(encoders), dict(checkpoints), hold
+        self._loaded: dict[str, Encoder] = {}
+
+    @contextmanager
+    def lend(self, name: str) -> Iterator[Encoder]:
+        """The encoder, in evaluation mode and without parameter gradients inside the block; restored afterwards."""
+        encoder = self._get(name)
+        try:
+            with frozen_module(encoder):
+                yield encoder
+        finally:
+            if self.hold == "one":
+                self._loaded.pop(name, None)
+
+    def checkpoint(self, name: str) -> str:
+        """What the caller says the weights are; "" when nothing was said."""
+        return self._checkpoints.get(name, "")
+
+    def fingerprint(self, name: str) -> str:
+        """What identifies the weights: the checkpoint's name, else a module's own state; "" for other callables.
+
+        An encoder that has to be loaded for this is let go again under hold="one".
+        """
+        if known := self.checkpoint(name):
+            return known
+        with self.lend(name) as encoder:
+            if not isinstance(encoder, nn.Module):
+                return ""
+            from hsat.models import state_fingerprint
+
+            return state_fingerprint(encoder)
+
+    def _get(self, name: str) -> Encoder:
+        if name in self._loaded:
+            return self._loaded[name]
+        source = self._encoders[name]
+        if not is_loader(source):
+            return cast(Encoder, source)
+        encoder = cast(Callable[[], Encoder], source)()
+        if not callable(encoder):
+            raise TypeError(f"the function for encoder {name!r} gave a {type(encoder).__name__}, which is no encoder")
+        self._loaded[name] = encoder
+        return encoder
+
+
+def is_loader(source: Any) -> bool:
+    """Whether this is a function that loads an encoder rather than an encoder: it can be called without arguments.
+
+    An encoder needs its images, so that the two cannot be confused; `lambda file=file: load_encoder(file)` is a loader.
+    Modules are encoders, and so are callables that take any arguments (*args) or do not say what they take.
+    """
+    if isinstance(source, nn.Module):
+        return False
+    try:
+        signature = inspect.signature(source)
+        signature.bind()
+    except (TypeError, ValueError):
+        return False
+    return not any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values())

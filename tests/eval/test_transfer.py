@@ -1,0 +1,574 @@
+"""evaluate_transfer: oracles by loops, what is done how often, resuming, refusals, the table and the heat map."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+import weakref
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from hsat.attacks import PGD, Linf
+from hsat.eval import (
+    KNNClassifier,
+    embed,
+    evaluate_transfer,
+    evaluate_whitebox,
+    markdown_table,
+    metrics,
+    plot_transfer,
+    read_records,
+    score_levels,
+    transfer_table,
+    write_records,
+)
+from hsat.eval.intervals import student_quantile
+from hsat.eval.lending import is_loader
+from hsat.models import wrap_encoder
+from hsat.types import HierarchicalBatch
+
+PGD8 = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
+ATTACKS = {"PGD-8": PGD8, "PGD-2": dataclasses.replace(PGD8, threat=Linf(2 / 255))}
+FAST = dict(k=15, bootstrap=40)
+
+
+class Colours(nn.Module):
+    """Features: some contrasts between the mean colours of an image; encoders with other weights see other things."""
+
+    def __init__(self, *rows: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(40 * torch.tensor(rows))
+        self.forwards = 0
+
+    def forward(self, images):
+        self.forwards += 1
+        mean = images.mean((2, 3)) - 0.5
+        return torch.cat((mean @ self.mix.T, torch.ones_like(mean[:, :1])), 1)
+
+
+def colours():
+    """Three encoders: two look at one contrast each and so confuse two classes a little, the third at both."""
+    return {
+        "a": Colours((1.0, -1.0, 0.0), (0.0, 0.3, -0.3)),
+        "b": Colours((0.3, -0.3, 0.0), (0.0, 1.0, -1.0)),
+        "c": Colours((1.0, -1.0, 0.0), (0.0, 1.0, -1.0)),
+    }
+
+
+class Watched:
+    """An attack that notes on how many images it ran."""
+
+    def __init__(self, attack, fails_at=None):
+        self.attack, self.threat, self.calls, self.fails_at = attack, attack.threat, [], fails_at
+        self.random_start = attack.random_start
+
+    def __repr__(self):
+        return repr(self.attack)
+
+    def run(self, x, objective, **options):
+        self.calls.append(len(x))
+        if len(self.calls) == self.fails_at:
+            raise KeyboardInterrupt
+        return self.attack.run(x, objective, **options)
+
+
+class Counted(list):
+    """A loader that counts how often it is read."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.dataset, self.reads = batches.dataset, 0
+
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+@pytest.fixture(scope="module")
+def bank(toy_batches):
+    return toy_batches(seed=1, sizes=(30, 30, 30), first_id=1000)
+
+
+@pytest.fixture(scope="module")
+def queries(toy_batches):
+    return toy_batches(seed=2, sizes=(20, 16))
+
+
+@pytest.fixture(scope="module")
+def full(bank, queries):
+    """All encoders against all, never interrupted."""
+    return evaluate_transfer(colours(), bank, queries, ATTACKS, **FAST)
+
+
+def pick(records, **wanted):
+    return [r for r in records if all(getattr(r, name) == value for name, value in wanted.items())]
+
+
+def one(records, **wanted):
+    (found,) = pick(records, **wanted)
+    return found
+
+
+def test_it_is_what_embedding_by_hand_gives(full, bank, queries):
+    encoders = colours()
+    for surrogate, source in encoders.items():
+        images = []
+        for batch in queries:
+            with torch.no_grad():
+                reference = source(batch.images)
+
+            def drift(x, source=source, reference=reference):
+                return 1 - nn.functional.cosine_similarity(source(x), reference, dim=1)
+
+            generator = torch.Generator().manual_seed(0)
+            x_adv = PGD8(batch.images, drift, generator=generator, ids=batch.patch)
+            images.append(HierarchicalBatch(x_adv, batch.patch, batch.slide, batch.patient, batch.label))
+        for target, encoder in encoders.items():
+            table = embed(encoder, images, class_names=("cyan", "green", "red"))
+            scores = KNNClassifier(k=15).fit(embed(encoder, bank)).predict_proba(table)
+            np.testing.assert_allclose(full.attacked[surrogate, "PGD-8", target][15], scores, atol=1e-9)
+            expected = score_levels(scores, table)
+            for record in pick(full.records, surrogate=surrogate, model=target, attack_name="PGD-8"):
+                if not record.metric.endswith("_drop"):
+                    assert record.value == pytest.approx(getattr(expected[record.level], record.metric), abs=1e-12)
+
+
+def test_the_diagonal_is_the_white_box(full, bank, queries):
+    for name, encoder in colours().items():
+        alone = evaluate_whitebox(encoder, bank, queries, ATTACKS, model=name, **FAST)
+        own = [r for r in full.records if r.model == name and r.surrogate in ("", name) and "_drop" not in r.metric]
+        for expected, record in zip(alone.records, own, strict=True):
+            settings = {key: value for key, value in record.settings.items() if key != "surrogate_checkpoint"}
+            assert dataclasses.replace(record, surrogate="", settings=settings) == expected
+        np.testing.assert_array_equal(full.attacked[name, "PGD-8", name][15], alone.scores["PGD-8"][15])
+
+
+def test_surrogates_and_targets_differ(full):
+    """Else the matrix could be one encoder's numbers nine times, or its own transpose."""
+    gaps = {
+        (r.surrogate, r.model): r.value
+        for r in pick(full.records, metric="accuracy_drop", level="patch", attack_name="PGD-8")
+    }
+    assert gaps["a", "b"] != gaps["b", "a"] and gaps["a", "c"] != gaps["c", "a"]
+    assert len(set(gaps.values())) > 4
+
+
+def test_drops_and_their_averages(full):
+    for record in full.records:
+        if not record.metric.endswith("_drop"):
+            continue
+        plain = dict(model=record.model, level=record.level, metric=record.metric.removesuffix("_drop"))
+        clean = one(full.records, surrogate="", **plain).value
+        others = [name for name in "abc" if name != record.model]
+        sources = others if record.surrogate == "others" else [record.surrogate]
+        same = dict(attack_name=record.attack_name, **plain)
+        gaps = [clean - one(full.records, surrogate=name, **same).value for name in sources]
+        assert record.value == pytest.approx(np.mean(gaps), abs=1e-12)
+        if record.surrogate == "others":
+            assert record.settings["surrogates"] == others
+            assert record.backwards == 2 * PGD8.steps
+        else:
+            assert record.backwards == PGD8.steps < record.forwards
+    levels, drops = 3, 2
+    assert len(full.records) == 3 * (levels * 5 + 3 * 2 * levels * (5 + drops) + 2 * levels * drops)
+    assert len(pick(full.records, surrogate="others")) == 3 * 2 * levels * drops
+
+
+@pytest.mark.parametrize("level", ["patch", "slide"])
+def test_intervals_are_paired(level, full, queries):
+    """An oracle that builds each resample row by row, the same patients for clean and attacked images."""
+    table = full.queries
+    groups = {"patch": table.patch, "slide": table.slide}[level]
+    names, first = np.unique(groups, return_index=True)
+    label, patient = table.label[first], table.patient[first]
+
+    def pooled(scores):
+        return np.stack([scores[groups == name].mean(0) for name in names])
+
+    clean = pooled(full.clean["a"][15])
+    by = {name: pooled(full.attacked[name, "PGD-8", "a"][15]) for name in "abc"}
+    people = np.unique(patient)
+    draws = np.random.default_rng(0).multinomial(len(people), np.full(len(people), 1 / len(people)), size=40)
+    for metric in ("accuracy", "mca"):
+        gaps = {name: [] for name in "abc"}
+        for draw in draws:
+            rows = np.concatenate(
+                [np.repeat(np.flatnonzero(patient == p), c) for p, c in zip(people, draw, strict=True)]
+            )
+            before = getattr(metrics(clean[rows], label[rows]), metric)
+            for name in "abc":
+                gaps[name].append(before - getattr(metrics(by[name][rows], label[rows]), metric))
+        wanted = {name: np.array(gap) for name, gap in gaps.items()}
+        wanted["others"] = (wanted["b"] + wanted["c"]) / 2
+        for name, gap in wanted.items():
+            record = one(
+                full.records, surrogate=name, model="a", attack_name="PGD-8", level=level, metric=f"{metric}_drop"
+            )
+            reach = (
+                gap.std(ddof=1) * np.sqrt(len(people) / (len(people) - 1)) * student_quantile(0.975, len(people) - 1)
+            )
+            assert record.low == pytest.approx(max(-1, record.value - reach))
+            assert record.high == pytest.approx(min(1, record.value + reach))
+
+
+def test_without_resamples_or_spread_there_is_no_interval_but_a_reason(bank, queries):
+    nothing = {"PGD-0": dataclasses.replace(PGD8, threat=Linf(0.0))}
+    for options, reason in ((FAST, "every resample gives the same value"), (dict(k=15, bootstrap=0), "no resamples")):
+        found = evaluate_transfer(colours(), bank, queries, nothing, **options).records
+        drops = [record for record in found if record.metric.endswith("_drop")]
+        assert len(drops) == 3 * 4 * 3 * 2
+        assert {(r.value, r.low, r.high, r.settings["no_interval"]) for r in drops} == {(0.0, None, None, reason)}
+
+
+def test_each_thing_is_done_once(bank, queries):
+    encoders, attacks = colours(), {name: Watched(attack) for name, attack in ATTACKS.items()}
+    bank, queries = Counted(bank), Counted(queries)
+    result = evaluate_transfer(encoders, bank, queries, attacks, surrogates=["a", "b"], targets=["b", "c"], **FAST)
+    assert [attack.calls for attack in attacks.values()] == [[20, 16] * 2] * 2, "once per surrogate, batch and attack"
+    assert bank.reads == 2, "once per target"
+    assert queries.reads == 2 + 2 * 2, "once per target, and once per surrogate and attack"
+    embedded = 3 + 2 + 4 * 2  # bank, clean queries, four attacked versions of them: what a target costs in batches
+    passes = one(result.records, surrogate="a", model="c", attack_name="PGD-8", level="patch", metric="mca").forwards
+    attacked = 4 * (1 + int(passes))  # two attacks on two batches, each with one look at the clean images
+    assert encoders["c"].forwards == embedded
+    assert encoders["a"].forwards == attacked
+    assert encoders["b"].forwards == embedded + attacked
+    assert result.made == (("a", "PGD-8"), ("a", "PGD-2"), ("b", "PGD-8"), ("b", "PGD-2"))
+    assert {(r.surrogate, r.model) for r in result.records if r.surrogate not in ("", "others")} == {
+        (s, t) for s in "ab" for t in "bc"
+    }
+    assert one(
+        result.records, surrogate="others", model="b", attack_name="PGD-8", level="patch", metric="mca_drop"
+    ).settings["surrogates"] == ["a"]
+
+
+def test_one_encoder_at_a_time_gives_the_same_numbers(full, bank, queries, tmp_path):
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    most = []
+
+    def load(name):
+        gc.collect()
+        alive.add(encoder := colours()[name])
+        most.append(len(alive))
+        return encoder
+
+    encoders = {name: partial(load, name) for name in "abc"}
+    options = dict(hold="one", state=tmp_path / "state", checkpoints={name: f"hash of {name}" for name in "abc"})
+    result = evaluate_transfer(encoders, bank, queries, ATTACKS, **options, **FAST)
+    assert max(most) == 1 and len(most) == 3 + 6 * (1 + 3)
+    for key, scores in full.attacked.items():
+        np.testing.assert_array_equal(result.attacked[key][15], scores[15])
+    assert [(r.value, r.low, r.high) for r in result.records] == [(r.value, r.low, r.high) for r in full.records]
+    assert {record.checkpoint for record in pick(result.records, model="b")} == {"hash of b"}
+    assert (
+        one(result.records, surrogate="c", model="b", attack_name="PGD-2", level="slide", metric="map").settings[
+            "surrogate_checkpoint"
+        ]
+        == "hash of c"
+    )
+    assert not (tmp_path / "state" / "adversarial").exists()
+
+
+def test_adversarial_images_wait_on_the_disk_and_go(bank, queries, tmp_path):
+    sizes, folder = [], tmp_path / "state" / "adversarial"
+
+    class Looking(Colours):
+        def forward(self, images):
+            sizes.append(sum(path.stat().st_size for path in folder.glob("*")))
+            return super().forward(images)
+
+    encoders = {"a": colours()["a"], "b": Looking((1.0, 0.0, 0.0))}
+    options = dict(surrogates=["a"], targets=["b"], hold="one", state=tmp_path / "state", **FAST)
+    evaluate_transfer(encoders, bank, queries, {"PGD-8": PGD8}, **options)
+    assert sizes[:5] == [0] * 5 and len(sizes) == 7  # bank and clean queries, then what was spilled
+    assert sizes[5] == sizes[6] >= 36 * 3 * 6 * 6 * 4
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "999999.safetensors").write_bytes(b"left by a process that was killed")
+    evaluate_transfer(encoders, bank, queries, ATTACKS, **options)
+    assert not folder.exists()
+    broken = {"PGD-4": Watched(PGD8, fails_at=2)}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_transfer(encoders, bank, queries, broken, **options)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("hold", ["all", "one"])
+def test_an_interrupted_run_goes_on_from_the_finished_pairs(hold, full, bank, queries, tmp_path):
+    options = dict(hold=hold, state=tmp_path / "state", **FAST)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_transfer(colours(), bank, queries, {**ATTACKS, "PGD-2": Watched(ATTACKS["PGD-2"], 4)}, **options)
+    again = Counted(bank)
+    result = evaluate_transfer(colours(), again, queries, ATTACKS, **options)
+    assert result.made == (("b", "PGD-2"), ("c", "PGD-8"), ("c", "PGD-2"))
+    assert result.records == full.records
+    assert again.reads == 0, "the banks were kept"
+    attacks = {name: Watched(attack) for name, attack in ATTACKS.items()}
+    nothing_new = evaluate_transfer(colours(), again, queries, attacks, **options)
+    assert nothing_new.made == () and nothing_new.records == full.records
+    assert not any(attack.calls for attack in attacks.values())
+    assert not list((tmp_path / "state").rglob(".*"))
+
+
+def test_a_state_serves_other_arithmetic_and_grows(full, bank, queries, tmp_path):
+    options = dict(state=tmp_path / "state", **FAST)
+    small = {name: encoder for name, encoder in colours().items() if name != "c"}
+    evaluate_transfer(small, bank, queries, {"PGD-8": PGD8}, **options)
+    paper = evaluate_transfer(small, bank, queries, {"PGD-8": PGD8}, how="paper", **options)
+    assert paper.made == ()
+    assert {record.settings["how"] for record in paper.records} == {"paper"}
+    grown = evaluate_transfer(colours(), bank, queries, ATTACKS, **options)
+    assert grown.records == full.records
+    assert set(grown.made) == set(full.made), "the new target has to see the old pairs as well"
+    fewer = evaluate_transfer({"a": colours()["a"]}, bank, queries, {"PGD-2": ATTACKS["PGD-2"]}, **options)
+    assert fewer.made == () and {record.model for record in fewer.records} == {"a"}
+
+
+@pytest.fixture(scope="module")
+def begun(bank, queries, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun") / "state"
+    evaluate_transfer({"a": colours()["a"]}, bank, queries, {"PGD-8": PGD8}, state=folder, **FAST)
+    return folder
+
+
+def grey(loader):
+    return type(loader)(batch.replace(images=batch.images * 0.9) for batch in loader)
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "named"),
+    [
+        (dict(seed=1), 1, ["seed was 0, now 1"]),
+        (dict(k=(15, 3), temperature=0.1), 2, ["k was [15], now [15, 3]", "temperature was 0.07, now 0.1"]),
+        (dict(target="embedding"), 1, ["target was features, now embedding"]),
+        (dict(attacks={"PGD-8": dataclasses.replace(PGD8, steps=3)}), 1, ["attack.PGD-8 was PGD", "steps=3"]),
+        (dict(encoders={"a": colours()["b"]}), 1, ["encoder.a was"]),
+        (dict(checkpoints={"a": "another"}), 1, ["encoder.a was", "now another"]),
+        (dict(class_names=("cyan", "green", "blue")), 2, ["queries.classes", "banks.classes"]),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_by_name(change, count, named, begun, bank, queries):
+    arguments = dict(encoders={"a": colours()["a"]}, attacks={"PGD-8": Watched(PGD8)}, **FAST) | change
+    encoders, attacks = arguments.pop("encoders"), arguments.pop("attacks")
+    with pytest.raises(ValueError, match="was begun under other settings") as caught:
+        evaluate_transfer(encoders, bank, queries, attacks, state=begun, **arguments)
+    message = str(caught.value)
+    assert str(begun) in message and all(part in message for part in named), message
+    assert message.count(" was ") == 1 + count, message
+
+
+def test_other_images_of_the_same_description_are_refused(begun, bank, queries):
+    watched = {"PGD-4": Watched(PGD8)}
+    with pytest.raises(
+        ValueError, match=r"batch 1 of the queries is not what it was at the first reading \(2 batches\)"
+    ):
+        evaluate_transfer({"a": colours()["a"]}, bank, grey(queries), watched, state=begun, **FAST)
+    assert watched["PGD-4"].calls == []
+
+
+def test_a_loader_that_shuffles_is_refused(bank, queries):
+    class Shuffled(type(queries)):
+        turn = 0
+
+        def __iter__(self):
+            type(self).turn += 1
+            return iter(list(self[:]) if self.turn == 1 else list(reversed(self[:])))
+
+    watched = {"PGD-8": Watched(PGD8)}
+    with pytest.raises(ValueError, match=r"batch 1 of the queries.*no shuffling, no augmentation"):
+        evaluate_transfer(colours(), bank, Shuffled(queries), watched, **FAST)
+    assert watched["PGD-8"].calls == []
+
+
+def test_a_loader_that_runs_dry_is_noticed(bank, queries):
+    class Dry(type(queries)):
+        turn = 0
+
+        def __iter__(self):
+            type(self).turn += 1
+            return iter(self[:] if self.turn == 1 else self[:1])
+
+    with pytest.raises(ValueError, match="the queries had 2 batches at the first reading and have 1 now"):
+        evaluate_transfer(colours(), bank, Dry(queries), ATTACKS, **FAST)
+
+
+def test_a_folder_of_something_else_and_damaged_files_are_named(bank, queries, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    call = partial(evaluate_transfer, {"a": colours()["a"]}, bank, queries, {"PGD-8": PGD8}, **FAST)
+    with pytest.raises(ValueError, match=r"photos holds something else than a transfer evaluation"):
+        call(state=tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+    first = call(state=tmp_path / "state")
+    (victim,) = (tmp_path / "state" / "entries").glob("attacked-a-PGD-8-*")
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(ValueError, match=re.escape(str(victim)) + ".* is damaged"):
+        call(state=tmp_path / "state")
+    victim.unlink()
+    assert call(state=tmp_path / "state").records == first.records
+    (tmp_path / "state" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
+        call(state=tmp_path / "state")
+
+
+def test_names_are_never_paths(bank, queries, tmp_path):
+    name = "../../x/y"
+    result = evaluate_transfer(
+        {name: colours()["a"]}, bank, queries, {"../PGD": PGD8}, state=tmp_path / "in" / "state", **FAST
+    )
+    assert result.made == ((name, "../PGD"),)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["state"]
+
+
+def test_tables_as_banks_and_classes_by_name(full, bank, queries):
+    encoders = colours()
+    banks = {name: embed(encoder, bank) for name, encoder in encoders.items()}
+    banks["b"] = dataclasses.replace(
+        banks["b"], label=(banks["b"].label + 1) % 3, class_names=("red", "cyan", "green"), cohort="another"
+    )
+    result = evaluate_transfer(encoders, banks, queries, ATTACKS, **FAST)
+    assert result.class_names["b"] == ("red", "cyan", "green")
+    assert {record.settings["bank_cohort"] for record in pick(result.records, model="b")} == {"another"}
+    for (surrogate, attack, target), scores in full.attacked.items():  # scores, because ties go to the first class
+        order = [1, 2, 0] if target == "b" else [0, 1, 2]
+        np.testing.assert_array_equal(result.attacked[surrogate, attack, target][15][:, order], scores[15])
+
+
+def test_encoders_of_other_sizes_and_pixels(bank, queries):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoders = {"plain": colours()["c"], "large": wrap_encoder(net, mean=0.5, std=0.1, head=2, input_size=12)}
+    result = evaluate_transfer(encoders, bank, queries, {"PGD-8": PGD8}, target="embedding", **FAST)
+    assert {(r.surrogate, r.model) for r in result.records if r.metric == "mca_drop"} == {
+        (s, t) for s in ("plain", "large", "others") for t in encoders
+    }
+    assert {record.target for record in result.records} == {"embedding"}
+
+
+def test_k_above_the_bank_is_said_once_per_target(bank, queries, tmp_path):
+    with pytest.warns(UserWarning, match="k=200 is more than the 90 rows of the bank") as caught:
+        result = evaluate_transfer(
+            colours(), bank, queries, ATTACKS, k=(200, 9), bootstrap=0, hold="one", state=tmp_path / "state"
+        )
+    assert len(caught) == 3
+    assert {record.k for record in result.records} == {90, 9}
+
+
+def test_the_paper_attacks_the_embedding(toy_encoder, bank, queries):
+    result = evaluate_transfer({"a": toy_encoder}, bank, queries, {"PGD-8": PGD8}, compat="paper", **FAST)
+    alone = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, compat="paper", **FAST)
+    own = [(r.value, r.target) for r in result.records if "_drop" not in r.metric]
+    assert own == [(r.value, "embedding") for r in alone.records]
+
+
+@pytest.mark.parametrize(
+    ("source", "loads"),
+    [
+        (lambda: None, True),
+        (lambda file="x": None, True),
+        (partial(colours().get, "a"), True),
+        (lambda images: images, False),
+        (lambda *images: images, False),
+        (colours()["a"], False),
+        (colours()["a"].forward, False),
+        (torch.relu, False),
+    ],
+)
+def test_what_loads_an_encoder_takes_no_images(source, loads):
+    assert is_loader(source) is loads
+
+
+class Never:
+    threat = Linf(8 / 255)
+
+    def run(self, *_, **__):
+        raise AssertionError("the attack ran")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(encoders={}), TypeError, "encoders must be a mapping"),
+        (dict(encoders={"a": 3}), TypeError, "encoders must map names to encoders.*'a': 3"),
+        (dict(encoders={"a": lambda: 3}), TypeError, "the function for encoder 'a' gave a int"),
+        (dict(encoders={"others": colours()["a"]}), ValueError, "an encoder cannot be called 'others'"),
+        (dict(surrogates=["d"]), ValueError, r"unknown surrogates \['d'\]; the encoders are \['a', 'b', 'c'\]"),
+        (dict(targets=[]), ValueError, "targets are empty"),
+        (dict(targets=["a", "a"]), ValueError, "targets name an encoder twice"),
+        (dict(targets="a"), TypeError, r"targets must be several names, as in \('a',\)"),
+        (dict(checkpoints={"z": ""}), ValueError, r"checkpoints names \['z'\]"),
+        (dict(banks={}), ValueError, r"banks have no table for the targets \['a', 'b', 'c'\]"),
+        (dict(banks={"a": 1, "b": 2, "c": 3}), TypeError, r"banks of \['a', 'b', 'c'\] are no EmbeddingTables"),
+        (dict(banks=iter(())), ValueError, "the bank is read once per target"),
+        (dict(queries=iter(())), ValueError, "the queries are read once per target and per attack"),
+        (dict(hold="some"), ValueError, "hold must be 'all' or 'one', got 'some'"),
+        (dict(hold="one"), ValueError, "hold='one' keeps adversarial images on the disk.*state="),
+        (dict(target="pixels"), ValueError, "unknown target 'pixels'"),
+        (dict(layer="pixels"), ValueError, "unknown layer 'pixels'"),
+        (dict(attacks={"clean": Never()}), ValueError, "an attack cannot be called 'clean'"),
+        (dict(k=0), ValueError, "k must be a number of at least 1"),
+        (dict(how="sum"), ValueError, "how must be 'mean' or 'paper', got 'sum'"),
+        (dict(keys="sum"), ValueError, "keys must be 'id' or 'id_and_label', got 'sum'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_attacked(options, error, message, bank, queries):
+    arguments = (
+        dict(encoders=colours(), banks=bank, queries=queries, attacks={"never": Never()}, class_names="xyz") | FAST
+    )
+    with pytest.raises(error, match=message):
+        evaluate_transfer(**arguments | dict(class_names=("cyan", "green", "red")) | options)
+
+
+def test_the_table_holds_the_matrix(full):
+    table = transfer_table(full.records, levels=("slide",))
+    parts = table.split("**Slide level, ")
+    assert [part.partition(",")[0] for part in parts[1:]] == ["PGD-8", "PGD-2"]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in parts[1].splitlines() if "|" in line]
+    assert rows[0][1:] == ["a", "b", "c"]
+    assert [row[0] for row in rows[2:]] == ["clean Acc / MCA", "a", "b", "c", "mean of the others"]
+    for row, surrogate in zip(rows[3:], ("a", "b", "c", "others"), strict=True):
+        for cell, model in zip(row[1:], "abc", strict=True):
+            same = dict(surrogate=surrogate, model=model, level="slide", attack_name="PGD-8")
+            shown = " / ".join(
+                f"{100 * one(full.records, metric=m, **same).value:.1f}" for m in ("accuracy_drop", "mca_drop")
+            )
+            assert cell == (f"*{shown}*" if surrogate == model else shown)
+    record = one(full.records, surrogate="others", model="b", level="slide", attack_name="PGD-2", metric="mca_drop")
+    interval = f"{100 * record.value:.1f} [{100 * record.low:.1f}, {100 * record.high:.1f}]"
+    assert interval in transfer_table(full.records, levels=("slide",), intervals=True)
+    with pytest.raises(ValueError, match=r"none of the .* records is a transfer at a level of"):
+        transfer_table(pick(full.records, surrogate=""))
+
+
+def test_flags_and_notes_stand_below_the_table(full):
+    marked = [dataclasses.replace(r, flags=("odd",), settings={**r.settings, "note": "known"}) for r in full.records]
+    lines = transfer_table(marked).splitlines()
+    assert lines.count("- a → b, PGD-8: odd") == 1 and lines.count("- PGD-8: known") == 1
+
+
+def test_other_tables_keep_pairs_apart(full):
+    table = markdown_table(full.records, levels=("patch",))
+    assert "| a → b | features | 15 |" in table and "runs)" not in table
+
+
+def test_records_can_be_written_and_old_ones_read(full, tmp_path):
+    path = write_records(tmp_path / "r.jsonl", full.records)
+    assert read_records(path) == full.records
+    path.write_text("".join(line.replace('"surrogate": "", ', "") + "\n" for line in path.read_text().splitlines()))
+    assert '"surrogate": ""' not in path.read_text()
+    assert read_records(path) == full.records
+
+
+def test_the_heat_map_is_drawn(full, tmp_path):
+    for options in ({}, dict(attack="PGD-2", metric="mca_drop", levels=("patch",), k=15)):
+        with Image.open(plot_transfer(full.records, tmp_path / "map.png", **options)) as picture:
+            assert min(picture.size) > 300
+            assert len(set(picture.convert("RGB").resize((200, 100)).tobytes())) > 100
+    with pytest.raises(ValueError, match="attack 'PGD-3'"):
+        plot_transfer(full.records, tmp_path / "map.png", attack="PGD-3")
