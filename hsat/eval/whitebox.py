@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks import RandomNoise, feature_drift
+from hsat.attacks import RandomNoise
+from hsat.eval.aiming import TARGETS, Aim, published_aim
 from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.embedding import (
     LAYERS,
@@ -82,8 +83,10 @@ def evaluate_whitebox(
     queries are always measured, under the name "clean".  noise=True adds one random point of each threat model.
 
     target: the layer whose cosine distance to the clean value the attacks maximise, "features" (what kNN reads; the
-    default) or "embedding" (the projected embedding, as in the paper's tables).  layer: what kNN reads.  Each image's
-    random start depends on (seed, patch id) only.  k: one number or several; neighbours are searched once.
+    default) or "embedding" (the projected embedding, as in the paper's tables); or "knn": the attacks know the bank
+    and the true labels and maximise the margin of the vote itself (`soft_knn`).  layer: what kNN reads.  Each image's
+    random start depends on (seed, patch id) only.  k: one number or several; neighbours are searched once, and "knn"
+    attacks the vote of the first, with a flag in the records of the others.
     attack_branch: for an encoder with dual BatchNorm, the branch that the attacks go through; by default they go
     through the branch that is scored, the active one.  how, absent, keys: see `score_levels`.
     compat="paper" repeats the published evaluation: target "embedding", attack_branch "pgd" (dual encoders only) and
@@ -97,8 +100,8 @@ def evaluate_whitebox(
     Raises ValueError for an unknown target, k, how, absent, keys, attack_branch or compat, an attack called "clean",
     TypeError for attacks that are no mapping of attacks, and what `embed` and `KNNClassifier` raise.
     """
-    target, attack_branch = _published(compat, encoder, target, attack_branch)
-    check_options(target, attacks, how, compat)
+    target, attack_branch = published_aim(compat, encoder, target, attack_branch)
+    check_options(target, attacks, how, compat, targets=TARGETS)
     ks = several_k(k)
     settings = KNNClassifier(k=max(ks), temperature=temperature, index=index)
     if not isinstance(bank, EmbeddingTable):
@@ -107,7 +110,8 @@ def evaluate_whitebox(
         )
     knn = settings.fit(bank)
     chosen = _conditions(attacks, noise)
-    trial = _Trial(encoder, target, layer, chosen, bank=bank, seed=seed, keep=keep_examples, branch=attack_branch)
+    aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch)
+    trial = _Trial(encoder, aim, layer, chosen, bank=bank, seed=seed, keep=keep_examples, branch=attack_branch)
     tables = trial.run(queries, class_names=class_names, device=device, model=model, progress=progress)
     scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
     frame = evaluation_frame(
@@ -126,7 +130,7 @@ def evaluate_whitebox(
         attack_branch=attack_branch,
     )
     records = [
-        record
+        aim.describe(record)
         for name in tables
         for record in condition_records(
             frame,
@@ -147,7 +151,7 @@ class _Trial:
     def __init__(
         self,
         encoder: Encoder,
-        target: str,
+        aim: Aim,
         layer: str,
         attacks: Mapping[str, Attack],
         *,
@@ -157,9 +161,7 @@ class _Trial:
         branch: str | None,
     ) -> None:
         self._encoder, self._bank, self._seed, self._keep = encoder, bank, seed, keep
-        self._branch = branch
-        self._attacked, self._scored = select_layer(encoder, target), select_layer(encoder, layer)
-        self._same = target == layer and branch is None
+        self._aim, self._branch, self._scored = aim, branch, select_layer(encoder, layer)
         self.attacks = attacks
         self.tallies = {name: Tally() for name in (CLEAN, *attacks)}
 
@@ -177,22 +179,21 @@ class _Trial:
         place = device_of(self._encoder, device)
         with frozen_module(self._encoder):
             for batch in watch(queries, progress, "attacking"):
-                match_labels(labelled(batch), names, self._bank.class_names)
-                self.see(batch, batch.images.to(place))
+                labels = match_labels(labelled(batch), names, self._bank.class_names)
+                self.see(batch, batch.images.to(place), labels)
         return {
             name: tally.rows.table(class_names=names, cohort=cohort, split=split, encoder=model)
             for name, tally in self.tallies.items()
         }
 
-    def see(self, batch: HierarchicalBatch, images: Tensor) -> None:
+    def see(self, batch: HierarchicalBatch, images: Tensor, labels: np.ndarray) -> None:
         """Attack and embed one batch; the clean embedding is computed once and serves every attack."""
         clean = encode(self._scored, images)
         if (width := self._bank.z.shape[1]) != clean.shape[-1]:
             raise ValueError(f"the bank's embeddings have width {width}, the encoder's {clean.shape[-1]}: not its bank")
         self._store(CLEAN, batch, images, clean)
         with through_branch(self._encoder, self._branch):
-            reference = clean if self._same else encode(self._attacked, images)
-        objective = feature_drift(self._attacked, images, "cosine", reference=reference)
+            objective = self._aim.objective(images, clean, labels)
         for name, attack in self.attacks.items():
             generator = torch.Generator().manual_seed(self._seed)
             with through_branch(self._encoder, self._branch):
@@ -221,17 +222,6 @@ def scores_by_k(knn: FittedKNN, table: EmbeddingTable, ks: Sequence[int]) -> dic
     return {k: knn.score(found, k=k) for k in dict.fromkeys(min(k, knn.k) for k in ks)}
 
 
-def _published(
-    compat: Compat | None, encoder: Encoder, target: str | None, attack_branch: str | None
-) -> tuple[str, str | None]:
-    """(target, attack_branch) as they are given, or as compat chooses them."""
-    if compat == "paper" and attack_branch is None and isinstance(encoder, torch.nn.Module):
-        from hsat.models import is_dual
-
-        attack_branch = "pgd" if is_dual(encoder) else None
-    return target or ("embedding" if compat == "paper" else "features"), attack_branch
-
-
 def _conditions(attacks: Mapping[str, Attack], noise: bool) -> dict[str, Attack]:
     found: dict[str, Attack] = {}
     if noise:
@@ -242,11 +232,17 @@ def _conditions(attacks: Mapping[str, Attack], noise: bool) -> dict[str, Attack]
     return found | dict(attacks)
 
 
-def check_options(target: str, attacks: Mapping[str, Attack], how: str | None, compat: str | None) -> None:
+def check_options(
+    target: str,
+    attacks: Mapping[str, Attack],
+    how: str | None,
+    compat: str | None,
+    *,
+    targets: Sequence[str] = LAYERS,
+) -> None:
     """ValueError or TypeError for an unknown target, how or compat, and for attacks that are no mapping of attacks."""
-    if target not in LAYERS:
-        hint = " ('knn' is not available yet)" if target == "knn" else ""
-        raise ValueError(f"unknown target {target!r}{hint}; choose one of {list(LAYERS)}")
+    if target not in targets:
+        raise ValueError(f"unknown target {target!r}; choose one of {list(targets)}")
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping such as {{'PGD-8': PGD(...)}}, got {type(attacks).__name__}")
     for name, attack in attacks.items():

@@ -249,8 +249,7 @@ def test_the_encoder_comes_back_as_it_was(toy_encoder, bank, queries):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target="knn"), r"unknown target 'knn' \('knn' is not available yet\); choose one of \['features', 'emb"),
-        (dict(target="pixels"), r"unknown target 'pixels'; choose one of"),
+        (dict(target="pixels"), r"unknown target 'pixels'; choose one of \['features', 'embedding', 'knn'\]"),
         (dict(layer="pixels"), r"unknown layer or target 'pixels'"),
         (dict(attacks={"clean": PGD8}), "an attack cannot be called 'clean'"),
         (dict(k=()), r"k must be a number of at least 1, or several as in \(200, 20\); got \(\)"),

@@ -1,0 +1,70 @@
+"""What the attacks of an evaluation maximise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsat.attacks import feature_drift, soft_knn
+from hsat.attacks.nearest_vote import SoftKNN
+from hsat.eval.conventions import Compat
+from hsat.eval.embedding import LAYERS, encode, select_layer
+from hsat.eval.knn import FittedKNN
+from hsat.eval.records import Record
+from hsat.types import Encoder, Objective
+
+TARGETS = (*LAYERS, "knn")
+
+
+def published_aim(
+    compat: Compat | None, encoder: Encoder, target: str | None, attack_branch: str | None
+) -> tuple[str, str | None]:
+    """(target, attack_branch) as they are given, or as compat chooses them."""
+    if compat == "paper" and attack_branch is None and isinstance(encoder, torch.nn.Module):
+        from hsat.models import is_dual
+
+        attack_branch = "pgd" if is_dual(encoder) else None
+    return target or ("embedding" if compat == "paper" else "features"), attack_branch
+
+
+class Aim:
+    """The objective of each batch: the cosine drift of a layer, or the kNN vote on the layer that is scored.
+
+    target: the layer, or "knn".  layer: what kNN reads.  k: neighbours of the vote under attack, cut to the bank.
+    branch: of a dual encoder, the one that attacks go through; None is the one that is scored.
+    """
+
+    def __init__(
+        self, encoder: Encoder, target: str, layer: str, *, knn: FittedKNN, k: int, branch: str | None
+    ) -> None:
+        self._target, self._knn, self._k = target, knn, min(k, knn.k)
+        self._attacked = select_layer(encoder, layer if target == "knn" else target)
+        self._reuse = target == layer and branch is None
+        self._vote: SoftKNN | None = None
+
+    def objective(self, images: Tensor, clean: Tensor, labels: np.ndarray) -> Objective:
+        """clean: (n, d), what the scored layer says of these images (n, c, h, w).  labels: (n,), the bank's classes."""
+        if self._target != "knn":
+            reference = clean if self._reuse else encode(self._attacked, images)
+            return feature_drift(self._attacked, images, "cosine", reference=reference)
+        own = torch.from_numpy(labels).to(images.device)
+        if self._vote is None:  # made with the first batch, which says where the bank has to be
+            bank, temperature = self._knn.table, self._knn.settings.temperature
+            self._vote = soft_knn(self._attacked, bank, own, k=self._k, temperature=temperature, classes=self._classes)
+        return self._vote.relabel(own)
+
+    def describe(self, record: Record) -> Record:
+        """The record with the vote that was attacked; other numbers of neighbours are flagged: theirs was not."""
+        if self._target != "knn":
+            return record
+        flags = record.flags
+        if record.attack and not record.attack.startswith("RandomNoise") and record.k != self._k:
+            flags += (f"the attack climbed the vote of {self._k} neighbours, not of {record.k}",)
+        return dataclasses.replace(record, flags=flags, settings=record.settings | {"attacked_k": self._k})
+
+    @property
+    def _classes(self) -> int:
+        return max(2, len(self._knn.class_names))
