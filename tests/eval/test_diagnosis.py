@@ -1,0 +1,228 @@
+"""Planted models: each way of masking gradients is flagged with its reason, sound models are not flagged at all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hsat.attacks import FGSM, L2, MIFGSM, PGD, Linf, RandomNoise, feature_drift
+from hsat.eval import Diagnosis, diagnose, embed
+from hsat.eval.binomial import binomial_tail
+from hsat.eval.signs import FALSE_ALARM, SIGNS, judge
+from hsat.eval.subset import Handful
+from hsat.types import HierarchicalBatch
+
+PGD8 = PGD(Linf(8 / 255), step_size=3 / 255, steps=4)
+ATTACKS = (PGD8, MIFGSM(L2(0.5), step_size=0.2, steps=2), FGSM(Linf(4 / 255)))
+
+
+class Planted(nn.Module):
+    """Colour contrasts, which hold the class, beside textures; `how` says what comes between images and gradients."""
+
+    def __init__(self, how: str = "sound", *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.how, self.weight = how, nn.Parameter(torch.randn(8, 3, 3, 3, generator=generator) * 0.5)
+
+    def features(self, images: Tensor) -> Tensor:
+        if self.how == "rounding":
+            images = (images * 16).round() / 16  # the gradient of round is zero
+        texture = nn.functional.gelu(3 * nn.functional.conv2d(images - 0.5, self.weight)).mean((2, 3))
+        mean = (images - 0.5).mean((2, 3))
+        contrast = 40 * torch.stack((mean[:, 0] - mean[:, 1], mean[:, 1] - mean[:, 2]), 1)
+        if self.how == "saturated":
+            contrast, texture = torch.sigmoid(1e4 * contrast), torch.sigmoid(1e4 * texture)
+        z = torch.cat((contrast, texture, torch.ones_like(contrast[:, :1])), 1)
+        if self.how == "dithering":
+            z = z + 0.3 * torch.randn(z.shape, generator=None)
+        if self.how == "dithering by image":
+            seeds = images.detach().view(torch.int32).sum((1, 2, 3)).tolist()
+            z = z + 0.3 * torch.stack([torch.randn(z.shape[1], generator=seeded(seed)) for seed in seeds])
+        return z
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.normalize(self.features(images), dim=1)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**31)
+
+
+@pytest.fixture(scope="module")
+def bank(toy_batches):
+    return toy_batches(seed=1, sizes=(30, 30, 30), first_id=1000)
+
+
+@pytest.fixture(scope="module")
+def queries(toy_batches):
+    return toy_batches(seed=2, sizes=(20, 16))
+
+
+def reasons(found: Diagnosis) -> set[str]:
+    return {flag.split(":")[0].replace(" ", "_") for flag in found.flags}
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: type(attack).__name__)
+def test_a_sound_model_is_not_flagged(attack, bank, queries):
+    found = diagnose(Planted(), bank, queries, attack=attack, k=15)
+    assert found.flags == ()
+    assert found.measures["images"] == 32 and found.measures["images_right"] >= 25
+    assert found.measures["zero_gradient_share"] == found.measures["not_repeatable_share"] == 0
+    assert found.measures["withstands_everything_share"] <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ("rounding", {"zero_gradient", "never_moved", "black_box_wins", "not_rising", "withstands_everything"}),
+        ("saturated", {"zero_gradient", "never_moved", "black_box_wins", "not_rising", "withstands_everything"}),
+        ("dithering", {"not_repeatable"}),
+        ("dithering by image", {"jumps"}),
+    ],
+)
+def test_planted_models_are_flagged_with_their_reason(how, wanted, bank, queries):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = diagnose(Planted(how), bank, queries, attack=PGD8, k=15)
+    assert wanted <= reasons(found)
+    if how == "dithering by image":
+        assert "not_repeatable" not in reasons(found), "it repeats, but for neighbouring images"
+    for name in wanted:
+        assert found.measures[f"{name}_share"] > 0.2
+
+
+def test_dithering_hides_small_attacks(bank, queries):
+    """At eps = 1/255 noise of the model's own drowns the gradient, and the other signs see it, too."""
+    small = PGD(Linf(1 / 255), step_size=0.25 / 255, steps=6)
+    found = diagnose(Planted("dithering by image"), bank, queries, attack=small, k=15)
+    assert {"jumps", "black_box_wins", "not_rising"} <= reasons(found)
+
+
+def test_an_attack_that_goes_nowhere_is_flagged_on_a_sound_model(bank, queries):
+    """Not only models fail: steps too small to matter are found out as well."""
+
+    timid = PGD(Linf(8 / 255), step_size=1e-12, steps=2)
+    assert {"never_moved", "noise_wins", "black_box_wins"} <= reasons(
+        diagnose(Planted(), bank, queries, attack=timid, k=15)
+    )
+
+
+def test_an_objective_of_ones_own(bank, queries):
+    """It is what the attack climbs and what all values are: the mean brightness, which no decision depends on."""
+
+    def brightness(images: Tensor, labels: Tensor):
+        assert len(labels) == len(images) and set(labels.tolist()) <= {0, 1, 2}
+        return lambda x: x.mean((1, 2, 3))
+
+    found = diagnose(Planted(), bank, queries, attack=PGD8, k=15, objective=brightness)
+    assert found.measures["accuracy_attack"] >= 0.9
+    assert found.measures["noise_wins_share"] == found.measures["not_rising_share"] == 0
+
+
+def test_signs_of_decisions_and_accuracies(bank, queries):
+    found = diagnose(Planted(), bank, queries, attack=PGD8, k=15).measures
+    assert found["accuracy_attack"] < found["accuracy_black_box"] <= found["accuracy_noise"] <= found["accuracy_clean"]
+    assert found["images_right"] == round(32 * found["accuracy_clean"])
+    assert set(found) == {
+        "images",
+        "images_right",
+        *(f"accuracy_{name}" for name in ("clean", "noise", "attack", "black_box")),
+        *(f"{sign.name}_share" for sign in SIGNS),
+    }
+
+
+def test_surrogates_uncover_a_model_that_hides_its_gradient(bank, queries):
+    """The same model without the rounding lends its gradients: its adversarial images beat the white-box attack."""
+    alone = diagnose(Planted("rounding"), bank, queries, attack=PGD8, k=15)
+    lent = diagnose(Planted("rounding"), bank, queries, attack=PGD8, k=15, surrogates=[Planted()])
+    assert "black_box_fools" not in reasons(alone)
+    assert "black_box_fools" in reasons(lent)
+    assert lent.measures["accuracy_black_box"] < alone.measures["accuracy_black_box"]
+    assert diagnose(Planted(), bank, queries, attack=PGD8, k=15, surrogates=[Planted(seed=3)]).flags == ()
+
+
+def test_same_seed_same_diagnosis_for_any_batches(bank, queries, toy_batches):
+    encoder = Planted()
+    other = toy_batches(seed=2, sizes=(20, 16))
+    other[:] = reversed(other)
+    first = diagnose(encoder, bank, queries, attack=PGD8, images=12, k=15)
+    assert diagnose(encoder, bank, queries, attack=PGD8, images=12, k=15) == first
+    assert diagnose(encoder, embed(encoder, bank), other, attack=PGD8, images=12, k=15) == first
+    assert encoder.training and encoder.weight.requires_grad and encoder.weight.grad is None
+
+
+def test_the_embedding_can_be_the_target(toy_encoder, bank, queries):
+    assert diagnose(toy_encoder, bank, queries, attack=PGD8, target="embedding", k=15).flags == ()
+
+
+@pytest.mark.parametrize("sign", SIGNS, ids=lambda sign: sign.name)
+def test_what_is_tolerated_is_not_flagged_by_chance(sign):
+    """A sound model at the tolerated share: the flag comes with a probability of at most its part of 1 %."""
+    for n in (1, 5, 32, 200):
+        fatal = [count for count in range(n + 1) if judge(sign, np.arange(n) < count)[1]]
+        if fatal:
+            assert fatal == list(range(fatal[0], n + 1))
+            assert binomial_tail(fatal[0], n, sign.tolerated) < FALSE_ALARM / len(SIGNS)
+    share, flag = judge(sign, np.arange(32) < 16)
+    assert share == 0.5 and flag.startswith(sign.name.replace("_", " ") + ":") and "16 of 32 images" in flag
+    assert judge(sign, np.zeros(32, dtype=bool)) == (0.0, "") == judge(sign, np.zeros(0, dtype=bool))
+
+
+def test_the_handful_is_a_fair_choice(toy_batches):
+    """Whatever the order and the batches; every patch has its chance; all of them where there are not enough."""
+    whole = toy_batches(seed=0, sizes=(40,))
+    parts = toy_batches(seed=0, sizes=(40,))
+
+    def chosen(batches, *, seed: int, size: int = 10):
+        handful = Handful(size, seed=seed)
+        for batch in batches:
+            handful.see(batch, batch.label)
+        return handful.batches()
+
+    (kept,) = chosen(whole, seed=1)
+    assert len(kept) == 10
+    index = kept.patch
+    assert torch.equal(kept.images, whole[0].images[index]) and torch.equal(kept.label, whole[0].label[index])
+    pieces = [cut(parts[0], slice(a, a + 8)) for a in (32, 0, 16, 8, 24)]
+    again = chosen(pieces, seed=1)
+    assert [len(batch) for batch in again] == [8, 2], "no wider than the batches that came"
+    assert torch.equal(torch.cat([batch.patch for batch in again]), kept.patch)
+    often = np.bincount(np.concatenate([chosen(whole, seed=s)[0].patch.numpy() for s in range(60)]), minlength=40)
+    assert often.min() >= 4 and often.max() <= 30
+    assert len(chosen(whole, seed=0, size=99)[0]) == 40
+
+
+def cut(batch, rows):
+    names = ("images", "patch", "slide", "patient", "label")
+    return HierarchicalBatch(**{name: getattr(batch, name)[rows] for name in names})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attack": RandomNoise(Linf(0.1))}, "RandomNoise follows no gradient"),
+        ({"attack": PGD(Linf(0.0), step_size=0.1, steps=1)}, "eps 0 moves nothing"),
+        ({"attack": lambda x, objective: x}, "needs an attack with a threat model"),
+        ({"images": 0}, "images, the number of queries to look at, must be at least 1; got 0"),
+        ({"target": "head"}, "unknown layer or target 'head'"),
+    ],
+)
+def test_bad_arguments_are_named(options, message, bank, queries):
+    with pytest.raises(ValueError, match=message):
+        diagnose(Planted(), bank, queries, **{"attack": PGD8, "k": 15} | options)
+
+
+def test_no_queries(bank, queries):
+    with pytest.raises(ValueError, match="gave no batches"):
+        diagnose(Planted(), bank, type(queries)(), attack=PGD8, k=15)
+
+
+def test_never_moved_knows_the_random_start(bank, queries):
+    """An attack whose gradient is zero ends at its random start, which is another image than the clean one."""
+    encoder, batch = Planted("rounding"), queries[0]
+    noise = RandomNoise(PGD8.threat)(batch.images, None, generator=seeded(0), ids=batch.patch)
+    ended = PGD8(batch.images, feature_drift(encoder.features, batch.images), generator=seeded(0), ids=batch.patch)
+    assert torch.equal(noise, ended) and not torch.equal(ended, batch.images)
+    assert diagnose(encoder, bank, queries, attack=PGD8, k=15).measures["never_moved_share"] == 1.0
