@@ -5,7 +5,8 @@
 
 A checkpoint written by train_hsat.py says how to build its encoder.  For any other file (published, plain) give
 --model.backbone and --model.head.  Attacks move what --target says, "features" (what kNN reads) or "embedding" (as in
-the paper); they start at random points, as in the published evaluation, which makes BIM the same algorithm as PGD.
+the paper) or "knn" (the vote itself, of the first --k); they start at random points, as in the published evaluation,
+which makes BIM the same algorithm as PGD.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class EvaluateWhitebox(Settings):
     steps: int = Field(10, gt=0, description="gradient steps")
     k: Counts = Field([200], description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
-    target: Literal["features", "embedding"] = Field("features", description="what the attacks move")
+    target: Literal["features", "embedding", "knn"] = Field("features", description="what the attacks move")
     noise: bool = Field(True, description="measure random noise of each eps, too")
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
     bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
