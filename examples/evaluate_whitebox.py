@@ -4,7 +4,8 @@
     python examples/evaluate_whitebox.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
 
 A checkpoint written by train_hsat.py says how to build its encoder.  For any other file (published, plain) give
---model.backbone and --model.head.  Attacks move what --target says, "features" (what kNN reads) or "embedding" (as in
+--model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
+one branch, --model.branch.  Attacks move what --target says, "features" (what kNN reads) or "embedding" (as in
 the paper) or "knn" (the vote itself, of the first --k); they start at random points, as in the published evaluation,
 which makes BIM the same algorithm as PGD.
 """
@@ -20,6 +21,7 @@ import torch
 from pydantic import Field
 
 from cohorts import describe, open_cohort
+from encoders import naming_branch, stored_encoder
 from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
 from hsat.eval import (
     Record,
@@ -31,9 +33,9 @@ from hsat.eval import (
     plot_patches,
     write_records,
 )
-from hsat.models import build_encoder, checkpoint_hash, load_checkpoint, load_encoder
+from hsat.models import build_encoder, checkpoint_hash
 from runs import device_named, versions, write_json
-from settings import Counts, DataSettings, ModelSettings, Names, Pixels, PixelsList, Settings
+from settings import Counts, DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
 
 
 class EvaluateWhitebox(Settings):
@@ -41,7 +43,7 @@ class EvaluateWhitebox(Settings):
 
     checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
     data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
+    model: StoredModelSettings = StoredModelSettings()
     attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
     eps: PixelsList = Field([4 / 255, 8 / 255], description="radii: 4/255,8/255")
     step_size: Pixels = Field(2 / 255, description="size of a step")
@@ -68,17 +70,7 @@ def load_named(settings: EvaluateWhitebox, text: str) -> tuple[str, torch.nn.Mod
     path = Path(file)
     name = name or (path.parent.name if path.stem in ("best", "final", "last") else path.stem)
     try:
-        if "backbone" in settings.model.model_fields_set:
-            encoder = build_encoder(
-                settings.model.backbone,
-                embedding_dim=settings.model.embedding_dim,
-                head=settings.model.head,
-                head_hidden=settings.model.head_hidden,
-                seed=0,
-            ).eval()
-            load_checkpoint(encoder, path)
-        else:
-            encoder = load_encoder(path)
+        encoder = stored_encoder(settings.model, path, alone=len(settings.checkpoint) < 2)
     except OSError as error:
         raise ValueError(f"--checkpoint {text}: {error}") from error
     return name, encoder, checkpoint_hash(path)
@@ -112,7 +104,7 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
     results = {}
     for title, encoder, digest in encoders:
         print(f"evaluating {title} (target {settings.target})", file=sys.stderr)
-        results[title] = evaluate_whitebox(
+        result = evaluate_whitebox(
             encoder.to(device),
             bank,
             queries,
@@ -128,6 +120,7 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
             progress=not settings.quiet,
             keep_examples=settings.gallery,
         )
+        results[title] = naming_branch(result, encoder)
     return results
 
 
