@@ -31,6 +31,7 @@ from hsat.eval import (
     paper_attacks,
     plot_accuracy_vs_eps,
     plot_patches,
+    write_evidence,
     write_records,
 )
 from hsat.models import build_encoder, checkpoint_hash
@@ -133,11 +134,27 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
     (out / "table.md").write_text(table)
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(out / "run.json", about)
+    keep_evidence(settings, results)
     try:
         draw(settings, records, results)
     except ImportError as error:
         print(f"no figures: {error}", file=sys.stderr)
     return table
+
+
+def keep_evidence(settings: EvaluateWhitebox, results: dict[str, WhiteboxResult]) -> None:
+    """What report.py shows besides numbers: predictions, a map of the embeddings, the first patches."""
+    for title, result in results.items():
+        write_evidence(
+            settings.out / "evidence",
+            model=title,
+            tables=result.tables,
+            scores=result.scores,
+            class_names=result.class_names,
+            examples=result.examples,
+            target=settings.target,
+            checkpoint=result.records[0].checkpoint,
+        )
 
 
 def draw(settings: EvaluateWhitebox, records: list[Record], results: dict[str, WhiteboxResult]) -> None:

@@ -1,0 +1,130 @@
+"""What a run left in its folder, and what it did not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsat.eval.evidence import Evidence, read_evidence
+from hsat.eval.grouping import is_transfer
+from hsat.eval.records import Record, read_records
+
+_FILES = ("records.jsonl", "run.json", "train.csv")
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """records: of records.jsonl.  about: of run.json.  training: columns of train.csv, NaN for empty cells.
+    evidence: of the models in the records.  absent: what a report would show and the folder does not hold, and how to
+    make it.
+    """
+
+    path: Path
+    records: tuple[Record, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, list[float]] = field(default_factory=dict)
+    evidence: tuple[Evidence, ...] = ()
+    absent: tuple[str, ...] = ()
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether attacks were made on one encoder and shown to others; its clean records belong to that, too."""
+        return any(is_transfer(record) for record in self.records)
+
+
+def open_runs(paths: Iterable[str | Path]) -> tuple[RunFolder, ...]:
+    """Read run folders.  A folder that is none, but has run folders in it (as the demo's), stands for those.
+
+    A run folder holds records.jsonl, run.json or train.csv.  Raises ValueError naming a path that is no run folder and
+    a file that is damaged.  Links that lead out of a run folder are refused.
+    """
+    folders: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder; give the folder that a run wrote (--out)")
+        inner = [path] if _is_run(path) else [child for child in sorted(path.iterdir()) if _is_run(child)]
+        if not inner:
+            raise ValueError(f"{path} holds none of {', '.join(_FILES)}: not the folder of a run")
+        for each in inner:
+            folders.setdefault(each.resolve(), each)
+    return tuple(_open(path) for path in folders.values())
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".") and any((path / name).is_file() for name in _FILES)
+
+
+def _open(path: Path) -> RunFolder:
+    there = {name: _inside(path, path / name) for name in _FILES if (path / name).is_file()}
+    records = read_records(there["records.jsonl"]) if "records.jsonl" in there else ()
+    about = _read_about(there["run.json"]) if "run.json" in there else {}
+    training = _read_columns(there["train.csv"]) if "train.csv" in there else {}
+    evidence, stale = _matching(read_evidence(_inside(path, path / "evidence")), records)
+    absent = list(stale)
+    if not about:
+        absent.append("run.json, which says how the run was made: the example scripts write it")
+    if any(is_transfer(record) for record in records):
+        pass  # a transfer has no evidence of its own
+    elif records and not evidence:
+        absent.append(
+            "evidence/ (confusion, embedding map, patches): evaluate again with examples/evaluate_whitebox.py,"
+            " or call hsat.eval.write_evidence"
+        )
+    elif records and not any(c.patches for each in evidence for c in each.conditions.values()):
+        absent.append("pictures of patches: evaluate with --gallery 6")
+    if not records and not training:
+        absent.append("records.jsonl and train.csv: the run has not measured or trained anything yet")
+    return RunFolder(path, records, about, training, evidence, tuple(absent))
+
+
+def _matching(found: Iterable[Evidence], records: Iterable[Record]) -> tuple[tuple[Evidence, ...], list[str]]:
+    """The evidence that belongs to the records, and a note for each that is left over from another evaluation."""
+    known = {(record.model, record.target, record.checkpoint) for record in records}
+    kept, notes = [], []
+    for each in found:
+        if (each.model, each.target, each.checkpoint) in known:
+            kept.append(each)
+        else:
+            notes.append(f"records for the evidence of {each.model!r}, which is of another evaluation and not shown")
+    return tuple(kept), notes
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_columns(path: Path) -> dict[str, list[float]]:
+    """The numbers of a CSV file by column.  A row that a running process has not finished is left out."""
+    columns: dict[str, list[float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                continue
+            for name, text in row.items():
+                columns.setdefault(name, []).append(_number(text, path, reader.line_num))
+    return columns
+
+
+def _number(text: str, path: Path, line: int) -> float:
+    try:
+        return float(text) if text else math.nan
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}: {text!r} is not a number") from error
+
+
+def _inside(root: Path, path: Path) -> Path:
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path} leads out of the run folder {root}; it is not followed")
+    return path

@@ -1,0 +1,134 @@
+"""Material of several test folders: a small run folder with everything that a report shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hsat.eval import Record, write_evidence, write_records
+from hsat.types import EmbeddingTable
+
+CLASSES = ("hgg", "lgg", "normal")
+CONDITIONS = {  # name: (repr of the attack, eps in grey levels, what is left of the clean value)
+    "clean": ("", 0, 1.0),
+    "noise-8": ("RandomNoise(Linf(eps=8/255))", 8, 0.95),
+    "PGD-4": ("PGD(Linf(eps=4/255), steps=10)", 4, 0.75),
+    "PGD-8": ("PGD(Linf(eps=8/255), steps=10)", 8, 0.5),
+    "BIM-8": ("BIM(Linf(eps=8/255), steps=10)", 8, 0.55),
+}
+
+
+def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Record]:
+    first = Record(
+        model=model,
+        attack="",
+        attack_name="clean",
+        eps="0",
+        eps_value=0.0,
+        target="features",
+        level="patch",
+        metric="accuracy",
+        value=value,
+        n=36,
+        k=20,
+        temperature=0.07,
+        seed=0,
+        versions={"hsat": "0.1.0", "torch": "2.0"},
+        cohort="c0ffee" * 10,
+        split="val",
+        checkpoint=f"digest of {model}",
+        settings={"layer": "features", "how": "mean", "bank_rows": 90, "bank_cohort": "c0ffee" * 10},
+    )
+    found = []
+    for name, (attack, eps, share) in CONDITIONS.items():
+        for level, n in (("patch", 36), ("slide", 12), ("patient", 6)):
+            for metric, less in (("accuracy", 0.0), ("mca", 0.02), ("map", 0.01)):
+                kept = round(share * value - less, 6)
+                about = {"zero_gradient_share": 0.0, "never_moved_share": 0.0} if attack else {}
+                record = replace(
+                    first,
+                    attack=attack,
+                    attack_name=name,
+                    eps=f"{eps}/255",
+                    eps_value=eps / 255,
+                    level=level,
+                    metric=metric,
+                    value=kept,
+                    low=max(0.0, kept - 0.1),
+                    high=min(1.0, kept + 0.1),
+                    n=n,
+                    settings=first.settings | about,
+                )
+                found.append(replace(record, **changes))
+    return found
+
+
+@pytest.fixture(scope="session")
+def made_records() -> Callable[..., list[Record]]:
+    """made_records(model, value, **changes): one evaluation's records, clean, noise and three attacks."""
+    return _records
+
+
+def _evidence(folder: Path, model: str, *, size: int = 12, **changes: Any) -> Path:
+    rng = np.random.default_rng(len(model))
+    n = 36
+    label = np.arange(n) % 3
+    centre = np.eye(8)[label]
+    images = torch.from_numpy(rng.random((3, 3, size, size), dtype=np.float32))
+    tables, scores, examples = {}, {}, {}
+    for name, (_, eps, share) in CONDITIONS.items():
+        z = centre * share + 0.1 * rng.standard_normal((n, 8))
+        ids = {"patch": np.arange(n), "slide": np.arange(n) % 12, "patient": np.arange(n) % 6}
+        tables[name] = EmbeddingTable(z=z, label=label, class_names=CLASSES, **ids)
+        wrong = rng.random(n) > share
+        found = np.full((n, 3), 0.1)
+        found[np.arange(n), np.where(wrong, (label + 1) % 3, label)] = 0.8
+        scores[name] = {20: found}
+        sign = torch.from_numpy(rng.choice([-1.0, 1.0], images.shape).astype(np.float32))
+        examples[name] = (images + eps / 255 * sign).clamp(0, 1)
+    options: dict[str, Any] = {"target": "features", "checkpoint": f"digest of {model}"} | changes
+    return write_evidence(
+        folder, model=model, tables=tables, scores=scores, class_names=CLASSES, examples=examples, **options
+    )
+
+
+@pytest.fixture(scope="session")
+def made_evidence() -> Callable[..., Path]:
+    """made_evidence(folder, model): evidence of random embeddings and images that fits `made_records`."""
+    return _evidence
+
+
+def _run(folder: Path, *, models: tuple[str, ...] = ("HiDisc", "HSAT")) -> Path:
+    values = [0.8 - 0.1 * index for index in range(len(models))]
+    write_records(
+        folder / "records.jsonl",
+        [record for model, value in zip(models, values, strict=True) for record in _records(model, value)],
+    )
+    for model in models:
+        _evidence(folder / "evidence", model)
+    about = {
+        "settings": {"seed": 3, "data": {"image_size": 48}, "k": [20]},
+        "cohort": "c0ffee" * 10,
+        "versions": {"hsat": "0.1.0", "torch": "2.0"},
+        "command": ["examples/evaluate_whitebox.py", "--k", "20"],
+    }
+    (folder / "run.json").write_text(json.dumps(about))
+    steps = [
+        f"{step},{12 / (1 + step / 50):.4f},{4 / (1 + step / 50):.4f},{0.3 if step % 100 == 0 else ''}"
+        for step in range(500)
+    ]
+    (folder / "train.csv").write_text("\n".join(["step,loss,adversarial_patch,tune_robust_accuracy", *steps]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made_run() -> Callable[..., Path]:
+    """made_run(folder, models=...): a run folder with records, evidence, run.json and train.csv."""
+    return _run
