@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 AugmentationName = Literal["none", "static", "v0", "v1"]
 AUGMENTATIONS: tuple[AugmentationName, ...] = ("none", "static", "v0", "v1")
+
+Uncropped = Literal["resize", "keep"]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -59,7 +61,8 @@ class CropToSize:
     """With probability `prob` a random crop (area share in `scale`, aspect in `ratio`); then a resize to `size`.
 
     size=None means the patch's own size.  The resize also happens where no crop was drawn, so every patch leaves with
-    the same size; the published pipelines leave an uncropped patch as large as it came.
+    the same size.  uncropped="keep" is the published way: a patch that was not cropped stays as large as it came, so
+    that patches of any size but `size` could not be stacked; they are refused.
     """
 
     size: int | None
@@ -67,10 +70,17 @@ class CropToSize:
     scale: tuple[float, float]
     ratio: tuple[float, float]
     mode: str = "bilinear"
+    uncropped: Uncropped = "resize"
 
     def __call__(self, x: Tensor) -> Tensor:
         """The patch at its final size; draws nothing where `prob` is zero."""
         target = (x.shape[-2], x.shape[-1]) if self.size is None else (self.size, self.size)
+        if self.uncropped == "keep" and self.prob < 1.0 and tuple(x.shape[-2:]) != target:
+            raise ValueError(
+                f"a patch of {x.shape[-2]} x {x.shape[-1]} pixels that is not cropped keeps its size in the published"
+                f" pipelines, and crops have {target[0]} x {target[1]}: the two cannot be stacked."
+                f" Use image_size={x.shape[-1]}, or uncropped='resize'"
+            )
         if self.prob > 0.0 and float(torch.rand(())) < self.prob:
             crop = _torchvision().RandomResizedCrop
             top, left, height, width = crop.get_params(x, list(self.scale), list(self.ratio))
@@ -101,26 +111,36 @@ class Augmentation:
         return x.clamp(0.0, 1.0)
 
 
-def build_transform(name: str, *, image_size: int | None, strength: float = 1.0, prob: float = 0.5) -> Augmentation:
+def build_transform(
+    name: str,
+    *,
+    image_size: int | None,
+    strength: float = 1.0,
+    prob: float = 0.5,
+    uncropped: Uncropped = "resize",
+) -> Augmentation:
     """The augmentation pipeline called `name`, ending at image_size x image_size (None keeps the patch's own size).
 
     "none": only the resize.  "static": flips, noise, autocontrast, solarize, sharpness, blur, affine, crop, erasing,
     each with probability `prob`; `strength` changes nothing.  "v0": the same ideas, where `strength` s scales the
     ranges of noise, colour jitter, solarize, blur, erasing, affine and crop, and the probabilities of jitter, solarize,
     blur, erasing and affine.  "v1" (DynACL's): crop, horizontal flip, colour jitter with probability 0.8 s, grayscale
-    with probability 0.2 s; `prob` changes nothing.
+    with probability 0.2 s; `prob` changes nothing.  uncropped="keep": see `CropToSize`.
 
-    Raises ValueError for an unknown name, a size below 1, or strength or prob outside [0, 1]; ImportError where
-    torchvision does not load (every name but "none" needs it).
+    Raises ValueError for an unknown name or uncropped, a size below 1, or strength or prob outside [0, 1]; ImportError
+    where torchvision does not load (every name but "none" needs it).
 
     Source: Malik et al. (arXiv:2503.10629) and its published pipelines; parameters agree with them for every strength.
     Deliberate differences: the published output size is always 300, and a patch that was not cropped keeps its size;
-    here every patch ends at image_size.  Pixels are clamped to [0, 1], after the bicubic crop of v1 too, which
-    overshoots.  The static list's colour jitter has no ranges and does nothing, so it is left out.  v0 at strength 0
-    fails there (blur of width 0); here operations of probability zero are left out.
+    here every patch ends at image_size (with uncropped="keep", patches of another size are refused).  Pixels are
+    clamped to [0, 1], after the bicubic crop of v1 too, which overshoots.  The static list's colour jitter has no
+    ranges and does nothing, so it is left out.  v0 at strength 0 fails there (blur of width 0); here operations of
+    probability zero are left out.
     """
     if name not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {name!r}; known are {', '.join(AUGMENTATIONS)}")
+    if uncropped not in ("resize", "keep"):
+        raise ValueError(f"uncropped must be 'resize' or 'keep', got {uncropped!r}")
     _check_share("strength", strength)
     _check_share("prob", prob)
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
@@ -134,6 +154,8 @@ def build_transform(name: str, *, image_size: int | None, strength: float = 1.0,
         steps = _v0_steps(image_size, prob, strength)
     else:
         steps = _v1_steps(image_size, strength)
+    if name != "none":
+        steps = tuple(replace(step, uncropped=uncropped) if isinstance(step, CropToSize) else step for step in steps)
     return Augmentation(name, image_size, float(strength), float(prob), steps)
 
 

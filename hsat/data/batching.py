@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,6 +13,8 @@ from hsat.data.datasets import HierarchicalDataset, PatchDataset
 from hsat.data.samples import Sample
 from hsat.data.sampling import PatientBatchSampler
 from hsat.types import HierarchicalBatch
+
+Ids = Literal["true", "slots"]
 
 
 def collate(samples: Sequence[Sample]) -> HierarchicalBatch:
@@ -31,6 +35,22 @@ def collate(samples: Sequence[Sample]) -> HierarchicalBatch:
             )
     images, patch, slide, patient, label = (torch.cat(parts) for parts in list(zip(*samples, strict=True))[:5])
     return HierarchicalBatch(images, patch, slide, patient, label)
+
+
+@dataclass(frozen=True)
+class _SlotIds:
+    """`collate`, with the ids of places in place of the cohort's; a class, so that worker processes can have it."""
+
+    slides: int
+    patches: int
+    views: int
+
+    def __call__(self, samples: Sequence[Sample]) -> HierarchicalBatch:
+        batch = collate(samples)
+        grid = (len(samples), self.slides, self.patches, self.views)
+        images = batch.images.reshape(*grid, *batch.images.shape[1:])
+        label = None if batch.label is None else batch.label.view(len(samples), -1)[:, 0]
+        return HierarchicalBatch.from_grid(images, label)
 
 
 def patch_loader(
@@ -54,13 +74,31 @@ def patch_loader(
 
 
 def hierarchical_loader(
-    dataset: HierarchicalDataset, sampler: PatientBatchSampler, *, workers: int = 0, pin_memory: bool = False
+    dataset: HierarchicalDataset,
+    sampler: PatientBatchSampler,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    ids: Ids | None = None,
+    compat: Literal["paper"] | None = None,
 ) -> DataLoader[Sample]:
     """A DataLoader that yields the sampler's batches of patients as HierarchicalBatches.
 
     Call sampler.set_epoch before each pass; workers are kept alive between passes.  What comes does not depend on their
-    number.  Raises ValueError where dataset and sampler were made for different splits or cohorts.
+    number.
+
+    ids: "true" for the cohort's ids, "slots" for one id per place in the grid (`HierarchicalBatch.from_grid`), as the
+    published loss sees a batch: a slide or patch that is drawn twice, and a patient that comes twice in a batch, then
+    count as others and so as negatives.  None is "true", or "slots" under compat="paper".
+
+    Raises ValueError for another ids or compat, and where dataset and sampler were made for different splits or
+    cohorts.
     """
+    if compat not in (None, "paper"):
+        raise ValueError(f"compat must be None or 'paper', got {compat!r}")
+    ids = ids or ("slots" if compat == "paper" else "true")
+    if ids not in ("true", "slots"):
+        raise ValueError(f"ids must be 'true' or 'slots', got {ids!r}")
     if dataset.split != sampler.split:
         raise ValueError(f"the dataset reads split {dataset.split!r} but the sampler draws from {sampler.split!r}")
     if dataset.cohort is not sampler.cohort and dataset.cohort != sampler.cohort:
@@ -68,7 +106,7 @@ def hierarchical_loader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=collate if ids == "true" else _SlotIds(dataset.slides, dataset.patches, dataset.views),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,

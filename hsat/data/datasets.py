@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from hsat.data.augment import Augmentation, Transform, build_transform
+from hsat.data.augment import Augmentation, Transform, Uncropped, build_transform
 from hsat.data.cohort import Cohort
 from hsat.data.readers import BadPatch, read_patch
 from hsat.data.samples import Sample, isolated, make_sample
 from hsat.data.sampling import Draw, draw_images, slot_seed
+
+PUBLISHED_STATIC_EPOCHS = 50
+"""The published training keeps its static augmentation for the first plateau of the dynamic one."""
 
 _PROCESSES = 256  # places for the replacement counts of the main process and up to 255 workers
 
@@ -78,7 +81,10 @@ class HierarchicalDataset(Dataset[Sample]):
     so a patch drawn twice has one id.  Each file is read once per item and each view augmented by itself; the draws
     depend on (seed, epoch, patient's name, occurrence) and each view's augmentation on these and its slot.
 
-    image_size: side of the images; None keeps the patches' own size.  augmentation, prob: see `build_transform`.
+    image_size: side of the images; None keeps the patches' own size.  augmentation, prob, uncropped: see
+    `build_transform`.  static_epochs: in epochs below it the static pipeline takes the place of `augmentation`.
+    compat="paper" repeats the published pipelines where these two are not given: uncropped="keep", and static_epochs=50
+    for "v0" and "v1", whose first strength of the published training never comes to be used.
     on_bad="raise" lets BadPatch through.  on_bad="replace" draws another patch of the same slide, preferably one that
     the item does not hold yet, trying at most `max_replacements` per image; each file is reported once per process by a
     warning and `replaced` counts the replacements, those of worker processes included.  Where no patch of the slide can
@@ -100,6 +106,9 @@ class HierarchicalDataset(Dataset[Sample]):
         views: int = 2,
         augmentation: str = "v0",
         prob: float = 0.5,
+        uncropped: Uncropped | None = None,
+        static_epochs: int | None = None,
+        compat: Literal["paper"] | None = None,
         seed: int = 0,
         on_bad: Literal["raise", "replace"] = "raise",
         max_replacements: int = 10,
@@ -110,7 +119,8 @@ class HierarchicalDataset(Dataset[Sample]):
             raise ValueError(f"on_bad must be 'raise' or 'replace', got {on_bad!r}")
         if max_replacements < 1:
             raise ValueError(f"max_replacements must be at least 1, got {max_replacements}; or use on_bad='raise'")
-        build_transform(augmentation, image_size=image_size, prob=prob)
+        self.uncropped, self.static_epochs = _as_published(compat, augmentation, uncropped, static_epochs)
+        build_transform(augmentation, image_size=image_size, prob=prob, uncropped=self.uncropped)
         self.cohort, self.split, self.image_size = cohort, split, image_size
         self.slides, self.patches, self.views = slides, patches, views
         self.augmentation, self.prob, self.seed = augmentation, prob, seed
@@ -121,8 +131,9 @@ class HierarchicalDataset(Dataset[Sample]):
         self._reported: set[int] = set()
 
     def __repr__(self) -> str:
-        names = ("slides", "patches", "views", "augmentation", "prob", "seed", "on_bad", "max_replacements")
-        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("split", "image_size", *names))
+        drawn = ("slides", "patches", "views", "augmentation", "prob", "uncropped", "static_epochs")
+        names = ("split", "image_size", *drawn, "seed", "on_bad", "max_replacements")
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"HierarchicalDataset({len(self)} patients, {options})"
 
     @property
@@ -146,7 +157,8 @@ class HierarchicalDataset(Dataset[Sample]):
         slides = self._rows_of[draw.patient]
         rows = draw_images(slides, slides_wanted=self.slides, patches_wanted=self.patches, rng=rng)
         rows, patches = self._read(rows, rng)
-        transform = _pipeline(self.augmentation, self.image_size, draw.strength, self.prob)
+        name_now = "static" if draw.epoch < self.static_epochs else self.augmentation
+        transform = _pipeline(name_now, self.image_size, draw.strength, self.prob, self.uncropped)
         images = []
         with isolated():
             for slot in range(len(rows) * self.views):
@@ -223,6 +235,20 @@ def _rows_by_patient(cohort: Cohort, rows: np.ndarray) -> dict[int, list[np.ndar
     return dict(sorted(groups.items()))
 
 
+def _as_published(
+    compat: str | None, augmentation: str, uncropped: Uncropped | None, static_epochs: int | None
+) -> tuple[Uncropped, int]:
+    """(uncropped, static_epochs) as they are given, else as compat chooses them."""
+    if compat not in (None, "paper"):
+        raise ValueError(f"compat must be None or 'paper', got {compat!r}")
+    if static_epochs is not None and static_epochs < 0:
+        raise ValueError(f"static_epochs must be 0 or more, got {static_epochs}")
+    dynamic = augmentation in ("v0", "v1")
+    if static_epochs is None:
+        static_epochs = PUBLISHED_STATIC_EPOCHS if compat == "paper" and dynamic else 0
+    return uncropped or ("keep" if compat == "paper" else "resize"), static_epochs
+
+
 def _position(index: int, length: int, what: str) -> int:
     position = operator.index(index)
     if not -length <= position < length:
@@ -231,5 +257,5 @@ def _position(index: int, length: int, what: str) -> int:
 
 
 @lru_cache(maxsize=16)
-def _pipeline(name: str, image_size: int | None, strength: float, prob: float) -> Augmentation:
-    return build_transform(name, image_size=image_size, strength=strength, prob=prob)
+def _pipeline(name: str, image_size: int | None, strength: float, prob: float, uncropped: Uncropped) -> Augmentation:
+    return build_transform(name, image_size=image_size, strength=strength, prob=prob, uncropped=uncropped)

@@ -9,12 +9,15 @@ import hashlib
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from hsat.data.cohort import Cohort
+
+
+Order = Literal["spread", "plain"]
 
 
 class Draw(NamedTuple):
@@ -46,6 +49,7 @@ def epoch_patients(
     seed: int,
     epoch: int,
     balance: bool = True,
+    order: Order = "spread",
 ) -> list[tuple[int, int]]:
     """The order of one epoch: (patient, occurrence) pairs, to be cut into consecutive batches of `batch`.
 
@@ -56,7 +60,8 @@ def epoch_patients(
     Promised for the consecutive batches: (1) a patient comes twice in a batch only when the others are used up: where
     it comes n times, every patient with a draw left for a later batch comes at least n - 1 times; (2) no batch holds a
     patient twice, if the epoch's length is a multiple of `batch` and no patient has more draws than there are batches.
-    Otherwise the order is random, a function of (seed, epoch, batch).
+    Otherwise the order is random, a function of (seed, epoch, batch).  order="plain" promises neither: the draws are
+    shuffled as they come, as in the published code, and repeats of a patient may meet in a batch.
 
     Raises ValueError for lengths that differ, no patients, a patient given twice, or batch below 1.
     """
@@ -70,12 +75,14 @@ def epoch_patients(
         raise ValueError(f"patient {twice} is listed twice; repeats come from balance=True")
     if batch < 1:
         raise ValueError(f"batch must be at least 1 patient, got {batch}")
+    if order not in ("spread", "plain"):
+        raise ValueError(f"order must be 'spread' or 'plain', got {order!r}")
     rng = np.random.default_rng(slot_seed(seed, epoch, "", 0, 0))
     left = _draw_counts(classes, rng) if balance else np.ones(len(ids), dtype=np.int64)
-    order = ids[_spread(left, batch, rng)].tolist()
+    drawn = _spread(left, batch, rng) if order == "spread" else rng.permutation(np.repeat(np.arange(len(ids)), left))
     seen: Counter[int] = Counter()
     pairs = []
-    for patient in order:
+    for patient in ids[drawn].tolist():
         pairs.append((patient, seen[patient]))
         seen[patient] += 1
     return pairs
@@ -155,7 +162,8 @@ class PatientBatchSampler:
     Each epoch orders the split's patients as `epoch_patients` says.  With several ranks the order is cut into batches
     of world_size x batch_patients, of which rank r takes the r-th part: ranks never share a draw, and together they see
     exactly what one process with the product as its batch_patients sees.  `set_epoch` chooses the epoch, the
-    augmentation strength, and where in the epoch to begin.
+    augmentation strength, and where in the epoch to begin.  order: see `epoch_patients`; None is "spread", or "plain"
+    under compat="paper".
 
     Raises ValueError, naming the numbers, where no full batch fits into an epoch (drop_last=True), where the ranks do
     not fit, or where drop_last=False would give ranks batches of different sizes.
@@ -170,6 +178,8 @@ class PatientBatchSampler:
         seed: int = 0,
         balance: bool = True,
         drop_last: bool = True,
+        order: Order | None = None,
+        compat: Literal["paper"] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -179,6 +189,9 @@ class PatientBatchSampler:
             raise ValueError(f"rank must lie in 0 .. world_size - 1, got rank {rank} of world_size {world_size}")
         if world_size > 1 and not drop_last:
             raise ValueError(f"drop_last=False leaves {world_size} ranks with unequal last batches; use drop_last=True")
+        if compat not in (None, "paper"):
+            raise ValueError(f"compat must be None or 'paper', got {compat!r}")
+        self.order: Order = order or ("plain" if compat == "paper" else "spread")
         rows = cohort.rows(split)
         self.patients, first = np.unique(cohort.patient[rows], return_index=True)
         self.labels = cohort.label[rows][first]
@@ -194,7 +207,7 @@ class PatientBatchSampler:
             )
 
     def __repr__(self) -> str:
-        options = ("split", "batch_patients", "seed", "balance", "drop_last", "rank", "world_size")
+        options = ("split", "batch_patients", "seed", "balance", "drop_last", "order", "rank", "world_size")
         return f"PatientBatchSampler({', '.join(f'{name}={getattr(self, name)!r}' for name in options)})"
 
     @property
@@ -227,9 +240,15 @@ class PatientBatchSampler:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         together = self.batch_patients * self.world_size
-        order = epoch_patients(
-            self.labels, self.patients, batch=together, seed=self.seed, epoch=self.epoch, balance=self.balance
+        pairs = epoch_patients(
+            self.labels,
+            self.patients,
+            batch=together,
+            seed=self.seed,
+            epoch=self.epoch,
+            balance=self.balance,
+            order=self.order,
         )
-        draws = [Draw(patient, self.epoch, occurrence, self.strength) for patient, occurrence in order]
+        draws = [Draw(patient, self.epoch, occurrence, self.strength) for patient, occurrence in pairs]
         begin = [number * together + self.rank * self.batch_patients for number in range(self.batches_per_epoch)]
         return iter([draws[at : at + self.batch_patients] for at in begin[self.start_batch :]])

@@ -63,14 +63,14 @@ def bootstrap_intervals(
     left_out = values(without_each(len(people))) if method == "bca" else {}
     found = {}
     for name in names:
-        value, jackknife = float(point[name][0]), left_out.get(name, np.empty(0))
+        value = float(point[name][0])
         found[name] = interval_around(
             value,
             drawn[name],
             people=len(people),
             method=method,
             confidence=confidence,
-            left_out=lambda jackknife=jackknife: jackknife,
+            left_out=left_out.get(name),
         )
         if found[name].reason == NO_SPREAD and name in _SHARES and value in (0.0, 1.0):
             groups = labels if name == "mca" else np.zeros(len(labels))

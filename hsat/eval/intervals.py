@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -38,13 +37,13 @@ def interval_around(
     people: int,
     method: Method,
     confidence: float,
-    left_out: Callable[[], np.ndarray],
+    left_out: np.ndarray | None = None,
     difference: bool = False,
 ) -> Interval:
     """The interval of a share in [0, 1], or of a difference of two shares, in [-1, 1].
 
-    replicates: the number in each resample; people: how many patients were drawn from; left_out: gives the number with
-    each patient left out in turn (only "bca" calls it).
+    replicates: the number in each resample; people: how many patients were drawn from; left_out: the number
+    with each patient left out in turn, which only "bca" needs.
 
     "t": the standard deviation s of the replicates, widened by sqrt(people / (people - 1)), times Student's quantile
     with people - 1 degrees of freedom.  For a share this is done on the logit scale, s / (p (1 - p)) around logit(p),
@@ -60,7 +59,8 @@ def interval_around(
         spread = float(replicates.std(ddof=1)) * math.sqrt(people / (people - 1)) if len(replicates) > 1 else 0.0
         ends = _student_ends(point, spread * student_quantile(1 - tail, people - 1), logit=not difference)
     elif method == "bca":
-        first, last = np.quantile(replicates, _bca_tails(point, replicates, left_out(), tail))
+        assert left_out is not None  # the callers of this module give it
+        first, last = np.quantile(replicates, _bca_tails(point, replicates, left_out, tail))
         ends = (float(first), float(last))
     else:
         first, last = (float(edge) for edge in np.quantile(replicates, (tail, 1 - tail)))

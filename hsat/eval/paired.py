@@ -139,7 +139,7 @@ def _measured(
             people=people,
             method=method,
             confidence=confidence,
-            left_out=lambda: values[2],
+            left_out=values[2] if len(values) > 2 else None,
             difference=True,
         )
         not_above = float((values[1] <= 0).mean())

@@ -99,7 +99,9 @@ def score_tables(result: _Result) -> tuple[ScoreTable, ...]:
 
 def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> Path:
     """Write score tables into one compressed .npz file; it appears whole or not at all."""
-    path, arrays, about = Path(path), {}, []
+    path = Path(path)
+    arrays: dict[str, Any] = {}
+    about: list[dict[str, Any]] = []
     for number, table in enumerate(tables):
         arrays |= {f"{number}/{name}": getattr(table, name) for name in ("scores", *_IDS)}
         text: dict[str, Any] = {name: getattr(table, name) for name in _TEXT}
@@ -132,4 +134,5 @@ def load_scores(path: str | os.PathLike[str]) -> tuple[ScoreTable, ...]:
 def _table(arrays: Any, number: int, text: dict[str, Any]) -> ScoreTable:
     columns = {name: arrays[f"{number}/{name}"] for name in ("scores", *_IDS)}
     names = tuple(str(name) for name in text["class_names"])
-    return ScoreTable(**columns, class_names=names, k=int(text["k"]), **{name: str(text[name]) for name in _TEXT})
+    words: dict[str, Any] = {name: str(text[name]) for name in _TEXT}
+    return ScoreTable(**columns, class_names=names, k=int(text["k"]), **words)

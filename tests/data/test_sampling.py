@@ -297,7 +297,7 @@ def test_the_repr_is_the_configuration():
     sampler = PatientBatchSampler(cohort_of([6, 3]), batch_patients=3, seed=8, rank=1, world_size=2)
     assert repr(sampler) == (
         "PatientBatchSampler(split='train', batch_patients=3, seed=8, balance=True, drop_last=True,"
-        " rank=1, world_size=2)"
+        " order='spread', rank=1, world_size=2)"
     )
 
 
