@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from hsat.eval.bootstrap import Interval, bootstrap_intervals
+from hsat.eval.budget import evaluate_hierarchical_budget
+from hsat.eval.budget_result import BudgetResult
 from hsat.eval.certificates import Certificates
 from hsat.eval.certifying import CertificateResult, certify
 from hsat.eval.challenge import Challenge, challenge_certificates
@@ -26,6 +28,7 @@ from hsat.eval.transfer_report import plot_transfer, transfer_table
 from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 
 __all__ = [
+    "BudgetResult",
     "CertificateResult",
     "Certificates",
     "Challenge",
@@ -54,6 +57,7 @@ __all__ = [
     "differences_table",
     "embed",
     "eps_text",
+    "evaluate_hierarchical_budget",
     "evaluate_transfer",
     "evaluate_whitebox",
     "load_scores",

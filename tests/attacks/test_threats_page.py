@@ -51,3 +51,10 @@ def test_the_evaluation_takes_them_all(page):
     assert eps["L2"] == "1"
     assert torch.equal(page["again"].delta, page["universal"].delta)
     assert page["universal"].history[-1] > page["universal"].history[0]
+
+
+def test_budgets(page):
+    budget = page["budget"]
+    assert len(budget.groups) == len(budget.smallest_fraction) == 2
+    assert budget.accuracy(0.0) >= budget.accuracy(0.5) >= budget.accuracy(1.0)
+    assert "attack@50%" in page["table"]
