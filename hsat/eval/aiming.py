@@ -40,7 +40,7 @@ class Aim:
     def __init__(
         self, encoder: Encoder, target: str, layer: str, *, knn: FittedKNN, k: int, branch: str | None
     ) -> None:
-        self._target, self._knn, self._k = target, knn, min(k, knn.k)
+        self._target, self._knn, self.k, self.branch = target, knn, min(k, knn.k), branch
         self._attacked = select_layer(encoder, layer if target == "knn" else target)
         self._reuse = target == layer and branch is None
         self._vote: SoftKNN | None = None
@@ -53,7 +53,7 @@ class Aim:
         own = torch.from_numpy(labels).to(images.device)
         if self._vote is None:  # made with the first batch, which says where the bank has to be
             bank, temperature = self._knn.table, self._knn.settings.temperature
-            self._vote = soft_knn(self._attacked, bank, own, k=self._k, temperature=temperature, classes=self._classes)
+            self._vote = soft_knn(self._attacked, bank, own, k=self.k, temperature=temperature, classes=self._classes)
         return self._vote.relabel(own)
 
     def describe(self, record: Record) -> Record:
@@ -61,9 +61,9 @@ class Aim:
         if self._target != "knn":
             return record
         flags = record.flags
-        if record.attack and not record.attack.startswith("RandomNoise") and record.k != self._k:
-            flags += (f"the attack climbed the vote of {self._k} neighbours, not of {record.k}",)
-        return dataclasses.replace(record, flags=flags, settings=record.settings | {"attacked_k": self._k})
+        if record.attack and not record.attack.startswith("RandomNoise") and record.k != self.k:
+            flags += (f"the attack climbed the vote of {self.k} neighbours, not of {record.k}",)
+        return dataclasses.replace(record, flags=flags, settings=record.settings | {"attacked_k": self.k})
 
     @property
     def _classes(self) -> int:

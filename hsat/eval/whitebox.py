@@ -12,6 +12,7 @@ from torch import Tensor
 from hsat.attacks import RandomNoise
 from hsat.eval.aiming import TARGETS, Aim, published_aim
 from hsat.eval.conventions import Absent, Compat, How, Keys
+from hsat.eval.doubts import Doubts
 from hsat.eval.embedding import (
     LAYERS,
     Layer,
@@ -70,6 +71,7 @@ def evaluate_whitebox(
     compat: Compat | None = None,
     bootstrap: int = 1000,
     noise: bool = False,
+    diagnose: bool | int = False,
     class_names: Sequence[str] | None = None,
     model: str = "",
     checkpoint: str = "",
@@ -81,6 +83,8 @@ def evaluate_whitebox(
     bank: a loader of clean training images, or their table from `embed` with the same `layer`.  queries: a loader, read
     once; all attacks see each batch in turn and share its clean embedding.  attacks: {"PGD-8": PGD(...), ...}; clean
     queries are always measured, under the name "clean".  noise=True adds one random point of each threat model.
+    diagnose: look for masked gradients on that many queries (True: 32), for each attack, as `hsat.eval.diagnose` does;
+    decisions there are those of the first k.
 
     target: the layer whose cosine distance to the clean value the attacks maximise, "features" (what kNN reads; the
     default) or "embedding" (the projected embedding, as in the paper's tables); or "knn": the attacks know the bank
@@ -111,7 +115,8 @@ def evaluate_whitebox(
     knn = settings.fit(bank)
     chosen = _conditions(attacks, noise)
     aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch)
-    trial = _Trial(encoder, aim, layer, chosen, bank=bank, seed=seed, keep=keep_examples, branch=attack_branch)
+    doubts = Doubts(encoder, aim, chosen, knn=knn, layer=layer, images=diagnose, seed=seed)
+    trial = _Trial(encoder, aim, doubts, chosen, knn=knn, layer=layer, seed=seed, keep=keep_examples)
     tables = trial.run(queries, class_names=class_names, device=device, model=model, progress=progress)
     scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
     frame = evaluation_frame(
@@ -130,7 +135,7 @@ def evaluate_whitebox(
         attack_branch=attack_branch,
     )
     records = [
-        aim.describe(record)
+        doubts.note(aim.describe(record))
         for name in tables
         for record in condition_records(
             frame,
@@ -152,16 +157,16 @@ class _Trial:
         self,
         encoder: Encoder,
         aim: Aim,
-        layer: str,
+        doubts: Doubts,
         attacks: Mapping[str, Attack],
         *,
-        bank: EmbeddingTable,
+        knn: FittedKNN,
+        layer: str,
         seed: int,
         keep: int,
-        branch: str | None,
     ) -> None:
-        self._encoder, self._bank, self._seed, self._keep = encoder, bank, seed, keep
-        self._aim, self._branch, self._scored = aim, branch, select_layer(encoder, layer)
+        self._encoder, self._bank, self._seed, self._keep = encoder, knn.table, seed, keep
+        self._aim, self._doubts, self._scored = aim, doubts, select_layer(encoder, layer)
         self.attacks = attacks
         self.tallies = {name: Tally() for name in (CLEAN, *attacks)}
 
@@ -181,6 +186,8 @@ class _Trial:
             for batch in watch(queries, progress, "attacking"):
                 labels = match_labels(labelled(batch), names, self._bank.class_names)
                 self.see(batch, batch.images.to(place), labels)
+                self._doubts.see(batch, labels)
+            self._doubts.settle(place)
         return {
             name: tally.rows.table(class_names=names, cohort=cohort, split=split, encoder=model)
             for name, tally in self.tallies.items()
@@ -192,11 +199,11 @@ class _Trial:
         if (width := self._bank.z.shape[1]) != clean.shape[-1]:
             raise ValueError(f"the bank's embeddings have width {width}, the encoder's {clean.shape[-1]}: not its bank")
         self._store(CLEAN, batch, images, clean)
-        with through_branch(self._encoder, self._branch):
+        with through_branch(self._encoder, self._aim.branch):
             objective = self._aim.objective(images, clean, labels)
         for name, attack in self.attacks.items():
             generator = torch.Generator().manual_seed(self._seed)
-            with through_branch(self._encoder, self._branch):
+            with through_branch(self._encoder, self._aim.branch):
                 result = attack.run(images, objective, generator=generator, ids=batch.patch)
             self.tallies[name].count(result, images)
             self._store(name, batch, result.x_adv, encode(self._scored, result.x_adv))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hsat.attacks import FGSM, L2, MIFGSM, PGD, Linf, RandomNoise, feature_drift
-from hsat.eval import Diagnosis, diagnose, embed
+from hsat.eval import Diagnosis, diagnose, embed, evaluate_whitebox, read_records, write_records
 from hsat.eval.binomial import binomial_tail
 from hsat.eval.signs import FALSE_ALARM, SIGNS, judge
 from hsat.eval.subset import Handful
@@ -226,3 +226,40 @@ def test_never_moved_knows_the_random_start(bank, queries):
     ended = PGD8(batch.images, feature_drift(encoder.features, batch.images), generator=seeded(0), ids=batch.patch)
     assert torch.equal(noise, ended) and not torch.equal(ended, batch.images)
     assert diagnose(encoder, bank, queries, attack=PGD8, k=15).measures["never_moved_share"] == 1.0
+
+
+# --- inside an evaluation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["features", "knn"])
+def test_an_evaluation_puts_the_flags_into_every_record_of_the_attack(target, bank, queries, tmp_path):
+    attacks = {"PGD-8": PGD8, "PGD-0": PGD(Linf(0.0), step_size=0.01, steps=1)}
+    options = dict(target=target, k=(15, 5), bootstrap=0, noise=True)
+    found = evaluate_whitebox(Planted("rounding"), bank, queries, attacks, diagnose=True, **options)
+    alone = diagnose(Planted("rounding"), bank, queries, attack=PGD8, k=15)
+    for record in found.records:
+        words = {flag.split(":")[0] for flag in record.flags}
+        if record.attack_name == "PGD-8":
+            assert {"zero gradient", "never moved", "black box wins", "withstands everything"} <= words
+            if target == "features":
+                assert record.flags[-len(alone.flags) :] == alone.flags
+                assert record.settings["diagnosis"] == alone.measures
+        else:
+            assert not words & {"zero gradient", "never moved"} and "diagnosis" not in record.settings
+    assert read_records(write_records(tmp_path / "r.jsonl", found.records)) == found.records
+    plain = evaluate_whitebox(Planted("rounding"), bank, queries, attacks, **options)
+    assert [r.value for r in plain.records] == [r.value for r in found.records]
+    assert not any("diagnosis" in record.settings for record in plain.records)
+
+
+@pytest.mark.parametrize("target", ["features", "knn"])
+def test_an_evaluation_of_a_sound_model_has_no_flags(target, bank, queries):
+    options = dict(target=target, k=15, bootstrap=0, diagnose=24)
+    found = evaluate_whitebox(Planted(), bank, queries, {"PGD-8": PGD8}, **options)
+    assert {flag for record in found.records for flag in record.flags} == set()
+    assert found.records[-1].settings["diagnosis"]["images"] == 24
+
+
+def test_an_evaluation_refuses_a_number_that_is_none(bank, queries):
+    with pytest.raises(ValueError, match="diagnose must be True, False or a number of images, got -1"):
+        evaluate_whitebox(Planted(), bank, queries, {"PGD-8": PGD8}, diagnose=-1, k=15)
