@@ -7,18 +7,20 @@ A checkpoint written by train_hsat.py says how to build its encoder.  For any ot
 --model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
 one branch, --model.branch.  Attacks move what --target says, "features" (what kNN reads) or "embedding" (as in
 the paper) or "knn" (the vote itself, of the first --k); they start at random points, as in the published evaluation,
-which makes BIM the same algorithm as PGD.
+which makes BIM the same algorithm as PGD.  --compat paper repeats the published evaluation.  With two checkpoints or
+more, table.md ends with the differences from the first, on the same patients; scores.npz keeps what they rest on.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cohorts import describe, open_cohort
 from encoders import naming_branch, stored_encoder
@@ -26,15 +28,19 @@ from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
 from hsat.eval import (
     Record,
     WhiteboxResult,
+    compare_models,
+    differences_table,
     evaluate_whitebox,
     markdown_table,
     paper_attacks,
     plot_accuracy_vs_eps,
     plot_patches,
+    save_scores,
+    score_tables,
     write_evidence,
     write_records,
 )
-from hsat.models import build_encoder, checkpoint_hash
+from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
 from runs import device_named, versions, write_json
 from settings import Counts, DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
 
@@ -52,7 +58,13 @@ class EvaluateWhitebox(Settings):
     k: Counts = Field([200], description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     target: Literal["features", "embedding", "knn"] = Field("features", description="what the attacks move")
+    compat: Literal["paper"] | None = Field(
+        None, description="paper: the published evaluation throughout (docs/conventions.md); single options win over it"
+    )
     noise: bool = Field(True, description="measure random noise of each eps, too")
+    diagnose: int = Field(
+        32, ge=0, description="look for masked gradients on this many patches per attack (about 80 steps each); 0: none"
+    )
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
     bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
     query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
@@ -64,6 +76,13 @@ class EvaluateWhitebox(Settings):
     out: Path = Field(Path("runs/whitebox"), description="folder for the results")
     quiet: bool = Field(False, description="no progress bars")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published_target(cls, values: Any) -> Any:
+        """Under --compat paper the attacks move the embedding, unless --target says otherwise."""
+        published = isinstance(values, dict) and values.get("compat") == "paper"
+        return {"target": "embedding", **values} if published else values
+
 
 def load_named(settings: EvaluateWhitebox, text: str) -> tuple[str, torch.nn.Module, str]:
     """(name, encoder, SHA-256 of its file) of `file` or `name=file`."""
@@ -74,6 +93,9 @@ def load_named(settings: EvaluateWhitebox, text: str) -> tuple[str, torch.nn.Mod
         encoder = stored_encoder(settings.model, path, alone=len(settings.checkpoint) < 2)
     except OSError as error:
         raise ValueError(f"--checkpoint {text}: {error}") from error
+    if settings.compat == "paper" and settings.model.branch is None and is_dual(encoder):
+        set_branch(encoder, "normal")  # the published evaluation attacks "pgd" and scores "normal"
+        print(f"{path}: --compat paper scores branch normal; the attacks go through pgd", file=sys.stderr)
     return name, encoder, checkpoint_hash(path)
 
 
@@ -111,11 +133,13 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
             queries,
             attacks,
             target=settings.target,
+            compat=settings.compat,
             k=settings.k,
             temperature=settings.temperature,
             seed=settings.seed,
             bootstrap=settings.bootstrap,
             noise=settings.noise,
+            diagnose=settings.diagnose,
             model=title,
             checkpoint=digest,
             progress=not settings.quiet,
@@ -130,7 +154,13 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
     out = settings.out
     records: list[Record] = [record for result in results.values() for record in result.records]
     write_records(out / "records.jsonl", records)
+    scores = [table for result in results.values() for table in score_tables(result)]
+    save_scores(out / "scores.npz", scores)
     table = markdown_table(records)
+    if len(results) > 1:
+        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.compat)
+        table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
+        write_json(out / "differences.json", [asdict(each) for each in found])
     (out / "table.md").write_text(table)
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(out / "run.json", about)
@@ -153,6 +183,7 @@ def keep_evidence(settings: EvaluateWhitebox, results: dict[str, WhiteboxResult]
             class_names=result.class_names,
             examples=result.examples,
             target=settings.target,
+            compat=settings.compat,
             checkpoint=result.records[0].checkpoint,
         )
 

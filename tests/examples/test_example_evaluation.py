@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
 
 from hsat.data import Cohort
-from hsat.eval import read_records
+from hsat.eval import compare_models, load_scores, read_records
 from hsat.models import load_encoder
 
 QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 2 --quiet".split()
@@ -125,6 +126,34 @@ def test_checkpoints_whose_path_holds_an_equals_sign(trained, root, tmp_path):
     assert {record.model for record in read_records(tmp_path / "out" / "records.jsonl")} == {"lr=0.1", "b"}
 
 
+def test_two_checkpoints_are_compared_on_the_same_patients(trained, root, tmp_path, capsys):
+    both = f"first={trained / 'best.safetensors'},second={trained / 'final.safetensors'}"
+    argv = ["--checkpoint", both, "--data.root", str(root), *ONE, "--gallery", "0", "--untrained"]
+    evaluate([*argv, "--out", str(tmp_path / "out")])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "**Differences** from first" in table and table.strip() in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "differences.json").read_text())
+    assert {(each["model"], each["against"]) for each in found} == {("second", "first"), ("untrained", "first")}
+    measured = {model: values(tmp_path / "out", model) for model in ("first", "second", "untrained")}
+    for each in found:
+        key = (each["condition"], each["level"], each["metric"])
+        expected = measured[each["model"]][key] - measured["first"][key]
+        assert each["difference"] == pytest.approx(expected)
+        assert each["low"] is not None or each["reason"]
+    again = compare_models(load_scores(tmp_path / "out" / "scores.npz"), resamples=10)
+    assert [asdict(each) for each in again] == found
+
+
+@pytest.mark.parametrize(("more", "target"), [([], "embedding"), (["--target", "features"], "features")])
+def test_compat_switches_to_the_published_evaluation(more, target, trained, root, tmp_path):
+    argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *ONE, "--gallery", "0"]
+    evaluate([*argv, "--compat", "paper", *more, "--out", str(tmp_path / "out")])
+    for record in read_records(tmp_path / "out" / "records.jsonl"):
+        chosen = [record.settings[name] for name in ("compat", "how", "absent", "keys")]
+        assert (record.target, *chosen) == (target, "paper", "paper", "zero", "id_and_label")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["target"] == target
+
+
 def html(path, state):
     path.write_text("<!DOCTYPE html><html><title>Sign in</title></html>")
 
@@ -209,7 +238,8 @@ def test_no_figures_without_matplotlib_but_all_numbers(trained, root, tmp_path, 
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *ONE]
     evaluate([*argv, "--out", str(tmp_path / "out")])
     assert 'pip install "hsat[report]"' in capsys.readouterr().err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.jsonl", "table.md", "run.json"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"records.jsonl", "table.md", "run.json", "scores.npz", "evidence"}
 
 
 def test_a_real_process_refuses_a_web_page_without_a_traceback(launch, root, tmp_path):
