@@ -48,6 +48,13 @@ class Ledger:
         if self.folder is not None:
             self._open(self.folder, json.loads(json.dumps(settings)))
 
+    @property
+    def scratch(self) -> Path:
+        """Where images may wait on the disk; what is left there is removed when the folder is opened again."""
+        if self.folder is None:
+            raise ValueError("a ledger without a folder has no place on the disk")
+        return self.folder / "adversarial"
+
     def get(self, *key: str) -> Entry | None:
         """The entry of a key, or None."""
         if key not in self._entries and self.folder is not None and (path := self._path("entries", key)).exists():
@@ -101,7 +108,7 @@ class Ledger:
             raise ValueError(f"{folder} holds something else than a transfer evaluation; give a new folder")
         (folder / "entries").mkdir(parents=True, exist_ok=True)
         (folder / "tables").mkdir(exist_ok=True)
-        for left_over in (folder / "tables").glob(".*"):  # of a table that a killed process was writing
+        for left_over in (self.scratch, *(folder / "tables").glob(".*")):  # by a process that was killed
             shutil.rmtree(left_over, ignore_errors=True)
         _write(path, json.dumps(settings, indent=1, sort_keys=True).encode())
         if (notes := folder / "notes.json").exists():

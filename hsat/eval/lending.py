@@ -46,16 +46,15 @@ class Lender:
     def fingerprint(self, name: str) -> str:
         """What identifies the weights: the checkpoint's name, else a module's own state; "" for other callables.
 
-        An encoder that has to be loaded for this is let go again under hold="one".
+        The active branch of a dual BatchNorm is part of it, so the encoder is loaded for this.
         """
-        if known := self.checkpoint(name):
-            return known
         with self.lend(name) as encoder:
             if not isinstance(encoder, nn.Module):
-                return ""
-            from hsat.models import state_fingerprint
+                return self.checkpoint(name)
+            from hsat.models import active_branch, state_fingerprint
 
-            return state_fingerprint(encoder)
+            branch = active_branch(encoder)
+            return (self.checkpoint(name) or state_fingerprint(encoder)) + (f" ({branch})" if branch else "")
 
     def _get(self, name: str) -> Encoder:
         if name in self._loaded:

@@ -115,8 +115,7 @@ class TransferRun:
         parts: dict[str, Any] = {"queries": self.queries(), "source": source, "sink": sink}
         if self._lender.hold == "all":
             return stream(self._lender, surrogate, targets, **parts)
-        assert self._ledger.folder is not None  # checked by evaluate_transfer
-        return spill(self._lender, surrogate, targets, folder=self._ledger.folder / "adversarial", **parts)
+        return spill(self._lender, surrogate, targets, folder=self._ledger.scratch, **parts)
 
     def _embed_clean(self, name: str) -> EmbeddingTable:
         reading = self._reading
