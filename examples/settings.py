@@ -65,6 +65,20 @@ class DataSettings(Section):
     augmentation: Literal["none", "static", "v0", "v1"] = Field("v0", description="augmentation pipeline")
     strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
     dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")
+    ids: Literal["true", "slots"] | None = Field(
+        None, description="who counts as a positive: true ids, or one id per place in the batch; true unless --compat"
+    )
+    order: Literal["spread", "plain"] | None = Field(
+        None, description="keep repeats of a patient apart, or shuffle plainly; spread unless --compat"
+    )
+    uncropped: Literal["resize", "keep"] | None = Field(
+        None, description="what happens to patches that are not cropped; resize unless --compat"
+    )
+    static_epochs: int | None = Field(
+        None,
+        ge=0,
+        description="epochs at the start with the static augmentation; 0, or the first plateau with --compat",
+    )
     val_fraction: float = Field(0.3, gt=0, lt=1, description="share of patients to validate on, without split files")
     split_seed: int = Field(0, ge=0, description="seed of that split")
     tune_fraction: float = Field(0.15, ge=0, lt=1, description="share of training patients held out to choose the best")

@@ -74,6 +74,10 @@ class TrainHSAT(Settings):
     attack: AttackSettings = AttackSettings()
     train: TrainSettings = TrainSettings()
     log: LoggerSettings = LoggerSettings()
+    compat: Literal["paper"] | None = Field(
+        None,
+        description="paper: draws and augments as the published code (docs/conventions.md); data options win over it",
+    )
     seed: int = Field(0, ge=0, description="of weights, draws, augmentation and attacks")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/hsat"), description="run folder")

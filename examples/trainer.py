@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from hsat.training import (
     paper_clean_weight,
     save_checkpoint,
 )
-from hsat.types import LEVELS
+from hsat.types import LEVELS, HierarchicalBatch
 from runs import Run, device_named, write_json
 
 if TYPE_CHECKING:
@@ -42,26 +43,20 @@ class Trainer:
         data, train = settings.data, settings.train
         self.device = device_named(settings.device)
         torch.manual_seed(settings.seed)  # for backbones with dropout; nothing of hsat draws from it
-        self.sampler = PatientBatchSampler(cohort, "train", batch_patients=train.batch_patients, seed=settings.seed)
-        patches = HierarchicalDataset(
+        self.sampler = PatientBatchSampler(
             cohort,
             "train",
-            slides=data.slides,
-            patches=data.patches,
-            views=data.views,
-            image_size=data.image_size,
-            augmentation=data.augmentation,
+            batch_patients=train.batch_patients,
             seed=settings.seed,
-            on_bad=data.on_bad,
-        )
-        self.loader = hierarchical_loader(
-            patches, self.sampler, workers=data.workers, pin_memory=self.device.type == "cuda"
+            order=data.order,
+            compat=settings.compat,
         )
         per_epoch = self.sampler.batches_per_epoch
         self.steps = train.steps or train.epochs * per_epoch
         self.epochs = math.ceil(self.steps / per_epoch)
         self.eps_warmup = _or(settings.attack.warmup_epochs, self.epochs // 8)
         self.plateau = _or(train.plateau, max(1, self.epochs // 800))
+        self.loader = _loader(settings, cohort, self.sampler, plateau=self.plateau, pinned=self.device.type == "cuda")
         self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
         self.layout = torch.channels_last if train.channels_last else torch.preserve_format
         self.model = new_encoder(settings.model, seed=settings.seed).to(self.device, memory_format=self.layout)
@@ -140,6 +135,33 @@ class Trainer:
             state = load_training_state(run.last, model=self.model, optimizer=self.optimizer, scheduler=self.schedule)
             self.step, self.best = state.step, float(state.extra["best"])
         run.keep_rows_before(self.step)
+
+
+def _loader(
+    settings: TrainHSAT, cohort: Cohort, sampler: PatientBatchSampler, *, plateau: int, pinned: bool
+) -> Iterable[HierarchicalBatch]:
+    """Batches of augmented views.  Under --compat paper the first plateau of a dynamic augmentation is static."""
+    data, static_epochs = settings.data, settings.data.static_epochs
+    if static_epochs is None:
+        dynamic = data.dynamic and data.augmentation in ("v0", "v1")
+        static_epochs = plateau if settings.compat == "paper" and dynamic else 0
+    views = HierarchicalDataset(
+        cohort,
+        "train",
+        slides=data.slides,
+        patches=data.patches,
+        views=data.views,
+        image_size=data.image_size,
+        augmentation=data.augmentation,
+        uncropped=data.uncropped,
+        static_epochs=static_epochs,
+        compat=settings.compat,
+        seed=settings.seed,
+        on_bad=data.on_bad,
+    )
+    return hierarchical_loader(
+        views, sampler, workers=data.workers, pin_memory=pinned, ids=data.ids, compat=settings.compat
+    )
 
 
 def _or(value: int | None, default: int) -> int:

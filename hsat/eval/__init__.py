@@ -6,11 +6,14 @@ from hsat.eval.bootstrap import Interval, bootstrap_intervals
 from hsat.eval.budget import evaluate_hierarchical_budget
 from hsat.eval.budget_result import BudgetResult
 from hsat.eval.certificates import Certificates
+from hsat.eval.certified_curves import plot_certified_accuracy
 from hsat.eval.certifying import CertificateResult, certify
 from hsat.eval.challenge import Challenge, challenge_certificates
 from hsat.eval.diagnosis import Diagnosis, diagnose
+from hsat.eval.effects import CONVENTIONS, Convention, conventions_table
 from hsat.eval.embedding import embed
 from hsat.eval.evidence import Condition, Evidence, read_evidence, write_evidence
+from hsat.eval.export import ExportResult, save_adversarial
 from hsat.eval.figures import plot_accuracy_vs_eps, plot_patches
 from hsat.eval.knn import FittedKNN, KNNClassifier
 from hsat.eval.paired import Difference, compare_models, differences_table, paired_difference
@@ -28,14 +31,17 @@ from hsat.eval.transfer_report import plot_transfer, transfer_table
 from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 
 __all__ = [
+    "CONVENTIONS",
     "BudgetResult",
     "CertificateResult",
     "Certificates",
     "Challenge",
     "Condition",
+    "Convention",
     "Diagnosis",
     "Difference",
     "Evidence",
+    "ExportResult",
     "FittedKNN",
     "Interval",
     "KNNClassifier",
@@ -53,6 +59,7 @@ __all__ = [
     "certify",
     "challenge_certificates",
     "compare_models",
+    "conventions_table",
     "diagnose",
     "differences_table",
     "embed",
@@ -72,11 +79,13 @@ __all__ = [
     "paper_lines",
     "paper_markdown",
     "plot_accuracy_vs_eps",
+    "plot_certified_accuracy",
     "plot_patches",
     "plot_transfer",
     "pool",
     "read_evidence",
     "read_records",
+    "save_adversarial",
     "save_scores",
     "score_levels",
     "score_tables",

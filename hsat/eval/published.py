@@ -33,19 +33,25 @@ def paper_attacks(
     steps: int = 10,
     step_size: float = 2 / 255,
     names: Sequence[str] = ("pgd", "bim", "mifgsm"),
+    random_start: bool | None = True,
+    ffgsm_step: float | None = 10 / 255,
 ) -> dict[str, Attack]:
     """Linf attacks as the published evaluation runs them, {"PGD-4": ..., "BIM-4": ...}, all with a random start.
 
     eps_values: fractions of the pixel range; a column's name carries eps in grey levels.  names: of the paper, its
     README or its code, in either case (pgd_r, bimr_knn, mifgsn_r, ...).  BIM with a random start is PGD, kept because
     the paper's tables have both rows.  FFGSM takes the published step of 10/255 whatever eps is; FGSM has no start.
-    Raises ValueError for an unknown name.
+
+    random_start: of PGD, BIM and MI-FGSM; None lets each begin as its own paper says (PGD at a random point, the others
+    at the images).  ffgsm_step: None is 1.25 eps, as in FFGSM's own paper.  Raises ValueError for an unknown name.
     """
     kinds = list(dict.fromkeys(_kind(name) for name in names))
     attacks: dict[str, Attack] = {}
     for eps in eps_values:
         for kind in kinds:
-            attacks[f"{kind}-{eps_text(eps).removesuffix('/255')}"] = _attack(kind, Linf(eps), steps, step_size)
+            attacks[f"{kind}-{eps_text(eps).removesuffix('/255')}"] = _attack(
+                kind, Linf(eps), steps, step_size, random_start=random_start, ffgsm_step=ffgsm_step
+            )
     return attacks
 
 
@@ -56,13 +62,13 @@ def _kind(name: str) -> str:
     return kind
 
 
-def _attack(kind: str, threat: Linf, steps: int, step_size: float) -> Attack:
+def _attack(
+    kind: str, threat: Linf, steps: int, step_size: float, *, random_start: bool | None, ffgsm_step: float | None
+) -> Attack:
     if kind == "FFGSM":
-        return FFGSM(threat, step_size=10 / 255)
+        return FFGSM(threat, step_size=ffgsm_step)
     if kind == "FGSM":
         return FGSM(threat)
-    if kind == "PGD":
-        return PGD(threat, step_size=step_size, steps=steps, random_start=True)
-    if kind == "BIM":
-        return BIM(threat, step_size=step_size, steps=steps, random_start=True)
-    return MIFGSM(threat, step_size=step_size, steps=steps, random_start=True)
+    attacks: dict[str, type[PGD] | type[BIM] | type[MIFGSM]] = {"PGD": PGD, "BIM": BIM, "MIFGSM": MIFGSM}
+    start = kind == "PGD" if random_start is None else random_start
+    return attacks[kind](threat, step_size=step_size, steps=steps, random_start=start)

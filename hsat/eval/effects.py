@@ -1,0 +1,150 @@
+"""What compat="paper" changes, effect by effect: the one list that documents and reports print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["training", "attack", "scoring"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """One choice in which the published code and hsat differ.
+
+    stage: "training"; "attack" (other adversarial images, so the queries have to be attacked again); "scoring" (other
+    arithmetic on the same scores).  hsat, paper: what each does.  where: the function that takes `option`;
+    hsat_value, paper_value: what the option is in the two cases, as it would be typed.
+    """
+
+    name: str
+    stage: Stage
+    hsat: str
+    paper: str
+    where: str
+    option: str
+    hsat_value: str
+    paper_value: str
+
+
+CONVENTIONS: tuple[Convention, ...] = (
+    Convention(
+        name="slot ids",
+        stage="training",
+        hsat="views, patches and slides with one id are positives, however often they were drawn",
+        paper="every place in the batch has an id of its own: what is drawn twice is its own negative",
+        where="hsat.data.hierarchical_loader",
+        option="ids",
+        hsat_value="'true'",
+        paper_value="'slots'",
+    ),
+    Convention(
+        name="repeats in a batch",
+        stage="training",
+        hsat="a patient comes twice in a batch only when the others are used up",
+        paper="the balanced list is shuffled plainly: repeats meet, and with slot ids count as negatives",
+        where="hsat.data.PatientBatchSampler",
+        option="order",
+        hsat_value="'spread'",
+        paper_value="'plain'",
+    ),
+    Convention(
+        name="static first epochs",
+        stage="training",
+        hsat="v0 and v1 are used from the first epoch on",
+        paper="with v0 and v1, epochs 0 to 49 (the first plateau) still use the static list",
+        where="hsat.data.HierarchicalDataset",
+        option="static_epochs",
+        hsat_value="0",
+        paper_value="50",
+    ),
+    Convention(
+        name="uncropped patches",
+        stage="training",
+        hsat="every patch is resized to image_size",
+        paper="a patch that was not cropped keeps its size, so patches have to come with the crop's size (300)",
+        where="hsat.data.HierarchicalDataset",
+        option="uncropped",
+        hsat_value="'resize'",
+        paper_value="'keep'",
+    ),
+    Convention(
+        name="target",
+        stage="attack",
+        hsat="the attack moves the features, which kNN reads",
+        paper="the attack moves the projected embedding, which kNN does not read",
+        where="hsat.eval.evaluate_whitebox",
+        option="target",
+        hsat_value="'features'",
+        paper_value="'embedding'",
+    ),
+    Convention(
+        name="random start",
+        stage="attack",
+        hsat="BIM and MI-FGSM begin at the images, as their papers say",
+        paper="PGD, BIM and MI-FGSM all begin at a random point, which makes BIM the same as PGD",
+        where="hsat.eval.paper_attacks",
+        option="random_start",
+        hsat_value="None",
+        paper_value="True",
+    ),
+    Convention(
+        name="FFGSM step",
+        stage="attack",
+        hsat="FFGSM steps by 1.25 eps, as its paper says",
+        paper="FFGSM steps by 10/255 whatever eps is",
+        where="hsat.eval.paper_attacks",
+        option="ffgsm_step",
+        hsat_value="None",
+        paper_value="10 / 255",
+    ),
+    Convention(
+        name="dual BatchNorm",
+        stage="attack",
+        hsat="the attack goes through the branch that is scored",
+        paper='the attack goes through "pgd" and "normal" is scored (encoders with dual BatchNorm only)',
+        where="hsat.eval.evaluate_whitebox",
+        option="attack_branch",
+        hsat_value="None",
+        paper_value="'pgd'",
+    ),
+    Convention(
+        name="pooling",
+        stage="scoring",
+        hsat="a slide or patient gets the mean of its patches' scores",
+        paper="a softmax of scores that sum to one already, then the sum; it moves the patch-level mAP as well",
+        where="hsat.eval.score_levels",
+        option="how",
+        hsat_value="'mean'",
+        paper_value="'paper'",
+    ),
+    Convention(
+        name="absent classes",
+        stage="scoring",
+        hsat="the mean class accuracy is taken over the classes that occur",
+        paper="a class that is predicted but never occurs counts as 0",
+        where="hsat.eval.score_levels",
+        option="absent",
+        hsat_value="'skip'",
+        paper_value="'zero'",
+    ),
+    Convention(
+        name="grouping",
+        stage="scoring",
+        hsat="a group is an id; labels that disagree in it are an error",
+        paper="a group is an id together with a true label: a patient with two labels counts twice",
+        where="hsat.eval.score_levels",
+        option="keys",
+        hsat_value="'id'",
+        paper_value="'id_and_label'",
+    ),
+)
+
+
+def conventions_table() -> str:
+    """The list as a Markdown table."""
+    lines = ["| convention | stage | hsat | the published code | option |", "| --- | --- | --- | --- | --- |"]
+    for each in CONVENTIONS:
+        call = f"`{each.where.rpartition('.')[2]}({each.option}={each.paper_value})`"
+        lines.append(f"| {each.name} | {each.stage} | {each.hsat} | {each.paper} | {call} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,130 @@
+"""The list of conventions: every entry names an option that exists, and what compat="paper" really chooses."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import numpy as np
+import pytest
+
+from hsat.attacks import BIM, FFGSM, MIFGSM, PGD, Linf
+from hsat.data import Cohort, HierarchicalDataset, PatientBatchSampler, hierarchical_loader, write_synthetic_cohort
+from hsat.eval import CONVENTIONS, conventions_table, paper_attacks, score_levels
+from hsat.eval.aiming import published_aim
+from hsat.eval.conventions import PAPER, Arithmetic, resolve_arithmetic
+from hsat.models import build_encoder
+
+
+def function(each):
+    module, _, name = each.where.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("each", CONVENTIONS, ids=lambda each: each.name)
+def test_every_entry_names_an_option_that_exists(each):
+    parameters = inspect.signature(function(each)).parameters
+    assert parameters[each.option].kind is inspect.Parameter.KEYWORD_ONLY
+    assert each.hsat_value != each.paper_value
+    for value in (each.hsat_value, each.paper_value):
+        eval(value, {"__builtins__": {}})  # it is Python, as typed
+
+
+def test_names_and_options_are_there_once():
+    assert len({each.name for each in CONVENTIONS}) == len({each.option for each in CONVENTIONS}) == len(CONVENTIONS)
+    table = conventions_table()
+    assert len(table.splitlines()) == 2 + len(CONVENTIONS)
+    assert all(f"({each.option}={each.paper_value})" in table for each in CONVENTIONS)
+
+
+def value_of(option):
+    (each,) = (each for each in CONVENTIONS if each.option == option)
+    return tuple(eval(value, {"__builtins__": {}}) for value in (each.hsat_value, each.paper_value))
+
+
+def test_scoring_and_attack_entries_are_what_compat_chooses():
+    for chosen, number in ((None, 0), ("paper", 1)):
+        arithmetic = resolve_arithmetic(chosen)
+        for option in ("how", "absent", "keys"):
+            assert getattr(arithmetic, option) == value_of(option)[number]
+        dual = build_encoder("test_byobnet", dual_norm=True, embedding_dim=4, seed=0)
+        assert published_aim(chosen, dual, None, None) == (
+            value_of("target")[number],
+            value_of("attack_branch")[number],
+        )
+        plain = build_encoder("test_byobnet", embedding_dim=4, seed=0)
+        assert published_aim(chosen, plain, None, None)[1] is None
+        assert published_aim(chosen, dual, "features", "normal") == ("features", "normal")
+
+
+def test_training_entries_are_what_compat_chooses(tmp_path):
+    root = write_synthetic_cohort(tmp_path / "c", classes=("hgg", "lgg"), patients_per_class=3, patches=1, size=32)
+    cohort = Cohort.from_opensrh(root)
+    for chosen, number in ((None, 0), ("paper", 1)):
+        views = HierarchicalDataset(cohort, image_size=32, compat=chosen)
+        sampler = PatientBatchSampler(cohort, "train", batch_patients=2, compat=chosen)
+        assert views.uncropped == value_of("uncropped")[number]
+        assert views.static_epochs == value_of("static_epochs")[number]
+        assert sampler.order == value_of("order")[number]
+        slots = type(hierarchical_loader(views, sampler, compat=chosen).collate_fn).__name__ == "_SlotIds"
+        assert slots == (value_of("ids")[number] == "slots")
+
+
+def test_paper_attacks_are_those_of_the_paper_by_default():
+    names, step = ("pgd", "bim", "mifgsm", "ffgsm"), dict(step_size=2 / 255, steps=10)
+    own = paper_attacks((8 / 255,), names=names, random_start=None, ffgsm_step=None)
+    assert list(own.values()) == [
+        PGD(Linf(8 / 255), **step),
+        BIM(Linf(8 / 255), **step),
+        MIFGSM(Linf(8 / 255), **step),
+        FFGSM(Linf(8 / 255)),
+    ]
+    defaults = {name: p.default for name, p in inspect.signature(paper_attacks).parameters.items()}
+    for option in ("random_start", "ffgsm_step"):
+        assert defaults[option] == value_of(option)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(compat="published"), "compat must be None or 'paper', got 'published'"),
+        (dict(how="sum"), "how must be 'mean' or 'paper', got 'sum'"),
+        (dict(absent="count"), "absent must be 'skip' or 'zero', got 'count'"),
+        (dict(keys="label"), "keys must be 'id' or 'id_and_label', got 'label'"),
+    ],
+)
+def test_unknown_choices(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_arithmetic(**dict(compat=None) | options)
+
+
+def test_an_option_wins_over_compat():
+    assert resolve_arithmetic("paper", how="mean") == Arithmetic(how="mean", absent="zero", keys="id_and_label")
+    assert resolve_arithmetic(None, absent="zero") == Arithmetic(absent="zero")
+    assert resolve_arithmetic("paper") == PAPER
+
+
+def test_each_scoring_option_moves_what_it_should(golden, table):
+    """On the published case without two of the classes: the mca moves by `absent` alone, pooled scores by `how`."""
+    z = np.eye(3)[golden["specs/five_classes/labels"] % 3]
+    paths = [str(path).split("/") for path in golden["specs/five_classes/paths"]]
+    numbered = [
+        np.unique(column, return_inverse=True)[1]
+        for column in zip(*[("/".join(p[-4:-2]), p[-4]) for p in paths], strict=True)
+    ]
+    queries = table(z, golden["specs/five_classes/labels"], slide=numbered[0], patient=numbered[1], classes=7)
+    scores = golden["specs/five_classes/logits"]
+    usual = score_levels(scores, queries)
+    one = {
+        option: score_levels(scores, queries, **{option: value_of(option)[1]}) for option in ("how", "absent", "keys")
+    }
+    published = score_levels(scores, queries, compat="paper")
+    for row, level in enumerate(("patch", "slide", "patient")):
+        assert one["absent"][level].as_dict() | {"mca": usual[level].mca} == usual[level].as_dict()
+        assert one["keys"][level].as_dict() == usual[level].as_dict(), "labels agree in every group"
+        assert one["how"][level].mca == pytest.approx(usual[level].mca, abs=0.2)
+        expected = golden["specs/five_classes/metrics"][row]
+        found = [getattr(published[level], name) for name in ("accuracy", "top2", "top3", "mca", "map")]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert one["absent"]["patch"].mca <= usual["patch"].mca
+    assert one["how"]["patch"].map != usual["patch"].map and one["how"]["patch"].accuracy == usual["patch"].accuracy
