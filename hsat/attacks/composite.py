@@ -172,7 +172,7 @@ def worst_of(*parts: Attack | tuple[Attack, MakeObjective]) -> WorstOf:
             raise TypeError(f"a part must be an attack with .run and .threat, or (attack, make); got {part!r}")
         if make is not None and not callable(make):
             raise TypeError(f"the objective of a part must be a function of the images that makes it, got {make!r}")
-        pairs.append((attack, make))  # type: ignore[arg-type]
+        pairs.append((attack, make))
     threats = [attack.threat for attack, _ in pairs]  # type: ignore[attr-defined]
     if other := [threat for threat in threats if threat != threats[0]]:
         raise ValueError(f"the attacks allow different things, so none is the strongest: {threats[0]} and {other[0]}")

@@ -98,10 +98,10 @@ def level_margin(
         )
     ready = vote_bank(bank, k=k, temperature=temperature, classes=classes, device=labels.device)
     check_labels(labels, classes=ready.classes)
-    names, member_of = groups.to(labels.device).unique(return_inverse=True)
+    names, member_of = torch.unique(groups.to(labels.device), return_inverse=True)
     shared = labels.new_zeros(len(names)).scatter_reduce(0, member_of, labels, "amax", include_self=False)
     if len(split := (shared[member_of] != labels).nonzero().flatten()):
         group = groups.to(labels.device)[split[0]]
-        found = labels[member_of == member_of[split[0]]].unique().tolist()
+        found = sorted(set(labels[member_of == member_of[split[0]]].tolist()))
         raise ValueError(f"group {int(group)} holds images with labels {found}; a slide or patient has one label")
     return LevelMargin(encoder, ready, names, member_of, shared)

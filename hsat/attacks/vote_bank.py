@@ -123,13 +123,13 @@ class _Similarity(torch.autograd.Function):
     """Cosine similarity of unit rows (n, d) to bank rows (n, j), without ever holding (n, j, d) numbers at once."""
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor, bank: VoteBank, row: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, unit: Tensor, bank: VoteBank, row: Tensor) -> Tensor:
         ctx.bank, ctx.row = bank, row
         parts = [(_unit_rows(bank, row[p], unit) * unit[p, None]).sum(2) for p in _parts(unit, row)]
         return (torch.cat(parts) if parts else unit.new_empty(row.shape)) / _length(bank, row, unit)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         bank, row = ctx.bank, ctx.row
         grad = grad / _length(bank, row, grad)
