@@ -27,6 +27,7 @@ _ROOMS = {
     "hsat.attacks": (
         "BIM FFGSM FGSM L2 MIFGSM PGD Linf RandomNoise classification feature_drift hierarchical objective_from"
         " choose_guides guide level_margin soft_knn worst_of"
+        " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin"
     ),
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
     "hsat.data": "BadPatch Cohort HierarchicalDataset PatchDataset collate srh_to_rgb",

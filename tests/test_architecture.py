@@ -23,7 +23,8 @@ MAY_IMPORT = {room: {"types"} for room in LOWER} | {
 PUBLIC = {
     "hsat.attacks": "BIM FFGSM FGSM L2 MIFGSM PGD Linf RandomNoise"
     " classification feature_drift hierarchical objective_from"
-    " choose_guides guide level_margin soft_knn worst_of",
+    " choose_guides guide level_margin soft_knn worst_of"
+    " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin",
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
     "hsat.data": "BadPatch Cohort HierarchicalBatch HierarchicalDataset PatchDataset collate srh_to_rgb",
     "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",

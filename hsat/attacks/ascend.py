@@ -36,7 +36,7 @@ def ascend(
     Raises ValueError for images out of range, wrong shapes or a scalar objective with `success`, RuntimeError under
     inference_mode or for an objective without a gradient path, FloatingPointError for non-finite gradients.
     """
-    if torch.is_inference_mode_enabled():
+    if climb.gradient and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "attacks need gradients, which inference_mode forbids; use torch.no_grad() around them instead"
         )
@@ -91,7 +91,7 @@ def _momentum_path(run: Run, y: Tensor, escape: Escape | None, restart: int) -> 
 
 
 def _look(run: Run, restart: int) -> Look:
-    return run.climb.look(run, restart) if run.climb.look is not None else lambda y, momentum: run.evaluate(y)
+    return run.climb.look(run, restart) if run.climb.look is not None else run.look
 
 
 def _first_point(run: Run, restart: int, start: Tensor | None) -> tuple[Tensor, Escape | None]:

@@ -27,8 +27,10 @@ Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Climb:
     """The numbers of a gradient ascent.  decay=None means no momentum (PGD); a float is MI-FGSM's decay factor.
 
-    look: makes, once per restart, what gives the gradients; None reads them at the iterates.  path: replaces the
-    steps of a restart altogether; None is the gradient ascent of `ascend`.
+    gradient=False: the path asks for values only.  The hooks take the call's state and the number of the restart.
+    first: what random starts are; None: the threat model's.  look: made once per restart, gives the gradients; None
+    reads them at the iterates.  path: all steps of a restart, to its last point and, where known, the value there;
+    None is the gradient ascent of `ascend`.
     """
 
     threat: ThreatModel
@@ -37,6 +39,8 @@ class Climb:
     random_start: bool = False
     restarts: int = 1
     decay: float | None = None
+    gradient: bool = True
+    first: Callable[[Run, int], Tensor] | None = None
     look: Callable[[Run, int], Look] | None = None
     path: Callable[[Run, Tensor, Escape | None, int], tuple[Tensor, Tensor | None]] | None = None
 
@@ -83,6 +87,8 @@ class Run:
 
     def random(self, restart: int) -> Tensor:
         """A random feasible point around every image."""
+        if self.climb.first is not None:
+            return self.climb.first(self, restart)
         return starts.random_start(
             self.x, self.climb.threat, generator=self.generator, ids=self.ids, restart=restart, inside=True
         ).to(self.work)
@@ -115,6 +121,10 @@ class Run:
             check_finite(bad)
         self.bad |= bad
         return value, torch.where(wide(bad), 0.0, grad)
+
+    def look(self, y: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        """`evaluate` as a Look: value and gradient at the iterate, whatever the momentum."""
+        return self.evaluate(y)
 
     def value(self, y: Tensor) -> Tensor:
         """The value alone, as `evaluate` gives it: one pass without a graph."""

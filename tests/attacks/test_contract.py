@@ -8,7 +8,22 @@ import dataclasses
 import pytest
 import torch
 
-from hsat.attacks import BIM, FFGSM, FGSM, L2, MIFGSM, PGD, Linf, RandomNoise
+from hsat.attacks import (
+    APGD,
+    BIM,
+    DIFGSM,
+    FFGSM,
+    FGSM,
+    L2,
+    MIFGSM,
+    NIFGSM,
+    PGD,
+    TIFGSM,
+    VMIFGSM,
+    Linf,
+    RandomNoise,
+    Square,
+)
 from hsat.attacks.starts import image_seed
 from hsat.testing import LAWS, check_attack
 
@@ -33,7 +48,23 @@ THREATS = [Linf(8 / 255), Linf(0.4), L2(0.5), L2(3.0)]
 ALL_ATTACKS = [attack for threat in THREATS for attack in attacks_of(threat)]
 
 
-@pytest.mark.parametrize("attack", ALL_ATTACKS, ids=repr)
+def searches_of(threat):
+    numbers = {"step_size": threat.eps / 2, "steps": 3}
+    return [
+        APGD(threat, steps=5),
+        APGD(threat, steps=2, restarts=2, random_start=False),
+        NIFGSM(threat, scales=2, **numbers),
+        DIFGSM(threat, **numbers),
+        VMIFGSM(threat, samples=2, **numbers),
+        TIFGSM(threat, size=3, probability=0.5, **numbers),
+        Square(threat, queries=16, area=0.3),
+    ]
+
+
+SEARCHES = searches_of(Linf(8 / 255)) + searches_of(L2(3.0))[::2]  # in L2 those with rules of their own
+
+
+@pytest.mark.parametrize("attack", ALL_ATTACKS + SEARCHES, ids=repr)
 def test_contract(attack):
     assert check_attack(attack) == tuple(LAWS)
 
@@ -155,7 +186,7 @@ def test_check_attack_takes_attacks_without_a_threat_attribute_and_refuses_unkno
         check_attack(pgd, skip=("gravity",))
 
 
-@pytest.mark.parametrize("attack", ALL_ATTACKS[:10], ids=repr)
+@pytest.mark.parametrize("attack", ALL_ATTACKS[:10] + SEARCHES[:7], ids=repr)
 def test_settings_are_frozen_complete_and_replaceable(attack):
     assert eval(repr(attack)) == attack and hash(attack) == hash(eval(repr(attack)))
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -1,0 +1,120 @@
+"""Margins of a classifier as objectives: their gradients do not fade where cross-entropy's do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12
+"""Floor of the denominator of the logit ratio, as in the published code."""
+
+
+@dataclass(frozen=True, eq=False)
+class Margin:
+    """The best wrong logit minus the true one; see `margin`."""
+
+    model: Callable[[Tensor], Tensor]
+    labels: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> margins (n,); above 0 where the image is misclassified."""
+        logits = _logits(self.model(images), self.labels, least=2, name="margin")
+        return _best_wrong(logits, self.labels) - _of(logits, self.labels)
+
+    def select(self, index: Tensor) -> Margin:
+        """The same for the images `index` of the batch."""
+        return Margin(self.model, self.labels[index])
+
+
+def margin(model: Callable[[Tensor], Tensor], labels: Tensor) -> Margin:
+    """max over the wrong classes of their logit, minus the logit of the true class, one value per image.
+
+    model: images -> logits (n, classes), at least 2 classes.  labels: (n,) int64, the true classes.
+    Carlini and Wagner, arXiv:1608.04644, section V-A (f_6 there, with the sign turned and without its clip); called CW
+    loss in arXiv:2003.01690.  Above 0 means misclassified, so `success` and value agree: the objective of Square.
+    Raises ValueError for logits or labels of another form.
+    """
+    _check_labels(labels, "labels")
+    return Margin(model, labels)
+
+
+@dataclass(frozen=True, eq=False)
+class LogitRatio:
+    """Margin divided by a difference of sorted logits; see `dlr`."""
+
+    model: Callable[[Tensor], Tensor]
+    labels: Tensor
+    target: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> ratios (n,)."""
+        least = 3 if self.target is None else 4
+        logits = _logits(self.model(images), self.labels, least=least, name="dlr" + " with a target" * (least == 4))
+        if self.target is not None:
+            _check_classes(self.target, logits.shape[1], "target")
+        top = logits.topk(least, dim=1).values
+        if self.target is None:
+            wrong, spread = _best_wrong(logits, self.labels), top[:, 0] - top[:, 2]
+        else:
+            wrong, spread = _of(logits, self.target), top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+        return (wrong - _of(logits, self.labels)) / spread.clamp_min(TINY)
+
+    def select(self, index: Tensor) -> LogitRatio:
+        """The same for the images `index` of the batch."""
+        return LogitRatio(self.model, self.labels[index], None if self.target is None else self.target[index])
+
+
+def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | None = None) -> LogitRatio:
+    """Difference of logits ratio, one value per image; it does not change when logits are shifted or scaled.
+
+    model: images -> logits z (n, classes).  labels: (n,) int64, the true classes y.  target: (n,) int64, classes to
+    reach, or None.  With z_1 >= z_2 >= ... the sorted logits:
+    without target (max over i != y of z_i - z_y) / (z_1 - z_3), eq. 6 of Croce and Hein, arXiv:2003.01690;
+    with target t (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Above 0 means misclassified (without target).
+    The denominator is floored at 1e-12 (the published code adds that number, which would break the invariance).
+    Needs at least 3 classes, 4 with a target; raises ValueError for fewer, and for logits or labels of another form.
+    """
+    _check_labels(labels, "labels")
+    if target is not None:
+        _check_labels(target, "target")
+        if target.shape != labels.shape:
+            raise ValueError(f"target must have the shape of labels, {tuple(labels.shape)}; got {tuple(target.shape)}")
+        if labels.device.type == "cpu" and bool((target == labels).any()):
+            raise ValueError("target holds the true class of some images; an attack must aim at another class")
+    return LogitRatio(model, labels, target)
+
+
+def _check_labels(labels: Tensor, name: str) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+        got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"{name} must be (n,) int64 class numbers, got {got}")
+
+
+def _logits(logits: Tensor, labels: Tensor, *, least: int, name: str) -> Tensor:
+    """The logits in float32 or wider, checked against labels and the number of classes that is needed."""
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise ValueError(f"the model must give logits ({len(labels)}, classes), got {tuple(logits.shape)}")
+    classes = logits.shape[1]
+    if classes < least:
+        hint = "" if name == "margin" else "; use `margin`, which needs two"
+        raise ValueError(f"{name} needs at least {least} classes, the model gives {classes}{hint}")
+    _check_classes(labels, classes, "labels")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_classes(labels: Tensor, classes: int, name: str) -> None:
+    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"{name} go from {int(labels.min())} to {int(labels.max())}, but the model gives {classes} classes"
+        )
+
+
+def _of(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(1, labels[:, None])[:, 0]
+
+
+def _best_wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1)
