@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from hsat.attacks import feature_drift, soft_knn
-from hsat.attacks.nearest_vote import SoftKNN
 from hsat.eval.budget_result import BudgetResult, budget_records
 from hsat.eval.conventions import How
 from hsat.eval.embedding import (
@@ -28,15 +25,14 @@ from hsat.eval.embedding import (
 from hsat.eval.flipping import ORDERS, Order, altered_counts
 from hsat.eval.knn import FittedKNN, KNNClassifier
 from hsat.eval.measuring import evaluation_frame
+from hsat.eval.named_objectives import TARGETS, MakeObjective, objective_named
 from hsat.eval.pooling import pool
 from hsat.eval.scoring import match_labels
 from hsat.eval.tally import Tally
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch, Objective
+from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
 
-MakeObjective = Callable[[Tensor, HierarchicalBatch], Objective]
 GroupLevel = Literal["slide", "patient"]
 FRACTIONS = (0.05, 0.1, 0.25, 0.5, 1.0)
-TARGETS = ("knn", "features", "embedding")
 
 
 def evaluate_hierarchical_budget(
@@ -85,7 +81,7 @@ def evaluate_hierarchical_budget(
     if not isinstance(bank, EmbeddingTable):
         bank = embed(encoder, bank, layer=layer, encoder_name=model, progress=progress, **options)  # type: ignore[arg-type]
     knn = KNNClassifier(k=k, temperature=temperature, index=index).fit(bank)
-    make = objective or _objective(encoder, target, layer, knn)
+    make = objective or objective_named(encoder, target, layer, knn)
     trial = _Trial(encoder, layer, attack, make, knn=knn, seed=seed)
     clean, attacked = trial.run(queries, model=model, progress=progress, **options)  # type: ignore[arg-type]
     scores = knn.predict_proba(clean), knn.predict_proba(attacked)
@@ -156,23 +152,6 @@ class _Trial:
                 self.tally.rows.add(batch, encode(self.scored, result.x_adv))
         text = {"class_names": names, "cohort": cohort, "split": split, "encoder": model}
         return self.clean.rows.table(**text), self.tally.rows.table(**text)  # type: ignore[arg-type]
-
-
-def _objective(encoder: Encoder, target: str, layer: str, knn: FittedKNN) -> MakeObjective:
-    if target != "knn":
-        attacked = select_layer(encoder, target)
-        return lambda images, batch: feature_drift(attacked, images)
-    scored, prepared = select_layer(encoder, layer), dict[torch.device, SoftKNN]()
-
-    def on_the_vote(images: Tensor, batch: HierarchicalBatch) -> Objective:
-        assert batch.label is not None  # the trial has matched the labels to the bank's classes
-        labels = batch.label.to(images.device)
-        if images.device not in prepared:  # the bank goes to the device once
-            temperature = knn.settings.temperature
-            prepared[images.device] = soft_knn(scored, knn.table, labels, k=knn.k, temperature=temperature)
-        return prepared[images.device].relabel(labels)
-
-    return on_the_vote
 
 
 def _check_options(level: str, order: str, target: str, fractions: Sequence[float]) -> None:

@@ -58,3 +58,10 @@ def test_budgets(page):
     assert len(budget.groups) == len(budget.smallest_fraction) == 2
     assert budget.accuracy(0.0) >= budget.accuracy(0.5) >= budget.accuracy(1.0)
     assert "attack@50%" in page["table"]
+
+
+def test_files(page):
+    export, kept = page["export"], page["kept"]
+    assert list(kept) == ["clean", "raw-8", "raw-8 (files)"]
+    assert len(export.cohort) == len(page["stored"]) == len(page["result"].tables["clean"])
+    assert export.changed > 0.9
