@@ -29,7 +29,7 @@ class PaperRow:
     place: str = ""
 
     def is_called(self, name: str) -> bool:
-        """Whether a name means this row; case, spaces and underscores do not matter."""
+        """Whether a name means this row; case does not matter, and spaces, _ and - are one."""
         return _plain(name) in {_plain(each) for each in (self.name, *self.also)}
 
 
@@ -98,7 +98,7 @@ def paper_markdown(table: PaperTable, lines: Sequence[Line], remarks: Sequence[s
     metric = " / ".join(TITLES.get(name, name) for name in table.metrics)
     parts = [
         f"# Table {table.number}: {table.title}",
-        f"{metric}, %. {DASH} is a number that is not known or not made.",
+        f"{metric}, %. {DASH} is a number that is not known, or was not measured.",
     ]
     for level, group, found in _grouped(lines):
         head = ["method", "source", *(_column_title(column) for column in table.columns)]
@@ -216,4 +216,4 @@ def _tex(text: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace(" ", "").replace("_", "-")
+    return name.strip().lower().replace(" ", "-").replace("_", "-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_it_is_readable_without_seeing_it(chromium, page):
     chromium.open(page, width=1200)
     levels = chromium.value("[...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     assert chromium.value("[...document.images].every(e => e.alt.length > 8)")
     assert chromium.value("[...document.querySelectorAll('svg.chart')].every(e => e.getAttribute('aria-label'))")
     assert chromium.value("[...document.querySelectorAll('th')].every(e => e.scope)")
