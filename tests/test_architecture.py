@@ -29,7 +29,7 @@ PUBLIC = {
     "hsat.data": "BadPatch Cohort HierarchicalBatch HierarchicalDataset PatchDataset collate srh_to_rgb",
     "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
     "hsat.training": "adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight",
-    "hsat.eval": "KNNClassifier embed evaluate_whitebox metrics pool",
+    "hsat.eval": "KNNClassifier embed evaluate_transfer evaluate_whitebox metrics pool",
     "hsat.types": "Attack AttackResult EmbeddingTable Encoder HierarchicalBatch Levels Objective ThreatModel",
 }
 

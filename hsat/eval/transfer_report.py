@@ -78,10 +78,14 @@ def _cell(records: Sequence[Record], metrics: Sequence[str], intervals: bool) ->
         if found is None:
             parts.append("–")
         elif intervals and found.low is not None and found.high is not None:
-            parts.append(f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]")
+            parts.append(f"{_points(found.value)} [{_points(found.low)}, {_points(found.high)}]")
         else:
-            parts.append(f"{100 * found.value:.1f}")
+            parts.append(_points(found.value))
     return " / ".join(parts) if any(part != "–" for part in parts) else "–"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}".replace("-0.0", "0.0") if abs(share) < 0.001 else f"{100 * share:.1f}"
 
 
 def _remarks(records: Sequence[Record]) -> list[str]:
@@ -131,7 +135,7 @@ def plot_transfer(
         grid = [[values.get((level, surrogate, target), np.nan) for target in targets] for surrogate in surrogates]
         image = _draw(panel, np.array(grid), surrogates, targets, span)
         panel.set_title(f"{level} level", fontsize="medium")
-    panels[0].set_ylabel("attacked on")
+    panels[0].set_ylabel("attacked on (framed: itself)")
     figure.colorbar(image, ax=panels, label=f"{_TITLES.get(metric, metric)} under {name} (points of %)")
     return _save(figure, path)
 
@@ -144,13 +148,15 @@ def _draw(
     image = panel.imshow(grid, cmap="cividis", vmin=span[0], vmax=span[1], aspect="auto")
     middle = (span[0] + span[1]) / 2
     for (i, j), value in np.ndenumerate(grid):
-        text = "–" if np.isnan(value) else f"{value:.1f}"
+        text = "–" if np.isnan(value) else _points(value / 100)
         panel.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black")
         if surrogates[i] == targets[j]:
-            panel.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2))
-    panel.set_xticks(range(len(targets)), targets, rotation=30, ha="right", rotation_mode="anchor")
+            panel.add_patch(Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor="#D55E00", linewidth=2))
+    tilt = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, targets)) > 8 else {}
+    panel.set_xticks(range(len(targets)), targets, **tilt)
     panel.set_yticks(range(len(surrogates)), [_AVERAGE if name == OTHERS else name for name in surrogates])
     if OTHERS in surrogates:
         panel.axhline(len(surrogates) - 1.5, color="white", linewidth=4)
     panel.set_xlabel("measured on")
+    panel.label_outer()  # the rows are named once, at the left
     return image

@@ -7,6 +7,7 @@ import gc
 import re
 import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from hsat.types import HierarchicalBatch
 PGD8 = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
 ATTACKS = {"PGD-8": PGD8, "PGD-2": dataclasses.replace(PGD8, threat=Linf(2 / 255))}
 FAST = dict(k=15, bootstrap=40)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "transfer.md"
 
 
 class Colours(nn.Module):
@@ -572,3 +574,15 @@ def test_the_heat_map_is_drawn(full, tmp_path):
             assert len(set(picture.convert("RGB").resize((200, 100)).tobytes())) > 100
     with pytest.raises(ValueError, match="attack 'PGD-3'"):
         plot_transfer(full.records, tmp_path / "map.png", attack="PGD-3")
+
+
+def test_the_document_runs(tmp_path, monkeypatch):
+    text = DOCUMENT.read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        exec(compile(code, str(DOCUMENT), "exec", dont_inherit=True), names)
+    assert names["found"].records == read_records(tmp_path / "transfer.jsonl")
+    assert "| mean of the others |" in names["table"] and (tmp_path / "transfer.png").exists()
+    assert len(names["first"].made) == 3 and names["again"].made == ()
+    assert names["first"].records == names["again"].records == names["found"].records
