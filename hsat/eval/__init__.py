@@ -22,6 +22,7 @@ from hsat.eval.pooling import PooledScores, pool
 from hsat.eval.published import paper_attacks
 from hsat.eval.records import Record, eps_text, markdown_table, read_records, write_records
 from hsat.eval.report import write_report
+from hsat.eval.rescoring import rescore
 from hsat.eval.run_folders import RunFolder, open_runs
 from hsat.eval.score_files import ScoreTable, load_scores, save_scores, score_tables
 from hsat.eval.scoring import Metrics, match_classes, metrics, score_levels
@@ -85,6 +86,7 @@ __all__ = [
     "pool",
     "read_evidence",
     "read_records",
+    "rescore",
     "save_adversarial",
     "save_scores",
     "score_levels",

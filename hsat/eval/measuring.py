@@ -110,36 +110,54 @@ def condition_records(
     )
     found = []
     for k, rows in scores.items():
-        for level, (measured, intervals) in _measure(frame, rows, table, head.seed).items():
+        levels = measure_levels(
+            rows,
+            table,
+            class_names=frame.class_names,
+            arithmetic=frame.arithmetic,
+            bootstrap=frame.bootstrap,
+            seed=head.seed,
+        )
+        for level, (measured, intervals) in levels.items():
             place = dataclasses.replace(head, k=k, level=level, n=measured.n)
-            found += [_record(place, metric, getattr(measured, metric), intervals[metric]) for metric in METRICS]
+            found += [
+                measured_record(place, metric, getattr(measured, metric), intervals[metric]) for metric in METRICS
+            ]
     return found
 
 
-def _measure(
-    frame: Frame, scores: np.ndarray, table: EmbeddingTable, seed: int
+def measure_levels(
+    scores: np.ndarray,
+    table: EmbeddingTable,
+    *,
+    class_names: tuple[str, ...],
+    arithmetic: Arithmetic,
+    bootstrap: int,
+    seed: int,
 ) -> dict[str, tuple[Metrics, dict[str, Interval]]]:
-    chosen = frame.arithmetic
-    levels = level_scores(scores, table, class_names=frame.class_names, how=chosen.how, keys=chosen.keys)
+    """Metrics and their intervals at each level."""
+    levels = level_scores(scores, table, class_names=class_names, how=arithmetic.how, keys=arithmetic.keys)
     return {
         level: (
-            metrics(pooled, labels, absent=chosen.absent),
+            metrics(pooled, labels, absent=arithmetic.absent),
             bootstrap_intervals(
                 pooled,
                 labels,
                 patients,
                 generator=np.random.default_rng(seed),
-                resamples=frame.bootstrap,
-                absent=chosen.absent,
+                resamples=bootstrap,
+                absent=arithmetic.absent,
             ),
         )
         for level, (pooled, labels, patients) in levels.items()
     }
 
 
-def _record(place: Record, metric: str, value: float, interval: Interval) -> Record:
+def measured_record(place: Record, metric: str, value: float, interval: Interval) -> Record:
+    """A record with its number and interval; where the interval is missing or unusual its settings say why."""
     word = "no_interval" if interval.low is None else "interval"
-    settings = place.settings | ({word: interval.reason} if interval.reason else {})
+    rest = {name: value for name, value in place.settings.items() if name not in ("interval", "no_interval")}
+    settings = rest | ({word: interval.reason} if interval.reason else {})
     return dataclasses.replace(
         place, metric=metric, value=value, low=interval.low, high=interval.high, settings=settings
     )

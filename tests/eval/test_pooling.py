@@ -111,3 +111,28 @@ def test_the_published_softmax_can_turn_a_vote():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         pool(**arguments)
+
+
+@pytest.mark.parametrize("level", ["slide", "patient"])
+def test_the_published_grouping_splits_a_patient_with_two_labels(golden, level):
+    """On the published case that `keys="id"` refuses: the same groups, in the published order of (id, label)."""
+    paths = [str(path).split("/") for path in golden["specs/mixed_patient/paths"]]
+    ids = np.array([parts[-4] if level == "patient" else f"{parts[-4]}/{parts[-3]}" for parts in paths])
+    labels, scores = golden["specs/mixed_patient/labels"], golden["specs/mixed_patient/logits"].astype(float)
+    pooled = pool(scores, ids, labels, how="paper", keys="id_and_label")
+    assert len(pooled) == len({*zip(ids.tolist(), labels.tolist(), strict=True)}) == len(np.unique(ids)) + 1
+    for group, label, row, size in zip(pooled.groups, pooled.labels, pooled.scores, pooled.sizes, strict=True):
+        members = (ids == group) & (labels == label)
+        weights = np.exp(scores[members]) / np.exp(scores[members]).sum(1, keepdims=True)
+        np.testing.assert_allclose(row, weights.sum(0) / weights.sum(), atol=1e-12)
+        assert size == members.sum()
+    np.testing.assert_allclose(
+        np.sort(pooled.scores, axis=None), np.sort(golden[f"specs/mixed_patient/{level}_scores"], axis=None), atol=1e-6
+    )
+
+
+def test_keys_that_are_none():
+    with pytest.raises(ValueError, match="keys must be 'id', or with labels 'id_and_label'; got 'label'"):
+        pool(np.eye(2), [0, 1], [0, 1], keys="label")
+    with pytest.raises(ValueError, match="got 'id_and_label'"):
+        pool(np.eye(2), [0, 1], keys="id_and_label")
