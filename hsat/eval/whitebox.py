@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks import RandomNoise
 from hsat.eval.aiming import TARGETS, Aim, published_aim
+from hsat.eval.baselines import with_noise
 from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.doubts import Doubts
 from hsat.eval.embedding import (
@@ -28,7 +28,7 @@ from hsat.eval.embedding import (
 )
 from hsat.eval.knn import FittedKNN, KNNClassifier
 from hsat.eval.measuring import condition_records, evaluation_frame
-from hsat.eval.records import Record, eps_text
+from hsat.eval.records import Record
 from hsat.eval.scoring import match_labels
 from hsat.eval.tally import Tally
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
@@ -113,7 +113,7 @@ def evaluate_whitebox(
             encoder, bank, class_names=class_names, layer=layer, device=device, encoder_name=model, progress=progress
         )
     knn = settings.fit(bank)
-    chosen = _conditions(attacks, noise)
+    chosen = with_noise(attacks) if noise else dict(attacks)
     aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch)
     doubts = Doubts(encoder, aim, chosen, knn=knn, layer=layer, images=diagnose, seed=seed)
     trial = _Trial(encoder, aim, doubts, chosen, knn=knn, layer=layer, seed=seed, keep=keep_examples)
@@ -227,16 +227,6 @@ def scores_by_k(knn: FittedKNN, table: EmbeddingTable, ks: Sequence[int]) -> dic
     """Class scores for each k, from one search; k above the bank are cut to it."""
     found = knn.neighbours(table)
     return {k: knn.score(found, k=k) for k in dict.fromkeys(min(k, knn.k) for k in ks)}
-
-
-def _conditions(attacks: Mapping[str, Attack], noise: bool) -> dict[str, Attack]:
-    found: dict[str, Attack] = {}
-    if noise:
-        for threat in dict.fromkeys(a.threat for a in attacks.values() if hasattr(a, "threat")):
-            eps = eps_text(threat.eps).removesuffix("/255")
-            name = f"noise-{eps}" if f"noise-{eps}" not in found else f"noise-{type(threat).__name__}-{eps}"
-            found[name] = RandomNoise(threat)
-    return found | dict(attacks)
 
 
 def check_options(
