@@ -112,6 +112,27 @@ def sentence(outcomes: Sequence[Outcome], *, metric: str = "accuracy") -> str:
     return f"{'; '.join(parts)}."
 
 
+def transfer_sentence(records: Sequence[Record]) -> str:
+    """What attacks made on other encoders take from each, the least first, at the largest eps; "" without averages.
+
+    records: of one setting and k.  Patch level, the attack that takes most on average.
+    """
+    averages = [r for r in records if (r.surrogate, r.metric, r.level) == ("others", "accuracy_drop", "patch")]
+    largest = max((record.eps_value for record in averages), default=0.0)
+    parts, taken = [], []
+    for model in dict.fromkeys(record.model for record in averages):
+        mine = [record for record in averages if record.model == model and record.eps_value == largest]
+        worst = max(points(mine, kind="attack"), key=lambda point: point.cell.value, default=None)
+        if worst is not None:
+            shown = percent(worst.cell).replace(" %", "", 1)
+            parts.append((worst.cell.value, f"{shown} points from {model} ({worst.name})"))
+            taken.append(worst.eps_text)
+    if not parts:
+        return ""
+    listed = "; ".join(text for _, text in sorted(parts))
+    return f"Attacks at eps {taken[0]} that were made on other encoders take, on average over these, {listed}."
+
+
 def percent(cell: Cell, *, interval: bool = True) -> str:
     """A cell as text: "58.3 % [50.1, 63.0]", "58.3 ± 1.2 % (3 runs)", "58.3 %"."""
     if cell.sd is not None:

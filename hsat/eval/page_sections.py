@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hsat.eval.charts import Figure, accuracy_figure, accuracy_legend, class_legend, map_figures
 from hsat.eval.evidence import CLEAN, Evidence
-from hsat.eval.findings import is_noise, norm_of, outcome_of
+from hsat.eval.findings import is_noise, norm_of, outcome_of, transfer_sentence
 from hsat.eval.page_tables import Table, confusion_table, flat, level_table, transfer_table
 from hsat.eval.records import Record
 from hsat.eval.run_folders import RunFolder
@@ -81,6 +81,7 @@ class TransferBlock:
 
     heading: str
     k: int
+    text: str
     tables: tuple[Table, ...]
 
 
@@ -210,16 +211,11 @@ def _data_uri(path: Path) -> str:
 
 
 def transfer_block_of(records: Sequence[Record], *, heading: str, k: int) -> TransferBlock:
-    """The matrices of one setting's transfers: every level, attack and metric that was measured."""
+    """The matrices of one setting's transfers: every level and attack that was measured."""
     main = [record for record in records if record.k == k]
-    tables = [
-        transfer_table(main, level=level, metric=metric, attack=attack)
-        for level in LEVELS
-        for attack in dict.fromkeys(record.attack_name for record in main)
-        for metric in dict.fromkeys(record.metric for record in main)
-        if metric.endswith("_drop")
-    ]
-    return TransferBlock(heading, k, tuple(table for table in tables if table))
+    attacks = dict.fromkeys(record.attack_name for record in main if record.attack)
+    tables = [transfer_table(main, level=level, attack=attack) for level in LEVELS for attack in attacks]
+    return TransferBlock(heading, k, transfer_sentence(main), tuple(table for table in tables if table))
 
 
 def provenance_of(folder: RunFolder) -> Provenance:

@@ -11,7 +11,9 @@ import numpy as np
 
 from hsat.eval.evidence import Evidence
 from hsat.eval.grouping import Cell, Column, cell_of, columns_of
+from hsat.eval.paired import Difference
 from hsat.eval.records import Record
+from hsat.types import LEVELS
 
 OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
 TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
@@ -73,10 +75,12 @@ def entry(cell: Cell | None) -> Entry:
     if cell is None:
         return Entry("–")
     if cell.sd is not None:
-        return Entry(f"{100 * cell.value:.1f}", f"± {100 * cell.sd:.1f}, {cell.runs} runs")
-    if cell.low is None or cell.high is None:
-        return Entry(f"{100 * cell.value:.1f}")
-    return Entry(f"{100 * cell.value:.1f}", f"{100 * cell.low:.1f} to {100 * cell.high:.1f}")
+        small = f"± {100 * cell.sd:.1f}, {cell.runs} runs"
+    elif cell.low is None or cell.high is None:
+        small = ""
+    else:
+        small = f"{100 * cell.low:.1f} to {100 * cell.high:.1f}"
+    return Entry(*(text.replace("-", "−") for text in (f"{100 * cell.value:.1f}", small)))
 
 
 def _meanings(columns: Sequence[Column]) -> list[str]:
@@ -100,26 +104,66 @@ def confusion_table(evidence: Evidence, condition: str, k: int, *, level: str = 
     return Table(caption=f"{evidence.model}, {condition}", corner="true class (n)", head=names, rows=tuple(rows))
 
 
-def transfer_table(records: Sequence[Record], *, level: str, metric: str, attack: str) -> Table | None:
-    """Rows are surrogates, columns the encoders that were measured, under one attack; None without such records.
+def transfer_table(records: Sequence[Record], *, level: str, attack: str) -> Table | None:
+    """Rows are surrogates, columns the drops of the encoders that were measured, under one attack.
 
-    The first row has the clean numbers, the last the mean drop over the surrogates other than the target itself.
+    The first row has the clean numbers, the last the mean drop over the surrogates other than the target itself.  None
+    without drops at that level.
     """
-    here = [r for r in records if (r.level, r.metric, r.attack_name) == (level, metric, attack)]
+    at_level = [record for record in records if record.level == level]
+    here = [r for r in at_level if r.attack_name == attack and r.metric.endswith("_drop")]
     if not here:
         return None
-    targets = tuple(dict.fromkeys(record.model for record in here))
-    plain = [r for r in records if (r.level, r.metric, r.surrogate) == (level, metric.removesuffix("_drop"), "")]
-    rows = []
-    if plain:
-        clean = tuple(entry(cell_of([record for record in plain if record.model == target])) for target in targets)
-        rows.append((f"(clean {TITLES.get(plain[0].metric, plain[0].metric)})", clean))
+    targets, drops = tuple(dict.fromkeys(r.model for r in here)), tuple(dict.fromkeys(r.metric for r in here))
+    places = [(target, metric) for target in targets for metric in drops]
+
+    def cells(found: Sequence[Record], ending: str = "") -> tuple[Entry, ...]:
+        return tuple(
+            entry(cell_of([r for r in found if (r.model, r.metric) == (target, metric.removesuffix(ending))]))
+            for target, metric in places
+        )
+
+    clean = [record for record in at_level if not record.attack]
+    rows = [("(clean)", cells(clean, "_drop"))] if clean else []
     for surrogate in sorted(dict.fromkeys(record.surrogate for record in here), key=lambda name: name == OTHERS):
-        mine = [record for record in here if record.surrogate == surrogate]
-        entries = tuple(entry(cell_of([record for record in mine if record.model == target])) for target in targets)
-        rows.append(("mean of the others" if surrogate == OTHERS else surrogate, entries))
-    caption = f"{TITLES.get(metric, metric)} under {attack}, {level} level, %"
-    return Table(caption=caption, corner="attack made on", head=targets, rows=tuple(rows), groups=())
+        label = "mean of the others" if surrogate == OTHERS else surrogate
+        rows.append((label, cells([record for record in here if record.surrogate == surrogate])))
+    sizes = ", ".join(map(str, sorted({record.n for record in here})))
+    return Table(
+        caption=f"{attack}, {level} level, points of % (n = {sizes})",
+        corner="attack made on",
+        head=tuple(TITLES.get(metric, metric) for _, metric in places),
+        rows=tuple(rows),
+        groups=tuple((target, len(drops)) for target in targets),
+    )
+
+
+def differences_of(differences: Sequence[Difference], *, metric: str, k: int) -> Table | None:
+    """What each model has more than the one it is compared with, on the same patients; rows are conditions."""
+    here = [each for each in differences if (each.metric, each.k) == (metric, k)]
+    if not here:
+        return None
+    pairs = list(dict.fromkeys((each.model, each.against) for each in here))
+    levels = [level for level in LEVELS if any(each.level == level for each in here)]
+    rows = []
+    for condition in dict.fromkeys(each.condition for each in here):
+        found = {(e.model, e.against, e.level): e for e in here if e.condition == condition}
+        entries = [_difference(found.get((*pair, level))) for pair in pairs for level in levels]
+        rows.append((condition, tuple(entries)))
+    return Table(
+        caption=f"Differences of {TITLES.get(metric, metric)} on the same patients, points of %, k = {k}",
+        corner="condition",
+        head=tuple(level for _ in pairs for level in levels),
+        rows=tuple(rows),
+        groups=tuple((f"{model} − {against}", len(levels)) for model, against in pairs),
+    )
+
+
+def _difference(found: Difference | None) -> Entry:
+    if found is None:
+        return Entry("–")
+    small = "" if found.low is None or found.high is None else f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    return Entry(*(text.replace("-", "−") for text in (f"{100 * found.difference:+.1f}", small)))
 
 
 def effort_table(records: Sequence[Record]) -> Table | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hsat.eval.charts import Figure, training_figures
-from hsat.eval.findings import Doubt, Outcome, flags_of, outcome_of, sentence, signs_of
+from hsat.eval.findings import Doubt, Outcome, flags_of, is_noise, outcome_of, sentence, signs_of
 from hsat.eval.grouping import Setting, setting_of, unique
 from hsat.eval.page_sections import Block, Provenance, TransferBlock, block_of, provenance_of, transfer_block_of
-from hsat.eval.page_tables import Table, effort_table
+from hsat.eval.page_tables import Table, differences_of, effort_table
 from hsat.eval.records import Record, software_versions
 from hsat.eval.run_folders import RunFolder, open_runs
 
@@ -108,6 +108,8 @@ def _contents(folders: Sequence[RunFolder], *, title: str, k: int | None, metric
         "blocks": blocks,
         "transfers": _transfer_blocks(transfers, k),
         "effort": effort_table(records),
+        "differences": _differences(folders, metric=metric, k=k),
+        "has_noise": any(map(is_noise, records)),
         "training": _training(folders),
         "provenance": [provenance_of(folder) for folder in folders],
         "has_records": bool(records),
@@ -174,6 +176,17 @@ def _notes(records: Sequence[Record]) -> list[str]:
                 f" an attack on the {layer} may leave less."
             ] = None
     return list(notes)
+
+
+def _differences(folders: Sequence[RunFolder], *, metric: str, k: int | None) -> list[tuple[str, Table]]:
+    """A table for each run that compared its models, by the run's name."""
+    found = []
+    for folder in folders:
+        chosen = k if k is not None else next((each.k for each in folder.differences), 0)
+        table = differences_of(folder.differences, metric=metric, k=chosen)
+        if table:
+            found.append((folder.path.name, table))
+    return found
 
 
 def _training(folders: Sequence[RunFolder]) -> list[tuple[str, tuple[Figure, ...]]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hsat.eval.evidence import Evidence, read_evidence
 from hsat.eval.grouping import is_transfer
+from hsat.eval.paired import Difference
 from hsat.eval.records import Record, read_records
 
 _FILES = ("records.jsonl", "run.json", "train.csv")
@@ -19,9 +20,11 @@ _FILES = ("records.jsonl", "run.json", "train.csv")
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """records: of records.jsonl.  about: of run.json.  training: columns of train.csv, NaN for empty cells.
-    evidence: of the models in the records.  absent: what a report would show and the folder does not hold, and how to
-    make it.
+    """What the files of a run hold; empty where a file is absent.
+
+    records: of records.jsonl.  about: of run.json.  training: columns of train.csv, NaN for empty cells.  evidence: of
+    the models in the records.  differences: of differences.json, between models on the same patients.
+    absent: what a report would show and the folder does not hold, and how to make it.
     """
 
     path: Path
@@ -29,6 +32,7 @@ class RunFolder:
     about: dict[str, Any] = field(default_factory=dict)
     training: dict[str, list[float]] = field(default_factory=dict)
     evidence: tuple[Evidence, ...] = ()
+    differences: tuple[Difference, ...] = ()
     absent: tuple[str, ...] = ()
 
     @property
@@ -79,7 +83,8 @@ def _open(path: Path) -> RunFolder:
         absent.append("pictures of patches: evaluate with --gallery 6")
     if not records and not training:
         absent.append("records.jsonl and train.csv: the run has not measured or trained anything yet")
-    return RunFolder(path, records, about, training, evidence, tuple(absent))
+    differences = _read_differences(path, path / "differences.json")
+    return RunFolder(path, records, about, training, evidence, differences, tuple(absent))
 
 
 def _matching(found: Iterable[Evidence], records: Iterable[Record]) -> tuple[tuple[Evidence, ...], list[str]]:
@@ -102,6 +107,15 @@ def _read_about(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _read_differences(root: Path, path: Path) -> tuple[Difference, ...]:
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(Difference(**each) for each in json.loads(_inside(root, path).read_text(encoding="utf-8")))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a list of differences ({error}); evaluate again") from error
 
 
 def _read_columns(path: Path) -> dict[str, list[float]]:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from hsat.eval.evidence import read_evidence
-from hsat.eval.findings import flags_of, outcome_of, percent, sentence, signs_of
+from hsat.eval.findings import flags_of, outcome_of, percent, sentence, signs_of, transfer_sentence
 from hsat.eval.grouping import Cell, cell_of, columns_of, setting_of, unique
-from hsat.eval.page_tables import confusion_table, effort_table, flat, level_table
+from hsat.eval.page_tables import Entry, confusion_table, differences_of, effort_table, flat, level_table
 from hsat.eval.page_tables import transfer_table as matrix
+from hsat.eval.paired import Difference
 
 
 def chosen(records, level="patch", metric="accuracy"):
@@ -157,20 +158,56 @@ def test_confusion_by_counting(tmp_path, made_evidence):
 
 
 def test_transfer_matrix(made_records):
-    pairs = [("a", "b", 0.3), ("b", "b", 0.5), ("a", "a", 0.4), ("others", "b", 0.3)]
+    pairs = [("a", "b", 0.3), ("b", "b", 0.5), ("a", "a", 0.4), ("others", "b", 0.3), ("others", "a", -0.05)]
     records = [
-        replace(chosen(made_records(target, gap))[-1], surrogate=surrogate, metric="accuracy_drop", value=gap)
+        replace(
+            chosen(made_records(target, gap))[-1],
+            surrogate=surrogate,
+            metric="accuracy_drop",
+            value=gap,
+            low=gap - 0.1,
+            high=gap + 0.1,
+        )
         for surrogate, target, gap in pairs
     ]
     clean = chosen(made_records("b", 0.9))[0]
-    table = matrix([clean, *records], level="patch", metric="accuracy_drop", attack="BIM-8")
-    assert table.head == ("b", "a")
+    table = matrix([clean, *records], level="patch", attack="BIM-8")
+    assert table.groups == (("b", 1), ("a", 1)) and table.head == ("Acc-D", "Acc-D")
     assert [(label, [entry.text for entry in entries]) for label, entries in table.rows] == [
-        ("(clean Acc)", ["90.0", "–"]),
+        ("(clean)", ["90.0", "–"]),
         ("a", ["30.0", "40.0"]),
         ("b", ["50.0", "–"]),
-        ("mean of the others", ["30.0", "–"]),
+        ("mean of the others", ["30.0", "−5.0"]),
     ]
+    assert matrix([clean], level="patch", attack="BIM-8") is None
+    assert transfer_sentence([clean, *records]) == (
+        "Attacks at eps 8/255 that were made on other encoders take, on average over these,"
+        " -5.0 [-15.0, 5.0] points from a (BIM-8); 30.0 [20.0, 40.0] points from b (BIM-8)."
+    )
+    assert transfer_sentence([clean]) == ""
+
+
+def test_differences_on_the_same_patients():
+    first = Difference(
+        model="HSAT",
+        against="HiDisc",
+        condition="clean",
+        k=20,
+        level="patch",
+        metric="accuracy",
+        value=0.5,
+        value_against=0.6,
+        difference=-0.1,
+        low=-0.2,
+        high=0.05,
+        not_above=0.9,
+        n=36,
+        patients=6,
+    )
+    table = differences_of([first, replace(first, level="patient", low=None)], metric="accuracy", k=20)
+    assert table.groups == (("HSAT − HiDisc", 2),) and table.head == ("patch", "patient")
+    assert table.rows == (("clean", (Entry("−10.0", "−20.0 to +5.0"), Entry("−10.0"))),)
+    assert differences_of([first], metric="mca", k=20) is None
 
 
 def test_how_attacks_went(made_records):

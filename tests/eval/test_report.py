@@ -203,7 +203,8 @@ def test_a_transfer_is_a_matrix(made_records, tmp_path):
         if r.attack_name == "PGD-8" and r.metric != "map"
     ]
     page = read(write_report([only_records(tmp_path / "run", [*clean, *drops])], tmp_path / "report.html"))
-    assert "Acc-D under PGD-8, patch level, %" in page.text and "mean of the others" in page.text
+    assert "PGD-8, patch level, points of % (n = 36)" in page.text and "mean of the others" in page.text
+    assert "take, on average over these, 25.0 [30.0, 50.0] points from b (PGD-8)" in page.text
     assert "Numbers" not in page.text
 
 
