@@ -7,8 +7,9 @@ A checkpoint written by train_hsat.py says how to build its encoder.  For any ot
 --model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
 one branch, --model.branch.  Attacks move what --target says, "features" (what kNN reads) or "embedding" (as in
 the paper) or "knn" (the vote itself, of the first --k); they start at random points, as in the published evaluation,
-which makes BIM the same algorithm as PGD.  --compat paper repeats the published evaluation.  With two checkpoints or
-more, table.md ends with the differences from the first, on the same patients; scores.npz keeps what they rest on.
+which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is: linf, l2,
+raw_srh, stain or stain_image (docs/threats.md).  --compat paper repeats the published evaluation.  With two checkpoints
+or more, table.md ends with the differences from the first, on the same patients; scores.npz keeps what they rest on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cohorts import describe, open_cohort
 from encoders import naming_branch, stored_encoder
@@ -32,7 +33,6 @@ from hsat.eval import (
     differences_table,
     evaluate_whitebox,
     markdown_table,
-    paper_attacks,
     plot_accuracy_vs_eps,
     plot_patches,
     save_scores,
@@ -42,7 +42,8 @@ from hsat.eval import (
 )
 from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
 from runs import device_named, versions, write_json
-from settings import Counts, DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
+from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
+from threats import EPS, Lengths, Threat, attacks_under, check_radii, check_threat
 
 
 class EvaluateWhitebox(Settings):
@@ -52,8 +53,9 @@ class EvaluateWhitebox(Settings):
     data: DataSettings = DataSettings()
     model: StoredModelSettings = StoredModelSettings()
     attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
-    eps: PixelsList = Field([4 / 255, 8 / 255], description="radii: 4/255,8/255")
-    step_size: Pixels = Field(2 / 255, description="size of a step")
+    threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
+    eps: Lengths = Field(EPS["linf"], description="radii: 4/255,8/255; in the unit of --threat, with its own defaults")
+    step_size: Pixels = Field(2 / 255, description="size of a step; eps / 4 where --threat is given and this is not")
     steps: int = Field(10, gt=0, description="gradient steps")
     k: Counts = Field([200], description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
@@ -75,6 +77,17 @@ class EvaluateWhitebox(Settings):
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/whitebox"), description="folder for the results")
     quiet: bool = Field(False, description="no progress bars")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _radii_of_the_threat(cls, values: Any) -> Any:
+        threat = values.get("threat") if isinstance(values, dict) else None
+        return {"eps": EPS[threat], **values} if threat in EPS else values
+
+    @field_validator("eps")
+    @classmethod
+    def _radii_fit(cls, eps: list[float], info: ValidationInfo) -> list[float]:
+        return check_radii(info.data.get("threat", "linf"), eps)
 
     @model_validator(mode="before")
     @classmethod
@@ -103,7 +116,8 @@ def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]
     """The bank (clean training patches) and the queries (validation patches), thinned evenly where asked."""
     found = []
     for split, wanted in (("train", settings.bank_patches), ("val", settings.query_patches)):
-        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size)
+        own_size = getattr(settings, "threat", "") == "raw_srh"  # resized, they are not made of two channels any more
+        dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size)
         if wanted is not None and wanted < len(dataset):
             dataset.rows = dataset.rows[np.linspace(0, len(dataset) - 1, wanted).round().astype(int)]
         found.append(patch_loader(dataset, batch_size=settings.batch_size, workers=settings.data.workers))
@@ -112,6 +126,7 @@ def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]
 
 def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxResult]:
     """Results by the name of the encoder."""
+    check_threat(settings.threat, cohort)
     device = device_named(settings.device)
     bank, queries = loaders(settings, cohort)
     encoders = [load_named(settings, text) for text in settings.checkpoint]
@@ -123,10 +138,15 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
         raise ValueError(
             f"two encoders are called {', '.join(map(repr, twice))}; name them: --checkpoint a=FILE,b=FILE"
         )
-    attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
+    step_size = settings.step_size if settings.threat == "linf" or "step_size" in settings.model_fields_set else None
+    attacks = attacks_under(
+        settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=step_size
+    )
     results = {}
     for title, encoder, digest in encoders:
         print(f"evaluating {title} (target {settings.target})", file=sys.stderr)
+        if settings.threat == "raw_srh" and encoder.fixed_size is None:
+            encoder.input_size = (settings.data.image_size,) * 2  # the encoder resizes what the dataset no longer does
         result = evaluate_whitebox(
             encoder.to(device),
             bank,
