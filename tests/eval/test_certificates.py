@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hsat.eval import Smoothing, certify, challenge_certificates, embed, read_records, write_records
+from hsat.eval import (
+    Smoothing,
+    certify,
+    challenge_certificates,
+    embed,
+    plot_certified_accuracy,
+    read_records,
+    write_records,
+)
 from hsat.eval.binomial import binomial_tail, clopper_pearson_lower, clopper_pearson_upper
 from hsat.eval.certificates import ABSTAIN, group_radius, patch_radius
 from hsat.eval.smoothing import count_votes, gaussian_noise
@@ -379,3 +390,28 @@ def test_bad_calls(encoder, bank):
     )
     with pytest.raises(ValueError, match="slide 0 holds patches with different labels"):
         run(queries=two, k=1)
+
+
+# --- the picture and the page -------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_the_curve(certified, tmp_path):
+    from PIL import Image
+
+    with Image.open(plot_certified_accuracy(certified.records, tmp_path / "plots" / "curve.png")) as picture:
+        assert picture.size[0] > picture.size[1] > 200
+    with pytest.raises(ValueError, match="none of the 0 records has metric 'certified_accuracy'"):
+        plot_certified_accuracy([], tmp_path / "none.png")
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "honesty.md"
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            exec(compile(code, str(page), "exec", dont_inherit=True), names)
+    assert names["found"].flags == () and names["found"].measures["images"] == 12
+    assert "certified-0.05" in names["table"]
+    assert not names["challenge"].refuted

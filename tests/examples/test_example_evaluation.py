@@ -15,7 +15,7 @@ from hsat.data import Cohort
 from hsat.eval import compare_models, load_scores, read_records
 from hsat.models import load_encoder
 
-QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 2 --quiet".split()
+QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 2 --diagnose 0 --quiet".split()
 ONE = [*QUICK, "--k", "5", "--eps", "8/255", "--attacks", "pgd"]
 BUILT = ["--model.backbone", "test_byobnet", "--model.embedding_dim", "16"]
 
