@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import re
 import weakref
 from functools import partial
@@ -31,7 +30,7 @@ from hsat.eval import (
 )
 from hsat.eval.intervals import student_quantile
 from hsat.eval.lending import is_loader
-from hsat.models import wrap_encoder
+from hsat.models import branch, convert_to_dual, wrap_encoder
 from hsat.types import HierarchicalBatch
 
 PGD8 = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
@@ -255,7 +254,6 @@ def test_one_encoder_at_a_time_gives_the_same_numbers(full, bank, queries, tmp_p
     most = []
 
     def load(name):
-        gc.collect()
         alive.add(encoder := colours()[name])
         most.append(len(alive))
         return encoder
@@ -467,6 +465,22 @@ def test_the_paper_attacks_the_embedding(toy_encoder, bank, queries):
     alone = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, compat="paper", **FAST)
     own = [(r.value, r.target) for r in result.records if "_drop" not in r.metric]
     assert own == [(r.value, "embedding") for r in alone.records]
+
+
+def test_the_paper_attacks_one_branch_of_a_dual_norm(bank, queries):
+    """As evaluate_whitebox does: through "pgd", while the active branch is scored."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = convert_to_dual(wrap_encoder(net, mean=0.5, std=0.1, head=2))
+    with torch.no_grad(), branch(encoder, "pgd"):
+        encoder.train()(queries[0].images)  # the two branches have other statistics now
+    results = {}
+    for compat in ("paper", None):
+        options = dict(compat=compat, target="embedding", **FAST)
+        found = evaluate_transfer({"a": encoder}, bank, queries, {"PGD-8": PGD8}, **options)
+        alone = evaluate_whitebox(encoder, bank, queries, {"PGD-8": PGD8}, **options)
+        results[compat] = found.attacked["a", "PGD-8", "a"][15]
+        np.testing.assert_array_equal(results[compat], alone.scores["PGD-8"][15])
+    assert np.abs(results["paper"] - results[None]).max() > 1e-6
 
 
 @pytest.mark.parametrize(

@@ -79,22 +79,19 @@ def test_writes_the_matrix(whole, files, root):
     assert about["attacked_in_this_run"] == [[s, a] for s in "abc" for a in ("PGD-8", "MIFGSM-8")]
 
 
-def test_killed_and_resumed(argv, launch, root, tmp_path):
-    pair = argv[1].rpartition(",")[0]
-    slow = ["--checkpoint", pair, *argv[2:], "--steps", "20", "--bootstrap", "5"]
+def test_killed_and_resumed(argv, whole, launch, tmp_path):
     out = tmp_path / "out"
-    process = launch("evaluate_transfer.py", *slow, "--out", str(out), "--hold", "one", cwd=tmp_path)
+    process = launch("evaluate_transfer.py", *argv, "--out", str(out), "--hold", "one", cwd=tmp_path)
     entries = out / "state" / "entries"
     while process.poll() is None and not list(entries.glob("attacked-a-PGD-8-*")):
-        time.sleep(0.005)
+        time.sleep(0.002)
     kill(process)
     done = len(list(entries.glob("attacked-*")))
-    assert 1 <= done < 4 and not (out / "records.jsonl").exists()
-    transfer([*slow, "--out", str(out), "--resume"])
+    assert 1 <= done < 6 and not (out / "records.jsonl").exists()
+    transfer([*argv, "--out", str(out), "--resume"])
     made = json.loads((out / "run.json").read_text())["attacked_in_this_run"]
-    assert len(made) == 4 - done and made[-1] == ["b", "MIFGSM-8"]
-    transfer([*slow, "--out", str(tmp_path / "whole")])
-    assert (out / "records.jsonl").read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
+    assert len(made) == 6 - done and made[-1] == ["c", "MIFGSM-8"]
+    assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
     assert not list(out.rglob(".*")) and not (out / "state" / "adversarial").exists()
 
 
