@@ -39,8 +39,8 @@ def bootstrap_intervals(
     the number of patients only: the same seed gives the same patients for every attack and level.
 
     method: "t" (default: Student's quantile times the bootstrap's standard error, on the logit scale), "percentile",
-    "basic" or "bca"; see `interval_around`.  In simulated cohorts "t" covered nearest to what it promises, with 10
-    patients as with 200, and the percentile method too seldom below 60; docs/conventions.md has the figures.
+    "basic" or "bca"; see `interval_around`.  In simulated cohorts "t" covered nearest to what it promises, and
+    the percentile method too seldom with fewer than 60 patients; docs/conventions.md has the figures.
     absent, compat: see `metrics`.
 
     Where every patient scores 0, or every patient 1, no resample differs.  Accuracy, mca, top2 and top3 then get an

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hsat.attacks import BIM, FFGSM, MIFGSM, PGD, Linf
 from hsat.data import Cohort, HierarchicalDataset, PatientBatchSampler, hierarchical_loader, write_synthetic_cohort
-from hsat.eval import CONVENTIONS, conventions_table, paper_attacks, score_levels
+from hsat.eval import CONVENTIONS, conventions_table, evaluate_whitebox, paper_attacks, score_levels
 from hsat.eval.aiming import published_aim
 from hsat.eval.conventions import PAPER, Arithmetic, resolve_arithmetic
 from hsat.models import build_encoder
@@ -128,3 +132,38 @@ def test_each_scoring_option_moves_what_it_should(golden, table):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     assert one["absent"]["patch"].mca <= usual["patch"].mca
     assert one["how"]["patch"].map != usual["patch"].map and one["how"]["patch"].accuracy == usual["patch"].accuracy
+
+
+def execute(page, folder):
+    """The names that the Python blocks of a page define, run in order in a folder."""
+    names = {"__name__": page.stem}
+    text = page.read_text()
+    with contextlib.chdir(folder), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            code = "\n" * text.count("\n", 0, block.start(1)) + block.group(1)  # errors point into the page
+            exec(compile(code, str(page), "exec", dont_inherit=True), names)
+    return names
+
+
+def test_the_page_prints_this_list_and_its_python_runs(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "conventions.md"
+    text = page.read_text()
+    assert text.partition("<!-- conventions -->\n")[2].partition("<!-- /conventions -->")[0] == conventions_table()
+    names = execute(page, tmp_path)
+    values = {(r.attack_name, r.level, r.metric): r.value for r in names["found"].records}
+    assert values["clean", "patch", "accuracy"] > values["PGD-16", "patch", "accuracy"]
+    assert {r.settings["how"] for r in names["published"].records} == {"paper"}
+    assert {table.model for table in names["tables"]} == {"means", "simple"}
+    assert (names["each"].model, names["each"].against, names["each"].patients) == ("simple", "means", 8)
+
+
+def test_every_record_has_an_interval_or_says_why_not(toy_encoder, toy_batches):
+    attacks = paper_attacks((8 / 255,), steps=4, names=("pgd",))
+    bank, queries = toy_batches(seed=1, sizes=(45,), first_id=1000), toy_batches(seed=2, sizes=(36,))
+    for resamples in (0, 40):
+        result = evaluate_whitebox(toy_encoder, bank, queries, attacks, k=15, bootstrap=resamples)
+        for record in result.records:
+            has = record.low is not None and record.high is not None
+            assert has != bool(record.settings.get("no_interval"))
+            assert not has or (record.low <= record.value <= record.high and record.low < record.high)
