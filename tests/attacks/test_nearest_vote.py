@@ -123,6 +123,33 @@ def test_gradients(k, loss):
     assert torch.autograd.gradcheck(soft_knn(same, bank, label, k=k).scores, (z,))
 
 
+def test_the_gradient_is_that_of_a_dense_product():
+    """To rounding, which gradcheck's tolerance is far above."""
+    bank, z, label = problem(6)
+    z.requires_grad_()
+    rows = torch.nn.functional.normalize(torch.from_numpy(bank.z).double(), dim=1)
+    similarity = torch.nn.functional.normalize(z, dim=1) @ rows.T / 0.07
+    votes = torch.stack([similarity[:, torch.from_numpy(bank.label) == c].logsumexp(1) for c in range(CLASSES)], 1)
+    dense = votes.logsumexp(1) - votes.gather(1, label[:, None])[:, 0]
+    expected = torch.autograd.grad(dense.sum(), z)[0]
+    found = torch.autograd.grad(soft_knn(same, bank, label, k=60, loss="ce")(z).sum(), z)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_rows_that_lie_close_together_are_told_apart():
+    """Similarities differ in the sixth digit over 300 rows: fewer digits in the search would pick other neighbours."""
+    angle = torch.linspace(0.05, 0.08, 300, dtype=torch.float64)
+    rows = torch.stack((angle.cos(), angle.sin()), 1)
+    shuffle = torch.randperm(300, generator=seeded(3))
+    label = (torch.arange(300) // 3 % 2)[shuffle]
+    bank = table_of(rows[shuffle], label, 2)
+    z = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    for k in (3, 9, 21):
+        expected = KNNClassifier(k=k).fit(bank).predict_proba(z)
+        found = soft_knn(same, bank, torch.tensor([0]), k=k).scores(z)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 def test_a_safe_decision_and_a_lost_one_are_not_flat():
     """All neighbours share one class, so that the scores are constant; the objective still points to the other."""
     g = seeded(1)
