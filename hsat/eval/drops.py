@@ -111,7 +111,6 @@ def _with_interval(record: Record, resampled: np.ndarray | None, people: int) ->
         people=people,
         method="t",
         confidence=0.95,
-        left_out=lambda: np.empty(0),
         difference=True,
     )
     settings |= {"no_interval": found.reason} if found.reason else {}
