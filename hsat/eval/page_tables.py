@@ -80,7 +80,11 @@ def entry(cell: Cell | None) -> Entry:
         small = ""
     else:
         small = f"{100 * cell.low:.1f} to {100 * cell.high:.1f}"
-    return Entry(*(text.replace("-", "−") for text in (f"{100 * cell.value:.1f}", small)))
+    return Entry(_minus(f"{100 * cell.value:.1f}"), _minus(small))
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
 
 
 def _meanings(columns: Sequence[Column]) -> list[str]:
@@ -163,7 +167,7 @@ def _difference(found: Difference | None) -> Entry:
     if found is None:
         return Entry("–")
     small = "" if found.low is None or found.high is None else f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-    return Entry(*(text.replace("-", "−") for text in (f"{100 * found.difference:+.1f}", small)))
+    return Entry(_minus(f"{100 * found.difference:+.1f}"), _minus(small))
 
 
 def effort_table(records: Sequence[Record]) -> Table | None:
