@@ -111,6 +111,10 @@ def test_rows_are_matched_by_patch_and_classes_by_name():
         class_names=tuple(b.class_names[i] for i in turned),
         **columns,
     )
+    mixed = draw(6).permutation(len(a))
+    a = dataclasses.replace(
+        a, **{name: getattr(a, name)[mixed] for name in ("scores", "label", "patch", "slide", "patient")}
+    )
     for one, other in zip(paired_difference(a, shuffled, generator=draw(), resamples=30), expected, strict=True):
         numbers = [(d.difference, d.low or 0, d.high or 0, d.not_above) for d in (one, other)]
         assert numbers[0] == pytest.approx(numbers[1])
