@@ -48,12 +48,14 @@ def load_encoder(
                 f"{path} does not say how to build its encoder; name its backbone, as in load_encoder({str(path)!r},"
                 f" 'resnet50'), or build it with build_encoder or wrap_encoder and call load_checkpoint"
             )
-        size = spec.get("input_size")
-        encoder = build_encoder(**{**spec, "input_size": None if size is None else tuple(size)}, seed=0)
+        encoder = build_encoder(**{**spec, "input_size": _size(spec)}, seed=0)
         encoder.weights_report = load_state(encoder, path, state, metadata)
         return encoder.eval()
     options: dict[str, Any] = {"dual_norm": dual_norm or any(".bn_list." in key for key in state)}
     options |= {"input_size": input_size, "seed": 0}
+    if spec is not None and spec.get("name") == backbone:
+        kept = {key: spec[key] for key in ("mean", "std") if spec.get(key) is not None}
+        options |= kept | ({"input_size": _size(spec)} if input_size is None else {})
     chosen = {"head": None} if head is None else _head_options(path, state, head, embedding_dim, head_hidden)
     encoder = build_encoder(backbone, **chosen, **options)
     other = "" if spec is None or spec.get("name") == backbone else f"the file says that it holds {spec.get('name')!r}"
@@ -81,6 +83,11 @@ def spec_in(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     extra = metadata.get("extra")
     spec = metadata.get("encoder", extra.get("encoder") if isinstance(extra, dict) else None)
     return spec if isinstance(spec, dict) else None
+
+
+def _size(spec: Mapping[str, Any]) -> tuple[int, int] | None:
+    size = spec.get("input_size")
+    return None if size is None else (int(size[0]), int(size[1]))
 
 
 def _head_options(

@@ -126,9 +126,10 @@ def test_a_head_for_other_features_is_refused_and_the_backbone_can_be_had(tmp_pa
 
 
 def test_another_name_than_the_file_says(tmp_path):
-    encoder = build_encoder(NAME, embedding_dim=8, seed=1)
+    encoder = build_encoder(NAME, embedding_dim=8, mean=0.4, std=0.2, input_size=24, seed=1)
     path = save_encoder(encoder, tmp_path / "own.safetensors")
-    assert state_fingerprint(load_encoder(path, NAME)) == state_fingerprint(encoder)
+    assert state_fingerprint(load_encoder(path, NAME)) == state_fingerprint(encoder)  # pixels and all
+    assert load_encoder(path, NAME, input_size=20).input_size == (20, 20)
     with pytest.raises(ValueError, match=r"does not fit.*the file says that it holds 'test_resnet'"):
         load_encoder(path, "test_byobnet")
 
