@@ -137,17 +137,17 @@ def test_the_gradient_is_that_of_a_dense_product():
 
 
 def test_rows_that_lie_close_together_are_told_apart():
-    """Similarities differ in the sixth digit over 300 rows: fewer digits in the search would pick other neighbours."""
-    angle = torch.linspace(0.05, 0.08, 300, dtype=torch.float64)
-    rows = torch.stack((angle.cos(), angle.sin()), 1)
-    shuffle = torch.randperm(300, generator=seeded(3))
-    label = (torch.arange(300) // 3 % 2)[shuffle]
-    bank = table_of(rows[shuffle], label, 2)
-    z = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    """Similarities differ in the sixth digit: products rounded to fewer would propose other neighbours."""
+    g = seeded(3)
+    centre, away = torch.randn(8, generator=g).double(), torch.randn(8, generator=g).double()
+    rows = centre + 1e-3 * torch.randn(300, 8, generator=g)
+    bank = table_of(rows, torch.randint(0, 2, (300,), generator=g), 2)
+    z = (centre + 0.05 * away)[None]
     for k in (3, 9, 21):
-        expected = KNNClassifier(k=k).fit(bank).predict_proba(z)
-        found = soft_knn(same, bank, torch.tensor([0]), k=k).scores(z)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        expected = KNNClassifier(k=k).fit(bank).neighbours(z).similarity.sum()
+        vote = soft_knn(same, bank, torch.tensor([0]), k=k, temperature=1.0)
+        np.testing.assert_allclose(vote.vote(z).log_vote.logsumexp(1).exp() / k, np.exp(expected / k), rtol=1e-10)
+        np.testing.assert_allclose(vote.scores(z), KNNClassifier(k=k, temperature=1.0).fit(bank).predict_proba(z))
 
 
 def test_a_safe_decision_and_a_lost_one_are_not_flat():
