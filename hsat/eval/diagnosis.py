@@ -63,13 +63,13 @@ def diagnose(
 
     The signs (`hsat.eval.signs` has the tolerated shares and their reasons), after Athalye et al., arXiv:1802.00420,
     section 3.1, and the flags of AutoAttack: zero gradient; never moved; noise of the same size as good as the attack;
-    a search without gradients (random points, surrogates) better than the attack, by value or by decision; the
+    a search without gradients (random points, Square, surrogates) better than the attack, by value or by decision; the
     objective does not rise with the steps; decisions that stay right under an unlimited attack; a second pass that
     gives another embedding; embeddings that jump (noise seeded by the image).  Each is raised by an exact one-sided
     binomial test; together they are raised for a sound model with a probability of at most 1 %.  With few images only
     gross masking is seen.  No flag is no proof of robustness.
 
-    Cost per image, for an attack of s steps: 3.5 s + 41 gradients and about 50 passes.
+    Cost per image, for an attack of s steps: 3.5 s + 41 gradients and about 100 passes.
 
     Raises ValueError for an attack without a threat model or with eps 0, RandomNoise, no queries, images < 1, and as
     `embed` does.

@@ -33,7 +33,7 @@ SIGNS = (
     # Random directions in thousands of dimensions are nearly orthogonal to the gradient: noise has no chance against it
     # but by an attack that went astray in single images.
     Sign("noise_wins", 0.05, "random noise of the same size reached the value of the attack"),
-    Sign("black_box_wins", 0.05, "a search without gradients reached a higher value than the attack"),
+    Sign("black_box_wins", 0.05, "a search without gradients rose clearly higher than the attack"),
     # Steps of one size end up circling around the maximum, so that a little up and down is no sign.
     Sign("not_rising", 0.05, "the objective did not rise, or fell again with twice the steps"),
     # The vote is not what a drift maximises: an image may be moved far and still be recognised.

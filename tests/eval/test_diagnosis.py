@@ -15,7 +15,7 @@ from hsat.eval.subset import Handful
 from hsat.types import HierarchicalBatch
 
 PGD8 = PGD(Linf(8 / 255), step_size=3 / 255, steps=4)
-ATTACKS = (PGD8, MIFGSM(L2(0.5), step_size=0.2, steps=2), FGSM(Linf(4 / 255)))
+ATTACKS = (PGD8, MIFGSM(L2(0.5), step_size=0.2, steps=4), FGSM(Linf(4 / 255)))
 
 
 class Planted(nn.Module):
