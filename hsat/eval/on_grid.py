@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,9 @@ def round_in_ball(x_adv: Tensor, x: Tensor, threat: ThreatModel, grid: Grid) -> 
     |count - count of x| <= eps * scale for Linf, in exact arithmetic; read as float32 each number is rounded, and a
     difference of two readings may show 1e-7 more.
 
-    Per pixel: the nearest count where it is feasible, else the next one towards x (for Linf and Masked that is the
-    nearest feasible count).  Where the whole image is infeasible all the same (L2: rounding lengthens some pixels),
-    the perturbation is shrunk until its nearest counts fit, by bisection, image by image.
+    The nearest counts, where they are feasible.  Else the nearer to x_adv of two: per pixel the next count towards x
+    where the nearest is not feasible (for Linf and Masked(Linf) the nearest feasible counts); or the nearest counts of
+    the largest share of the perturbation that fits (for L2, where rounding lengthens many small changes at once).
     """
     origin, wide = grid.counts(x), _widened(threat)
     clean = origin.double() / grid.scale
@@ -64,21 +65,29 @@ def round_in_ball(x_adv: Tensor, x: Tensor, threat: ThreatModel, grid: Grid) -> 
     def nearest(points: Tensor) -> Tensor:
         return points.round().clamp(0, grid.top).long()
 
-    inward = torch.where(aim >= origin, aim.floor().clamp(min=origin.double()), aim.ceil().clamp(max=origin.double()))
     counts = nearest(aim)
-    counts = torch.where(feasible_pixels(counts), counts, nearest(inward))
-    outside = ~feasible_pixels(counts).flatten(1).all(1)
-    if not bool(outside.any()):
+    kept = feasible_pixels(counts)
+    if bool(kept.all()):
         return counts
-    good, bad = torch.zeros(len(x), device=x.device), torch.ones(len(x), device=x.device)
-    shrunk = origin
+    inward = torch.where(aim >= origin, aim.floor().clamp(min=origin.double()), aim.ceil().clamp(max=origin.double()))
+    mixed = torch.where(kept, counts, nearest(inward))
+    shrunk = _shrunk(lambda share: nearest(origin + share * (aim - origin)), feasible_pixels, origin)
+    loss = [(option - aim).square().flatten(1).sum(1) for option in (mixed, shrunk)]
+    by_pixels = feasible_pixels(mixed).flatten(1).all(1) & (loss[0] <= loss[1])
+    return torch.where(by_pixels[:, None, None, None], mixed, shrunk)
+
+
+def _shrunk(rounded: Callable[[Tensor], Tensor], feasible_pixels: Callable[[Tensor], Tensor], origin: Tensor) -> Tensor:
+    """The counts of the largest share of each image's perturbation that bisection finds feasible."""
+    good = torch.zeros(len(origin), 1, 1, 1, dtype=torch.float64, device=origin.device)
+    bad, best = torch.ones_like(good), origin
     for _ in range(_HALVINGS):
-        share = ((good + bad) / 2).double()[:, None, None, None]
-        trial = nearest(origin + share * (aim - origin))
-        fits = feasible_pixels(trial).flatten(1).all(1)
-        shrunk = torch.where(fits[:, None, None, None], trial, shrunk)
-        good, bad = torch.where(fits, (good + bad) / 2, good), torch.where(fits, bad, (good + bad) / 2)
-    return torch.where(outside[:, None, None, None], shrunk, counts)
+        share = (good + bad) / 2
+        trial = rounded(share)
+        fits = feasible_pixels(trial).flatten(1).all(1)[:, None, None, None]
+        best = torch.where(fits, trial, best)
+        good, bad = torch.where(fits, share, good), torch.where(fits, bad, share)
+    return best
 
 
 def _widened(threat: Any) -> ThreatModel:

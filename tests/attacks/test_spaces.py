@@ -156,6 +156,18 @@ def test_a_stain_attack_changes_the_stains_by_at_most_eps_and_the_residual_not_a
     assert (linear(w)(x_adv.double()) > linear(w)(x.double())).all()
 
 
+@pytest.mark.parametrize("per_pixel", [True, False])
+def test_the_variable_is_the_stain_that_is_added(per_pixel):
+    space, x = Stains(per_pixel=per_pixel), colour(dtype=torch.float64) * 0.5
+    size = (5, 4) if per_pixel else (1, 1)
+    added = 0.2 * torch.rand(3, 2, *size, generator=generator(2), dtype=torch.float64)
+    images = space.decode(added, x)
+    change = to_stains(images) - to_stains(x)
+    torch.testing.assert_close(change[:, :2], added.expand(3, 2, 5, 4))
+    torch.testing.assert_close(space.encode(images, x), added)
+    assert not space.encode(x, x).any()
+
+
 def test_the_corner_of_stain_space():
     """More haematoxylin darkens everything: an objective that wants darkness takes eps of both stains everywhere."""
     x = colour() * 0.8
@@ -193,7 +205,8 @@ def test_estimated_stains_are_those_the_images_were_painted_with():
     wanted = stain_basis(((0.55, 0.75, 0.35), (0.15, 0.9, 0.3)))[:2]
     amount = torch.rand(2, 4000, generator=generator(), dtype=torch.float64) ** 3
     density = 1.6 * amount.T @ wanted + 0.2 * wanted.sum(0)
-    images = torch.exp(-density).T.reshape(1, 3, 40, 100)
+    pen = torch.tensor([[0.0, 0.1, 3.0]], dtype=torch.float64).expand(400, 3)  # a mark that leaves red light alone
+    images = torch.exp(-torch.cat((density, pen))).T.reshape(1, 3, 44, 100)
     found = torch.tensor(estimate_stains(images, percentile=0.1), dtype=torch.float64)
     cosine = (found * wanted).sum(1) / found.norm(dim=1)
     assert (cosine > 0.998).all(), cosine

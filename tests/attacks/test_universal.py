@@ -41,6 +41,9 @@ def test_a_linear_objective_has_its_corner(batches):
     assert torch.equal(fitted.delta, 0.125 * w.sign())
     x = loader(seed=9)[0].images
     torch.testing.assert_close(fitted(x, lambda v: v.sum()), x + 0.125 * w.sign())
+    seen = torch.cat([batch.images for batch in loader(sizes=batches)])
+    reached = ((seen + 0.125 * w.sign()) * w).sum((1, 2, 3)).mean()
+    assert fitted.history[-1] == pytest.approx(float(reached), rel=1e-5), "the mean over images, not over batches"
 
 
 def test_the_l2_optimum_of_a_linear_objective():

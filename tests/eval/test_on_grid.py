@@ -65,6 +65,18 @@ def test_l2_counts_lie_in_the_ball_and_use_it(seed, eps):
         assert norms.min() > 0.25, "the budget is not given away"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_small_l2_perturbations_are_not_rounded_away(seed):
+    """Most pixels move by less than a count: towards x all of them would vanish."""
+    x = on_grid(seed, PNG_GRID, (2, 3, 40, 40)).clamp(0.2, 0.8)
+    moved = x + 0.5 / 255 * torch.randn(x.shape, generator=generator(seed + 1))
+    threat = L2(float((moved - x).flatten(1).norm(dim=1).min()))
+    gap = (round_in_ball(threat.project(moved, x), x, threat, PNG_GRID) - PNG_GRID.counts(x)).double() / 255
+    norms = gap.flatten(1).norm(dim=1)
+    assert (norms <= threat.eps * (1 + 1e-8)).all()
+    assert (norms > 0.95 * threat.eps).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(seeds, st.sampled_from([Linf(4 / 255), L2(0.2)]))
 def test_masks_hold_on_the_grid(seed, inner):
