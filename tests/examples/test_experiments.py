@@ -295,7 +295,7 @@ def test_a_published_checkpoint_needs_its_backbones_name_only(root, tmp_path, ca
     argv = ["--data.root", root, *QUICK.split(), "--target", "embedding"]
     named = ["--checkpoint", tmp_path / "official.pth", "--model.backbone", "test_byobnet"]
     evaluate([*named, *argv, "--out", tmp_path / "theirs"])
-    said = f"head mlp3_bn, embedding_dim {encoder.embedding_dim} (inferred from the file)"
+    said = "head mlp3_bn, embedding_dim 256, hidden [256, 256] (inferred from the file)"
     assert said in capsys.readouterr().err
     path = save_encoder(encoder, tmp_path / "own.safetensors")
     evaluate(["--checkpoint", path, *argv, "--out", tmp_path / "own"])
