@@ -68,19 +68,19 @@ def adversarial_step(
     share = 1.0 if attack is None else clean_weight
     x_adv = clean = adversarial = None
     if attack is not None and share < 1:
-        inner = _local(loss if inner_loss is None else inner_loss)
+        inner = local_loss(loss if inner_loss is None else inner_loss)
         x_adv = _attacked(model, inner, attack, batch, autocast=autocast, generator=generator, start=start)
-        adversarial = _terms(model, loss, batch.replace(images=x_adv), autocast=autocast, statistics="pgd")
+        adversarial = outer_terms(model, loss, batch.replace(images=x_adv), autocast=autocast, statistics="pgd")
     if share > 0:
-        clean = _terms(model, loss, batch, autocast=autocast, statistics="normal")
+        clean = outer_terms(model, loss, batch, autocast=autocast, statistics="normal")
     total: Tensor
     if adversarial is None:
         assert clean is not None  # one of the two has weight
-        total = _total(clean)
+        total = total_of(clean)
     elif clean is None:
-        total = _total(adversarial)
+        total = total_of(adversarial)
     else:
-        total = share * _total(clean) + (1 - share) * _total(adversarial)
+        total = share * total_of(clean) + (1 - share) * total_of(adversarial)
     return StepResult(total, clean, adversarial, x_adv)
 
 
@@ -94,12 +94,12 @@ def _attacked(
     generator: torch.Generator | None,
     start: Tensor | None,
 ) -> Tensor:
-    encoder = _unwrapped(model)
-    with _statistics(encoder, "pgd"), frozen(encoder), autocast():
+    encoder = unwrapped(model)
+    with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
         return attack(batch.images, hierarchical(encoder, loss, batch), start=start, generator=generator)
 
 
-def _terms(
+def outer_terms(
     model: nn.Module,
     loss: Loss,
     batch: HierarchicalBatch,
@@ -107,24 +107,28 @@ def _terms(
     autocast: Callable[[], AbstractContextManager[Any]],
     statistics: str,
 ) -> HiDiscTerms | Tensor:
-    with _statistics(_unwrapped(model), statistics), autocast():
+    """What the loss gives for a batch in a pass with gradients to everything; `statistics` is the BatchNorm branch."""
+    with statistics_of(unwrapped(model), statistics), autocast():
         return loss(model(batch.images), batch)
 
 
-def _total(terms: HiDiscTerms | Tensor) -> Tensor:
+def total_of(terms: HiDiscTerms | Tensor) -> Tensor:
+    """The scalar to descend or climb."""
     return terms if isinstance(terms, Tensor) else terms.total
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _local(loss: Loss) -> Loss:
+def local_loss(loss: Loss) -> Loss:
     """The loss on this rank's images only."""
     if getattr(loss, "gather", False) and dataclasses.is_dataclass(loss) and not isinstance(loss, type):
         return dataclasses.replace(loss, gather=False)
     return loss
 
 
-def _statistics(encoder: nn.Module, name: str) -> AbstractContextManager[Any]:
+def statistics_of(encoder: nn.Module, name: str) -> AbstractContextManager[Any]:
+    """The named BatchNorm branch of a dual encoder for a while; nothing for other models."""
     return branch(encoder, name) if is_dual(encoder) else ExitStack()
