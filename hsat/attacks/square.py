@@ -33,7 +33,8 @@ class Square(Ascent):
     area: share of the image that a square covers at first, p of the paper, halved after 10, 50, 200, 500, 1000, 2000,
     4000, 6000 and 8000 of 10,000 queries, in proportion for other numbers; the paper's 0.05 is for 224 x 224 pixels,
     small images want more (AutoAttack takes 0.8).
-    Each image has squares of its own, with `ids` from its own id; the published code draws one square per batch.
+    Each image has squares of its own, with `ids` from its own id; the published code draws one square per batch.  In
+    L2 windows hand on their norm over all channels, as in AutoAttack; by the paper, channel by channel, it is weaker.
     `start` replaces the first restart's stripes or grid.  A scalar objective is one value for the batch: a proposal is
     then kept or dropped for all images together.  `stationary` and `zero_gradient` of the result are zero.
     Raises FloatingPointError, naming the images, for values that are not finite.

@@ -80,13 +80,15 @@ def moved_mass(u: Tensor, gap: Tensor, eps: float | Tensor, side: int) -> Tensor
     """Algorithm 3: the perturbation `gap` with the mass of a second window moved to a bump in the first; u (n, 5 + c).
 
     Each channel of the first window becomes (old direction + signed bump), scaled to the norm that both windows had
-    together plus a fair share of the budget that is not used up; the second window becomes zero.
+    together plus a fair share of the budget that is not used up; the second window becomes zero.  As in AutoAttack the
+    norm of the windows is taken over all channels (in the paper over each one) and the sum is scaled back to eps.
     """
+    limit = torch.as_tensor(eps, device=gap.device, dtype=gap.dtype)
     n, c, h, w = gap.shape
     first, rows1, columns1 = _window(corner(u[:, 0], h, side), corner(u[:, 1], w, side), side, h, w)
     second, _, _ = _window(corner(u[:, 2], h, side), corner(u[:, 3], w, side), side, h, w)
-    unused = (torch.as_tensor(eps, device=gap.device, dtype=gap.dtype) ** 2 - _norm(gap, (1, 2, 3)) ** 2).clamp_min(0)
-    available = (_norm(torch.where(first | second, gap, 0.0), (2, 3)) ** 2 + unused / c).sqrt()
+    unused = (limit**2 - _norm(gap, (1, 2, 3)) ** 2).clamp_min(0)
+    available = (_norm(torch.where(first | second, gap, 0.0), (1, 2, 3)) ** 2 + unused / c).sqrt()
     index = torch.arange(n, device=gap.device)[:, None, None, None], torch.arange(c, device=gap.device)[:, None, None]
     old = gap[(*index, rows1, columns1)]
     pattern = bump(side).to(gap)
@@ -95,7 +97,7 @@ def moved_mass(u: Tensor, gap: Tensor, eps: float | Tensor, side: int) -> Tensor
     added = added / _norm(added, (2, 3)).clamp_min(1e-12) * available
     result = torch.where(second, 0.0, gap)
     result[(*index, rows1, columns1)] = added
-    return result
+    return limit * result / _norm(result, (1, 2, 3)).clamp_min(1e-12)
 
 
 def _window(top: Tensor, left: Tensor, side: int, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
