@@ -60,12 +60,13 @@ def paper(x, f, threat, *, steps, rho=0.75, alpha=0.75):
 
 
 @pytest.mark.parametrize("threat", [Linf(0.1), L2(1.0)], ids=repr)
-@pytest.mark.parametrize("steps", [1, 7, 40])
-def test_against_the_algorithm_image_by_image(threat, steps):
+@pytest.mark.parametrize(("steps", "rho"), [(1, 0.75), (7, 0.75), (40, 0.75), (60, 0.0)])
+def test_against_the_algorithm_image_by_image(threat, steps, rho):
+    """With rho = 0 the second condition stands alone."""
     x = images(5)
-    result = APGD(threat, steps=steps, random_start=False).run(x, waves())
+    result = APGD(threat, steps=steps, random_start=False, rho=rho).run(x, waves())
     for i in range(5):
-        best, value = paper(x[i : i + 1], waves(), threat, steps=steps)
+        best, value = paper(x[i : i + 1], waves(), threat, steps=steps, rho=rho)
         torch.testing.assert_close(result.x_adv[i : i + 1], best, atol=1e-12, rtol=0)
         assert float(result.value[i]) == pytest.approx(value, abs=1e-9)
 

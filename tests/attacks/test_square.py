@@ -189,6 +189,17 @@ def test_only_rises_are_kept_and_queries_are_counted(threat, queries):
     assert (more.value >= result.value).all()
 
 
+def test_a_proposal_of_equal_value_is_not_taken():
+    x, seen = images(2), []
+
+    def flat(v):
+        seen.append(v.clone())
+        return torch.ones(2)
+
+    assert torch.equal(Square(Linf(0.1), queries=10)(x, flat, generator=seeded()), seen[0])
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_ids_make_each_image_a_search_of_its_own():
     x, ids = images(5), torch.tensor([3, 1, 4, 15, 9])
     objective = lambda v: (9 * v).sin().flatten(1).cumsum(1)[:, -1]
