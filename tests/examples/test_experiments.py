@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from hsat.data import write_synthetic_cohort
 from hsat.eval import read_records
 from hsat.models import build_encoder, load_encoder, save_encoder, state_fingerprint, untouched_branches
 
@@ -121,8 +122,14 @@ def test_smoke_run_differs_in_size_only(path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to work in, where the first smoke run writes the synthetic cohort and the others find it."""
-    return tmp_path_factory.mktemp("experiments")
+    """A folder to work in, where the synthetic cohort lies; a smaller one than is written there by default."""
+    import cohorts
+
+    folder = tmp_path_factory.mktemp("experiments")
+    write_synthetic_cohort(folder / "runs" / "synthetic-0", patients_per_class=4, patches=3, size=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohorts, "write_synthetic_cohort", lambda path, seed: path)
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +186,8 @@ def test_a_paper_scale_run_asks_for_its_data(stops, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def dual(place, smoke):
+def dual(place):
     """The folder of a training on clean and adversarial images with two BatchNorm branches, interrupted and resumed."""
-    smoke(2)  # writes the cohort
     argv = ["--config", SMOKE[2], *DUAL.split()]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -302,6 +308,7 @@ def test_a_published_checkpoint_needs_its_backbones_name_only(root, tmp_path, ca
     assert measured(tmp_path / "theirs") == measured(tmp_path / "own")
 
 
+@pytest.mark.slow
 def test_a_backbone_of_the_paper(root, tmp_path, capsys):
     torch.save(published(build_encoder("resnet50_at", embedding_dim=64, seed=3), "bb.model"), tmp_path / "official.pth")
     argv = ["--checkpoint", tmp_path / "official.pth", "--model.backbone", "resnet50_at", "--data.root", root]
