@@ -121,6 +121,11 @@ def score_searches(model: nn.Module, threat: ThreatModel, x: Tensor, labels: Ten
     return found
 
 
+def text_of(threat: ThreatModel) -> str:
+    """Name and radius of a threat model."""
+    return f"{type(threat).__name__} {float(threat.eps):.3g}"
+
+
 def rows(args: argparse.Namespace) -> list[tuple[str, ...]]:
     """(model, threat, budget, attack, accuracies) for everything."""
     found: list[tuple[str, ...]] = []
@@ -133,15 +138,17 @@ def rows(args: argparse.Namespace) -> list[tuple[str, ...]]:
         found.append((name, "none", "", "no attack", f"{accuracy(x):.1f}"))
         scale = 1.0 if adversarial else 0.8
         for threat in (Linf(12 / 255 * scale), L2(0.6 * scale)):
-            runs = {}
+            runs: dict[tuple[str, str, str], Run] = {}
             for steps in args.steps:
-                runs |= {(f"{steps} steps", k): v for k, v in contestants(model, threat, x, labels, steps).items()}
-            searches = score_searches(model, threat, x, labels, args.queries)
-            runs |= {(f"{args.queries} queries", k): v for k, v in searches.items()}
-            for (budget, attack), run in runs.items():
+                named = contestants(model, threat, x, labels, steps)
+                runs |= {(text_of(threat), f"{steps} steps", attack): run for attack, run in named.items()}
+            wider = type(threat)(2 * float(threat.eps))  # scores alone need more room, or nothing happens
+            searches = score_searches(model, wider, x, labels, args.queries)
+            runs |= {(text_of(wider), f"{args.queries} queries", attack): run for attack, run in searches.items()}
+            for key, run in runs.items():
                 left = [accuracy(run(seed)) for seed in range(args.seeds)]
                 text = f"{statistics.mean(left):.1f} ({min(left):.1f} to {max(left):.1f})"
-                found.append((name, f"{type(threat).__name__} {float(threat.eps):.3g}", budget, attack, text))
+                found.append((name, *key, text))
                 print(*found[-1], sep=" | ", flush=True)
     return found
 
@@ -151,9 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/apgd_strength.md"))
     parser.add_argument("--images", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 40])
-    parser.add_argument("--queries", type=int, default=150)
+    parser.add_argument("--queries", type=int, default=300)
     args = parser.parse_args()
     began = time.time()
     table = rows(args)
