@@ -42,6 +42,7 @@ def adversarial_step(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> StepResult:
     """Forward part of one training step (arXiv:2503.10629, section 2); the caller does backward and the optimiser.
 
@@ -57,7 +58,8 @@ def adversarial_step(
     loss, inner_loss: (embeddings, batch) -> terms with `.total`, such as HiDiscLoss, or a scalar; HiDiscLoss.from_code
     gives the inner losses of the paper's ablations.
     autocast: makes the context for every pass, such as partial(torch.autocast, "cuda", torch.bfloat16).
-    generator, start: handed to the attack.  No ids are: the views of a patch share theirs and would share their noise.
+    generator, start, ids: handed to the attack.  ids: (n,), by which an image's noise is drawn whichever rank has it; the
+    batch's own patch ids would not do, for the views of a patch share theirs and would share their noise.
 
     Raises ValueError if the model is in eval mode or clean_weight lies outside [0, 1].
     """
@@ -69,7 +71,8 @@ def adversarial_step(
     x_adv = clean = adversarial = None
     if attack is not None and share < 1:
         inner = local_loss(loss if inner_loss is None else inner_loss)
-        x_adv = _attacked(model, inner, attack, batch, autocast=autocast, generator=generator, start=start)
+        how = {"generator": generator, "start": start} | ({} if ids is None else {"ids": ids})
+        x_adv = attacked(model, inner, attack, batch, autocast=autocast, **how)
         adversarial = outer_terms(model, loss, batch.replace(images=x_adv), autocast=autocast, statistics="pgd")
     if share > 0:
         clean = outer_terms(model, loss, batch, autocast=autocast, statistics="normal")
@@ -84,19 +87,19 @@ def adversarial_step(
     return StepResult(total, clean, adversarial, x_adv)
 
 
-def _attacked(
+def attacked(
     model: nn.Module,
     loss: Loss,
     attack: Attack,
     batch: HierarchicalBatch,
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
-    generator: torch.Generator | None,
-    start: Tensor | None,
+    **how: Any,
 ) -> Tensor:
+    """The adversarial images of a batch; `how` is handed to the attack."""
     encoder = unwrapped(model)
     with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
-        return attack(batch.images, hierarchical(encoder, loss, batch), start=start, generator=generator)
+        return attack(batch.images, hierarchical(encoder, loss, batch), **how)
 
 
 def outer_terms(
