@@ -58,8 +58,8 @@ def adversarial_step(
     loss, inner_loss: (embeddings, batch) -> terms with `.total`, such as HiDiscLoss, or a scalar; HiDiscLoss.from_code
     gives the inner losses of the paper's ablations.
     autocast: makes the context for every pass, such as partial(torch.autocast, "cuda", torch.bfloat16).
-    generator, start, ids: handed to the attack.  ids: (n,), by which an image's noise is drawn whichever rank has it; the
-    batch's own patch ids would not do, for the views of a patch share theirs and would share their noise.
+    generator, start, ids: handed to the attack.  ids: (n,), by which an image's noise is drawn, whichever rank has it;
+    the batch's own patch ids would not do, for the views of a patch share theirs and would share their noise.
 
     Raises ValueError if the model is in eval mode or clean_weight lies outside [0, 1].
     """
