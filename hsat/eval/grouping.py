@@ -12,6 +12,7 @@ from hsat.eval.records import Record
 
 CLEAN = "clean"
 _ARITHMETIC = ("how", "absent", "keys")  # of pooling and of the mean class accuracy
+_EXACT = ("flat", "stream", "torch")  # indexes that find the true neighbours, and so the same numbers
 
 
 @dataclass(frozen=True, order=True)
@@ -27,6 +28,8 @@ class Setting:
     bank_cohort: str
     bank_split: str
     bank_rows: int
+    index: str
+    convention: str
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Cell:
 
 
 def setting_of(record: Record) -> Setting:
-    """The setting that a record was measured in; what it does not say is empty."""
+    """The setting that a record was measured in; what it does not say is empty, and so is an exact index."""
     said = record.settings
+    index = str(said.get("index", ""))
     return Setting(
         cohort=record.cohort,
         split=record.split,
@@ -68,7 +72,34 @@ def setting_of(record: Record) -> Setting:
         bank_cohort=str(said.get("bank_cohort", "")),
         bank_split=str(said.get("bank_split", "")),
         bank_rows=int(said.get("bank_rows", 0)),
+        index="" if index in _EXACT else index,
+        convention=str(said.get("convention", "")),
     )
+
+
+def branch_of(record: Record) -> str:
+    """The BatchNorm branch that a record speaks of, "" where there is one only; with the attacked one if that differs.
+
+    "pgd"; "normal, attacked through pgd" (the published evaluation).
+    """
+    scored, attacked = (str(record.settings.get(name) or "") for name in ("branch", "attack_branch"))
+    return f"{scored}, attacked through {attacked}" if scored and attacked not in ("", scored) else scored
+
+
+def branch_names(records: Iterable[Record]) -> dict[tuple[str, str], str]:
+    """Names by (model, branch) for models that were measured in several branches: two encoders in one file, as it were.
+
+    Empty for all others, which keep their names.
+    """
+    branches: dict[str, dict[str, None]] = {}
+    for record in records:
+        branches.setdefault(record.model, {})[branch_of(record)] = None
+    return {
+        (model, branch): f"{model} (branch {branch or 'not recorded'})"
+        for model, found in branches.items()
+        if len(found) > 1
+        for branch in found
+    }
 
 
 def unique(records: Iterable[Record]) -> tuple[Record, ...]:
@@ -94,14 +125,28 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
 
 
 def cell_of(records: Sequence[Record]) -> Cell | None:
-    """Several records of one number as mean and standard deviation (n - 1); one keeps its interval; none is None."""
+    """Several records of one number as mean and standard deviation (n - 1); one keeps its interval; none is None.
+
+    A number that two evaluations took of the same weights (the clean one of a white-box run and of a transfer) is one.
+    """
     if not records:
         return None
+    records = _measured_once(records)
     sizes = tuple(sorted({record.n for record in records}))
     values = [record.value for record in records]
     if len(values) > 1:
         return Cell(statistics.mean(values), None, None, statistics.stdev(values), len(values), sizes)
     return Cell(values[0], records[0].low, records[0].high, None, 1, sizes)
+
+
+def _measured_once(records: Sequence[Record]) -> list[Record]:
+    """Without repetitions: same file of weights, same seed (which clean images do not need), same value and n."""
+    seen: dict[tuple[object, ...], Record] = {}
+    for number, record in enumerate(records):
+        seed = record.seed if record.attack else None
+        known = (record.checkpoint, seed, record.n, record.value) if record.checkpoint else (number,)
+        seen.setdefault(known, record)
+    return list(seen.values())
 
 
 def is_transfer(record: Record) -> bool:

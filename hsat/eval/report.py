@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hsat.eval.charts import Figure, training_figures
+from hsat.eval.evidence import Evidence
 from hsat.eval.findings import Doubt, Outcome, flags_of, is_noise, outcome_of, sentence, signs_of
 from hsat.eval.grouping import Setting, setting_of, unique
 from hsat.eval.page_sections import Block, Provenance, TransferBlock, block_of, provenance_of, transfer_block_of
 from hsat.eval.page_tables import Table, differences_of, effort_table
 from hsat.eval.records import Record, software_versions
-from hsat.eval.run_folders import RunFolder, open_runs
+from hsat.eval.run_folders import RunFolder, branches_apart, open_runs
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -45,14 +46,15 @@ def write_report(
     figures speak of; None is the first in the records.  metric: "accuracy" or "mca", for summary, curves and doubts.
 
     Numbers of different cohorts, splits, targets, banks or arithmetic are never put into one table; runs that differ in
-    nothing but seed and weights become mean and standard deviation.  A record that is given twice counts once.
+    nothing but seed and weights become mean and standard deviation.  A record that is given twice counts once.  A model
+    that was measured in several branches of dual BatchNorm stands there once for each.
 
     Raises ValueError for a path that is no run folder, damaged files, an unknown metric and a k that no record has, and
     ImportError without jinja2.
     """
     if metric not in ("accuracy", "mca"):
         raise ValueError(f"metric must be 'accuracy' or 'mca', got {metric!r}")
-    folders = open_runs(runs)
+    folders = branches_apart(open_runs(runs))
     if not folders:
         raise ValueError("no run folders; give at least one")
     page = _render(_contents(folders, title=title, k=k, metric=metric))
@@ -81,7 +83,7 @@ def _contents(folders: Sequence[RunFolder], *, title: str, k: int | None, metric
     blocks, summaries, doubts = [], [], flags_of(records)
     groups = _by_setting(direct)
     for number, (setting, group) in enumerate(groups.items()):
-        evidence = [each for folder in folders for each in folder.evidence if _belongs(each, group)]
+        evidence = [each for folder in folders for each in _evidence_of(folder, setting)]
         chosen = _chosen_k(group, k)
         heading = describe_setting(setting, groups)
         blocks.append(
@@ -137,9 +139,10 @@ def _chosen_k(records: Sequence[Record], k: int | None) -> int:
     return k if k is not None and any(record.k == k for record in records) else records[0].k
 
 
-def _belongs(evidence: Any, records: Sequence[Record]) -> bool:
-    wanted = (evidence.model, evidence.target, evidence.checkpoint)
-    return any((record.model, record.target, record.checkpoint) == wanted for record in records)
+def _evidence_of(folder: RunFolder, setting: Setting) -> list[Evidence]:
+    """A folder's evidence for its own records of this setting; another cohort's has the same model and weights."""
+    known = {(r.model, r.target, r.checkpoint) for r in folder.records if setting_of(r) == setting}
+    return [each for each in folder.evidence if (each.model, each.target, each.checkpoint) in known]
 
 
 def describe_setting(setting: Setting, among: Iterable[Setting] = ()) -> str:
@@ -160,6 +163,10 @@ def describe_setting(setting: Setting, among: Iterable[Setting] = ()) -> str:
     if differs("bank_rows") or differs("bank_cohort") or differs("bank_split"):
         bank = f" of {setting.bank_cohort[:12]}" if setting.bank_cohort != setting.cohort else ""
         parts.append(f"bank of {setting.bank_rows} patches{bank} ({setting.bank_split})")
+    if differs("index"):
+        parts.append(f"index {setting.index or 'exact'}")
+    if differs("convention"):
+        parts.append(f"convention: {setting.convention or 'not one of a comparison'}")
     return ", ".join(parts)
 
 

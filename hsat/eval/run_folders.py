@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hsat.eval.evidence import Evidence, read_evidence
-from hsat.eval.grouping import is_transfer
+from hsat.eval.grouping import branch_names, branch_of, is_transfer
 from hsat.eval.paired import Difference
 from hsat.eval.records import Record, read_records
 
@@ -57,6 +57,32 @@ def open_runs(paths: Iterable[str | Path]) -> tuple[RunFolder, ...]:
         for each in inner:
             folders.setdefault(each.resolve(), each)
     return tuple(_open(path) for path in folders.values())
+
+
+def branches_apart(folders: Iterable[RunFolder]) -> tuple[RunFolder, ...]:
+    """The folders with another name for a model in each branch of dual BatchNorm, where it was measured in several."""
+    folders = tuple(folders)
+    names = branch_names(record for folder in folders for record in folder.records)
+    return tuple(_renamed(folder, names) for folder in folders) if names else folders
+
+
+def _renamed(folder: RunFolder, names: Mapping[tuple[str, str], str]) -> RunFolder:
+    own = {record.model: names.get((record.model, branch_of(record)), record.model) for record in folder.records}
+
+    def named(record: Record) -> Record:
+        surrogate = names.get((record.surrogate, str(record.settings.get("surrogate_branch", ""))), record.surrogate)
+        model = names.get((record.model, branch_of(record)), record.model)
+        return replace(record, model=model, surrogate=surrogate)
+
+    return replace(
+        folder,
+        records=tuple(map(named, folder.records)),
+        evidence=tuple(replace(each, model=own.get(each.model, each.model)) for each in folder.evidence),
+        differences=tuple(
+            replace(each, model=own.get(each.model, each.model), against=own.get(each.against, each.against))
+            for each in folder.differences
+        ),
+    )
 
 
 def _is_run(path: Path) -> bool:

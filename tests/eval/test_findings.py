@@ -70,7 +70,27 @@ def test_what_decides_a_number_separates_settings(made_records, change):
     assert setting_of(made_records()[0]) == setting_of(made_records("other", seed=5, checkpoint="y")[0])
 
 
-@pytest.mark.parametrize("change", [{"how": "paper"}, {"bank_rows": 91}, {"layer": "embedding"}, {"absent": "zero"}])
+def test_the_same_measurement_of_two_evaluations_is_one_run(made_records):
+    clean, *_, attacked = (chosen(made_records(seed=seed))[i] for seed, i in ((0, 0), (1, 0), (0, -1)))
+    again = replace(clean, seed=7, settings=clean.settings | {"bootstrap": 5}, low=0.0)
+    assert cell_of([clean, again]) == cell_of([clean])  # clean images know no seed
+    assert cell_of([clean, replace(again, checkpoint="other weights")]).runs == 2
+    assert cell_of([attacked, replace(attacked, seed=7)]).runs == 2
+    unnamed = replace(clean, checkpoint="")
+    assert cell_of([unnamed, replace(unnamed, seed=1)]).runs == 2, "weights nobody named may differ"
+
+
+ANYTHING = [{"how": "paper"}, {"bank_rows": 91}, {"layer": "embedding"}, {"absent": "zero"}]
+ANYTHING += [{"index": "IVF8,Flat"}, {"convention": "pooling"}]
+
+
+def test_exact_indexes_give_the_same_numbers(made_records):
+    record = made_records()[0]
+    flat, torch = (setting_of(replace(record, settings=record.settings | {"index": i})) for i in ("flat", "torch"))
+    assert flat == torch == setting_of(record)
+
+
+@pytest.mark.parametrize("change", ANYTHING)
 def test_arithmetic_and_bank_separate_settings(made_records, change):
     record = made_records()[0]
     assert setting_of(record) != setting_of(replace(record, settings=record.settings | change))

@@ -279,3 +279,29 @@ def test_without_jinja(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r'pip install "hsat\[report\]"'):
         write_report([run], tmp_path / "report.html")
+
+
+def test_evidence_stands_beside_the_records_of_its_own_cohort(made_records, made_evidence, tmp_path):
+    only_records(tmp_path / "a", made_records("HSAT", 0.8))
+    made_evidence(tmp_path / "a" / "evidence", "HSAT")
+    only_records(tmp_path / "b", made_records("HSAT", 0.6, cohort="beef" * 10))
+    page = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "x.html").read_text()
+    assert page.count("Confusion of classes") == 1
+    assert page.index("Confusion of classes") < page.index("cohort beefbeefbeef (val); k")
+
+
+def test_branches_of_one_model_are_told_apart(made_records, made_evidence, tmp_path):
+    for name, value in (("pgd", 0.8), ("normal", 0.6)):
+        records = [replace(r, settings=r.settings | {"branch": name}) for r in made_records("HSAT", value)]
+        only_records(tmp_path / name, [*records, *made_records("other", 0.5)])
+        made_evidence(tmp_path / name / "evidence", "HSAT")
+    through = [replace(r, settings=r.settings | {"attack_branch": "pgd"}) for r in records]
+    only_records(tmp_path / "paper", through)
+    runs = [tmp_path / name for name in ("pgd", "normal", "paper")]
+    page = read(write_report(runs, tmp_path / "x.html")).text
+    assert "HSAT (branch pgd) keeps 40.0 % [30.0, 50.0] of" in page
+    assert "HSAT (branch normal) keeps 30.0 % [20.0, 40.0]" in page
+    assert "HSAT (branch normal, attacked through pgd) keeps" in page
+    assert "HSAT (branch normal), PGD-8" in page and "other keeps" in page and " runs)" not in page
+    (alone,) = open_runs([tmp_path / "pgd"])
+    assert "(branch" not in read(write_report([alone.path], tmp_path / "y.html")).text
