@@ -51,7 +51,7 @@ def records_of(ablation, by_method):
                                 k=20,
                                 temperature=0.07,
                                 seed=seed,
-                            )  # fmt: skip
+                            )
                         )
     return found
 
