@@ -1,0 +1,90 @@
+"""The cheaper inner maximisations of train_hsat.py, and what they keep between steps (docs/cheaper_inner.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hsat.attacks import FFGSM, PGD, Linf
+from hsat.training import NFGSM, Gap, Safeguard, WarmStarts
+from hsat.types import Attack, HierarchicalBatch
+
+if TYPE_CHECKING:
+    from train_hsat import TrainHSAT
+    from trainer import Trainer
+
+SINGLE_STEP = {"fgsm_rs": FFGSM, "nfgsm": NFGSM}
+
+
+class Inner:
+    """Chooses the attack and its start for each batch.
+
+    pgd: the paper's.  fgsm_rs, nfgsm: one step, checked against the PGD every so many steps and replaced by it where it
+    fails.  warm: the PGD from where it ended on the same patches last time.  free: no attack; see `hsat.free_replays`.
+    """
+
+    def __init__(self, settings: TrainHSAT) -> None:
+        self.settings = settings.attack
+        self.gap: Gap | None = None
+        self.warm = WarmStarts() if self.settings.name == "warm" else None
+        _check(settings)
+
+    def choose(
+        self, trainer: Trainer, batch: HierarchicalBatch, pgd: PGD | None, *, generator: torch.Generator
+    ) -> tuple[Attack | None, Tensor | None]:
+        """The attack for this batch, and where it starts (None: where the attack itself wants to)."""
+        if pgd is None:
+            return None, None
+        if self.warm is not None:
+            return pgd, self.warm.points(batch, pgd.threat, generator=generator)
+        if self.settings.name not in SINGLE_STEP:
+            return pgd, None
+        assert isinstance(pgd.threat, Linf)  # the trainer made it
+        fast = SINGLE_STEP[self.settings.name](pgd.threat)
+        if self.settings.check_every == 0:
+            return fast, None
+        guard = Safeguard(fast, pgd, every=self.settings.check_every, least=self.settings.check_share)
+        if guard.due(trainer.step):
+            own = torch.Generator().manual_seed(generator.initial_seed())  # a check must not change the draws
+            self.gap = guard.measure(trainer.model, trainer.inner_loss, batch, autocast=trainer.autocast, generator=own)
+        return guard.attack(self.gap), None
+
+    def keep(self, batch: HierarchicalBatch, x_adv: Tensor | None) -> None:
+        """Remember the perturbations, where that is wanted."""
+        if self.warm is not None and x_adv is not None:
+            self.warm.keep(batch, x_adv)
+
+    def logged(self) -> dict[str, float]:
+        """What train.csv says of the safeguard."""
+        return {} if self.gap is None else {"single_step_share": self.gap.share}
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "gap": None if self.gap is None else list(self.gap),
+            "warm": None if self.warm is None else self.warm.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """From the checkpoint."""
+        self.gap = None if state["gap"] is None else Gap(*state["gap"])
+        if self.warm is not None:
+            self.warm.load_state_dict(state["warm"])
+
+
+def _check(settings: TrainHSAT) -> None:
+    """Raise ValueError for settings that an inner maximisation cannot serve, with what to type."""
+    data, train, attack = settings.data, settings.train, settings.attack
+    if attack.name == "warm" and (data.augmentation != "none" or data.ids == "slots" or settings.compat == "paper"):
+        raise ValueError(
+            "warm starts belong to fixed pixels of known patches: give --data.augmentation none and true ids"
+            f" (got augmentation {data.augmentation}, ids {data.ids or 'true'}, compat {settings.compat})"
+        )
+    if attack.name == "free" and (train.clean or attack.levels != train.loss):
+        raise ValueError(
+            "free training attacks the loss that it descends, on adversarial images only: leave out --train.clean and"
+            f" give --attack.levels {train.loss}"
+        )

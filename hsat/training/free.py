@@ -1,0 +1,90 @@
+"""Free adversarial training: one backward pass gives the gradient of the parameters and that of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsat.attacks.gradient import check_finite
+from hsat.attacks.running import shaped
+from hsat.attacks.starts import check_start
+from hsat.training.step import Loss, StepResult, outer_terms, total_of
+from hsat.types import HierarchicalBatch, ThreatModel
+
+
+def free_replays(
+    model: nn.Module,
+    loss: Loss,
+    batch: HierarchicalBatch,
+    *,
+    threat: ThreatModel,
+    replays: int,
+    step_size: float | Tensor | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+) -> Iterator[StepResult]:
+    """The same minibatch `replays` times, each time at the perturbation that the pass before it has improved.
+
+    Shafahi et al., arXiv:1904.12843, algorithm 1.  Each result is one outer pass on x_adv, the loss to call backward
+    on; that backward also gives the gradient of the images, with which they move before the next result,
+    x_adv <- project(x_adv + step_size * ascent(gradient)).  A replay costs one forward and one backward, and is one
+    step of the optimiser:
+
+        for result in free_replays(model, loss, batch, threat=Linf(8 / 255), replays=4, generator=generator):
+            optimizer.zero_grad()
+            result.loss.backward()
+            optimizer.step()
+
+    model, loss, autocast: as in `adversarial_step`; dual BatchNorm uses the branch "pgd".  The model is in train mode
+    in every pass and each pass moves BatchNorm statistics: there is no inner pass that could be in eval mode.
+    step_size: in units of the threat model's norm; None is eps, as in the paper.
+    generator, start: the first point is a random one of the feasible set, or `start` (n, c, h, w), projected.  The
+    paper carries the perturbation over from the minibatch before, which belongs to other images; a random one is as
+    good a start (arXiv:2001.03994, section 4) and keeps runs resumable.
+
+    Raises ValueError for replays < 1, a model in eval mode or a start of another shape; RuntimeError when the next
+    result is asked for and backward was not called; FloatingPointError naming images whose gradient is not finite.
+    """
+    if isinstance(replays, bool) or not isinstance(replays, int) or replays < 1:
+        raise ValueError(f"replays must be a whole number >= 1, got {replays!r}")
+    if not model.training:
+        raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
+    check_start(start, batch.images)
+    x = batch.images.detach()
+    first = threat.start(x, generator) if start is None else start.detach().to(x)
+    size = threat.eps if step_size is None else step_size
+    return _replay(model, loss, batch, threat=threat, replays=replays, size=size, autocast=autocast, point=first)
+
+
+def _replay(
+    model: nn.Module,
+    loss: Loss,
+    batch: HierarchicalBatch,
+    *,
+    threat: ThreatModel,
+    replays: int,
+    size: float | Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    point: Tensor,
+) -> Iterator[StepResult]:
+    x = batch.images.detach()
+    work = torch.promote_types(x.dtype, torch.float32)
+    for replay in range(replays):
+        x_adv = threat.project(point.to(x.dtype), x).detach()
+        leaf = x_adv.clone().requires_grad_()
+        terms = outer_terms(model, loss, batch.replace(images=leaf), autocast=autocast, statistics="pgd")
+        yield StepResult(total_of(terms), None, terms, x_adv)
+        if replay == replays - 1:
+            return
+        if leaf.grad is None:
+            raise RuntimeError(
+                "the images have no gradient yet: call result.loss.backward() on each result before asking for the next"
+            )
+        check_finite(~leaf.grad.isfinite().flatten(1).all(1))
+        y = x_adv.to(work)
+        point = threat.project(y + shaped(size, y) * threat.ascent(leaf.grad.to(work)), x)

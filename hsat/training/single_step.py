@@ -1,0 +1,176 @@
+"""Training attacks of one gradient step, and the check that notices when one step has stopped to be an attack."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hsat.attacks import PGD, Linf, hierarchical
+from hsat.attacks.calling import settings_text
+from hsat.attacks.pixels import admit_to
+from hsat.attacks.starts import random_start
+from hsat.models import frozen
+from hsat.training.step import Loss, local_loss, statistics_of, unwrapped
+from hsat.types import Attack, AttackResult, HierarchicalBatch, Objective
+
+
+@dataclass(frozen=True, repr=False)
+class NFGSM:
+    """One step from strong noise that is not clipped afterwards: x + noise + step_size * sign(gradient there).
+
+    de Jorge et al., arXiv:2202.01181, section 4.  noise: the start is uniform in noise * eps around the images, theirs
+    is 2.  step_size: None is their eps.  threat: the ball to defend against; the images that come out leave it on
+    purpose: they stay in the pixel range and inside `reach`, of radius noise * eps + step_size.  So it is an attack to
+    train with, which prevents catastrophic overfitting; its result is no measure of robustness.
+    Raises TypeError for a threat model that is not Linf, ValueError for numbers out of range.
+    """
+
+    threat: Linf
+    _: KW_ONLY
+    noise: float = 2.0
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Linf):
+            raise TypeError(f"NFGSM is defined for Linf balls, got {self.threat!r}")
+        if isinstance(self.threat.eps, Tensor):
+            raise TypeError("NFGSM takes one eps for all images, such as Linf(8/255); got a tensor")
+        for name, value in (("noise", self.noise), ("step_size", self.step_size)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+    def __repr__(self) -> str:
+        return settings_text(self)
+
+    @property
+    def reach(self) -> Linf:
+        """The ball that the images stay in."""
+        return self._ball(self.noise * self._eps + self._step)
+
+    def __call__(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Training images; arguments as for every attack."""
+        first = self._first(x, generator, ids) if start is None else start
+        return self._step_attack()(x, objective, start=first, success=success)
+
+    def run(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Callable[[Tensor], Tensor] | None = None,
+    ) -> AttackResult:
+        """The same with its record; `start` replaces the noise."""
+        first = self._first(x, generator, ids) if start is None else start
+        return self._step_attack().run(x, objective, start=first, success=success)
+
+    @property
+    def _eps(self) -> float:
+        return float(self.threat.eps)
+
+    @property
+    def _step(self) -> float:
+        return self._eps if self.step_size is None else self.step_size
+
+    def _ball(self, eps: float) -> Linf:
+        return dataclasses.replace(self.threat, eps=min(eps, self.threat.high - self.threat.low))
+
+    def _step_attack(self) -> PGD:
+        return PGD(self.reach, step_size=self._step, steps=1)
+
+    def _first(self, x: Tensor, generator: torch.Generator | None, ids: Tensor | None) -> Tensor:
+        inside, _ = admit_to(x.detach(), self.threat)  # the attack itself refuses images out of range
+        ball = self._ball(self.noise * self._eps)
+        return random_start(inside, ball, generator=generator, ids=ids, restart=0, inside=True)
+
+
+class Gap(NamedTuple):
+    """Mean attacked loss on one batch: at the clean images, after the fast attack, after the strong one."""
+
+    clean: float
+    fast: float
+    strong: float
+
+    @property
+    def share(self) -> float:
+        """Share of the strong attack's rise that the fast one reaches; 1 where the strong one found no rise."""
+        rise = self.strong - self.clean
+        return (self.fast - self.clean) / rise if rise > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Safeguard:
+    """Train with a fast attack for as long as it is nearly as strong as a short PGD; with the PGD otherwise.
+
+    A network can learn to mask the one gradient that a single-step attack reads (catastrophic overfitting): the fast
+    attack then finds next to nothing, and several steps find nearly everything (arXiv:2001.03994, section 5).  Every
+    `every` steps both attack the same batch, and `Gap.share` below `least` means: train with `strong` until a later
+    check finds the fast attack trustworthy again (falling back to PGD is the remedy of arXiv:2006.03089).
+
+        gap = safeguard.measure(model, loss, batch, generator=generator) if safeguard.due(step) else gap
+        attack = safeguard.attack(gap)
+
+    fast, strong: attacks; `strong` names the ball, and what `fast` gives is projected into it before it is measured.
+    every: steps between checks, the first at step 0.  least: in [0, 1]; of a linear loss FFGSM reaches 0.86, since one
+    step cannot undo its random start everywhere.  Raises ValueError for numbers out of range.
+    """
+
+    fast: Attack
+    strong: PGD
+    _: KW_ONLY
+    every: int = 20
+    least: float = 0.5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every must be a whole number of steps >= 1, got {self.every!r}")
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"least is a share and must lie in [0, 1], got {self.least!r}")
+
+    def due(self, step: int) -> bool:
+        """Is it time for a check?"""
+        return step % self.every == 0
+
+    def attack(self, gap: Gap | None) -> Attack:
+        """What to train with after this check; the fast attack where there was none yet."""
+        return self.strong if gap is not None and gap.share < self.least else self.fast
+
+    def measure(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batch: HierarchicalBatch,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        generator: torch.Generator | None = None,
+    ) -> Gap:
+        """Attack the batch with both, as `adversarial_step` would; the model is frozen meanwhile and left as it was.
+
+        loss: the loss that the attacks climb; it may be a scalar or per image.  One device read.
+        """
+        encoder, x = unwrapped(model), batch.images
+        with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
+            objective = hierarchical(encoder, local_loss(loss), batch)
+            fast = self.strong.threat.project(self.fast(x, objective, generator=generator), x)
+            strong = self.strong(x, objective, generator=generator)
+            with torch.no_grad():
+                values = torch.stack([objective(images).float().mean() for images in (x, fast, strong)])
+        return Gap(*values.tolist())
