@@ -16,6 +16,7 @@ from hsat.eval.evidence import Condition, Evidence, read_evidence, write_evidenc
 from hsat.eval.export import ExportResult, save_adversarial
 from hsat.eval.figures import plot_accuracy_vs_eps, plot_patches
 from hsat.eval.knn import FittedKNN, KNNClassifier
+from hsat.eval.knn_files import load_knn
 from hsat.eval.paired import Difference, compare_models, differences_table, paired_difference
 from hsat.eval.paper_tables import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.eval.pooling import PooledScores, pool
@@ -26,6 +27,7 @@ from hsat.eval.rescoring import rescore
 from hsat.eval.run_folders import RunFolder, open_runs
 from hsat.eval.score_files import ScoreTable, load_scores, save_scores, score_tables
 from hsat.eval.scoring import Metrics, match_classes, metrics, score_levels
+from hsat.eval.sharded import ShardedKNN, fit_shards
 from hsat.eval.smoothing import Smoothing
 from hsat.eval.transfer import TransferResult, evaluate_transfer
 from hsat.eval.transfer_report import plot_transfer, transfer_table
@@ -53,6 +55,7 @@ __all__ = [
     "Record",
     "RunFolder",
     "ScoreTable",
+    "ShardedKNN",
     "Smoothing",
     "TransferResult",
     "WhiteboxResult",
@@ -68,6 +71,8 @@ __all__ = [
     "evaluate_hierarchical_budget",
     "evaluate_transfer",
     "evaluate_whitebox",
+    "fit_shards",
+    "load_knn",
     "load_scores",
     "markdown_table",
     "match_classes",

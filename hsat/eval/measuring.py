@@ -11,6 +11,7 @@ import numpy as np
 
 from hsat.eval.bootstrap import Interval, bootstrap_intervals
 from hsat.eval.conventions import Absent, Arithmetic, Compat, How, Keys, resolve_arithmetic
+from hsat.eval.index_quality import index_quality
 from hsat.eval.knn import FittedKNN
 from hsat.eval.records import Record, eps_text, eps_value, software_versions
 from hsat.eval.scoring import METRICS, Metrics, level_scores, metrics
@@ -23,6 +24,7 @@ class Frame:
     """What all records of one evaluation have in common.
 
     identity: fields of Record.  settings: what goes into `Record.settings`.  flags: doubts about all of them.
+    knn: the classifier, whose index is measured under each condition where it is approximate.
     """
 
     identity: dict[str, Any]
@@ -31,6 +33,7 @@ class Frame:
     class_names: tuple[str, ...]
     arithmetic: Arithmetic
     bootstrap: int
+    knn: FittedKNN
 
 
 def evaluation_frame(
@@ -78,6 +81,7 @@ def evaluation_frame(
         class_names=knn.class_names,
         arithmetic=arithmetic,
         bootstrap=bootstrap,
+        knn=knn,
     )
 
 
@@ -101,7 +105,9 @@ def condition_records(
         flags=frame.flags + suspicions(tally, eps_value(eps)),
         forwards=tally.share("forwards"),
         backwards=tally.share("backwards"),
-        settings=frame.settings | attack_settings(attack, tally),
+        settings=frame.settings
+        | index_quality(frame.knn, table, seed=frame.identity["seed"])
+        | attack_settings(attack, tally),
         level="",
         metric="",
         value=0.0,
