@@ -73,9 +73,9 @@ def published_training_attack(model: nn.Module, x: Tensor, shape: tuple[int, int
     return (x + delta).detach()
 
 
-def published_evaluation_attack(model: nn.Module, x: Tensor, steps: int) -> Tensor:
+def published_evaluation_attack(model: nn.Module, x: Tensor, steps: int, eps: float = EPS) -> Tensor:
     """PGD on the cosine drift with the clean batch embedded anew at each step (without a graph)."""
-    adv = (x + torch.rand_like(x) * 2 * EPS - EPS).clamp(0, 1)
+    adv = (x + torch.rand_like(x) * 2 * eps - eps).clamp(0, 1)
     for _ in range(steps):
         adv.requires_grad_()
         with torch.no_grad():
@@ -83,28 +83,35 @@ def published_evaluation_attack(model: nn.Module, x: Tensor, steps: int) -> Tens
         cost = -F.cosine_similarity(model(adv), clean).sum()
         (grad,) = torch.autograd.grad(cost, adv)
         adv = adv.detach() + STEP * grad.sign()
-        adv = (x + (adv - x).clamp(-EPS, EPS)).clamp(0, 1).detach()
+        adv = (x + (adv - x).clamp(-eps, eps)).clamp(0, 1).detach()
     return adv
 
 
-def timed(function: Callable[[], object], calls: int) -> float:
+def timed(function: Callable[[], object], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, as the mean of several in a row."""
     gc.collect()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(calls):
         function()
-    return (time.perf_counter() - begin) / calls
+    return (clock() - begin) / calls
 
 
-def compare(variants: dict[str, Callable[[], object]], turns: int, calls: int = 1) -> dict[str, object]:
+def compare(
+    variants: dict[str, Callable[[], object]],
+    turns: int,
+    calls: int = 1,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = True,
+) -> dict[str, object]:
     """Seconds per variant and, for all but the first, the ratio first / variant of each turn."""
-    for function in variants.values():
+    for function in variants.values() if warm else ():
         function()  # warm-up
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(turns):
         order = list(variants) if turn % 2 == 0 else list(variants)[::-1]
         for name in order:
-            seconds[name].append(timed(variants[name], calls))
+            seconds[name].append(timed(variants[name], calls, clock))
     first, *others = variants
     ratios = {name: [a / b for a, b in zip(seconds[first], seconds[name], strict=True)] for name in others}
     return {

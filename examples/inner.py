@@ -83,6 +83,8 @@ def _check(settings: TrainHSAT) -> None:
             "warm starts belong to fixed pixels of known patches: give --data.augmentation none and true ids"
             f" (got augmentation {data.augmentation}, ids {data.ids or 'true'}, compat {settings.compat})"
         )
+    if attack.name == "free" and train.precision == "16":
+        raise ValueError("free training moves the images by an unscaled gradient; give --train.precision bf16 or 32")
     if attack.name == "free" and (train.clean or attack.levels != train.loss):
         raise ValueError(
             "free training attacks the loss that it descends, on adversarial images only: leave out --train.clean and"
