@@ -83,8 +83,8 @@ def soft_knn(
                is wrong (a tie lost to a lower class index counts as 1e-12).
       ce     = log sum_c exp V_c - V_label: the cross-entropy of the vote, where every class has a neighbour.
     Neighbours are searched exactly at every evaluation and are those of `hsat.eval.KNNClassifier`: float32 products
-    propose k + 8 rows, float64 chooses, ties go to the earlier row (of more than 8 rows that tie for the k-th place,
-    to whichever were proposed).  Gradients flow through the similarities of the neighbours, not through their choice.
+    propose k + 8 rows, float64 chooses and searches again where rounding could hide a nearer row, ties go to the
+    earlier row.  Gradients flow through the similarities of the neighbours, not through their choice.
 
     The scores themselves would be flat where all k neighbours share the image's class, and their logarithm infinite
     where none does.  The log-odds are not: the stand-in is no nearer than the k-th neighbour, so it changes no sign,

@@ -17,6 +17,7 @@ BankLike = EmbeddingTable | tuple[Tensor, Tensor]
 
 _MARGIN = 8  # rows beyond k that float32 products propose; float64 chooses among them, as KNNClassifier does
 _SLICE = 65536  # bank rows per product
+_TIED = 1e-12  # float64 products of unit rows are right to this; closer ones count as equal, as in KNNClassifier
 _GATHER_BYTES = 64 * 2**20
 
 
@@ -26,7 +27,7 @@ class VoteBank:
 
     rows: (m, d) float32, sorted by class, then by their place in the bank.  length: (m,) float64, their Euclidean
     length (1 but for rounding).  label, place: (m,) int64, class and original row.  bounds: class c has the rows
-    bounds[c] to bounds[c + 1].  k, temperature: of the vote.
+    bounds[c] to bounds[c + 1].  slack: how far lengths are from 1 at most.  k, temperature: of the vote.
     """
 
     rows: Tensor
@@ -34,6 +35,7 @@ class VoteBank:
     label: Tensor
     place: Tensor
     bounds: tuple[int, ...]
+    slack: float
     k: int
     temperature: float
 
@@ -65,7 +67,7 @@ class VoteBank:
 
     def _propose(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates (n, k + a few) by product, and the nearest row of each class (n, classes), 0 for empty classes."""
-        n, wanted = len(unit), min(self.k + _MARGIN, len(self.rows))
+        n, wanted = len(unit), self._wanted
         precise = torch.get_float32_matmul_precision() == "highest"  # else CUDA may round products to ten bits
         query = unit.float() if precise else unit
         value, row = query.new_empty(n, 0), self.place.new_empty(n, 0)
@@ -80,7 +82,38 @@ class VoteBank:
             if end > begin:
                 nearest[:, c] = at[:, 0]
             value, row = _best(torch.cat((value, own), 1), torch.cat((row, at), 1), wanted)
+        if wanted < len(self.rows):
+            # a row that was not proposed may be this much nearer than its product says, and the k-th this much farther
+            rounding = 8 * math.sqrt(unit.shape[1]) * (2.0**-24 if precise else 2.0**-49) + self.slack
+            doubtful = (value[:, self.k - 1] - value[:, -1] <= 2 * rounding).nonzero().flatten()
+            if len(doubtful):
+                row[doubtful] = self._settle(unit[doubtful])
         return row, nearest
+
+    def _settle(self, unit: Tensor) -> Tensor:
+        """Candidates where products of 32 bits cannot tell: all rows nearer than the k-th, then the first that tie.
+
+        Two passes over the bank in float64; ties count in the order of the bank, however many there are.
+        """
+        nearest = unit.new_empty(len(unit), 0)
+        for first in range(0, len(self.rows), _SLICE):
+            value = torch.cat((nearest, self._similarity(unit, slice(first, first + _SLICE))), 1)
+            nearest = value.topk(min(self.k, value.shape[1]), dim=1).values
+        rank, row = unit.new_empty(len(unit), 0), self.place.new_empty(len(unit), 0)
+        for first in range(0, len(self.rows), _SLICE):
+            part = slice(first, first + _SLICE)
+            gap = self._similarity(unit, part) - nearest[:, -1:]
+            order = torch.where(gap > _TIED, 1.0, torch.where(gap >= -_TIED, -self.place[part].to(gap), -torch.inf))
+            at = torch.arange(first, first + order.shape[1], device=row.device).expand_as(order)
+            rank, row = _best(torch.cat((rank, order), 1), torch.cat((row, at), 1), self._wanted)
+        return row
+
+    def _similarity(self, unit: Tensor, part: slice) -> Tensor:
+        return unit @ self.rows[part].to(unit.dtype).T / self.length[part].to(unit.dtype)
+
+    @property
+    def _wanted(self) -> int:
+        return min(self.k + _MARGIN, len(self.rows))
 
     def _count(self, similarity: Tensor, row: Tensor, nearest: Tensor) -> Vote:
         """The k best of the candidates, ties to the earlier row of the bank, and what they say."""
@@ -188,13 +221,15 @@ def vote_bank(
     order = label.argsort(stable=True)
     rows = rows[order]
     length = torch.linalg.vector_norm(rows.double(), dim=1)
+    length = torch.where(length > 0, length, 1.0)
     exact = _exact(device)
     return VoteBank(
         rows=rows.to(device),
-        length=torch.where(length > 0, length, 1.0).to(device, exact),
+        length=length.to(device, exact),
         label=label[order].to(device),
         place=order.to(device),
         bounds=(0, *torch.bincount(label, minlength=count).cumsum(0).tolist()),
+        slack=float((length - 1).abs().max()),
         k=min(k, len(rows)),
         temperature=temperature,
     )

@@ -74,6 +74,29 @@ def test_ties_fall_as_in_the_classifier(data):
     assert torch.equal(vote(z) > 0, wrong)
 
 
+@pytest.mark.parametrize("slice_size", [65536, 7])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_any_number_of_rows_may_tie(noise, slice_size, monkeypatch):
+    """Far more rows than are proposed beyond k are equal, or nearly so: the earlier ones of the bank are neighbours."""
+    monkeypatch.setattr("hsat.attacks.vote_bank._SLICE", slice_size)
+    for seed in range(8):
+        g = seeded(seed)
+        direction = torch.nn.functional.normalize(torch.randn(3, 2 + seed % 3, generator=g), dim=1)
+        rows = direction[torch.randint(0, 3, (90,), generator=g)]
+        label = torch.randint(0, 3, (90,), generator=g)
+        bank, k = table_of(rows + noise * torch.randn(rows.shape, generator=g), label, 3), 11 + 4 * seed
+        z = (direction + 0.1 * torch.randn(direction.shape, generator=g)).double()
+        unit, found = torch.nn.functional.normalize(z, dim=1), torch.from_numpy(bank.z).double()
+        similarity = (found[None] * unit[:, None]).sum(2) / found.norm(dim=1)
+        near = torch.from_numpy(np.lexsort((np.tile(np.arange(90), (3, 1)), -similarity.numpy()))[:, :k])
+        weight = (similarity.gather(1, near) / 0.07).softmax(1)
+        wanted = torch.zeros(3, 3, dtype=torch.float64).scatter_add(1, label[near], weight)
+        vote = soft_knn(same, bank, torch.zeros(3, dtype=torch.int64), k=k)
+        torch.testing.assert_close(vote.scores(z), wanted, atol=1e-9, rtol=0)
+        for alone in range(3):
+            torch.testing.assert_close(vote.bank.vote(z[alone : alone + 1]).scores, wanted[alone : alone + 1])
+
+
 def test_a_tie_lost_to_a_lower_class_counts_as_wrong():
     bank = table_of([[1.0, 0.0], [1.0, 0.0]], [0, 1], 2)
     z = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
