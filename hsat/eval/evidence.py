@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from hsat.eval.evidence_arrays import check_arrays
+from hsat.eval.json_fields import TEXT, TEXTS, check_fields, is_number, parse_json, read_text
 from hsat.eval.pooling import How
 from hsat.eval.projection import Plane, fit_plane, share_of_movement
 from hsat.eval.scoring import Compat, level_scores
@@ -146,31 +148,32 @@ def read_evidence(folder: str | os.PathLike[str]) -> tuple[Evidence, ...]:
 
 
 def _read_model(about: Path) -> Evidence:
-    try:
-        text = json.loads(about.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{about}: not JSON ({error})") from error
-    first, second = text["variance"]
+    text = parse_json(read_text(about), str(about))
+    shares, names = text["variance"], tuple(text["class_names"])
+    check_fields(text, str(about), {"model": TEXT, "checkpoint": TEXT, "target": TEXT, "class_names": TEXTS})
+    if len(shares) != 2 or not all(map(is_number, shares)):
+        raise ValueError(f"{about}: variance is {shares}; wanted the shares of two axes")
     conditions = {}
     for path in sorted(about.parent.glob("*.npz")):
-        condition = _read_condition(_inside(about.parent, path))
+        condition = _read_condition(_inside(about.parent, path), classes=len(names))
         conditions[condition.name] = condition
     return Evidence(
-        model=str(text["model"]),
-        checkpoint=str(text["checkpoint"]),
-        target=str(text["target"]),
-        class_names=tuple(map(str, text["class_names"])),
-        variance=(float(first), float(second)),
+        model=text["model"],
+        checkpoint=text["checkpoint"],
+        target=text["target"],
+        class_names=names,
+        variance=(float(shares[0]), float(shares[1])),
         conditions=conditions,
     )
 
 
-def _read_condition(path: Path) -> Condition:
+def _read_condition(path: Path, *, classes: int) -> Condition:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged ({error}); evaluate again") from error
+    check_arrays(arrays, str(path), classes=classes)
     predictions = {}
     for name, array in arrays.items():
         if match := re.fullmatch(r"(\w+)_prediction_k(\d+)", name):

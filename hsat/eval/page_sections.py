@@ -180,10 +180,11 @@ def _map_text(evidence: Evidence, attack: str) -> str:
 
 def _patches(evidence: Evidence, attack: str, k: int) -> tuple[Patch, ...]:
     clean, attacked = evidence.conditions.get(CLEAN), evidence.conditions[attack]
-    if clean is None:
+    if clean is None or "patch" not in clean.label or "patch" not in attacked.label:
         return ()
     found = []
-    triples = zip(clean.patches, attacked.perturbations, attacked.patches, strict=False)
+    rows = min(len(clean.label["patch"]), len(attacked.label["patch"]))
+    triples = zip(clean.patches[:rows], attacked.perturbations, attacked.patches, strict=False)
     for index, (before, added, after) in enumerate(triples):
         names = evidence.class_names
         taken = [

@@ -17,8 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from hsat.eval.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields, parse_json, read_text
 from hsat.types import LEVELS
 
+_KINDS = dict.fromkeys(
+    ("model", "attack", "attack_name", "eps", "target", "level", "metric", "cohort", "split", "checkpoint"), TEXT
+)
+_KINDS |= dict.fromkeys(("eps_value", "value", "low", "high", "temperature", "forwards", "backwards"), NUMBER)
+_KINDS |= {"surrogate": TEXT, "n": COUNT, "k": COUNT, "seed": COUNT}
+_KINDS |= {"flags": TEXTS, "versions": OBJECT, "settings": OBJECT}
+_MEASURED = dict.fromkeys(("zero_gradient_share", "never_moved_share", "stationary_share"), NUMBER)
+_MEASURED |= {"bank_rows": COUNT}  # entries of settings that are reckoned with
 _TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
 
 
@@ -83,17 +92,14 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Pa
 def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
     """Read what `write_records` wrote; empty lines are skipped.
 
-    Raises ValueError naming the line for text that is not a JSON object and for missing or unknown fields.
+    Raises ValueError naming the line for text that is not a JSON object, for missing or unknown fields, and for values
+    of another kind, NaN and infinity among them.
     """
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-        records.append(_as_record(values, f"{path}, line {number}"))
+    for number, line in enumerate(read_text(Path(path)).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            records.append(_as_record(parse_json(line, where), where))
     return tuple(records)
 
 
@@ -110,6 +116,8 @@ def _as_record(values: Any, where: str) -> Record:
         raise ValueError(f"{where}: fields {missing} are missing; every record needs {sorted(needed)}")
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"{where}: unknown fields {unknown}; a record has {sorted(known)}")
+    check_fields(values, where, _KINDS, optional=("low", "high"))
+    check_fields(values.get("settings", {}), f"{where}, settings", _MEASURED)
     return Record(**values)
 
 

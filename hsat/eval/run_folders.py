@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,10 +11,15 @@ from typing import Any
 
 from hsat.eval.evidence import Evidence, read_evidence
 from hsat.eval.grouping import branch_names, branch_of, is_transfer
+from hsat.eval.json_fields import COUNT, NUMBER, TEXT, check_fields, parse_json, read_text
 from hsat.eval.paired import Difference
 from hsat.eval.records import Record, read_records
 
 _FILES = ("records.jsonl", "run.json", "train.csv")
+_DIFFERENCE = dict.fromkeys(("model", "against", "condition", "level", "metric", "reason"), TEXT)
+_DIFFERENCE |= dict.fromkeys(("value", "value_against", "difference", "low", "high", "not_above"), NUMBER)
+_DIFFERENCE |= {"k": COUNT, "n": COUNT, "patients": COUNT}
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +130,7 @@ def _matching(found: Iterable[Evidence], records: Iterable[Record]) -> tuple[tup
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -138,30 +139,41 @@ def _read_about(path: Path) -> dict[str, Any]:
 def _read_differences(root: Path, path: Path) -> tuple[Difference, ...]:
     if not path.is_file():
         return ()
+    content = parse_json(read_text(_inside(root, path)), str(path))
+    if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
+        raise ValueError(f"{path}: not a list of differences; evaluate again")
+    for number, each in enumerate(content, start=1):
+        check_fields(each, f"{path}, entry {number}", _DIFFERENCE, optional=("low", "high", "not_above"))
     try:
-        return tuple(Difference(**each) for each in json.loads(_inside(root, path).read_text(encoding="utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
+        return tuple(Difference(**each) for each in content)
+    except TypeError as error:
         raise ValueError(f"{path}: not a list of differences ({error}); evaluate again") from error
 
 
 def _read_columns(path: Path) -> dict[str, list[float]]:
     """The numbers of a CSV file by column.  A row that a running process has not finished is left out."""
     columns: dict[str, list[float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(read_text(path).splitlines())
+    try:
         for row in reader:
             if None in row or None in row.values():
                 continue
             for name, text in row.items():
                 columns.setdefault(name, []).append(_number(text, path, reader.line_num))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    if columns and "step" not in columns:
+        raise ValueError(f"{path}: no column 'step', which train_hsat.py writes first; there are {list(columns)}")
     return columns
 
 
 def _number(text: str, path: Path, line: int) -> float:
+    """A number; NaN for an empty cell and for what no chart can hold, as the loss of a training that diverged."""
     try:
-        return float(text) if text else math.nan
+        value = float(text or "nan")
     except ValueError as error:
-        raise ValueError(f"{path}, line {line}: {text!r} is not a number") from error
+        raise ValueError(f"{path}, line {line}: {text[:40]!r} is not a number") from error
+    return value if abs(value) < _LARGEST else math.nan
 
 
 def _inside(root: Path, path: Path) -> Path:

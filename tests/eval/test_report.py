@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from hsat.eval import open_runs, write_records, write_report
@@ -305,3 +306,57 @@ def test_branches_of_one_model_are_told_apart(made_records, made_evidence, tmp_p
     assert "HSAT (branch normal), PGD-8" in page and "other keeps" in page and " runs)" not in page
     (alone,) = open_runs([tmp_path / "pgd"])
     assert "(branch" not in read(write_report([alone.path], tmp_path / "y.html")).text
+
+
+def rewrite_record(folder, **values):
+    path = folder / "records.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | values), *rest]))
+
+
+def rewrite_arrays(folder, **arrays):
+    path = folder / "evidence" / "HSAT" / "PGD-8.npz"
+    with np.load(path) as file:
+        kept = {name: file[name] for name in file.files}
+    np.savez(path, **(kept | arrays))
+
+
+DEEP = "[" * 100_000
+HOSTILE = {
+    "a value that is a text": lambda run: rewrite_record(run, value="<b>"),
+    "NaN": lambda run: rewrite_record(run, value=float("nan")),
+    "no eps": lambda run: rewrite_record(run, eps_value=None),
+    "no settings": lambda run: rewrite_record(run, settings=None),
+    "a share that is none": lambda run: rewrite_record(run, settings={"zero_gradient_share": None}),
+    "bytes for records": lambda run: (run / "records.jsonl").write_bytes(b"\xff\xfe"),
+    "records nested too deeply": lambda run: (run / "records.jsonl").write_text(DEEP),
+    "run.json nested too deeply": lambda run: (run / "run.json").write_text(DEEP),
+    "half of differences.json": lambda run: (run / "differences.json").write_text('[{"model": "a"'),
+    "differences of other fields": lambda run: (run / "differences.json").write_text('[{"model": "a"}]'),
+    "no list of differences": lambda run: (run / "differences.json").write_text('{"model": "a"}'),
+    "a difference that is a text": lambda run: (run / "differences.json").write_text('[{"difference": "x"}]'),
+    "a difference without a number": lambda run: (run / "differences.json").write_text('[{"difference": NaN}]'),
+    "bytes for differences": lambda run: (run / "differences.json").write_bytes(b"\xff"),
+    "training without steps": lambda run: (run / "train.csv").write_text("loss\n1\n"),
+    "a cell without end": lambda run: (run / "train.csv").write_text('step,loss\n"' + "x" * 200_000 + '",1\n'),
+    "a class that is none": lambda run: rewrite_arrays(run, patch_prediction_k20=np.full(36, 99)),
+    "half a class": lambda run: rewrite_arrays(run, patch_label=np.full(36, 0.5)),
+    "predictions of other patches": lambda run: rewrite_arrays(run, patch_prediction_k20=np.zeros(2, int)),
+    "places in space": lambda run: rewrite_arrays(run, places=np.zeros((36, 3))),
+    "places nowhere": lambda run: rewrite_arrays(run, places=np.full((36, 2), np.inf)),
+    "two movements": lambda run: rewrite_arrays(run, movement=np.zeros(2)),
+    "no scale": lambda run: rewrite_arrays(run, scale=np.float64("nan")),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_by_name(name, run, tmp_path):
+    HOSTILE[name](run)
+    with pytest.raises(ValueError, match=re.escape(str(run))):
+        write_report([run], tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_training_that_diverged_is_drawn_as_far_as_it_goes(tmp_path):
+    (tmp_path / "train.csv").write_text("step,loss\n1,3\n2,4\n3,1e308\n4,inf\n5,-1e308\n")
+    assert "4" in read(write_report([tmp_path], tmp_path / "x.html")).text
