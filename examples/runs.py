@@ -21,6 +21,7 @@ MAY_DIFFER = {
     "resume",
     "data.workers",
     "train.save_every",
+    "train.max_memory",
     "device",
     "quiet",
     "log.tensorboard",
@@ -70,11 +71,28 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Run:
-    """The folder `out` of one training: run.json, train.csv, last.pt, best and final encoder."""
+    """The folder `out` of one training: run.json, train.csv, last.pt, best and final encoder.
 
-    def __init__(self, out: Path, settings: dict[str, Any], *, cohort: str, resume: bool, log: LoggerSettings) -> None:
+    defaults: values of options that the run began without, because it began with an earlier version.  writes=False:
+    a rank that only reads last.pt; another one checks, logs and writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: dict[str, Any],
+        *,
+        cohort: str,
+        resume: bool,
+        log: LoggerSettings,
+        defaults: dict[str, Any] | None = None,
+        writes: bool = True,
+    ) -> None:
         self.out, self.settings, self.cohort = out, settings, cohort
-        self.last = out / "last.pt"
+        self.last, self.writes = out / "last.pt", writes
+        self._defaults = flat(json.loads(json.dumps(defaults or {}, default=str)))
+        if not writes:
+            return
         found = out / "run.json"
         if found.exists():
             if not resume:
@@ -90,7 +108,8 @@ class Run:
         self._columns: list[str] = []
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
-        before, now = flat(earlier["settings"]), flat(json.loads(json.dumps(self.settings, default=str)))
+        before = self._defaults | flat(earlier["settings"])
+        now = flat(json.loads(json.dumps(self.settings, default=str)))
         differing = [
             key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_DIFFER
         ]
@@ -105,10 +124,13 @@ class Run:
 
     def keep_rows_before(self, step: int) -> None:
         """After a resume: drop what was logged behind the checkpoint, it will be logged again."""
-        self._rewrite([row for row in self._rows() if int(row["step"]) < step], [])
+        if self.writes:
+            self._rewrite([row for row in self._rows() if int(row["step"]) < step], [])
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to train.csv and to the loggers; `step` is required."""
+        if not self.writes:
+            return
         if not row.keys() <= set(self._columns):
             self._rewrite(self._rows(), list(row))
         with (self.out / "train.csv").open("a", newline="") as file:

@@ -6,6 +6,7 @@ with --resume), final.safetensors and best.safetensors, the latter chosen by rob
 
     python examples/train_hsat.py --data.root /data/opensrh --out runs/hsat
     python examples/train_hsat.py --data.root /data/patches --data.layout folders --data.image_size 96
+    torchrun --nproc_per_node=4 examples/train_hsat.py --data.root /data/opensrh --out runs/hsat   # docs/devices.md
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import sys
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
 from cohorts import describe, open_cohort
+from compute import out_of_memory
+from held_out import held_out_accuracy, keep_best
 from hsat.data import BadPatch, Cohort
 from hsat.models import save_encoder
-from runs import Run
+from hsat.training import is_out_of_memory, parse_memory
+from ranks import Ranks, joined, one_after_the_first
+from runs import Run, device_named
 from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, read_yaml
-from trainer import Trainer, held_out_accuracy, keep_best
+from trainer import Trainer
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -30,12 +35,17 @@ DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 class AttackSettings(Section):
     """The inner maximisation."""
 
-    name: Literal["none", "pgd"] = Field("pgd", description="none trains the HiDisc baseline")
+    name: Literal["none", "pgd", "fgsm_rs", "nfgsm", "free", "warm"] = Field(
+        "pgd", description="none trains the HiDisc baseline; the last four are cheaper (docs/cheaper_inner.md)"
+    )
     eps: Pixels = Field(8 / 255, description="radius of the l_inf ball: 8/255")
     step_size: Pixels = Field(2 / 255, description="size of a step: 2/255")
     steps: int = Field(5, gt=0, description="gradient steps")
     levels: Literal["p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt"] = Field("p_s_pt", description="loss it maximises")
     warmup_epochs: int | None = Field(None, ge=0, description="eps grows from 1/255 over these; an eighth of the run")
+    replays: int = Field(4, gt=0, description="free: optimiser steps on each batch; give fewer train.steps for it")
+    check_every: int = Field(20, ge=0, description="fgsm_rs, nfgsm: steps between comparisons with PGD; 0 is never")
+    check_share: float = Field(0.5, ge=0, le=1, description="they train with PGD below this share of its rise in loss")
 
 
 class TrainSettings(Section):
@@ -43,7 +53,8 @@ class TrainSettings(Section):
 
     epochs: int = Field(40_000, gt=0, description="passes over the (class-balanced) patients")
     steps: int | None = Field(None, gt=0, description="optimiser steps; instead of epochs")
-    batch_patients: int = Field(16, gt=0, description="patients per batch")
+    batch_patients: int = Field(16, gt=0, description="patients per batch, of all ranks and parts together")
+    accumulate: int = Field(1, gt=0, description="parts that a batch is computed in; less memory, the same negatives")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
@@ -51,7 +62,13 @@ class TrainSettings(Section):
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
     clean: bool = Field(False, description="mix clean and adversarial losses with the paper's dynamic weight")
     plateau: int | None = Field(None, gt=0, description="epochs of equal augmentation strength; a share of the run")
-    precision: Literal["32", "bf16"] = Field("32", description="of the passes through the encoder; bf16 is autocast")
+    precision: Literal["32", "bf16", "16"] = Field(
+        "32", description="of the passes through the encoder; bf16 is autocast, 16 is float16 with a scaled loss"
+    )
+    compile: bool = Field(False, description="torch.compile the encoder; its graph breaks are shown")
+    global_negatives: bool = Field(True, description="under torchrun: negatives of all ranks, not of each by itself")
+    sync_norm: bool = Field(False, description="under torchrun: BatchNorm over the batch of all ranks (GPUs only)")
+    max_memory: str | None = Field(None, description="such as 8GB: say after the first step what would fit into it")
     channels_last: bool = Field(False, description="memory layout that many CPUs and GPUs compute faster in")
     save_every: int = Field(500, gt=0, description="steps between checkpoints")
     eval_every: int | None = Field(None, gt=0, description="steps between held-out evaluations; a tenth of the run")
@@ -64,6 +81,13 @@ class TrainSettings(Section):
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError(f"give epochs or steps, not both; got epochs {self.epochs} and steps {self.steps}")
         return self
+
+    @field_validator("max_memory")
+    @classmethod
+    def _an_amount(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_memory(value)
+        return value
 
 
 class TrainHSAT(Settings):
@@ -108,24 +132,41 @@ def hold_out(cohort: Cohort, settings: TrainHSAT) -> Cohort:
         raise ValueError(f"{error}; or hold out no training patient: --data.tune_fraction 0") from None
 
 
-def train(settings: TrainHSAT) -> Path:
-    """Run or resume the training; returns the path of the best encoder (the final one where none was held out)."""
-    cohort = open_cohort(settings.data, seed=settings.seed)
+def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
+    """Run or resume the training; returns the path of the best encoder (the final one where none was held out).
+
+    ranks: which of several processes this is; all of them call this, and the first one writes and speaks.
+    """
+    ranks = ranks or Ranks(0, 1, device_named(settings.device))
+    with one_after_the_first(ranks):  # who may write the synthetic cohort
+        cohort = open_cohort(settings.data, seed=settings.seed)
     tuned = settings.data.tune_fraction > 0
     if tuned:
         cohort = hold_out(cohort, settings)
-    print(describe(cohort), file=sys.stderr)
-    trainer = Trainer(settings, cohort)
+    trainer = Trainer(settings, cohort, ranks)
     fingerprint = cohort.fingerprint()
-    run = Run(settings.out, settings.plain(), cohort=fingerprint, resume=settings.resume, log=settings.log)
+    run = Run(
+        settings.out,
+        settings.plain(),
+        cohort=fingerprint,
+        resume=settings.resume or ranks.restarts > 0,
+        log=settings.log,
+        defaults=TrainHSAT().plain(),
+        writes=ranks.first,
+    )
+    if ranks.first:
+        print(describe(cohort), file=sys.stderr)
     trainer.restore(run)
     per_epoch = trainer.sampler.batches_per_epoch
-    with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=settings.quiet) as bar:
+    silent = settings.quiet or not ranks.first
+    with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=silent) as bar:
         while trainer.step < trainer.steps:
             epoch, done = divmod(trainer.step, per_epoch)
             trainer.sampler.set_epoch(epoch, strength=trainer.strength(epoch), start_batch=done)
             for batch in trainer.loader:
                 row = trainer.train_step(batch, epoch)
+                for note in () if silent else trainer.notes():
+                    bar.write(note, file=sys.stderr)
                 if tuned and (trainer.step % trainer.eval_every == 0 or trainer.step == trainer.steps):
                     row |= held_out_accuracy(trainer.model, cohort, settings)
                     keep_best(trainer, run, row, fingerprint)
@@ -136,18 +177,26 @@ def train(settings: TrainHSAT) -> Path:
                     trainer.save(run)
                 if trainer.step == trainer.steps:
                     break
-    save_encoder(trainer.model, run.out / "final.safetensors", metadata={"step": trainer.step, "cohort": fingerprint})
-    best = run.out / "best.safetensors"
-    return best if best.exists() else run.out / "final.safetensors"
+    final, best = run.out / "final.safetensors", run.out / "best.safetensors"
+    if ranks.first:
+        save_encoder(trainer.model, final, metadata={"step": trainer.step, "cohort": fingerprint})
+    return best if best.exists() else final
 
 
 def main(argv: list[str]) -> None:
     """Read the options, train, say where the encoder is; what the user can mend ends the program with the reason."""
     settings = load_settings(argv)
     try:
-        print(f"encoder: {train(settings)}")
+        with joined(settings.device) as ranks:
+            path = train(settings, ranks)
+            if ranks.first:
+                print(f"encoder: {path}")
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit(f"error: {out_of_memory(error, settings)}") from None
 
 
 if __name__ == "__main__":

@@ -1,55 +1,81 @@
-"""The training loop's state, one step of it, and the held-out evaluation that chooses the best encoder."""
+"""The training loop's state and one step of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import nullcontext
-from functools import partial
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from compute import adamw, autocast_of, check_memory, compile_in_place, in_parallel, scaler_of
 from encoders import new_encoder
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, HierarchicalDataset, PatchDataset, PatientBatchSampler, hierarchical_loader, patch_loader
-from hsat.eval import KNNClassifier, embed, metrics
+from hsat.data import Cohort, HierarchicalDataset, PatientBatchSampler, hierarchical_loader
 from hsat.losses import HiDiscLoss
-from hsat.models import branch, is_dual, save_encoder, trained_branch
 from hsat.training import (
+    StepClock,
+    StepResult,
+    TrainingState,
+    accumulated_step,
     adversarial_step,
     augmentation_strength,
+    average_statistics,
     cosine_with_warmup,
     epsilon_schedule,
+    free_replays,
+    image_slots,
     load_training_state,
     paper_clean_weight,
+    peak_memory,
+    same_everywhere,
     save_checkpoint,
+    share_of_batch,
+    split_batch,
+    synchronised_norm,
 )
 from hsat.types import LEVELS, HierarchicalBatch
-from runs import Run, device_named, write_json
+from inner import Inner
+from ranks import Ranks
+from runs import Run, device_named
 
 if TYPE_CHECKING:
     from train_hsat import TrainHSAT
 
 
 class Trainer:
-    """Everything a run keeps between steps."""
+    """Everything a run keeps between steps.
 
-    def __init__(self, settings: TrainHSAT, cohort: Cohort) -> None:
+    model is the encoder itself; parallel is what the outer passes call: the encoder, or it in DistributedDataParallel.
+    Where there are several groups of patients (ranks x --train.accumulate), each group is attacked by itself, with
+    noise by an image's place in the whole batch: two ranks compute what one process computes with --train.accumulate 2.
+    """
+
+    def __init__(self, settings: TrainHSAT, cohort: Cohort, ranks: Ranks | None = None) -> None:
         self.settings, self.cohort = settings, cohort
         data, train = settings.data, settings.train
-        self.device = device_named(settings.device)
-        torch.manual_seed(settings.seed)  # for backbones with dropout; nothing of hsat draws from it
+        self.ranks = ranks or Ranks(0, 1, device_named(settings.device))
+        self.device, groups = self.ranks.device, self.ranks.size * train.accumulate
+        if groups > 1 and settings.attack.name not in ("none", "pgd"):
+            raise ValueError(
+                f"--attack.name {settings.attack.name} works in one process without --train.accumulate; use pgd"
+            )
+        torch.manual_seed(settings.seed + self.ranks.rank)  # for backbones with dropout; nothing of hsat draws from it
         self.sampler = PatientBatchSampler(
             cohort,
             "train",
-            batch_patients=train.batch_patients,
+            batch_patients=share_of_batch(
+                train.batch_patients, ranks=self.ranks.size, parts=train.accumulate, name="--train.batch_patients"
+            ),
             seed=settings.seed,
             order=data.order,
             compat=settings.compat,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
         )
         per_epoch = self.sampler.batches_per_epoch
         self.steps = train.steps or train.epochs * per_epoch
@@ -59,14 +85,22 @@ class Trainer:
         self.loader = _loader(settings, cohort, self.sampler, plateau=self.plateau, pinned=self.device.type == "cuda")
         self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
         self.layout = torch.channels_last if train.channels_last else torch.preserve_format
-        self.model = new_encoder(settings.model, seed=settings.seed).to(self.device, memory_format=self.layout)
-        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=train.precision == "bf16")
-        self.loss = HiDiscLoss.from_code(train.loss, temperature=train.temperature)
+        self.model = new_encoder(settings.model, seed=settings.seed)
+        if train.sync_norm and self.ranks.size > 1:
+            synchronised_norm(self.model, device=self.device)
+        self.model.to(self.device, memory_format=self.layout)
+        self.parallel = in_parallel(self.model, settings) if self.ranks.size > 1 else self.model
+        self.autocast = autocast_of(train.precision, self.device)
+        everywhere = train.global_negatives and self.ranks.size > 1
+        self.loss = HiDiscLoss.from_code(train.loss, temperature=train.temperature, gather=everywhere)
         self.inner_loss = HiDiscLoss.from_code(settings.attack.levels, temperature=train.temperature)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        self.optimizer = adamw(self.model, lr=train.lr, weight_decay=train.weight_decay)
+        self.scaler = scaler_of(train.precision, self.device)
         warmup = int(train.warmup * self.steps)
         self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=self.steps, warmup=warmup))
+        self.inner = Inner(settings)
         self.step, self.best = 0, -1.0
+        self.clock, self.memory_before, self.compiled = StepClock(), peak_memory(self.device), not train.compile
 
     def attack(self, epoch: int) -> PGD | None:
         """The inner maximisation in this epoch, or None for the baseline."""
@@ -82,42 +116,100 @@ class Trainer:
         return data.strength * (augmentation_strength(epoch, self.epochs, self.plateau) if data.dynamic else 1.0)
 
     def train_step(self, batch: Any, epoch: int) -> dict[str, float]:
-        """One optimiser step; returns what is logged.  Raises FloatingPointError before a bad loss is stepped on."""
-        batch = batch.to(self.device, non_blocking=True)
-        batch = batch.replace(images=batch.images.to(memory_format=self.layout))
+        """One batch, with one optimiser step (free: several); returns what is logged of the last.
+
+        Raises FloatingPointError before a bad loss is stepped on.
+        """
+        parts = split_batch(batch, self.settings.train.accumulate)  # on the CPU, where ids are counted
+        batch, parts = self._moved(batch), [self._moved(part) for part in parts] if len(parts) > 1 else []
         generator = torch.Generator().manual_seed(_mixed(self.settings.seed, self.step))
         weight = paper_clean_weight(self.strength(epoch)) if self.settings.train.clean else 0.0
         attack = self.attack(epoch)
-        self.model.train()
+        self.parallel.train()
+        if not self.compiled:
+            with self.autocast():
+                compile_in_place(self.model, (parts or [batch])[0].images, loud=self.ranks.first)
+            self.compiled = True
         try:
-            result = adversarial_step(
-                self.model,
-                self.loss,
-                attack,
-                batch,
-                inner_loss=self.inner_loss,
-                clean_weight=weight,
-                autocast=self.autocast,
-                generator=generator,
-            )
+            for result in self._results(batch, parts, attack, clean_weight=weight, generator=generator):
+                value = self._descend(result.loss)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {self.step}: {error}; or try a lower --train.lr") from error
-        value = float(result.loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"step {self.step}: the loss is {value}; try a lower --train.lr")
-        self.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
-        self.optimizer.step()
+        self.inner.keep(batch, result.x_adv)
         row = {"step": self.step, "epoch": epoch, "loss": value, "lr": self.schedule.get_last_lr()[0]}
         for name, terms in (("clean", result.clean), ("adversarial", result.adversarial)):
             if terms is not None:
                 row |= {f"{name}_{level}": float(getattr(terms, level).detach()) for level in LEVELS}
-        self.schedule.step()
+        with warnings.catch_warnings():  # float16: a first step that overflows is left out, as it should be
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
         self.step += 1
-        return row | {"eps": 0.0 if attack is None else float(attack.threat.eps), "strength": self.strength(epoch)}
+        row |= {"eps": 0.0 if attack is None else float(attack.threat.eps), "strength": self.strength(epoch)}
+        return row | self.inner.logged()
+
+    def notes(self) -> Iterator[str]:
+        """After a step: what there is to say about the length and the memory of the run, each once."""
+        if (estimate := self.clock.tick(self.steps - self.step)) is not None:
+            yield estimate
+        if self.memory_before and (text := check_memory(self.settings, self.ranks, before=self.memory_before)):
+            yield text
+        self.memory_before = 0
+
+    def _moved(self, batch: HierarchicalBatch) -> HierarchicalBatch:
+        batch = batch.to(self.device, non_blocking=True)
+        return batch.replace(images=batch.images.to(memory_format=self.layout))
+
+    def _results(
+        self,
+        batch: HierarchicalBatch,
+        parts: list[HierarchicalBatch],
+        pgd: PGD | None,
+        *,
+        clean_weight: float,
+        generator: torch.Generator,
+    ) -> Iterator[StepResult]:
+        """The losses to descend on this batch, one after the other: one, or with free training one per replay."""
+        if pgd is not None and self.settings.attack.name == "free":
+            yield from free_replays(
+                self.parallel,
+                self.loss,
+                batch,
+                threat=pgd.threat,
+                replays=self.settings.attack.replays,
+                autocast=self.autocast,
+                generator=generator,
+            )
+            return
+        attack, start = self.inner.choose(self, batch, pgd, generator=generator)
+        several = bool(parts) or self.ranks.size > 1
+        common: dict[str, Any] = {
+            "inner_loss": self.inner_loss,
+            "clean_weight": clean_weight,
+            "autocast": self.autocast,
+            "generator": generator,
+            "ids": image_slots(len(batch), rank=self.ranks.rank) if several else None,
+        }
+        if parts:
+            self.optimizer.zero_grad(set_to_none=True)
+            yield accumulated_step(self.parallel, self.loss, attack, batch, parts, scale=self.scaler.scale, **common)
+        else:
+            yield adversarial_step(self.parallel, self.loss, attack, batch, start=start, **common)
+
+    def _descend(self, loss: torch.Tensor) -> float:
+        """One optimiser step; the loss as a number."""
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}")
+        if loss.requires_grad:  # accumulated_step has gone backward already
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        average_statistics(self.model)
+        return value
 
     def save(self, run: Run) -> None:
-        """The checkpoint to resume from."""
+        """The checkpoint to resume from; all ranks call this, the first one writes."""
         save_checkpoint(
             run.last,
             model=self.model,
@@ -126,15 +218,32 @@ class Trainer:
             epoch=self.step // self.sampler.batches_per_epoch,
             step=self.step,
             config=run.settings,
-            extra={"best": self.best, "encoder": self.model.spec},
+            extra={"best": self.best, "encoder": self.model.spec, "inner": self.inner.state()}
+            | ({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}),
         )
 
     def restore(self, run: Run) -> None:
         """Go on from the last checkpoint, if there is one."""
         if run.last.exists():
-            state = load_training_state(run.last, model=self.model, optimizer=self.optimizer, scheduler=self.schedule)
+            state = self._loaded(run)
             self.step, self.best = state.step, float(state.extra["best"])
+            if "inner" in state.extra:  # older checkpoints have none
+                self.inner.restore(state.extra["inner"])
+            if "scaler" in state.extra:
+                self.scaler.load_state_dict(state.extra["scaler"])
+        same_everywhere(self.step, "the step to go on from")
         run.keep_rows_before(self.step)
+
+    def _loaded(self, run: Run) -> TrainingState:
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.schedule}
+        try:
+            return load_training_state(run.last, **parts)
+        except ValueError as error:
+            if "random states of" not in str(error):
+                raise
+        if self.ranks.first:
+            print("note: resuming with another number of ranks; dropout, if any, draws afresh", file=sys.stderr)
+        return load_training_state(run.last, restore_random=False, **parts)
 
 
 def _loader(
@@ -170,45 +279,3 @@ def _or(value: int | None, default: int) -> int:
 
 def _mixed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def held_out_accuracy(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT) -> dict[str, float]:
-    """Clean and PGD-5 kNN patch accuracy and MCA on held-out patients; the bank is the training split.
-
-    With dual BatchNorm one branch serves bank, queries and attack: "pgd", or "normal" in a baseline without attack.
-    """
-    with branch(encoder, trained_branch(encoder)) if is_dual(encoder) else nullcontext():
-        return _held_out(encoder, cohort, settings)
-
-
-def _held_out(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT) -> dict[str, float]:
-    eps, size = settings.train.eval_eps, settings.train.eval_patches
-    attack = PGD(Linf(eps), step_size=eps / 2, steps=5)
-    loaders = {}
-    for split in ("train", "tune"):
-        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size)
-        chosen = np.random.default_rng(0).permutation(len(dataset))[: size if split == "tune" else 4 * size]
-        dataset.rows = dataset.rows[np.sort(chosen)]
-        loaders[split] = patch_loader(dataset, batch_size=64, workers=settings.data.workers)
-    bank = embed(encoder, loaders["train"])
-    knn = KNNClassifier(k=min(settings.train.k, len(bank))).fit(bank)
-    found = {}
-    for name, chosen_attack in (("clean", None), ("robust", attack)):
-        table = embed(encoder, loaders["tune"], attack=chosen_attack)
-        result = metrics(knn.predict_proba(table), table.label)
-        found |= {f"tune_{name}_accuracy": result.accuracy, f"tune_{name}_mca": result.mca}
-    return found
-
-
-def keep_best(trainer: Trainer, run: Run, row: dict[str, Any], fingerprint: str) -> None:
-    """Write the encoder when its held-out score is the highest so far.
-
-    The score is the mean of accuracy and MCA under attack; for a training without attack, that on clean patches.
-    """
-    kind = "clean" if trainer.settings.attack.name == "none" else "robust"
-    score = float(np.mean([row[f"tune_{kind}_accuracy"], row[f"tune_{kind}_mca"]]))
-    if score > trainer.best:
-        trainer.best = score
-        about = {"step": trainer.step, "cohort": fingerprint, f"held_out_{kind}": score}
-        save_encoder(trainer.model, run.out / "best.safetensors", metadata=about)
-        write_json(run.out / "best.json", about | {key: value for key, value in row.items() if key.startswith("tune")})

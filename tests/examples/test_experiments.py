@@ -223,22 +223,22 @@ def test_dual_norm_resumes_bit_for_bit(dual, place):
 
 
 def test_the_held_out_score_is_that_of_the_trained_branch(dual, place, monkeypatch):
-    import trainer
+    import held_out
     from hsat.data import Cohort
     from train_hsat import hold_out, load_settings
 
     settings = load_settings(["--config", str(SMOKE[2]), *DUAL.split()])
     cohort = hold_out(Cohort.from_opensrh(place / "runs" / "synthetic-0"), settings)
     seen = []
-    honest = trainer.embed
+    honest = held_out.embed
 
     def watched(encoder, *args, **options):
         seen.append({part.active for part in encoder.modules() if hasattr(part, "bn_list")})
         return honest(encoder, *args, **options)
 
-    monkeypatch.setattr(trainer, "embed", watched)
+    monkeypatch.setattr(held_out, "embed", watched)
     encoder = load_encoder(dual / "final.safetensors")
-    found = trainer.held_out_accuracy(encoder, cohort, settings)
+    found = held_out.held_out_accuracy(encoder, cohort, settings)
     assert seen == [{"pgd"}] * 3
     last = rows_of(dual)[-1]
     assert found == {key: float(value) for key, value in last.items() if key.startswith("tune_")}

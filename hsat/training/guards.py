@@ -1,0 +1,83 @@
+"""Length and memory of a run: how long it will take, whether it fits, and what to lower where it does not."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import sys
+import time
+
+import torch
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_CPU_WORDS = ("defaultcpuallocator", "can't allocate memory", "cannot allocate memory")
+
+
+def parse_memory(text: str) -> int:
+    """Bytes in "8GB", "500 MB", "7.5GiB" or "1000000"; ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
+        raise ValueError(f"write an amount of memory such as 8GB, 500MB or 7.5GiB; got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def memory_text(size: float) -> str:
+    """Bytes as GB or MB, for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as the two largest units, for people."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: what torch allocated on a GPU, what the whole process held on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def largest_batch(batch: int, *, before: float, peak: float, limit: float) -> int:
+    """The batch that fits into `limit` bytes, if memory beyond `before` grows in proportion to the batch; 0 for none.
+
+    before: bytes held before the first step, peak: the most during it, with `batch` of whatever the batch counts.
+    """
+    if peak <= before:
+        return batch
+    return max(0, math.floor(batch * (limit - before) / (peak - before)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that a GPU's memory, or the machine's, is used up."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _CPU_WORDS)
+
+
+class StepClock:
+    """Seconds per step of this process, the first step left out: it warms caches and compiles.
+
+    `tick` is called once after each step and gives, once, after `after` timed steps, the estimate for the rest.
+    """
+
+    def __init__(self, *, after: int = 2) -> None:
+        self._after, self._ticks, self._begin = after, 0, 0.0
+
+    def tick(self, left: int) -> str | None:
+        """After a step; left: steps still to go.  The sentence to show, or None."""
+        self._ticks += 1
+        if self._ticks == 1:
+            self._begin = time.perf_counter()
+        if self._ticks != self._after + 1:
+            return None
+        each = (time.perf_counter() - self._begin) / self._after
+        return f"{each:.2g} s per step (over {self._after} steps), about {time_text(each * left)} for {left} more steps"

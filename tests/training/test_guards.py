@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hsat.training import (
+    StepClock,
+    graph_breaks,
+    is_out_of_memory,
+    largest_batch,
+    memory_text,
+    parse_memory,
+    peak_memory,
+)
+from hsat.training.guards import time_text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("7", 7), ("2 KiB", 2048)]
+)
+def test_amounts_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8 GX", "-1GB", "0GB", "8,5GB", "nan"])
+def test_other_words_are_no_amount(text):
+    with pytest.raises(ValueError, match="8GB"):
+        parse_memory(text)
+
+
+def test_texts_for_people():
+    assert [memory_text(n) for n in (8e9, 5.04e8)] == ["8.0 GB", "504 MB"]
+    assert [time_text(s) for s in (3.2, 90, 3600, 7500, 400_000)] == [
+        "3 s",
+        "2 min",
+        "1 h 0 min",
+        "2 h 5 min",
+        "4 d 15 h",
+    ]
+
+
+def test_the_largest_batch_that_fits():
+    # 2 held before, 10 at the peak of 4: each takes 2, so 8 bytes hold 3
+    assert largest_batch(4, before=2, peak=10, limit=8) == 3
+    assert largest_batch(4, before=2, peak=10, limit=20) == 9
+    assert largest_batch(4, before=2, peak=10, limit=1) == 0
+    assert largest_batch(4, before=10, peak=10, limit=12) == 4
+
+
+def test_real_shortage_of_memory_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_peak_memory_of_this_process_grows():
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(before // 8 + 2**24)  # more than is in use now, touched
+    assert peak_memory(torch.device("cpu")) > 2**24 and len(held)
+
+
+def test_the_clock_speaks_once_and_leaves_out_the_first_step(monkeypatch):
+    now = iter([100.0, 104.0])
+    monkeypatch.setattr("hsat.training.guards.time.perf_counter", lambda: next(now))
+    clock = StepClock(after=2)
+    assert clock.tick(9) is None and clock.tick(8) is None
+    assert clock.tick(60) == "2 s per step (over 2 steps), about 2 min for 60 more steps"
+    assert clock.tick(59) is None
+
+
+class Breaking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        x = self.norm(x)
+        torch._dynamo.graph_break()
+        return x.sum()
+
+
+def test_graph_breaks_are_counted_explained_and_leave_the_model_alone():
+    model = Breaking()
+    found = graph_breaks(model, torch.rand(4, 3))
+    assert found.keys() == {"outer", "inner"}
+    for told in found.values():
+        assert told.graphs == 2 and len(told.reasons) == 1
+        assert "1 graph break(s): " in str(told) and "graph_break" in str(told)
+    assert int(model.norm.num_batches_tracked) == 0 and model.training and model.norm.weight.grad is None
+    assert str(graph_breaks(nn.Linear(3, 2), torch.rand(4, 3))["outer"]) == "1 graph(s), no graph break"
