@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hsat.data.augment import build_transform
+    from hsat.data.batched import augment_batch
     from hsat.data.batching import collate, hierarchical_loader, patch_loader
     from hsat.data.cohort import Cohort
     from hsat.data.datasets import HierarchicalDataset, PatchDataset
+    from hsat.data.packed import PackedPatches
+    from hsat.data.packing import pack_cohort
     from hsat.data.readers import BadPatch, read_patch
     from hsat.data.samples import Sample
     from hsat.data.sampling import Draw, PatientBatchSampler
@@ -26,12 +29,15 @@ __all__ = [
     "Draw",
     "HierarchicalBatch",
     "HierarchicalDataset",
+    "PackedPatches",
     "PatchDataset",
     "PatientBatchSampler",
     "Sample",
+    "augment_batch",
     "build_transform",
     "collate",
     "hierarchical_loader",
+    "pack_cohort",
     "patch_loader",
     "read_patch",
     "srh_to_rgb",
@@ -44,12 +50,15 @@ _MODULE_OF = {
     "Draw": "hsat.data.sampling",
     "HierarchicalBatch": "hsat.types",
     "HierarchicalDataset": "hsat.data.datasets",
+    "PackedPatches": "hsat.data.packed",
     "PatchDataset": "hsat.data.datasets",
     "PatientBatchSampler": "hsat.data.sampling",
     "Sample": "hsat.data.samples",
+    "augment_batch": "hsat.data.batched",
     "build_transform": "hsat.data.augment",
     "collate": "hsat.data.batching",
     "hierarchical_loader": "hsat.data.batching",
+    "pack_cohort": "hsat.data.packing",
     "patch_loader": "hsat.data.batching",
     "read_patch": "hsat.data.readers",
     "srh_to_rgb": "hsat.data.srh",

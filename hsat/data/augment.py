@@ -74,18 +74,23 @@ class CropToSize:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The patch at its final size; draws nothing where `prob` is zero."""
-        target = (x.shape[-2], x.shape[-1]) if self.size is None else (self.size, self.size)
-        if self.uncropped == "keep" and self.prob < 1.0 and tuple(x.shape[-2:]) != target:
-            raise ValueError(
-                f"a patch of {x.shape[-2]} x {x.shape[-1]} pixels that is not cropped keeps its size in the published"
-                f" pipelines, and crops have {target[0]} x {target[1]}: the two cannot be stacked."
-                f" Use image_size={x.shape[-1]}, or uncropped='resize'"
-            )
+        target = self.check_size(x.shape[-2], x.shape[-1])
         if self.prob > 0.0 and float(torch.rand(())) < self.prob:
             crop = _torchvision().RandomResizedCrop
             top, left, height, width = crop.get_params(x, list(self.scale), list(self.ratio))
             x = x[..., top : top + height, left : left + width]
         return resize_patch(x, target, mode=self.mode)
+
+    def check_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which a patch of this size leaves; ValueError where uncropped="keep" cannot give it that."""
+        target = (height, width) if self.size is None else (self.size, self.size)
+        if self.uncropped == "keep" and self.prob < 1.0 and (height, width) != target:
+            raise ValueError(
+                f"a patch of {height} x {width} pixels that is not cropped keeps its size in the published"
+                f" pipelines, and crops have {target[0]} x {target[1]}: the two cannot be stacked."
+                f" Use image_size={width}, or uncropped='resize'"
+            )
+        return target
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Augmentation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The augmented patch."""
-        _check_patch(x, smallest=1 if self.name == "none" else _SMALLEST_SIDE)
+        check_patch(x, self.name)
         x = x.to(torch.float32)
         for step in self.steps:
             x = step(x)
@@ -211,7 +216,9 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
-def _check_patch(x: Tensor, *, smallest: int) -> None:
+def check_patch(x: Tensor, name: AugmentationName) -> None:
+    """Raise TypeError or ValueError, naming what is wrong, for what the pipeline `name` does not take."""
+    smallest = 1 if name == "none" else _SMALLEST_SIDE
     if not isinstance(x, Tensor):
         raise TypeError(f"augmentations take a tensor (3, h, w) with values in [0, 1], got {type(x).__name__}")
     if x.ndim != 3 or x.shape[0] != 3:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
 from hsat.data.datasets import HierarchicalDataset, PatchDataset
+from hsat.data.on_device import AugmentingLoader, CollateDrawn
 from hsat.data.samples import Sample
 from hsat.data.sampling import PatientBatchSampler
 from hsat.types import HierarchicalBatch
@@ -81,7 +82,8 @@ def hierarchical_loader(
     pin_memory: bool = False,
     ids: Ids | None = None,
     compat: Literal["paper"] | None = None,
-) -> DataLoader[Sample]:
+    device: torch.device | str | None = None,
+) -> DataLoader[Any] | AugmentingLoader:
     """A DataLoader that yields the sampler's batches of patients as HierarchicalBatches.
 
     Call sampler.set_epoch before each pass; workers are kept alive between passes.  What comes does not depend on their
@@ -91,8 +93,12 @@ def hierarchical_loader(
     published loss sees a batch: a slide or patch that is drawn twice, and a patient that comes twice in a batch, then
     count as others and so as negatives.  None is "true", or "slots" under compat="paper".
 
-    Raises ValueError for another ids or compat, and where dataset and sampler were made for different splits or
-    cohorts.
+    device: where a dataset with augment="device" has its views made; the batches lie there.  Worker processes then only
+    read, and send each patch once, as integers.  On a CPU the images are those of augment="items"; elsewhere white
+    noise comes from the device's own generator.
+
+    Raises ValueError for another ids or compat, where dataset and sampler were made for different splits or cohorts,
+    and where device is missing or would not be used.
     """
     if compat not in (None, "paper"):
         raise ValueError(f"compat must be None or 'paper', got {compat!r}")
@@ -103,12 +109,16 @@ def hierarchical_loader(
         raise ValueError(f"the dataset reads split {dataset.split!r} but the sampler draws from {sampler.split!r}")
     if dataset.cohort is not sampler.cohort and dataset.cohort != sampler.cohort:
         raise ValueError("dataset and sampler were made for different cohorts; pass the same Cohort to both")
-    return DataLoader(
+    if (dataset.augment == "device") != (device is not None):
+        raise ValueError(f"augment='device' and device= go together, got augment={dataset.augment!r} and {device!r}")
+    into = collate if ids == "true" else _SlotIds(dataset.slides, dataset.patches, dataset.views)
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate if ids == "true" else _SlotIds(dataset.slides, dataset.patches, dataset.views),
+        collate_fn=into if device is None else CollateDrawn(into),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
     )
+    return loader if device is None else AugmentingLoader(loader, torch.device(device))

@@ -6,7 +6,6 @@ order of access, or a global generator.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -17,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from hsat.data.arranging import as_published, fitting, position, rows_by_patient
 from hsat.data.augment import Augmentation, Transform, Uncropped, build_transform
+from hsat.data.batched import augmented_images
 from hsat.data.cohort import Cohort
-from hsat.data.readers import BadPatch, read_patch
+from hsat.data.on_device import DrawnPatches
+from hsat.data.packed import PackedPatches
+from hsat.data.readers import BadPatch, read_patch, read_stored
 from hsat.data.samples import Sample, isolated, make_sample
 from hsat.data.sampling import Draw, draw_images, slot_seed
 
-PUBLISHED_STATIC_EPOCHS = 50
-"""The published training keeps its static augmentation for the first plateau of the dynamic one."""
+Place = Literal["images", "items", "device"]
 
 _PROCESSES = 256  # places for the replacement counts of the main process and up to 255 workers
 
@@ -35,6 +37,7 @@ class PatchDataset(Dataset[Sample]):
     split=None takes the whole cohort.  image_size resizes each patch to a square (antialiased bilinear); None keeps its
     own size.  transform, if given, gets the resized patch (3, h, w) and sees torch's CPU generator seeded by the
     patch's place in the cohort.  A patch that cannot be read raises BadPatch; an evaluation never skips one in silence.
+    packed: the cohort's packed patches, read in place of the files; the images are the same.
     """
 
     def __init__(
@@ -44,8 +47,9 @@ class PatchDataset(Dataset[Sample]):
         *,
         image_size: int | None = None,
         transform: Transform | None = None,
+        packed: PackedPatches | None = None,
     ) -> None:
-        self.cohort, self.split = cohort, split
+        self.cohort, self.split, self.packed = cohort, split, fitting(packed, cohort)
         self.image_size, self.transform = image_size, transform
         self.rows = cohort.rows(split)
         self._resize = build_transform("none", image_size=image_size)
@@ -63,8 +67,8 @@ class PatchDataset(Dataset[Sample]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = int(self.rows[_position(index, len(self), "patches")])
-        image = self._resize(read_patch(self.cohort.path(row), kind=self.cohort.kind))
+        row = int(self.rows[position(index, len(self), "patches")])
+        image = self._resize(_image(self.cohort, self.packed, row))
         if self.transform is not None:
             with isolated():
                 torch.default_generator.manual_seed(slot_seed(0, 0, "", 0, row))
@@ -72,7 +76,7 @@ class PatchDataset(Dataset[Sample]):
         return make_sample(self.cohort, [row], [image])
 
 
-class HierarchicalDataset(Dataset[Sample]):
+class HierarchicalDataset(Dataset["Sample | DrawnPatches"]):
     """Patients as items: slides x patches x views images each, drawn and augmented by seed.
 
     dataset[Draw(patient, epoch, occurrence, strength)] gives the images of that patient, in the order slides, patches,
@@ -88,8 +92,14 @@ class HierarchicalDataset(Dataset[Sample]):
     on_bad="raise" lets BadPatch through.  on_bad="replace" draws another patch of the same slide, preferably one that
     the item does not hold yet, trying at most `max_replacements` per image; each file is reported once per process by a
     warning and `replaced` counts the replacements, those of worker processes included.  Where no patch of the slide can
-    be read, BadPatch names the last file and the slide.  `patients` lists the split's patients as indices in
-    cohort.patient_names.
+    be read, BadPatch names the last file and the slide.
+
+    packed: the cohort's packed patches, read in place of the files; the images are the same.
+    augment: "images" runs torchvision's operations on one view after another.  "items" runs hsat's own on the views of
+    an item: the same draws and images up to float rounding, in a third of the time.  "device" leaves the views to
+    `hierarchical_loader`, which augments whole batches on its device; items are then `DrawnPatches`.
+
+    `patients` lists the split's patients as indices in cohort.patient_names.
 
     Raises ValueError for counts below 1, an unknown split, augmentation or on_bad; IndexError for a patient outside the
     cohort or the split.
@@ -112,6 +122,8 @@ class HierarchicalDataset(Dataset[Sample]):
         seed: int = 0,
         on_bad: Literal["raise", "replace"] = "raise",
         max_replacements: int = 10,
+        packed: PackedPatches | None = None,
+        augment: Place = "images",
     ) -> None:
         if min(slides, patches, views) < 1:
             raise ValueError(f"slides, patches and views must be at least 1, got {slides}, {patches} and {views}")
@@ -119,20 +131,23 @@ class HierarchicalDataset(Dataset[Sample]):
             raise ValueError(f"on_bad must be 'raise' or 'replace', got {on_bad!r}")
         if max_replacements < 1:
             raise ValueError(f"max_replacements must be at least 1, got {max_replacements}; or use on_bad='raise'")
-        self.uncropped, self.static_epochs = _as_published(compat, augmentation, uncropped, static_epochs)
+        if augment not in ("images", "items", "device"):
+            raise ValueError(f"augment must be 'images', 'items' or 'device', got {augment!r}")
+        self.uncropped, self.static_epochs = as_published(compat, augmentation, uncropped, static_epochs)
         build_transform(augmentation, image_size=image_size, prob=prob, uncropped=self.uncropped)
         self.cohort, self.split, self.image_size = cohort, split, image_size
         self.slides, self.patches, self.views = slides, patches, views
         self.augmentation, self.prob, self.seed = augmentation, prob, seed
         self.on_bad, self.max_replacements = on_bad, max_replacements
-        self._rows_of = _rows_by_patient(cohort, cohort.rows(split))
+        self.packed, self.augment = fitting(packed, cohort), augment
+        self._rows_of = rows_by_patient(cohort, cohort.rows(split))
         self.patients = tuple(self._rows_of)
         self._counts = torch.zeros(_PROCESSES, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._reported: set[int] = set()
 
     def __repr__(self) -> str:
         drawn = ("slides", "patches", "views", "augmentation", "prob", "uncropped", "static_epochs")
-        names = ("split", "image_size", *drawn, "seed", "on_bad", "max_replacements")
+        names = ("split", "image_size", *drawn, "seed", "on_bad", "max_replacements", "augment")
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"HierarchicalDataset({len(self)} patients, {options})"
 
@@ -149,7 +164,7 @@ class HierarchicalDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._rows_of)
 
-    def __getitem__(self, index: int | Draw) -> Sample:
+    def __getitem__(self, index: int | Draw) -> Sample | DrawnPatches:
         draw = self._draw(index)
         name = self.cohort.patient_names[draw.patient]
         key = (self.seed, draw.epoch, name, draw.occurrence)
@@ -159,16 +174,24 @@ class HierarchicalDataset(Dataset[Sample]):
         rows, patches = self._read(rows, rng)
         name_now = "static" if draw.epoch < self.static_epochs else self.augmentation
         transform = _pipeline(name_now, self.image_size, draw.strength, self.prob, self.uncropped)
+        seeds = [slot_seed(*key, slot) for slot in range(len(rows) * self.views)]
+        shown = [row for row in rows for _ in range(self.views)]
+        if self.augment == "device":
+            return DrawnPatches.of(self.cohort, shown, patches, transform, seeds)
+        if self.augment == "items":
+            place = {row: i for i, row in enumerate(patches)}
+            of = [place[row] for row in shown]
+            return make_sample(self.cohort, shown, augmented_images([*patches.values()], transform, seeds, source=of))
         images = []
         with isolated():
-            for slot in range(len(rows) * self.views):
-                torch.default_generator.manual_seed(slot_seed(*key, slot))
-                images.append(transform(patches[rows[slot // self.views]]))
-        return make_sample(self.cohort, [row for row in rows for _ in range(self.views)], images)
+            for row, seed in zip(shown, seeds, strict=True):
+                torch.default_generator.manual_seed(seed)
+                images.append(transform(patches[row]))
+        return make_sample(self.cohort, shown, images)
 
     def _draw(self, index: int | Draw) -> Draw:
         if not isinstance(index, Draw):
-            return Draw(self.patients[_position(index, len(self), "patients")])
+            return Draw(self.patients[position(index, len(self), "patients")])
         if index.patient not in self._rows_of:
             known = self.cohort.patient_names
             who = repr(known[index.patient]) if 0 <= index.patient < len(known) else "which is not in the cohort"
@@ -186,7 +209,7 @@ class HierarchicalDataset(Dataset[Sample]):
                     continue
                 try:
                     if candidate not in patches:
-                        patches[candidate] = read_patch(self.cohort.path(candidate), kind=self.cohort.kind)
+                        patches[candidate] = self._one(candidate)
                 except BadPatch as error:
                     if self.on_bad == "raise":
                         raise
@@ -199,6 +222,14 @@ class HierarchicalDataset(Dataset[Sample]):
             else:
                 raise self._nothing_left(row, bad)
         return taken, patches
+
+    def _one(self, row: int) -> Tensor:
+        """The patch as an image, or as it is stored where it is augmented later."""
+        if self.augment != "device":
+            return _image(self.cohort, self.packed, row)
+        if self.packed is not None:
+            return torch.from_numpy(self.packed.stored(row))
+        return torch.from_numpy(read_stored(self.cohort.path(row), kind=self.cohort.kind))
 
     def _candidates(self, row: int, taken: set[int], rng: np.random.Generator) -> Iterator[int]:
         """The row itself, then up to max_replacements others of its slide, those that the item does not hold first."""
@@ -225,35 +256,8 @@ class HierarchicalDataset(Dataset[Sample]):
         return BadPatch(last.path, f"{last.reason}; {tried} (max_replacements={self.max_replacements})")
 
 
-def _rows_by_patient(cohort: Cohort, rows: np.ndarray) -> dict[int, list[np.ndarray]]:
-    """Rows of each slide of each patient, patients and slides in order of their ids."""
-    rows = rows[np.argsort(cohort.slide[rows], kind="stable")]
-    slides = np.split(rows, np.flatnonzero(np.diff(cohort.slide[rows])) + 1)
-    groups: dict[int, list[np.ndarray]] = {}
-    for slide in slides:
-        groups.setdefault(int(cohort.patient[slide[0]]), []).append(slide)
-    return dict(sorted(groups.items()))
-
-
-def _as_published(
-    compat: str | None, augmentation: str, uncropped: Uncropped | None, static_epochs: int | None
-) -> tuple[Uncropped, int]:
-    """(uncropped, static_epochs) as they are given, else as compat chooses them."""
-    if compat not in (None, "paper"):
-        raise ValueError(f"compat must be None or 'paper', got {compat!r}")
-    if static_epochs is not None and static_epochs < 0:
-        raise ValueError(f"static_epochs must be 0 or more, got {static_epochs}")
-    dynamic = augmentation in ("v0", "v1")
-    if static_epochs is None:
-        static_epochs = PUBLISHED_STATIC_EPOCHS if compat == "paper" and dynamic else 0
-    return uncropped or ("keep" if compat == "paper" else "resize"), static_epochs
-
-
-def _position(index: int, length: int, what: str) -> int:
-    position = operator.index(index)
-    if not -length <= position < length:
-        raise IndexError(f"index {position} is out of range for {length} {what}")
-    return position
+def _image(cohort: Cohort, packed: PackedPatches | None, row: int) -> Tensor:
+    return packed.read(row) if packed is not None else read_patch(cohort.path(row), kind=cohort.kind)
 
 
 @lru_cache(maxsize=16)

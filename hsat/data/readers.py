@@ -54,8 +54,16 @@ def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> 
     mean is the owner's to say.  Colour profiles and EXIF orientation are not applied.
     Raises BadPatch for anything that cannot be read as that; ValueError for another kind.
     """
+    return as_image(torch.from_numpy(read_stored(path, kind=kind)), kind=kind)
+
+
+def read_stored(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> np.ndarray:
+    """The integers of one patch, planes first: (2, h, w) uint16 for "srh", (3, h, w) uint8 for "rgb".
+
+    What is accepted and raised is as for `read_patch`, which is `as_image` of this.
+    """
     if kind == "srh":
-        return srh_to_rgb(read_raw(path))
+        return _raw_counts(path)
     if kind != "rgb":
         raise ValueError(f"kind must be 'srh' (two-plane 16-bit TIFF) or 'rgb' (8-bit colour), got {kind!r}")
     _check_file(path)
@@ -66,7 +74,14 @@ def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> 
         raise
     except Exception as error:
         raise BadPatch(path, f"not a readable PNG, JPEG or TIFF ({type(error).__name__}: {error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32) / 255
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def as_image(stored: Tensor, *, kind: Literal["srh", "rgb"]) -> Tensor:
+    """The image (3, h, w), float32 in [0, 1], of the integers of a patch, on their device; see `read_patch`."""
+    if kind == "srh":
+        return srh_to_rgb(stored.to(torch.float32) / RAW_RANGE)
+    return stored.to(torch.float32) / 255
 
 
 def read_raw(path: str | os.PathLike[str]) -> Tensor:
@@ -75,6 +90,10 @@ def read_raw(path: str | os.PathLike[str]) -> Tensor:
     Raises BadPatch unless the file is a complete TIFF of shape (2, h, w), 16-bit unsigned, of at most MAX_PIXELS
     pixels per plane.
     """
+    return torch.from_numpy(_raw_counts(path)).to(torch.float32) / RAW_RANGE
+
+
+def _raw_counts(path: str | os.PathLike[str]) -> np.ndarray:
     _check_file(path)
     # As above: the parser of a damaged TIFF may raise anything.
     try:
@@ -83,7 +102,7 @@ def read_raw(path: str | os.PathLike[str]) -> Tensor:
         raise
     except Exception as error:
         raise BadPatch(path, f"not a readable TIFF ({type(error).__name__}: {error})") from error
-    return torch.from_numpy(counts.astype(np.float32)) / RAW_RANGE
+    return np.ascontiguousarray(counts, dtype=np.uint16)
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:

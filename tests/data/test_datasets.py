@@ -244,7 +244,7 @@ def test_datasets_show_their_configuration(cohort):
     assert repr(HierarchicalDataset(cohort, image_size=9, seed=4)) == (
         "HierarchicalDataset(3 patients, split='train', image_size=9, slides=2, patches=2, views=2,"
         " augmentation='v0', prob=0.5, uncropped='resize', static_epochs=0, seed=4, on_bad='raise',"
-        " max_replacements=10)"
+        " max_replacements=10, augment='images')"
     )
 
 
