@@ -168,6 +168,7 @@ def measure_size(rows: int, options: argparse.Namespace, folder: Path) -> dict[s
     writer.start()  # a process of its own leaves no free memory here that the variants could use uncounted
     writer.join()
     results: dict[str, object] = {}
+    exact = None
     for title, (kind, mapped) in VARIANTS.items():
         if options.variants and title not in (*options.variants, next(iter(VARIANTS))):
             results[title] = {"skipped": "not measured at this size"}
@@ -181,8 +182,7 @@ def measure_size(rows: int, options: argparse.Namespace, folder: Path) -> dict[s
             results[title] = {"stopped": f"took more than {options.cap:g} s"}
             continue
         predicted = np.array(found.pop("predicted"))
-        if title == next(iter(VARIANTS)):
-            exact = predicted
+        exact = predicted if exact is None else exact  # the first variants are exact
         results[title] = {"index": task[0]} | found | {"agreement": float((predicted == exact).mean())}
         sys.stdout.write(f"{rows} {title}: {json.dumps(results[title])}\n")
         sys.stdout.flush()

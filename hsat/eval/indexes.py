@@ -128,7 +128,8 @@ def _sample(bank: np.ndarray, rows: int, seed: int) -> np.ndarray:
 def _reserve(faiss: Any, index: Any, rows: int) -> None:
     """Room for all codes at once: a vector that grows as it is filled holds up to three times its content meanwhile."""
     storage = faiss.downcast_index(getattr(index, "storage", None) or index)
-    codes, size = getattr(storage, "codes", None), getattr(storage, "code_size", 0)
+    codes: Any = getattr(storage, "codes", None)
+    size = getattr(storage, "code_size", 0)
     if hasattr(codes, "resize") and storage.ntotal == 0:
         codes.resize(rows * size)
         codes.resize(0)  # the room stays
