@@ -8,12 +8,15 @@ A checkpoint written by train_hsat.py says how to build its encoder.  For any ot
 one branch, --model.branch.  Attacks move what --target says, "features" (what kNN reads) or "embedding" (as in
 the paper) or "knn" (the vote itself, of the first --k); they start at random points, as in the published evaluation,
 which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is: linf, l2,
-raw_srh, stain or stain_image (docs/threats.md).  --compat paper repeats the published evaluation.  With two checkpoints
+raw_srh, stain or stain_image (docs/threats.md).  --attacks strongest is an ensemble that fells patches one by one
+(docs/strongest.md); with several checkpoints it transfers between them.  --cache keeps embeddings for the next run,
+--resume goes on after an interruption.  --compat paper repeats the published evaluation.  With two checkpoints
 or more, table.md ends with the differences from the first, on the same patients; scores.npz keeps what they rest on.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from casualties import folder_name, write_casualties
 from cohorts import describe, open_cohort
 from encoders import naming_branch, stored_encoder
 from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
@@ -43,7 +47,10 @@ from hsat.eval import (
 from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
 from runs import device_named, versions, write_json
 from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
-from threats import EPS, Lengths, Threat, attacks_under, check_radii, check_threat
+from threats import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, strongest_under
+
+STRONGEST = "strongest"
+STATE = ".state"  # in --out: finished batches, until the results are written
 
 
 class EvaluateWhitebox(Settings):
@@ -52,7 +59,9 @@ class EvaluateWhitebox(Settings):
     checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
     data: DataSettings = DataSettings()
     model: StoredModelSettings = StoredModelSettings()
-    attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
+    attacks: Names = Field(
+        ["pgd", "bim", "mifgsm"], description="names separated by commas; strongest is the ensemble of attacks"
+    )
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
     eps: Lengths = Field(EPS["linf"], description="radii: 4/255,8/255; in the unit of --threat, with its own defaults")
     step_size: Pixels = Field(2 / 255, description="size of a step; eps / 4 where --threat is given and this is not")
@@ -76,6 +85,8 @@ class EvaluateWhitebox(Settings):
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/whitebox"), description="folder for the results")
+    cache: Path | None = Field(None, description="folder that keeps clean embeddings for later runs")
+    resume: bool = Field(False, description="go on with the finished batches of an interrupted run in --out")
     quiet: bool = Field(False, description="no progress bars")
 
     @model_validator(mode="before")
@@ -138,11 +149,11 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
         raise ValueError(
             f"two encoders are called {', '.join(map(repr, twice))}; name them: --checkpoint a=FILE,b=FILE"
         )
-    step_size = settings.step_size if settings.threat == "linf" or "step_size" in settings.model_fields_set else None
-    attacks = attacks_under(
-        settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=step_size
-    )
+    attacks = attacks_of(settings)
     results = {}
+    if not settings.resume:
+        shutil.rmtree(settings.out / STATE, ignore_errors=True)
+    surrogates = {title: encoder.to(device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for title, encoder, digest in encoders:
         print(f"evaluating {title} (target {settings.target})", file=sys.stderr)
         if settings.threat == "raw_srh" and encoder.fixed_size is None:
@@ -164,9 +175,25 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
             checkpoint=digest,
             progress=not settings.quiet,
             keep_examples=settings.gallery,
+            surrogates={name: other for name, other in surrogates.items() if other is not encoder},
+            cache=settings.cache,
+            state=settings.out / STATE / folder_name(title),
         )
         results[title] = naming_branch(result, encoder)
     return results
+
+
+def attacks_of(settings: EvaluateWhitebox) -> dict[str, Any]:
+    """The attacks that were asked for; ensembles last, since they take the others into account."""
+    stated = settings.threat == "linf" or "step_size" in settings.model_fields_set
+    size = settings.step_size if stated else None
+    names = [name for name in settings.attacks if name.lower() != STRONGEST]
+    found: dict[str, Any] = attacks_under(
+        settings.threat, settings.eps, names=names, steps=settings.steps, step_size=size
+    )
+    if len(names) < len(settings.attacks):
+        found |= strongest_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
+    return found
 
 
 def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
@@ -181,6 +208,7 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
         found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.compat)
         table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
         write_json(out / "differences.json", [asdict(each) for each in found])
+    table += write_casualties(out, {title: result.casualties for title, result in results.items()})
     (out / "table.md").write_text(table)
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(out / "run.json", about)
@@ -189,6 +217,7 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
         draw(settings, records, results)
     except ImportError as error:
         print(f"no figures: {error}", file=sys.stderr)
+    shutil.rmtree(out / STATE, ignore_errors=True)  # all of it is in the results now
     return table
 
 
@@ -231,6 +260,11 @@ def main(argv: list[str]) -> None:
     print(describe(cohort), file=sys.stderr)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
+        if (settings.out / STATE).exists() and not settings.resume:
+            raise ValueError(
+                f"{settings.out} holds an interrupted run; add --resume to go on with it, or delete"
+                f" {settings.out / STATE} to begin anew"
+            )
         table = write_results(settings, cohort, evaluate(settings, cohort))
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 
 from hsat.attacks import L2, InSpace, Linf, RawChannels, Stains
 from hsat.data import Cohort, srh_to_rgb
-from hsat.eval import eps_text, paper_attacks
+from hsat.eval import Strongest, eps_text, paper_attacks, strongest_attacks
 from hsat.types import Attack
 from settings import listed, pixels
 
@@ -63,6 +63,20 @@ def attacks_under(
             title = f"{name.partition('-')[0]}-{threat}-{eps_text(eps).removesuffix('/255')}"
             found[title] = _in_space(threat, inside)
     return found
+
+
+def strongest_under(
+    threat: Threat, eps_values: Sequence[float], *, steps: int, step_size: float | None
+) -> dict[str, Strongest]:
+    """The ensembles under a ball of pixels, {"strongest-8": ...} or {"strongest-l2-1": ...}; None is eps / 4."""
+    if threat == "linf":
+        return strongest_attacks(eps_values, steps=steps, step_size=step_size)
+    if threat != "l2":
+        raise ValueError(f"--attacks strongest needs a ball of pixels: --threat linf or l2, not {threat}")
+    return {
+        f"strongest-l2-{eps_text(eps).removesuffix('/255')}": Strongest(L2(eps), steps=steps, step_size=step_size)
+        for eps in eps_values
+    }
 
 
 def _in_space(threat: Threat, attack: Any) -> Attack:

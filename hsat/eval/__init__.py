@@ -5,6 +5,7 @@ from __future__ import annotations
 from hsat.eval.bootstrap import Interval, bootstrap_intervals
 from hsat.eval.budget import evaluate_hierarchical_budget
 from hsat.eval.budget_result import BudgetResult
+from hsat.eval.cache import EmbeddingCache
 from hsat.eval.certificates import Certificates
 from hsat.eval.certified_curves import plot_certified_accuracy
 from hsat.eval.certifying import CertificateResult, certify
@@ -29,6 +30,7 @@ from hsat.eval.score_files import ScoreTable, load_scores, save_scores, score_ta
 from hsat.eval.scoring import Metrics, match_classes, metrics, score_levels
 from hsat.eval.sharded import ShardedKNN, fit_shards
 from hsat.eval.smoothing import Smoothing
+from hsat.eval.strongest import Casualties, MemberCount, Strongest, casualties_table, strongest_attacks
 from hsat.eval.transfer import TransferResult, evaluate_transfer
 from hsat.eval.transfer_report import plot_transfer, transfer_table
 from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
@@ -36,6 +38,7 @@ from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 __all__ = [
     "CONVENTIONS",
     "BudgetResult",
+    "Casualties",
     "CertificateResult",
     "Certificates",
     "Challenge",
@@ -43,11 +46,13 @@ __all__ = [
     "Convention",
     "Diagnosis",
     "Difference",
+    "EmbeddingCache",
     "Evidence",
     "ExportResult",
     "FittedKNN",
     "Interval",
     "KNNClassifier",
+    "MemberCount",
     "Metrics",
     "PaperRow",
     "PaperTable",
@@ -57,9 +62,11 @@ __all__ = [
     "ScoreTable",
     "ShardedKNN",
     "Smoothing",
+    "Strongest",
     "TransferResult",
     "WhiteboxResult",
     "bootstrap_intervals",
+    "casualties_table",
     "certify",
     "challenge_certificates",
     "compare_models",
@@ -96,6 +103,7 @@ __all__ = [
     "save_scores",
     "score_levels",
     "score_tables",
+    "strongest_attacks",
     "transfer_table",
     "write_evidence",
     "write_records",

@@ -13,6 +13,7 @@ from hsat.attacks.nearest_vote import SoftKNN
 from hsat.eval.conventions import Compat
 from hsat.eval.embedding import LAYERS, encode, select_layer
 from hsat.eval.knn import FittedKNN
+from hsat.eval.layers import Layers
 from hsat.eval.records import Record
 from hsat.types import Encoder, Objective
 
@@ -34,14 +35,25 @@ class Aim:
     """The objective of each batch: the cosine drift of a layer, or the kNN vote on the layer that is scored.
 
     target: the layer, or "knn".  layer: what kNN reads.  k: neighbours of the vote under attack, cut to the bank.
-    branch: of a dual encoder, the one that attacks go through; None is the one that is scored.
+    branch: of a dual encoder, the one that attacks go through; None is the one that is scored.  layers: the encoder's,
+    where an evaluation shares what they remember; not used for another branch than the scored one.
     """
 
     def __init__(
-        self, encoder: Encoder, target: str, layer: str, *, knn: FittedKNN, k: int, branch: str | None
+        self,
+        encoder: Encoder,
+        target: str,
+        layer: str,
+        *,
+        knn: FittedKNN,
+        k: int,
+        branch: str | None,
+        layers: Layers | None = None,
     ) -> None:
         self._target, self._knn, self.k, self.branch = target, knn, min(k, knn.k), branch
-        self._attacked = select_layer(encoder, layer if target == "knn" else target)
+        plain = layers is None or branch is not None
+        select = (lambda name: select_layer(encoder, name)) if plain else layers.select
+        self._attacked, self._scored = select(layer if target == "knn" else target), select(layer)
         self._reuse = target == layer and branch is None
         self._vote: SoftKNN | None = None
 
@@ -50,10 +62,13 @@ class Aim:
         if self._target != "knn":
             reference = clean if self._reuse else encode(self._attacked, images)
             return feature_drift(self._attacked, images, "cosine", reference=reference)
-        own = torch.from_numpy(labels).to(images.device)
+        return self.vote(torch.from_numpy(labels).to(images.device))
+
+    def vote(self, own: Tensor) -> SoftKNN:
+        """The margin of the vote on the scored layer for images of these labels (n,), on the device of the images."""
         if self._vote is None:  # made with the first batch, which says where the bank has to be
             bank, temperature = self._knn.table, self._knn.settings.temperature
-            self._vote = soft_knn(self._attacked, bank, own, k=self.k, temperature=temperature, classes=self._classes)
+            self._vote = soft_knn(self._scored, bank, own, k=self.k, temperature=temperature, classes=self._classes)
         return self._vote.relabel(own)
 
     def describe(self, record: Record) -> Record:

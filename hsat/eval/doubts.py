@@ -94,6 +94,8 @@ class Doubts:
 
 
 def _fits(attack: Attack) -> bool:
+    if not callable(getattr(attack, "run", None)):  # an ensemble has black-box members of its own, and its own flag
+        return False
     try:
         check_attack_fits(attack)
     except ValueError:

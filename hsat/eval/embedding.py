@@ -72,23 +72,27 @@ class Rows:
         self._z: list[np.ndarray] = []
         self._ids: dict[str, list[np.ndarray]] = {name: [] for name in _IDS}
 
-    def add(self, batch: HierarchicalBatch, z: Tensor) -> None:
-        """Append embeddings z (n, d) of the images of a batch.  ValueError if the shape is wrong or z is not finite."""
+    def add(self, batch: HierarchicalBatch, z: Tensor) -> np.ndarray:
+        """Append embeddings z (n, d) of the images of a batch; returns them as they are kept, see `unit_rows`."""
         if z.ndim != 2 or len(z) != len(batch):
             raise ValueError(
                 f"the encoder gave shape {tuple(z.shape)} for {len(batch)} images; expected ({len(batch)}, d)."
                 " Wrap a module that gives maps or tokens with hsat.models.wrap_encoder"
             )
-        value = z.detach().cpu().double()
-        bad = ~torch.isfinite(value).all(1)
-        if bad.any():
-            ids = batch.patch.cpu()[bad].tolist()
-            shown = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
-            raise ValueError(f"embeddings of {len(ids)} of {len(batch)} images are not finite: patch ids {shown}")
-        length = value.norm(dim=1, keepdim=True)
-        self._z.append((value / torch.where(length > 0, length, 1.0)).float().numpy())
+        rows = unit_rows(z, batch.patch)
+        self.add_unit(batch, rows)
+        return rows
+
+    def add_unit(self, batch: HierarchicalBatch, rows: np.ndarray) -> None:
+        """Append rows (n, d) that `unit_rows` made of the images of a batch."""
+        self._z.append(rows)
         for name in _IDS:
             self._ids[name].append(getattr(batch, name).cpu().numpy())
+
+    @property
+    def last(self) -> np.ndarray:
+        """The rows that were appended last."""
+        return self._z[-1]
 
     def table(self, *, class_names: Sequence[str], cohort: str, split: str, encoder: str) -> EmbeddingTable:
         """All rows so far as one table; ValueError if there are none."""
@@ -103,6 +107,19 @@ class Rows:
             split=split,
             encoder=encoder,
         )
+
+
+def unit_rows(z: Tensor, patch: Tensor) -> np.ndarray:
+    """Embeddings z (n, d) as float32 rows of length 1; ValueError, naming the patch ids (n,), where z is not finite."""
+    value = z.detach().cpu().double()
+    bad = ~torch.isfinite(value).all(1)
+    if bad.any():
+        ids = patch.cpu()[bad].tolist()
+        shown = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+        raise ValueError(f"embeddings of {len(ids)} of {len(z)} images are not finite: patch ids {shown}")
+    length = value.norm(dim=1, keepdim=True)
+    rows: np.ndarray = (value / torch.where(length > 0, length, 1.0)).float().numpy()
+    return rows
 
 
 def select_layer(encoder: Encoder, layer: str) -> Encoder:

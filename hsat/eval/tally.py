@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class Tally:
         self.zero_gradient += int((result.zero_gradient > 0).sum())
         self.never_moved += int((result.x_adv == images).flatten(1).all(1).sum())
         self.stationary += 0 if result.stationary is None else int(result.stationary.sum())
+
+    def counts(self) -> dict[str, int]:
+        """The counts by name, without the embeddings."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("rows", "kept")}
 
     def share(self, name: str) -> float:
         """A count per image; 0 for the clean images, which are not attacked."""

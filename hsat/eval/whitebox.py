@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,29 +13,21 @@ from torch import Tensor
 
 from hsat.eval.aiming import TARGETS, Aim, published_aim
 from hsat.eval.baselines import with_noise
+from hsat.eval.cache import EmbeddingCache
 from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.doubts import Doubts
-from hsat.eval.embedding import (
-    LAYERS,
-    Layer,
-    describe,
-    device_of,
-    embed,
-    encode,
-    frozen_module,
-    labelled,
-    select_layer,
-    through_branch,
-    watch,
-)
+from hsat.eval.embedding import LAYERS, Layer
+from hsat.eval.ensemble_records import ensemble_record
+from hsat.eval.keeping import cache_key, embedded_bank, journal_of
 from hsat.eval.knn import FittedKNN, KNNClassifier
+from hsat.eval.layers import Layers
 from hsat.eval.measuring import condition_records, evaluation_frame
 from hsat.eval.records import Record
-from hsat.eval.scoring import match_labels
-from hsat.eval.tally import Tally
+from hsat.eval.references import References
+from hsat.eval.siege import CLEAN, Siege
+from hsat.eval.strongest import Casualties, Strongest
+from hsat.eval.trial import Trial
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
-
-CLEAN = "clean"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +36,7 @@ class WhiteboxResult:
 
     records: one per condition, k, level and metric.  tables: the embeddings.  scores: class scores (n, classes) by
     condition and k, columns as in `class_names`.  examples: the first images of the queries under each condition.
+    casualties: for each `Strongest`, which of its members felled which image.
     """
 
     records: tuple[Record, ...]
@@ -49,13 +44,14 @@ class WhiteboxResult:
     scores: dict[str, dict[int, np.ndarray]]
     examples: dict[str, Tensor]
     class_names: tuple[str, ...]
+    casualties: dict[str, Casualties] = field(default_factory=dict)
 
 
 def evaluate_whitebox(
     encoder: Encoder,
     bank: Iterable[HierarchicalBatch] | EmbeddingTable,
     queries: Iterable[HierarchicalBatch],
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, Attack | Strongest],
     *,
     target: str | None = None,
     layer: Layer = "features",
@@ -72,6 +68,9 @@ def evaluate_whitebox(
     bootstrap: int = 1000,
     noise: bool = False,
     diagnose: bool | int = False,
+    surrogates: Mapping[str, Encoder] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,
     model: str = "",
     checkpoint: str = "",
@@ -86,6 +85,10 @@ def evaluate_whitebox(
     diagnose: look for masked gradients on that many queries (True: 32), for each attack, as `hsat.eval.diagnose` does;
     decisions there are those of the first k.
 
+    An attack may be a `Strongest`: an ensemble that fells images one by one (docs/strongest.md).  It comes after the
+    others, which count as its members where they have its threat model.  surrogates: other encoders by name, from which
+    it transfers; they are frozen meanwhile.
+
     target: the layer whose cosine distance to the clean value the attacks maximise, "features" (what kNN reads; the
     default) or "embedding" (the projected embedding, as in the paper's tables); or "knn": the attacks know the bank
     and the true labels and maximise the margin of the vote itself (`soft_knn`).  layer: what kNN reads.  Each image's
@@ -98,44 +101,49 @@ def evaluate_whitebox(
     bootstrap: resamples of patients for the intervals; 0 for none.
     model, checkpoint: what the records say.  class_names: for loaders that do not know theirs.
 
+    cache: a folder that keeps the embeddings of bank and clean queries for the next time (see `EmbeddingCache`), where
+    encoder and loaders can say what they are: modules, and unshuffled loaders over a PatchDataset without transform.
+    state: a folder that keeps every finished batch.  After an interruption, even by kill -9, the same call goes on from
+    there and ends with the same records; a state that was begun under other settings is refused.  What is computed from
+    the scores (bootstrap, how, absent, keys) may change.  One process at a time may use it.
+
     Records carry flags where a result is doubtful: gradients that are exactly zero or images that never moved in more
     than 1 % of the images (a masked gradient looks like robustness), and a bank that shares patients with the queries.
+    With an approximate index the settings hold its recall and agreement with exact predictions on the same queries.
 
     Raises ValueError for an unknown target, k, how, absent, keys, attack_branch or compat, an attack called "clean",
     TypeError for attacks that are no mapping of attacks, and what `embed` and `KNNClassifier` raise.
     """
     target, attack_branch = published_aim(compat, encoder, target, attack_branch)
-    check_options(target, attacks, how, compat, targets=TARGETS)
-    ks = several_k(k)
-    settings = KNNClassifier(k=max(ks), temperature=temperature, index=index)
-    if not isinstance(bank, EmbeddingTable):
-        bank = embed(
-            encoder, bank, class_names=class_names, layer=layer, device=device, encoder_name=model, progress=progress
-        )
-    knn = settings.fit(bank)
-    chosen = with_noise(attacks) if noise else dict(attacks)
-    aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch)
-    doubts = Doubts(encoder, aim, chosen, knn=knn, layer=layer, images=diagnose, seed=seed)
-    trial = _Trial(encoder, aim, doubts, chosen, knn=knn, layer=layer, seed=seed, keep=keep_examples)
-    tables = trial.run(queries, class_names=class_names, device=device, model=model, progress=progress)
-    scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
-    frame = evaluation_frame(
-        knn,
-        tables[CLEAN],
-        target=target,
-        layer=layer,
-        seed=seed,
-        how=how,
-        absent=absent,
-        keys=keys,
-        compat=compat,
-        bootstrap=bootstrap,
+    ks = _checked(target, attacks, how=how, compat=compat, k=k, surrogates=surrogates)
+    kept = None if cache is None else EmbeddingCache(cache)
+    read: dict[str, Any] = {"layer": layer, "device": device, "class_names": class_names}
+    bank = embedded_bank(encoder, bank, kept, model=model, checkpoint=checkpoint, progress=progress, **read)
+    knn = KNNClassifier(k=max(ks), temperature=temperature, index=index).fit(bank)
+    chosen = with_noise(attacks) if noise else dict(attacks)  # type: ignore[arg-type]
+    layers, others = Layers(encoder), dict(surrogates or {})
+    aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch, layers=layers)
+    seen: dict[str, Any] = {"knn": knn, "layer": layer, "seed": seed}
+    doubts = Doubts(encoder, aim, chosen, images=diagnose, **seen)
+    siege = Siege(encoder, layers, aim, target=target, surrogates=others, **seen)
+    trial = Trial(encoder, layers, chosen, aim=aim, siege=siege, doubts=doubts, keep=keep_examples, **seen)
+    decisive = {"target": target, "k": list(ks), "attack_branch": attack_branch, "keep_examples": keep_examples, **seen}
+    tables = trial.run(
+        queries,
+        journal=journal_of(state, {"": encoder, **others}, queries, chosen, decisive, checkpoint=checkpoint),
+        references=References(kept, cache_key(encoder, queries, layer, checkpoint)),
+        class_names=class_names,
+        device=device,
         model=model,
-        checkpoint=checkpoint,
-        attack_branch=attack_branch,
+        progress=progress,
     )
+    named: dict[str, Any] = {"how": how, "absent": absent, "keys": keys, "compat": compat, "bootstrap": bootstrap}
+    named |= {"model": model, "checkpoint": checkpoint, "attack_branch": attack_branch}
+    frame = evaluation_frame(knn, tables[CLEAN], target=target, layer=layer, seed=seed, **named)
+    scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
+    casualties = trial.casualties()
     records = [
-        doubts.note(aim.describe(record))
+        doubts.note(ensemble_record(record, found, aim.k) if (found := casualties.get(name)) else aim.describe(record))
         for name in tables
         for record in condition_records(
             frame,
@@ -146,73 +154,18 @@ def evaluate_whitebox(
             scores=scores[name],
         )
     ]
-    examples = {name: torch.cat(tally.kept) for name, tally in trial.tallies.items() if tally.kept}
-    return WhiteboxResult(tuple(records), tables, scores, examples, knn.class_names)
+    examples = {name: torch.cat(tally.kept) for name, tally in trial.tallies.items() if keep_examples and tally.kept}
+    return WhiteboxResult(tuple(records), tables, scores, examples, knn.class_names, casualties)
 
 
-class _Trial:
-    """One pass over the queries under all conditions."""
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        aim: Aim,
-        doubts: Doubts,
-        attacks: Mapping[str, Attack],
-        *,
-        knn: FittedKNN,
-        layer: str,
-        seed: int,
-        keep: int,
-    ) -> None:
-        self._encoder, self._bank, self._seed, self._keep = encoder, knn.table, seed, keep
-        self._aim, self._doubts, self._scored = aim, doubts, select_layer(encoder, layer)
-        self.attacks = attacks
-        self.tallies = {name: Tally() for name in (CLEAN, *attacks)}
-
-    def run(
-        self,
-        queries: Iterable[HierarchicalBatch],
-        *,
-        class_names: Sequence[str] | None,
-        device: torch.device | str | None,
-        model: str,
-        progress: bool,
-    ) -> dict[str, EmbeddingTable]:
-        """The embeddings of all queries, by condition."""
-        names, cohort, split = describe(queries, class_names, "", "")
-        place = device_of(self._encoder, device)
-        with frozen_module(self._encoder):
-            for batch in watch(queries, progress, "attacking"):
-                labels = match_labels(labelled(batch), names, self._bank.class_names)
-                self.see(batch, batch.images.to(place), labels)
-                self._doubts.see(batch, labels)
-            self._doubts.settle(place)
-        return {
-            name: tally.rows.table(class_names=names, cohort=cohort, split=split, encoder=model)
-            for name, tally in self.tallies.items()
-        }
-
-    def see(self, batch: HierarchicalBatch, images: Tensor, labels: np.ndarray) -> None:
-        """Attack and embed one batch; the clean embedding is computed once and serves every attack."""
-        clean = encode(self._scored, images)
-        if (width := self._bank.z.shape[1]) != clean.shape[-1]:
-            raise ValueError(f"the bank's embeddings have width {width}, the encoder's {clean.shape[-1]}: not its bank")
-        self._store(CLEAN, batch, images, clean)
-        with through_branch(self._encoder, self._aim.branch):
-            objective = self._aim.objective(images, clean, labels)
-        for name, attack in self.attacks.items():
-            generator = torch.Generator().manual_seed(self._seed)
-            with through_branch(self._encoder, self._aim.branch):
-                result = attack.run(images, objective, generator=generator, ids=batch.patch)
-            self.tallies[name].count(result, images)
-            self._store(name, batch, result.x_adv, encode(self._scored, result.x_adv))
-
-    def _store(self, name: str, batch: HierarchicalBatch, images: Tensor, z: Tensor) -> None:
-        tally = self.tallies[name]
-        tally.rows.add(batch, z)
-        if (missing := self._keep - sum(map(len, tally.kept))) > 0:
-            tally.kept.append(images[:missing].detach().cpu())
+def _checked(
+    target: str, attacks: Any, *, how: Any, compat: Any, k: int | Sequence[int], surrogates: Any
+) -> tuple[int, ...]:
+    """The numbers of neighbours, after the checks of options."""
+    check_options(target, attacks, how, compat, targets=TARGETS, ensembles=True)
+    if wrong := [name for name, other in (surrogates or {}).items() if not callable(other)]:
+        raise TypeError(f"surrogates must map names to encoders; those of {wrong} cannot be called")
+    return several_k(k)
 
 
 def several_k(k: int | Sequence[int]) -> tuple[int, ...]:
@@ -236,13 +189,19 @@ def check_options(
     compat: str | None,
     *,
     targets: Sequence[str] = LAYERS,
+    ensembles: bool = False,
 ) -> None:
-    """ValueError or TypeError for an unknown target, how or compat, and for attacks that are no mapping of attacks."""
+    """ValueError or TypeError for an unknown target, how or compat, and for attacks that are no mapping of attacks.
+
+    ensembles: `Strongest` is welcome, which is no attack on its own.
+    """
     if target not in targets:
         raise ValueError(f"unknown target {target!r}; choose one of {list(targets)}")
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping such as {{'PGD-8': PGD(...)}}, got {type(attacks).__name__}")
     for name, attack in attacks.items():
+        if ensembles and isinstance(attack, Strongest):
+            continue
         if not callable(getattr(attack, "run", None)):
             raise TypeError(f"attack {name!r} has no method run, as hsat.types.Attack wants: {attack!r}")
     if CLEAN in attacks:

@@ -1,0 +1,235 @@
+"""What evaluations keep on the disk: clean embeddings for the next one, finished batches for the same one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hsat.attacks import PGD, Linf
+from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
+from hsat.eval import EmbeddingCache, Strongest, evaluate_whitebox
+from hsat.eval.identity import encoder_identity, loader_identity
+from hsat.eval.layers import Layers
+from hsat.eval.storing import DamagedFileError, read_arrays, write_arrays
+from hsat.models import build_encoder
+
+PAGE = Path(__file__).parents[2] / "docs" / "strongest.md"
+PGD1 = PGD(Linf(1 / 255), step_size=0.5 / 255, steps=3)
+ATTACKS = {"PGD": PGD1, "strongest": Strongest(Linf(1 / 255), steps=3, vote_steps=3, restarts=1, queries=3)}
+FAST = dict(k=9, bootstrap=20, noise=True, keep_examples=22)
+
+
+@pytest.fixture(scope="module")
+def bank(toy_batches):
+    return toy_batches(seed=1, sizes=(30, 30), first_id=1000)
+
+
+@pytest.fixture(scope="module")
+def queries(toy_batches):
+    return toy_batches(seed=2, sizes=(8, 8, 8))
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Breaking:
+    """Batches that end with an exception before the last one, as a killed process ends."""
+
+    def __init__(self, batches):
+        self.batches, self.dataset = batches, batches.dataset
+
+    def __iter__(self):
+        yield from self.batches[:2]
+        raise Interrupted
+
+
+def same(one, other):
+    assert one.records == other.records
+    for name in one.tables:
+        np.testing.assert_array_equal(one.tables[name].z, other.tables[name].z)
+        assert torch.equal(one.examples[name], other.examples[name])
+    for name, found in one.casualties.items():
+        np.testing.assert_array_equal(found.felled_by, other.casualties[name].felled_by)
+        assert found.members == other.casualties[name].members
+
+
+@pytest.fixture
+def interrupted(toy_encoder, bank, queries, tmp_path):
+    with pytest.raises(Interrupted):
+        evaluate_whitebox(toy_encoder, bank, Breaking(queries), ATTACKS, state=tmp_path / "state", **FAST)
+    return tmp_path / "state"
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(toy_encoder, bank, queries, interrupted):
+    whole = evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, **FAST)
+    before = toy_encoder.forwards
+    again = evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, state=interrupted, **FAST)
+    third = toy_encoder.forwards - before
+    same(whole, again)
+    finished = evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, state=interrupted, **FAST | {"bootstrap": 5})
+    assert toy_encoder.forwards - before - third == len(bank) < third
+    assert {r.value for r in finished.records} == {r.value for r in whole.records}
+    assert not list(interrupted.glob(".*"))
+
+
+def test_other_settings_and_other_queries_are_refused(toy_encoder, bank, queries, toy_batches, interrupted):
+    def go(queries=queries, attacks=ATTACKS, **options):
+        evaluate_whitebox(toy_encoder, bank, queries, attacks, state=interrupted, **FAST | options)
+
+    with pytest.raises(ValueError, match=r"begun under other settings: k was \[9\], now \[5\]; seed was 0, now 1"):
+        go(k=5, seed=1)
+    with pytest.raises(ValueError, match=r"attack\.PGD was PGD.*steps=3.*, now PGD.*steps=4"):
+        go(attacks=ATTACKS | {"PGD": PGD(Linf(1 / 255), step_size=0.5 / 255, steps=4)})
+    with pytest.raises(ValueError, match="batch 0 of the queries is not the one"):
+        go(queries=toy_batches(seed=3, sizes=(8, 8, 8)))
+    with torch.no_grad():
+        toy_encoder.norm.weight[0] += 1e-6
+    with pytest.raises(ValueError, match=r"encoder.weights was [0-9a-f]{12}, now [0-9a-f]{12}"):
+        go()
+
+
+def test_a_damaged_batch_is_attacked_anew(toy_encoder, bank, queries, interrupted):
+    path = interrupted / "batch-000001.arrays"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + b"x" + content[-8:])
+    with pytest.warns(UserWarning, match="checksum is not that of its arrays; batch 1 is attacked anew"):
+        again = evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, state=interrupted, **FAST)
+    same(evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, **FAST), again)
+
+
+def test_a_folder_of_something_else_is_left_alone(toy_encoder, bank, queries, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else than a state of an evaluation"):
+        evaluate_whitebox(toy_encoder, bank, queries, {}, state=tmp_path, **FAST)
+
+
+@pytest.fixture
+def patches(tmp_path):
+    root = write_synthetic_cohort(tmp_path / "srh", classes=("hgg", "lgg"), patients_per_class=3, patches=2, size=32)
+
+    def loaders(image_size=32, batch_size=8):
+        cohort = Cohort.from_opensrh(root)
+        sets = [PatchDataset(cohort, split, image_size=image_size) for split in ("train", "val")]
+        return [patch_loader(each, batch_size=batch_size) for each in sets]
+
+    return loaders
+
+
+def test_the_cache_gives_the_same_numbers_and_knows_what_changed(patches, tmp_path):
+    encoder = build_encoder("test_byobnet", embedding_dim=8, seed=0).eval()
+    cache = tmp_path / "cache"
+
+    def go(encoder=encoder, where=cache, **options):
+        bank, queries = patches(**options)
+        return evaluate_whitebox(encoder, bank, queries, {"PGD": PGD1}, k=3, bootstrap=0, cache=where)
+
+    plain, first, second = go(where=None), go(), go()
+    assert plain.records == first.records == second.records
+    np.testing.assert_array_equal(plain.tables["PGD"].z, second.tables["PGD"].z)
+    assert len(list(cache.iterdir())) == 2  # the bank, the clean queries
+    go(build_encoder("test_byobnet", embedding_dim=8, seed=1).eval())
+    assert len(list(cache.iterdir())) == 4
+    go(image_size=24), go(batch_size=4)
+    assert len(list(cache.iterdir())) == 8
+    dataset = patches()[0].dataset
+    os.utime(dataset.cohort.path(int(dataset.rows[0])), ns=(1, 1))  # written anew, of the same size
+    go()
+    assert len(list(cache.iterdir())) == 9
+
+
+def test_corrupt_and_foreign_files_are_made_anew(patches, tmp_path):
+    encoder = build_encoder("test_byobnet", embedding_dim=8, seed=0).eval()
+    bank, queries = patches()
+    options = dict(k=3, bootstrap=0, cache=tmp_path / "cache")
+    first = evaluate_whitebox(encoder, bank, queries, {}, **options)
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="embedding anew"):
+        assert evaluate_whitebox(encoder, bank, queries, {}, **options).records == first.records
+    one, other = sorted((tmp_path / "cache").iterdir())
+    one.write_bytes(other.read_bytes())
+    with pytest.warns(UserWarning, match="something else than its name says"):
+        assert evaluate_whitebox(encoder, bank, queries, {}, **options).records == first.records
+
+
+def test_the_cache_counts_and_takes_writers_at_the_same_time(table, tmp_path):
+    made = table(np.eye(4), label=[0, 1, 2, 0], cohort="c", split="train", encoder="e")
+    cache, errors = EmbeddingCache(tmp_path / "cache"), []
+
+    def write():
+        try:
+            for number in range(8):
+                found = EmbeddingCache(tmp_path / "cache").table({"number": number}, lambda: made)
+                np.testing.assert_array_equal(found.z, made.z)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    again = cache.table({"number": 3}, lambda: pytest.fail("it is there"))
+    assert (again.class_names, again.cohort, again.split, again.encoder) == (made.class_names, "c", "train", "e")
+    assert (cache.hits, cache.misses) == (1, 0)
+
+
+def test_who_cannot_say_what_it_gives_is_not_kept(patches):
+    bank, _ = patches()
+    assert loader_identity(bank) and loader_identity([1]) is None
+    bank.dataset.transform = torch.nn.Identity()
+    assert loader_identity(bank) is None
+    assert encoder_identity(lambda x: x) is None
+    encoder = build_encoder("test_byobnet", embedding_dim=8, seed=0)
+    before = encoder_identity(encoder)
+    assert encoder_identity(encoder.to(memory_format=torch.channels_last)) != before
+
+
+def test_files_notice_a_single_bit(tmp_path):
+    path = tmp_path / "x.arrays"
+    write_arrays(path, {"a": [1, "b"]}, {"z": np.arange(5.0)})
+    about, arrays = read_arrays(path)
+    assert about == {"a": [1, "b"]} and arrays["z"].tolist() == [0, 1, 2, 3, 4]
+    content = bytearray(path.read_bytes())
+    for at in range(content.index(b"\n") + 1, len(content), 37):
+        changed = bytes(content[:at]) + bytes([content[at] ^ 1]) + bytes(content[at + 1 :])
+        path.write_bytes(changed)
+        with pytest.raises(DamagedFileError):
+            read_arrays(path)
+
+
+def test_layers_answer_the_same_tensor_from_memory(toy_encoder):
+    layers, x = Layers(toy_encoder.eval()), torch.rand(2, 3, 6, 6)
+    with torch.no_grad():
+        one = layers.select("features")(x)
+        assert layers.select("features")(x) is one and toy_encoder.forwards == 1
+        x += 0.1
+        assert not torch.equal(layers.select("features")(x), one)
+        assert toy_encoder.forwards == 2
+        layers.select("features")(x.clone())
+    assert toy_encoder.forwards == 3
+    layers.select("features")(x)  # with a graph: never from memory
+    assert toy_encoder.forwards == 4
+    ours = build_encoder("test_byobnet", embedding_dim=8, seed=0).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(Layers(ours).select("embedding")(images), ours(images))
+
+
+def test_the_page_runs(tmp_path):
+    blocks, found = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S), {}
+    with contextlib.chdir(tmp_path):
+        for block in blocks:
+            exec(block, found)
+    assert found["first"].records == found["again"].records
+    assert len(found["found"].casualties["strongest-2"].patch) > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 2
