@@ -342,3 +342,13 @@ def test_what_was_packed_of_a_file_that_changed_is_thrown_away(srh, tmp_path):
     rewrite(srh.path(0))
     packed = pack_cohort(srh, tmp_path / "packed", verify=True)
     assert torch.equal(packed.read(0), read_patch(srh.path(0), kind="srh"))
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    """The Python blocks of docs/data_speed.md, in order."""
+    monkeypatch.chdir(tmp_path)
+    page = Path(room.__file__).parents[2] / "docs/data_speed.md"
+    names: dict = {}
+    for block in page.read_text().split("```python\n")[1:]:
+        exec(compile(block.split("```")[0], str(page), "exec"), names)
+    assert names["batch"].images.shape[1:] == (3, 32, 32)

@@ -1,0 +1,261 @@
+"""Training batches of an SRH cohort: hsat against the published recipe; and libraries for augmentation.
+
+The recipe is written out below: one process, tifffile, each image read transformed once for nothing and then once per
+view by torchvision's operations, one image after another.  Variants take turns, and ratios are taken within a turn, so
+that a machine whose speed drifts does not decide; medians over turns count.  Processor time of the main process stands
+beside that of the clock; that of living workers is not in it.
+
+    python benchmarks/data_speed.py --out benchmarks/results/data_speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+import torchvision
+from torch import Tensor
+
+import hsat
+from hsat.data import (
+    Cohort,
+    HierarchicalDataset,
+    PatientBatchSampler,
+    augment_batch,
+    build_transform,
+    hierarchical_loader,
+    pack_cohort,
+)
+from hsat.data.samples import isolated
+
+SIDE, SLIDES, PATCHES, VIEWS = 300, 2, 2, 2
+AIM = 4.0
+
+
+def write_cohort(root: Path, patients: int) -> Cohort:
+    """An OpenSRH folder of smooth images with noise, 300 x 300, two slides of four patches per patient."""
+    rng = np.random.default_rng(0)
+    index, names = {}, [f"NIO_{i:03d}" for i in range(patients)]
+    for i, name in enumerate(names):
+        slides = {}
+        for slide in ("1", "2"):
+            folder = f"studies/{name}/{slide}/patches"
+            (root / folder).mkdir(parents=True)
+            paths = [f"{folder}/{name}-{slide}-{k}.tif" for k in range(4)]
+            for path in paths:
+                coarse = torch.from_numpy(rng.random((1, 2, 12, 12), dtype=np.float32))
+                smooth = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")[0].numpy()
+                counts = 2000 + 16000 * smooth + rng.normal(0, 800, (2, SIDE, SIDE))
+                tifffile.imwrite(root / path, counts.clip(0, 65535).astype(np.uint16))
+            kinds = {"tumor_patches": paths, "normal_patches": [], "nondiagnostic_patches": []}
+            slides[slide] = {"slide_id": f"{name}-{slide}", **kinds}
+        index[name] = {"patient_id": name, "class": ("hgg", "lgg")[i % 2], "slides": slides}
+    (root / "meta").mkdir()
+    (root / "meta/opensrh.json").write_text(json.dumps(index))
+    (root / "meta/train_val_split.json").write_text(json.dumps({"train": names[:-2], "val": names[-2:]}))
+    return Cohort.from_opensrh(root)
+
+
+def published_read(path: Path) -> Tensor:
+    """Two planes to three channels in [0, 1]."""
+    raw = torch.from_numpy(tifffile.imread(path).astype(np.float32)) / 65536
+    return torch.stack([raw[1] - raw[0] + 5000 / 65536, raw[0], raw[1]]).clamp(0, 1)
+
+
+def published_epoch(cohort: Cohort, batch_patients: int, passes_for_nothing: int) -> Callable[[], int]:
+    """One epoch of the recipe; returns the number of images.  passes_for_nothing: transforms whose result is lost."""
+    rows = cohort.rows("train")
+    patients = sorted({int(p) for p in cohort.patient[rows]})
+    transform = build_transform("v0", image_size=SIDE)
+
+    def run() -> int:
+        seen = 0
+        order = np.random.permutation(patients)
+        for first in range(0, len(order), batch_patients):
+            images = []
+            for patient in order[first : first + batch_patients]:
+                for slide in np.unique(cohort.slide[rows[cohort.patient[rows] == patient]]):
+                    for row in np.random.permutation(rows[cohort.slide[rows] == slide])[:PATCHES]:
+                        image = published_read(cohort.path(int(row)))
+                        for _ in range(passes_for_nothing):
+                            transform(image)
+                        images += [transform(image) for _ in range(VIEWS)]
+            seen += len(torch.stack(images))
+        return seen
+
+    return run
+
+
+def hsat_epoch(cohort: Cohort, batch_patients: int, workers: int, **options: object) -> Callable[[], int]:
+    """One epoch through hierarchical_loader; worker processes stay alive between calls."""
+    dataset = HierarchicalDataset(
+        cohort, image_size=SIDE, slides=SLIDES, patches=PATCHES, views=VIEWS, augmentation="v0", **options
+    )
+    sampler = PatientBatchSampler(cohort, "train", batch_patients=batch_patients)
+    device = "cpu" if dataset.augment == "device" else None
+    loader = hierarchical_loader(dataset, sampler, workers=workers, device=device)
+    epoch = iter(range(10**6))
+
+    def run() -> int:
+        sampler.set_epoch(next(epoch))
+        return sum(len(batch.images) for batch in loader)
+
+    return run
+
+
+def spent() -> float:
+    """Processor seconds of this process, and of its children that have ended."""
+    return sum(
+        r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def compare(variants: dict[str, Callable[[], int]], turns: int) -> dict[str, object]:
+    """Milliseconds per image of each variant and, for all but the first, the ratio first / variant of each turn."""
+    for run in variants.values():
+        run()  # warm-up: imports, files into the page cache, workers started
+    clock: dict[str, list[float]] = {name: [] for name in variants}
+    own: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(turns):
+        for name in list(variants)[:: 1 if turn % 2 == 0 else -1]:
+            begin, cpu = time.perf_counter(), spent()
+            images = variants[name]()
+            clock[name].append(1000 * (time.perf_counter() - begin) / images)
+            own[name].append(1000 * (spent() - cpu) / images)
+    first, *others = variants
+    return {
+        "milliseconds per image": {name: spread(values) for name, values in clock.items()},
+        "processor milliseconds per image, without workers": {name: spread(values) for name, values in own.items()},
+        "times faster": {
+            name: spread([a / b for a, b in zip(clock[first], clock[name], strict=True)]) for name in others
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, extremes and count."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "turns": len(values)}
+
+
+def libraries(images: int) -> dict[str, Callable[[], int]]:
+    """v0 at strength 1 on patches in memory: torchvision per image (v1), its v2, hsat batched, kornia where it is."""
+    x = torch.rand(images, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    pipeline = build_transform("v0", image_size=SIDE)
+    second = v2_pipeline()
+    found: dict[str, Callable[[], int]] = {
+        "torchvision.transforms, image by image": lambda: len([pipeline(image) for image in x]),
+        "hsat.data.augment_batch": lambda: len(augment_batch(list(x), pipeline, range(images))),
+        "torchvision.transforms.v2, image by image": lambda: len([second(image) for image in x]),
+    }
+    try:
+        korn = kornia_pipeline()
+    except ImportError:
+        return found
+    return found | {"kornia, whole batch": lambda: len(korn(x))}
+
+
+def v2_pipeline() -> Callable[[Tensor], Tensor]:
+    """The same operations in torchvision's second interface."""
+    from torchvision.transforms import v2
+
+    from hsat.data.augment import GaussianNoise
+
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomVerticalFlip(0.5),
+            v2.RandomApply([v2.Lambda(GaussianNoise(0.01, 0.1))], 0.5),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.5),
+            v2.RandomAutocontrast(0.5),
+            v2.RandomSolarize(0.2, 0.5),
+            v2.RandomAdjustSharpness(2.0, 0.5),
+            v2.RandomApply([v2.GaussianBlur(5, (1.0, 1.0))], 0.5),
+            v2.RandomErasing(0.5),
+            v2.RandomApply([v2.RandomAffine(10.0, translate=(0.1, 0.3))], 0.5),
+            v2.RandomApply([v2.RandomResizedCrop(SIDE, (0.08, 1.0))], 0.5),
+        ]
+    )
+
+
+def kornia_pipeline() -> Callable[[Tensor], Tensor]:
+    """The nearest that kornia has, parameters per image; it has no autocontrast of that form, which is left out."""
+    import kornia.augmentation as ka
+
+    return ka.AugmentationSequential(
+        ka.RandomHorizontalFlip(p=0.5),
+        ka.RandomVerticalFlip(p=0.5),
+        ka.RandomGaussianNoise(std=0.05, p=0.5),
+        ka.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=0.5),
+        ka.RandomSolarize(thresholds=(0.2, 0.2), additions=(0.0, 0.0), p=0.5),
+        ka.RandomSharpness(2.0, p=0.5),
+        ka.RandomGaussianBlur((5, 5), (1.0, 1.0), p=0.5),
+        ka.RandomErasing(p=0.5),
+        ka.RandomAffine(10.0, translate=(0.1, 0.3), p=0.5),
+        ka.RandomResizedCrop((SIDE, SIDE), (0.08, 1.0), p=0.5),
+    )
+
+
+def main() -> None:
+    """Write a cohort, run everything, print ratios, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--patients", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=4, help="patients per batch")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as folder, isolated():
+        torch.set_num_threads(os.cpu_count() or 1)  # what the recipe has by default; hsat's own passes use one
+        torch.manual_seed(0)
+        cohort = write_cohort(Path(folder, "cohort"), options.patients)
+        begin = time.perf_counter()
+        packed = pack_cohort(cohort, Path(folder, "packed"))
+        results["packing, milliseconds per patch"] = 1000 * (time.perf_counter() - begin) / len(cohort)
+        cases = {
+            "published recipe": published_epoch(cohort, options.batch, 1),
+            "published recipe without the transform for nothing": published_epoch(cohort, options.batch, 0),
+            "files, per image, no workers": hsat_epoch(cohort, options.batch, 0),
+            "packed, per image, 2 workers": hsat_epoch(cohort, options.batch, 2, packed=packed),
+            "files, items, no workers": hsat_epoch(cohort, options.batch, 0, augment="items"),
+            "packed, items, no workers": hsat_epoch(cohort, options.batch, 0, augment="items", packed=packed),
+            "files, items, 2 workers": hsat_epoch(cohort, options.batch, 2, augment="items"),
+            "packed, items, 2 workers": hsat_epoch(cohort, options.batch, 2, augment="items", packed=packed),
+            "packed, device (CPU), 1 worker": hsat_epoch(cohort, options.batch, 1, augment="device", packed=packed),
+        }
+        results["batches of training images"] = compare(cases, options.turns)
+        results["augmentation alone"] = compare(libraries(24), options.turns)
+    ratio = results["batches of training images"]["times faster"]["packed, items, 2 workers"]["median"]
+    results |= {"aim": AIM, "reached": ratio >= AIM}
+    for title in ("batches of training images", "augmentation alone"):
+        for name, found in results[title]["times faster"].items():
+            text = f"{title}, {name}: {found['median']:.2f}x [{found['min']:.2f}, {found['max']:.2f}]"
+            sys.stdout.write(text + "\n")
+    sys.stdout.write(f"aim {AIM}x: {'reached' if ratio >= AIM else 'NOT reached'}\n")
+    about = {
+        "hsat": hsat.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "load at the end": os.getloadavg(),
+        "python": platform.python_version(),
+        "images": f"{SIDE} x {SIDE}, v0 at strength 1, {SLIDES} x {PATCHES} x {VIEWS} per patient",
+    }
+    if options.out:
+        options.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
