@@ -11,7 +11,8 @@ from torch import nn
 
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PatchDataset, patch_loader
-from hsat.eval import KNNClassifier, embed, gather_table, metrics, own_rows
+from hsat.eval import KNNClassifier, embed, metrics
+from hsat.eval.gathering import gather_table, own_rows
 from hsat.models import branch, is_dual, save_encoder, trained_branch
 from hsat.types import Attack, EmbeddingTable
 from runs import Run, write_json

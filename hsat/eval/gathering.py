@@ -47,7 +47,7 @@ def gather_table(table: EmbeddingTable | None) -> EmbeddingTable:
         found = [part[name] for part in parts]
         if any(value != found[0] for value in found):
             raise ValueError(f"tables of the ranks differ in {name}: {', '.join(map(str, found))}")
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in _ROWS}
+    rows: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in _ROWS}
     return EmbeddingTable(**rows, **{name: parts[0][name] for name in _TEXT})
 
 

@@ -89,7 +89,7 @@ def accumulated_step(
     total = torch.stack([weights[name] * total_of(value) for name, value in terms.items()]).sum()
     wanted = torch.autograd.grad(scale(total), list(rows.values()))
     sizes = [len(part) for part in parts]
-    grads = {name: grad.split(sizes) for name, grad in zip(rows, wanted, strict=True)}
+    grads = {name: torch.split(grad, sizes) for name, grad in zip(rows, wanted, strict=True)}
     _second_pass(model, passes, grads, autocast=autocast, states=states)
     x_adv = torch.cat(passes["pgd"]) if "pgd" in passes else None
     return StepResult(total.detach(), terms.get("normal"), terms.get("pgd"), x_adv)
@@ -105,7 +105,7 @@ def _attacked_parts(
     generator: torch.Generator | None,
     ids: Tensor | None,
 ) -> list[Tensor]:
-    own = [None] * len(parts) if ids is None else ids.split([len(part) for part in parts])
+    own = [None] * len(parts) if ids is None else torch.split(ids, [len(part) for part in parts])
     return [
         attacked(model, loss, attack, part, autocast=autocast, generator=generator, ids=mine)
         for part, mine in zip(parts, own, strict=True)

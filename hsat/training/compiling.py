@@ -47,7 +47,7 @@ def _explained(model: nn.Module, images: Tensor) -> GraphBreaks:
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler about itself
-        told = torch._dynamo.explain(model)(images)  # type: ignore[no-untyped-call]
+        told = torch._dynamo.explain(model)(images)
     torch._dynamo.reset()
     reasons = tuple(str(broken.reason).strip().splitlines()[0] for broken in told.break_reasons)
     return GraphBreaks(int(told.graph_count), reasons)

@@ -53,7 +53,7 @@ def average_statistics(module: nn.Module) -> None:
         flat = torch.cat([buffer.flatten().to(torch.float32) for buffer in found])
         dist.all_reduce(flat)
         flat /= ranks
-        for buffer, mean in zip(found, flat.split([buffer.numel() for buffer in found]), strict=True):
+        for buffer, mean in zip(found, torch.split(flat, [buffer.numel() for buffer in found]), strict=True):
             buffer.copy_(mean.view_as(buffer))
 
 
