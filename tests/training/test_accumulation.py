@@ -151,3 +151,13 @@ def test_parts_keep_order_ids_and_labels():
     for name in ("images", "patch", "slide", "patient", "label"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
     assert all(part.levels.anchors["patch"] == 4 for part in parts)
+
+
+def test_the_page_on_devices_runs():
+    import re
+    from pathlib import Path
+
+    page = Path(__file__).parents[2] / "docs" / "devices.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, str(page), "exec"), {})
