@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsat.eval.bootstrap import bootstrap_intervals
-from hsat.eval.measuring import Frame
+from hsat.eval.bootstrap import bootstrap_intervals, no_interval
+from hsat.eval.intervals import Interval, interval_around
+from hsat.eval.measuring import Frame, measured_record
 from hsat.eval.records import Record, eps_text, eps_value
+from hsat.eval.resampling import patient_draws
 from hsat.eval.tally import Tally, attack_settings, suspicions
 from hsat.types import Attack, EmbeddingTable
 
@@ -107,11 +109,21 @@ def budget_records(
         at = dataclasses.replace(head, attack_name=label, value=result.accuracy(fraction), settings=settings)
         found.append(_with_interval(at, result, fraction, frame))
     summary = head.settings | {"note": "smallest fraction of patches that changes the decision; never counts as 1"}
-    mean = float(finite.mean())
-    return [
-        *found,
-        dataclasses.replace(head, attack_name=name, metric="smallest_fraction", value=mean, settings=summary),
-    ]
+    mean = dataclasses.replace(
+        head, attack_name=name, metric="smallest_fraction", value=float(finite.mean()), settings=summary
+    )
+    interval = _mean_interval(finite, result.patients, seed=mean.seed, resamples=frame.bootstrap)
+    return [*found, measured_record(mean, mean.metric, mean.value, interval)]
+
+
+def _mean_interval(values: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
+    """The interval of the mean of values in [0, 1], one per group, over resampled patients."""
+    people, member_of = np.unique(patients, return_inverse=True)
+    if reason := no_interval(len(people), resamples):
+        return Interval(None, None, reason)
+    draws = patient_draws(len(people), resamples, np.random.default_rng(seed))[:, member_of]
+    drawn = draws @ values / draws.sum(1)
+    return interval_around(float(values.mean()), drawn, people=len(people), method="t", confidence=0.95)
 
 
 def _with_interval(record: Record, result: BudgetResult, fraction: float, frame: Frame) -> Record:
@@ -125,4 +137,4 @@ def _with_interval(record: Record, result: BudgetResult, fraction: float, frame:
         names=("accuracy",),
         resamples=frame.bootstrap,
     )["accuracy"]
-    return dataclasses.replace(record, low=interval.low, high=interval.high)
+    return measured_record(record, record.metric, record.value, interval)

@@ -13,6 +13,7 @@ from hsat.eval.bootstrap import bootstrap_intervals
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, Pooling, group_radius, patch_radius
 from hsat.eval.embedding import Layer, describe, device_of, embed, frozen_module, labelled, select_layer, watch
 from hsat.eval.knn import FittedKNN, KNNClassifier
+from hsat.eval.measuring import measured_record
 from hsat.eval.records import Record, eps_text, software_versions
 from hsat.eval.scoring import match_labels
 from hsat.eval.smoothing import Smoothing, count_votes, gaussian_noise, knn_vote
@@ -229,7 +230,7 @@ def _records(
                 names=("accuracy",),
                 resamples=bootstrap,
             )["accuracy"]
-            yield Record(
+            place = Record(
                 **head | {"settings": head["settings"] | extra},
                 attack=f"certificate: {smoothing!r}",
                 attack_name=f"certified-{eps_text(radius)}",
@@ -239,8 +240,6 @@ def _records(
                 level=level,
                 metric="certified_accuracy",
                 value=float(holds.mean()),
-                low=interval.low,
-                high=interval.high,
                 n=len(holds),
                 seed=smoothing.seed,
                 versions=versions,
@@ -248,6 +247,7 @@ def _records(
                 split=votes.split,
                 forwards=float(smoothing.selection + smoothing.samples),
             )
+            yield measured_record(place, place.metric, place.value, interval)
 
 
 def _check(radii: Sequence[float], how: str, noisy_bank: bool, bank: object) -> tuple[float, ...]:

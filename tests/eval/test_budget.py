@@ -177,3 +177,13 @@ def test_options_are_checked(toy_encoder, bank, queries, options, words):
 def test_fractions_are_checked(result):
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         result.accuracy(10)
+
+
+def test_every_record_has_an_interval_or_says_why_not(result, toy_encoder, bank, queries):
+    assert all((r.low is None) == ("no_interval" in r.settings) for r in result.records)
+    mean = result.records[-1]
+    assert mean.low < mean.value < mean.high
+    alone = evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, k=15, bootstrap=0)
+    assert {(r.low, r.settings["no_interval"]) for r in alone.records} == {(None, "no resamples")}
+    exact = next(r for r in result.records if r.value == 1.0)
+    assert exact.high == 1.0 and exact.settings["interval"].startswith("exact bound")

@@ -327,6 +327,8 @@ def test_records_hold_the_curve(certified, tmp_path):
         assert (record.n, record.forwards, record.target) == (len(found), 420, "any")
     curve = [record.value for record in certified.records[:4]]
     assert curve == sorted(curve, reverse=True) and curve[0] > 0.8 > curve[2] > curve[3] == 0
+    assert all((r.low is None) == ("no_interval" in r.settings) for r in certified.records)
+    assert certified.records[3].low == 0 and certified.records[3].settings["interval"].startswith("exact bound")
     assert read_records(write_records(tmp_path / "r.jsonl", certified.records)) == certified.records
 
 
