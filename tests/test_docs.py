@@ -224,10 +224,21 @@ def commands() -> list[list[str]]:
 def test_the_commands_of_the_readme_parse(words, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     script = importlib.import_module(Path(words[0]).stem)
-    settings = {"train_hsat": "TrainHSAT", "evaluate_whitebox": "EvaluateWhitebox"}[script.__name__]
-    found = getattr(script, settings).over({}, words[1:])
+    base = importlib.import_module("settings").Settings
+    (settings,) = [
+        kind
+        for kind in vars(script).values()
+        if isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == script.__name__
+    ]
+    argv = (
+        importlib.import_module("folders").gathered(words[1:], "runs") if "runs" in settings.model_fields else words[1:]
+    )
+    found = settings.over({}, argv)
     assert str(found.out) == words[words.index("--out") + 1]
-    assert str(found.data.root) == words[words.index("--data.root") + 1]
+    if "--data.root" in words:
+        assert str(found.data.root) == words[words.index("--data.root") + 1]
+    if "runs" in settings.model_fields:
+        assert [str(run) for run in found.runs] == [word for word in words[1:] if word.startswith("runs/")]
 
 
 def test_the_resume_option_of_the_readme_parses(monkeypatch):
