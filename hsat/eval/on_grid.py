@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ def round_in_ball(x_adv: Tensor, x: Tensor, threat: ThreatModel, grid: Grid) -> 
     where the nearest is not feasible (for Linf and Masked(Linf) the nearest feasible counts); or the nearest counts of
     the largest share of the perturbation that fits (for L2, where rounding lengthens many small changes at once).
     """
-    origin, wide = grid.counts(x), _widened(threat)
+    origin, wide = grid.counts(x), _widened(threat, x)
     clean = origin.double() / grid.scale
     aim = x_adv.double() * grid.scale
 
@@ -90,19 +91,24 @@ def _shrunk(rounded: Callable[[Tensor], Tensor], feasible_pixels: Callable[[Tens
     return best
 
 
-def _widened(threat: Any) -> ThreatModel:
-    """The threat model with eps larger by a billionth: 8 counts are 8/255, however the two are rounded."""
+def _widened(threat: Any, x: Tensor) -> ThreatModel:
+    """The threat model with eps larger by a billionth: 8 counts are 8/255, however the two are rounded.
+
+    No ball becomes larger than its threat model admits for images x: the whole pixel range, or its diagonal.
+    """
     names = {option.name for option in dataclasses.fields(threat)} if dataclasses.is_dataclass(threat) else set()
     if "eps" in names:
         eps = threat.eps
         eps = eps.double() * (1 + _SLACK) if isinstance(eps, Tensor) else eps * (1 + _SLACK)
         largest = threat.high - threat.low
-        if type(threat).__name__ == "Linf":
+        if type(threat).__name__ == "L2":
+            largest *= math.sqrt(x[0].numel()) if len(x) else math.inf
+        if type(threat).__name__ in ("Linf", "L2"):
             eps = eps.clamp(max=largest) if isinstance(eps, Tensor) else min(eps, largest)
         widened: ThreatModel = dataclasses.replace(threat, eps=eps)
         return widened
     if "threat" in names:
-        confined: ThreatModel = dataclasses.replace(threat, threat=_widened(threat.threat))
+        confined: ThreatModel = dataclasses.replace(threat, threat=_widened(threat.threat, x))
         return confined
     known: ThreatModel = threat
     return known

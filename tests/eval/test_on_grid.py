@@ -113,3 +113,10 @@ def test_a_threat_model_of_ones_own():
     x = torch.full((1, 1, 2, 2), 0.2)
     x_adv = x + torch.tensor([[[[0.0, 0.6], [1.4, 2.0]]]]) / 255
     assert (round_in_ball(x_adv, x, Up(), PNG_GRID) - 51).flatten().tolist() == [0, 1, 1, 2]
+
+
+def test_the_largest_l2_ball_is_the_whole_range():
+    """eps may be the diagonal of the pixel range, which is not to be widened: black becomes white."""
+    x = torch.zeros(2, 3, 4, 4)
+    for eps in (48**0.5, torch.full((2,), 48**0.5, dtype=torch.float64)):
+        assert (round_in_ball(torch.ones_like(x), x, L2(eps), PNG_GRID) == 255).all()
