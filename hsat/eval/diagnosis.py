@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks import RandomNoise, feature_drift
+from hsat.attacks import FittedUniversal, RandomNoise, Square, feature_drift
 from hsat.eval.embedding import Layer, describe, device_of, embed, frozen_module, labelled, select_layer
 from hsat.eval.knn import FittedKNN, KNNClassifier
 from hsat.eval.probing import MakeObjective, Suspect, probe
@@ -71,8 +71,8 @@ def diagnose(
 
     Cost per image, for an attack of s steps: 3.5 s + 41 gradients and about 100 passes.
 
-    Raises ValueError for an attack without a threat model or with eps 0, RandomNoise, no queries, images < 1, and as
-    `embed` does.
+    Raises ValueError for an attack without a threat model or with eps 0, for one that follows no gradient (RandomNoise,
+    Square, a universal perturbation), no queries, images < 1, and as `embed` does.
     """
     check_attack_fits(attack)
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
@@ -152,7 +152,8 @@ def check_attack_fits(attack: Attack) -> None:
         raise ValueError(
             f"diagnosis needs an attack with a threat model, such as PGD(Linf(8/255), ...); got {attack!r}"
         )
-    if isinstance(attack, RandomNoise):
-        raise ValueError("RandomNoise follows no gradient; diagnosis compares gradient attacks with it")
+    if isinstance(attack, RandomNoise | Square | FittedUniversal):
+        name = type(attack).__name__
+        raise ValueError(f"{name} follows no gradient; diagnosis compares gradient attacks with such searches")
     if eps_value(threat.eps) == 0:
         raise ValueError("an attack with eps 0 moves nothing, so that there is nothing to diagnose")

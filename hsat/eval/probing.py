@@ -25,6 +25,7 @@ FULL_STEPS = 20  # of the attack without a bound, twice: with steps of 2/255, th
 NEGLIGIBLE = 1e-3  # distance between unit embeddings that rounding explains, also on GPUs with short floats
 _FULL_SIZES = (2 / 255, 0.1)
 _CLEARLY = 0.1  # of the attack's rise: both may end near the same maximum, on small images above all
+_ROUNDING = 5e-7  # of a value in float32: at eps of 1e-5 and below a drift is no larger, and who wins is chance
 _FALL = 0.25  # share of the rise that the objective may lose again between all steps and twice as many
 _SMALL, _JUMP = 1e-3, 0.1  # a thousandth of the perturbation should do about a thousandth, not a tenth, of its effect
 
@@ -143,7 +144,7 @@ class _Look:
     def beats(self, black: Tensor, value: Tensor, result: AttackResult) -> Tensor:
         """Did the search rise higher than the attack, by more than a tenth of the attack's own rise?  (n,) bool."""
         rise = (value - result.start_value.expand(len(value)).to(value)).clamp_min(0.0)
-        return black.to(value) > value + _CLEARLY * rise
+        return black.to(value) > value + _CLEARLY * rise + _ROUNDING
 
     def not_rising(self, result: AttackResult, value: Tensor) -> Tensor:
         """Is the value no higher than at the start, or much lower again after twice the steps?  (n,) bool."""
@@ -155,7 +156,7 @@ class _Look:
         best = value
         for count in {1, max(1, steps // 2)} - {steps}:
             best = torch.maximum(best, self._after(count))
-        return stuck | (self._after(2 * steps) < best - _FALL * (best - start))
+        return stuck | (self._after(2 * steps) < best - _FALL * (best - start) - _ROUNDING)
 
     def _after(self, steps: int) -> Tensor:
         attack: Any = self.suspect.attack

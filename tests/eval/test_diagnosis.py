@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import FGSM, L2, MIFGSM, PGD, Linf, RandomNoise, feature_drift
+from hsat.attacks import FGSM, L2, MIFGSM, PGD, FittedUniversal, Linf, RandomNoise, Square, feature_drift
 from hsat.eval import Diagnosis, diagnose, embed, evaluate_whitebox, read_records, write_records
 from hsat.eval.binomial import binomial_tail
 from hsat.eval.signs import FALSE_ALARM, SIGNS, judge
@@ -109,6 +109,12 @@ def test_an_attack_that_goes_nowhere_is_flagged_on_a_sound_model(bank, queries):
     )
 
 
+def test_a_tiny_ball_is_no_sign_of_masking(bank, queries):
+    """A 40,000th of a grey level: drifts are as small as the rounding of float32, so that it is chance who wins."""
+    tiny = PGD(Linf(1e-7), step_size=0.5e-7, steps=2)
+    assert not {"black_box_wins", "black_box_fools"} & reasons(diagnose(Planted(), bank, queries, attack=tiny, k=15))
+
+
 def test_an_objective_of_ones_own(bank, queries):
     """It is what the attack climbs and what all values are: the mean brightness, which no decision depends on."""
 
@@ -203,6 +209,8 @@ def cut(batch, rows):
     ("options", "message"),
     [
         ({"attack": RandomNoise(Linf(0.1))}, "RandomNoise follows no gradient"),
+        ({"attack": Square(Linf(0.1), queries=5)}, "Square follows no gradient"),
+        ({"attack": FittedUniversal(threat=Linf(0.1), delta=torch.zeros(1, 3, 8, 8))}, "FittedUniversal follows no"),
         ({"attack": PGD(Linf(0.0), step_size=0.1, steps=1)}, "eps 0 moves nothing"),
         ({"attack": lambda x, objective: x}, "needs an attack with a threat model"),
         ({"images": 0}, "images, the number of queries to look at, must be at least 1; got 0"),
