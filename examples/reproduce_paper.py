@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 
 from folders import gathered
 from hsat.eval import PaperRow, PaperTable, Record, paper_csv, paper_latex, paper_lines, paper_markdown, read_records
-from hsat.eval.grouping import setting_of, unique
+from hsat.eval.grouping import branch_of, setting_of, unique
 from settings import Names, Settings, read_yaml
 
 NUMBERS = Path(__file__).parent / "paper_numbers.yaml"
@@ -140,8 +140,25 @@ def _read(folder: Path) -> tuple[Record, ...]:
     return records
 
 
+def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
+    """ValueError for records that would become runs of one number, and are of different attacks, encoders or banks."""
+    shown = [r for r in records if r.surrogate == table.surrogate and r.attack_name in table.columns]
+    for column in table.columns:
+        here = [record for record in shown if record.attack_name == column]
+        kinds: dict[str, dict[Any, None]] = {
+            "attacks": dict.fromkeys(record.attack for record in here),
+            "branches": dict.fromkeys(branch_of(record) or "none" for record in here),
+            "temperatures": dict.fromkeys(record.temperature for record in here),
+            "indexes": dict.fromkeys(setting_of(record).index or "exact" for record in here),
+        }
+        for what, found in kinds.items():
+            if len(found) > 1:
+                listed = "; ".join(map(str, found))
+                raise ValueError(f"{row}, {column}: runs of different {what} ({listed}); give those of one kind only")
+
+
 def of_one_setting(
-    rows: dict[str, list[Record]], settings: ReproducePaper
+    rows: dict[str, list[Record]], settings: ReproducePaper, table: PaperTable
 ) -> tuple[dict[str, list[Record]], list[str]]:
     """The records of one target and k, and remarks on what they are; ValueError where a choice is needed."""
     records = [record for found in rows.values() for record in found]
@@ -154,6 +171,8 @@ def of_one_setting(
     arithmetic = sorted({setting_of(record).arithmetic for record in chosen})
     if len(arithmetic) > 1:
         raise ValueError(f"the runs differ in their arithmetic ({'; '.join(arithmetic)}); give those of one kind only")
+    for name, found in kept.items():
+        check_alike(name, found, table)
     remarks = [f"Ours: attacks on the {target}, k = {k}; brackets are 95 % intervals from resampled patients."]
     data = {name: sorted({f"{r.cohort[:12]} ({r.split})" for r in found}) for name, found in kept.items() if found}
     places = sorted({place for found in data.values() for place in found})
@@ -180,7 +199,7 @@ def _chosen(what: str, asked: Any, paper: Any, there: Sequence[Any]) -> Any:
 
 def write_table(table: PaperTable, settings: ReproducePaper) -> str:
     """Write a table in three forms; returns the Markdown."""
-    kept, remarks = of_one_setting(by_row(table, settings.runs), settings)
+    kept, remarks = of_one_setting(by_row(table, settings.runs), settings, table)
     lines = paper_lines(table, kept)
     if not any(line.ours for line in lines):
         kind = f"a drop under {settings.attack}, averaged over surrogates" if table.surrogate else "a condition of it"

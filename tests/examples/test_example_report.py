@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,27 @@ def test_runs_of_different_arithmetic_are_refused(made_records, tmp_path, stops)
     write_records(tmp_path / "run" / "records.jsonl", [*ours, *paper])
     message = stops(reproduce, ["--runs", str(tmp_path / "run"), "--out", str(tmp_path)])
     assert "how mean; how paper" in message
+
+
+def test_other_attacks_and_branches_are_no_runs_of_one_number(made_records, tmp_path, stops):
+    ours, path = made_records("HSAT"), tmp_path / "run" / "records.jsonl"
+    argv = ["--runs", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    write_records(path, [*ours, *(replace(r, attack=r.attack.replace("10", "50")) for r in ours)])
+    assert "HSAT, PGD-4: runs of different attacks (PGD(Linf(eps=4/255), steps=10); PGD(" in stops(reproduce, argv)
+    branch = [replace(r, settings=r.settings | {"branch": "normal"}) for r in ours]
+    write_records(path, [*ours, *branch])
+    assert "HSAT, clean: runs of different branches (none; normal)" in stops(reproduce, argv)
+
+
+def test_a_clean_number_of_two_evaluations_counts_once(made_records, tmp_path):
+    ours = made_records("HSAT")
+    write_records(tmp_path / "whitebox" / "records.jsonl", ours)
+    drops = [replace(r, surrogate="others", metric=f"{r.metric}_drop") for r in ours if r.attack and r.metric != "map"]
+    clean = [replace(r, settings=r.settings | {"bootstrap": 7}) for r in ours if not r.attack]
+    write_records(tmp_path / "transfer" / "records.jsonl", [*clean, *drops])
+    reproduce(["--runs", str(tmp_path / "whitebox"), str(tmp_path / "transfer"), "--out", str(tmp_path)])
+    text = (tmp_path / "table1.md").read_text()
+    assert "| HSAT | ours | 80.00 [70.0, 90.0] / 78.00 [68.0, 88.0] |" in text and "(n=" not in text
 
 
 def test_printed_numbers_are_the_papers():
