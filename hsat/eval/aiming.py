@@ -51,9 +51,11 @@ class Aim:
         layers: Layers | None = None,
     ) -> None:
         self._target, self._knn, self.k, self.branch = target, knn, min(k, knn.k), branch
-        plain = layers is None or branch is not None
-        select = (lambda name: select_layer(encoder, name)) if plain else layers.select
-        self._attacked, self._scored = select(layer if target == "knn" else target), select(layer)
+        names = (layer if target == "knn" else target, layer)
+        if layers is None or branch is not None:
+            self._attacked, self._scored = (select_layer(encoder, name) for name in names)
+        else:
+            self._attacked, self._scored = map(layers.select, names)
         self._reuse = target == layer and branch is None
         self._vote: SoftKNN | None = None
 

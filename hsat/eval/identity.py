@@ -44,7 +44,8 @@ def loader_identity(loader: Any) -> dict[str, Any] | None:
     for now, so that a file that was written anew counts as another one.
     """
     dataset, batch_size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
-    cohort, rows = getattr(dataset, "cohort", None), getattr(dataset, "rows", None)
+    cohort: Any = getattr(dataset, "cohort", None)
+    rows: Any = getattr(dataset, "rows", None)
     if not (batch_size and hasattr(cohort, "fingerprint") and hasattr(cohort, "path") and rows is not None):
         return None
     transform = getattr(dataset, "transform", None)

@@ -65,5 +65,6 @@ def _projection(encoder: Encoder) -> Encoder | None:
         return None
     from hsat.models.encoder import Encoder as Ours
 
-    plain = type(encoder) is Ours and not (encoder._forward_hooks or encoder._forward_pre_hooks)
-    return encoder.project if plain and "forward" not in vars(encoder) else None
+    if type(encoder) is not Ours or encoder._forward_hooks or encoder._forward_pre_hooks or "forward" in vars(encoder):
+        return None
+    return encoder.project

@@ -21,8 +21,9 @@ class References:
     """
 
     def __init__(self, cache: EmbeddingCache | None, key: Mapping[str, Any] | None) -> None:
-        self._cache, self._key = (cache, key) if cache is not None and key is not None else (None, None)
-        found = None if self._cache is None or self._key is None else self._cache.arrays(self._key)
+        self._cache = cache if key is not None else None
+        self._key = key or {}
+        found = None if self._cache is None else self._cache.arrays(self._key)
         self._digests: list[str] = [] if found is None else list(found[0]["batches"])
         self._known: dict[str, np.ndarray] = {} if found is None else found[1]
         self._new: dict[int, tuple[str, np.ndarray]] = {}
@@ -40,7 +41,7 @@ class References:
 
     def close(self, batches: int) -> None:
         """Keep what was taken in, if that is all of the batches."""
-        if self._cache is None or self._key is None or not self._new or len(self._new) < batches:
+        if self._cache is None or not self._new or len(self._new) < batches:
             return
         digests = [self._new[number][0] for number in range(batches)]
         arrays = {f"z{number}": z for number, (_, z) in self._new.items()}

@@ -145,8 +145,8 @@ class _Field:
             felled = self._take(member.name, keep, result.x_adv, encode(self.siege.scored, result.x_adv))
             self.zero[keep] |= result.zero_gradient > 0
             n, forwards = len(keep), result.forwards + extra + 1  # the last one is the judge's
-            passes = {"forwards": n * forwards, "backwards": n * result.backwards}
-            about = dataclasses.replace(about, seen=n, felled=felled, **passes)
+            about = dataclasses.replace(about, seen=n, felled=felled, forwards=n * forwards)
+            about = dataclasses.replace(about, backwards=n * result.backwards)
         self.members.append(about)
 
     def result(self) -> Fall:

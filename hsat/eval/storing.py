@@ -28,7 +28,7 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
     then, so that two processes may write the same one.
     """
     body = io.BytesIO()
-    np.savez(body, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez(body, allow_pickle=False, **arrays)
     content = body.getvalue()
     head = json.dumps({"about": dict(about), "sha256": hashlib.sha256(content).hexdigest()}, sort_keys=True)
     write_whole(path, head.encode() + b"\n" + content)

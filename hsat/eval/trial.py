@@ -47,7 +47,7 @@ class Trial:
     ) -> None:
         self._encoder, self._bank, self._seed, self._keep = encoder, knn.table, seed, keep
         self._aim, self._siege, self._doubts, self._scored = aim, siege, doubts, layers.select(layer)
-        self.attacks = dict(attacks)
+        self.attacks: dict[str, Any] = dict(attacks)
         self.tallies = {name: Tally() for name in (CLEAN, *attacks)}
         self._falls = {name: _Falls() for name, attack in attacks.items() if isinstance(attack, Strongest)}
 
@@ -115,7 +115,6 @@ class Trial:
                 tried[name] = Tried(attack, result.x_adv, z)
         for name, falls in self._falls.items():
             attack = self.attacks[name]
-            assert isinstance(attack, Strongest)
             fall = self._siege.run(attack, images, clean, labels=labels, ids=batch.patch, tried=tried)
             _count(self.tallies[name], fall, images)
             self._store(name, batch, fall.x_adv, fall.z)

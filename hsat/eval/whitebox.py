@@ -120,7 +120,7 @@ def evaluate_whitebox(
     read: dict[str, Any] = {"layer": layer, "device": device, "class_names": class_names}
     bank = embedded_bank(encoder, bank, kept, model=model, checkpoint=checkpoint, progress=progress, **read)
     knn = KNNClassifier(k=max(ks), temperature=temperature, index=index).fit(bank)
-    chosen = with_noise(attacks) if noise else dict(attacks)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = with_noise(attacks) if noise else dict(attacks)  # type: ignore[arg-type]
     layers, others = Layers(encoder), dict(surrogates or {})
     aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch, layers=layers)
     seen: dict[str, Any] = {"knn": knn, "layer": layer, "seed": seed}
