@@ -112,6 +112,23 @@ def sentence(outcomes: Sequence[Outcome], *, metric: str = "accuracy") -> str:
     return f"{'; '.join(parts)}."
 
 
+def other_sentence(records: Sequence[Record]) -> str:
+    """What a summary says of records without accuracies of patches: certificates, or that the tables tell.
+
+    Certified accuracies of patches are those at the largest radius at which any is above 0.
+    """
+    certified = [r for r in records if (r.metric, r.level) == ("certified_accuracy", "patch")]
+    if not certified:
+        return "No accuracy of patches was measured; the tables show what was."
+    radius = max((r.eps_value for r in certified if r.value > 0), default=0.0)
+    at = [record for record in certified if record.eps_value == radius]
+    parts = []
+    for model, attack in dict.fromkeys((record.model, record.attack) for record in at):
+        cell = cell_of([record for record in at if (record.model, record.attack) == (model, attack)])
+        parts += [f"{model} keeps {percent(cell)}"] if cell else []
+    return f"Certified against every change of L2 norm below {at[0].eps}, patch level: {'; '.join(parts)}."
+
+
 def transfer_sentence(records: Sequence[Record]) -> str:
     """What attacks made on other encoders take from each, the least first, at the largest eps; "" without averages.
 

@@ -16,7 +16,7 @@ from hsat.eval.run_folders import RunFolder
 from hsat.types import LEVELS
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_MAIN_METRICS = ("accuracy", "mca")
+_MAIN_METRICS = ("accuracy", "mca", "certified_accuracy")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def _curves(
         models = {record.model: styles[record.model] for record in attacks if norm_of(record) == norm}
         noise = any(is_noise(record) and norm_of(record) == norm for record in records)
         legend = accuracy_legend(dict(sorted(models.items(), key=lambda item: item[1])), noise=noise)
-        found.append(Curves(norm, tuple(figure for figure in drawn if figure), legend))
+        if any(drawn):
+            found.append(Curves(norm, tuple(figure for figure in drawn if figure), legend))
     return tuple(found)
 
 

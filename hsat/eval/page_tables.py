@@ -18,6 +18,7 @@ from hsat.types import LEVELS
 OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
 TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
 TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
+TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
 
 
 @dataclass(frozen=True)

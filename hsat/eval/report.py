@@ -11,7 +11,7 @@ from typing import Any
 
 from hsat.eval.charts import Figure, training_figures
 from hsat.eval.evidence import Evidence
-from hsat.eval.findings import Doubt, Outcome, flags_of, is_noise, outcome_of, sentence, signs_of
+from hsat.eval.findings import Doubt, Outcome, flags_of, is_noise, other_sentence, outcome_of, sentence, signs_of
 from hsat.eval.grouping import Setting, setting_of, unique
 from hsat.eval.page_sections import Block, Provenance, TransferBlock, block_of, provenance_of, transfer_block_of
 from hsat.eval.page_tables import Table, differences_of, effort_table
@@ -19,6 +19,7 @@ from hsat.eval.records import Record, software_versions
 from hsat.eval.run_folders import RunFolder, branches_apart, open_runs
 
 _PAGE = Path(__file__).parent / "page"
+_TARGETS = {"knn": "Attacks on the vote of the nearest neighbours", "any": "Certificates, which hold for any attack"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def _contents(folders: Sequence[RunFolder], *, title: str, k: int | None, metric
         mine = [r for r in group if (r.level, r.metric, r.k) == ("patch", metric, chosen)]
         per_model = [[r for r in mine if r.model == model] for model in dict.fromkeys(r.model for r in mine)]
         outcomes = tuple(outcome_of(rows) for rows in per_model)
-        summaries.append(Summary(heading, chosen, sentence(outcomes, metric=metric), outcomes))
+        said = sentence(outcomes, metric=metric) if outcomes else other_sentence([r for r in group if r.k == chosen])
+        summaries.append(Summary(heading, chosen, said, outcomes))
         doubts += [sign for rows in per_model for sign in signs_of(rows)]
     return {
         "title": title,
@@ -153,7 +155,8 @@ def describe_setting(setting: Setting, among: Iterable[Setting] = ()) -> str:
         return len({getattr(other, name) for other in others}) > 1
 
     cohort = f"cohort {setting.cohort[:12]}" if setting.cohort else "unnamed cohort"
-    parts = [f"Attacks on the {setting.target}", cohort + (f" ({setting.split})" if setting.split else "")]
+    target = _TARGETS.get(setting.target, f"Attacks on the {setting.target}")
+    parts = [target, cohort + (f" ({setting.split})" if setting.split else "")]
     if differs("arithmetic"):
         parts.append(f"arithmetic: {setting.arithmetic or 'not recorded'}")
     if differs("layer"):
@@ -162,7 +165,8 @@ def describe_setting(setting: Setting, among: Iterable[Setting] = ()) -> str:
         parts.append(f"temperature {setting.temperature:g}")
     if differs("bank_rows") or differs("bank_cohort") or differs("bank_split"):
         bank = f" of {setting.bank_cohort[:12]}" if setting.bank_cohort != setting.cohort else ""
-        parts.append(f"bank of {setting.bank_rows} patches{bank} ({setting.bank_split})")
+        split = f" ({setting.bank_split})" if setting.bank_split else ""
+        parts.append(f"bank of {setting.bank_rows} patches{bank}{split}")
     if differs("index"):
         parts.append(f"index {setting.index or 'exact'}")
     if differs("convention"):

@@ -360,3 +360,21 @@ def test_hostile_files_are_refused_by_name(name, run, tmp_path):
 def test_a_training_that_diverged_is_drawn_as_far_as_it_goes(tmp_path):
     (tmp_path / "train.csv").write_text("step,loss\n1,3\n2,4\n3,1e308\n4,inf\n5,-1e308\n")
     assert "4" in read(write_report([tmp_path], tmp_path / "x.html")).text
+
+
+def test_certificates_have_a_sentence_and_tables_of_their_own(made_records, tmp_path):
+    first = replace(made_records("HSAT")[0], target="any", attack="certificate: Smoothing(sigma=0.25)")
+    curve = [
+        replace(first, attack_name=f"certified-{r}", eps=str(r), eps_value=r, metric="certified_accuracy", value=v)
+        for r, v in ((0.0, 0.75), (0.25, 0.5), (1.0, 0.0))
+    ]
+    page = read(write_report([only_records(tmp_path / "run", curve)], tmp_path / "x.html"))
+    assert "Certificates, which hold for any attack, cohort" in page.text
+    assert (
+        "Certified against every change of L2 norm below 0.25, patch level: HSAT keeps 50.0 % [70.0, 90.0]."
+        in page.text
+    )
+    assert "certified Acc" in page.text and "Other metrics" not in page.text and "Accuracy against eps" not in page.text
+    slides = [replace(record, level="slide", metric="accuracy") for record in curve]
+    text = read(write_report([only_records(tmp_path / "run", slides)], tmp_path / "x.html")).text
+    assert "No accuracy of patches was measured; the tables show what was." in text
