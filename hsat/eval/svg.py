@@ -57,13 +57,16 @@ def axis_over(values: Sequence[float], label: str, *, count: int = 5, low: float
     """An axis with round ticks that holds all finite values; low fixes its lower end."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     start, end = (min(finite) if low is None else low), max(finite)
-    if end <= start:
-        start, end = (start, start + 1.0) if low is not None else (start - 0.5, start + 0.5)
+    size = max(abs(start), abs(end))
+    if end - start <= max(1e-9 * size, 1e-200):  # one value, but for rounding
+        room = max(0.5, 1e-3 * size)
+        start, end = (start, start + 2 * room) if low is not None else (start - room, end + room)
     rough = (end - start) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(start / step + 1e-9), math.ceil(end / step - 1e-9)
-    ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
+    digits = max(12, 3 - math.floor(math.log10(step)))  # enough for the smallest step, few enough to look round
+    ticks = tuple(round(i * step, digits) for i in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks, label)
 
 

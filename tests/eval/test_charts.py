@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hsat.eval import read_evidence
@@ -25,6 +25,11 @@ def parsed(svg):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5), st.booleans())
+@example([0.0, 2.9e-37], False)
+@example([0.0, 5e-324], True)
+@example([1e6, 1e6 + 1.2e-10], False)
+@example([1e299], False)
+@example([1e299, -1e299], True)
 def test_axes_hold_their_values_with_few_round_ticks(values, fixed):
     axis = axis_over(values, "x", low=min(values) if fixed else None)
     span = axis.high - axis.low
