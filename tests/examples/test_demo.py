@@ -12,7 +12,7 @@ def test_the_demo_refuses_unknown_targets(capsys):
 
     with pytest.raises(SystemExit) as stop:
         demo.main(["--targets", "features,logits"])
-    assert "targets" in str(stop.value) and "'features' or 'embedding'" in str(stop.value)
+    assert "targets" in str(stop.value) and "'embedding' or 'knn'" in str(stop.value)
 
 
 @pytest.mark.slow
@@ -21,7 +21,17 @@ def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, cap
     from hsat.eval import read_records
 
     monkeypatch.chdir(tmp_path)
-    options = ["--steps", "2", "--query_patches", "30", "--targets", "features,embedding", "--quiet", "--out", "run"]
+    options = [
+        "--steps",
+        "2",
+        "--query_patches",
+        "30",
+        "--targets",
+        "features,embedding,knn",
+        "--quiet",
+        "--out",
+        "run",
+    ]
     demo.main(options)
     printed = capsys.readouterr().out
     out = tmp_path / "run"
@@ -38,6 +48,14 @@ def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, cap
         kept = 100 * demo.value(list(records), "HSAT", "PGD-8", "accuracy")
         assert sentence in report and sentence in printed and f"HSAT keeps {kept:.1f} %" in sentence
         assert f"]({target}/accuracy_vs_eps.png)" in report
+    (voted,) = [
+        r
+        for r in read_records(out / "knn" / "records.jsonl")
+        if r.model == "HSAT" and (r.attack_name, r.metric, r.level) == ("PGD-8", "accuracy", "patch")
+    ]
+    assert voted.target == "knn" and "on the kNN vote itself" in report
+    page = (out / "report.html").read_text()
+    assert "hsat demo" in page and "HSAT" in page
     assert json.loads((out / "chance.json").read_text())["mca"] == pytest.approx(0.2)
     first = (out / "hsat" / "final.safetensors").read_bytes()
     demo.main([*options[:-3], "--out", "run"])  # finished trainings are not repeated
