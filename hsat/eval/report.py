@@ -101,8 +101,7 @@ def _contents(folders: Sequence[RunFolder], *, title: str, k: int | None, metric
         mine = [r for r in group if (r.level, r.metric, r.k) == ("patch", metric, chosen)]
         per_model = [[r for r in mine if r.model == model] for model in dict.fromkeys(r.model for r in mine)]
         outcomes = tuple(outcome_of(rows) for rows in per_model)
-        said = sentence(outcomes, metric=metric) if outcomes else other_sentence([r for r in group if r.k == chosen])
-        summaries.append(Summary(heading, chosen, said, outcomes))
+        summaries.append(Summary(heading, chosen, _said(outcomes, group, k=chosen, metric=metric), outcomes))
         doubts += [sign for rows in per_model for sign in signs_of(rows)]
     return {
         "title": title,
@@ -120,6 +119,10 @@ def _contents(folders: Sequence[RunFolder], *, title: str, k: int | None, metric
         "styles": styles,
         "version": software_versions().get("hsat", "(not installed)"),
     }
+
+
+def _said(outcomes: Sequence[Outcome], records: Sequence[Record], *, k: int, metric: str) -> str:
+    return sentence(outcomes, metric=metric) if outcomes else other_sentence([r for r in records if r.k == k])
 
 
 def _by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
