@@ -16,6 +16,7 @@ from hsat.eval.embedding import embed
 from hsat.eval.evidence import Condition, Evidence, read_evidence, write_evidence
 from hsat.eval.export import ExportResult, save_adversarial
 from hsat.eval.figures import plot_accuracy_vs_eps, plot_patches
+from hsat.eval.gathering import gather_table, own_rows
 from hsat.eval.knn import FittedKNN, KNNClassifier
 from hsat.eval.knn_files import load_knn
 from hsat.eval.paired import Difference, compare_models, differences_table, paired_difference
@@ -79,12 +80,14 @@ __all__ = [
     "evaluate_transfer",
     "evaluate_whitebox",
     "fit_shards",
+    "gather_table",
     "load_knn",
     "load_scores",
     "markdown_table",
     "match_classes",
     "metrics",
     "open_runs",
+    "own_rows",
     "paired_difference",
     "paper_attacks",
     "paper_csv",
