@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hsat.data import Cohort, write_synthetic_cohort
+from hsat.data import Cohort, PackedPatches, pack_cohort, write_synthetic_cohort
 from settings import DataSettings
 
 SYNTHETIC = Path("runs/synthetic")
@@ -37,6 +37,27 @@ def _read(data: DataSettings, seed: int) -> Cohort:
         return Cohort.read(root, "opensrh")
     options = {"manifest": data.manifest} if data.layout == "csv" else {}
     return Cohort.read(data.root, data.layout, **options)
+
+
+def open_packed(cohort: Cohort, data: DataSettings, *, out: Path) -> PackedPatches | None:
+    """The cohort packed in --data.packed, made where it is not there yet; None where that is not asked for.
+
+    auto is a folder beside the run, named by paths and sizes of the cohort's files: runs of one cohort share it, also
+    under other splits.
+    """
+    if data.packed is None:
+        return None
+    folder = data.packed
+    if folder == "auto":
+        folder = out.parent / f"packed-{_files_named(cohort)}"
+    return pack_cohort(cohort, folder, on_bad="raise" if data.on_bad == "raise" else "record")
+
+
+def _files_named(cohort: Cohort) -> str:
+    """The beginning of the fingerprint that the cohort has without its splits."""
+    records = [record._replace(split="") for record in cohort.records]
+    plain = Cohort(root=cohort.root, records=records, class_names=cohort.class_names, kind=cohort.kind)
+    return plain.fingerprint()[:12]
 
 
 def describe(cohort: Cohort) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, PatchDataset, patch_loader
+from hsat.data import Cohort, PackedPatches, PatchDataset, patch_loader
 from hsat.eval import KNNClassifier, embed, metrics
 from hsat.eval.gathering import gather_table, own_rows
 from hsat.models import branch, is_dual, save_encoder, trained_branch
@@ -24,22 +24,26 @@ if TYPE_CHECKING:
 BATCH = 64
 
 
-def held_out_accuracy(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT) -> dict[str, float]:
+def held_out_accuracy(
+    encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, *, packed: PackedPatches | None = None
+) -> dict[str, float]:
     """Clean and PGD-5 kNN patch accuracy and MCA on held-out patients; the bank is the training split.
 
     Several ranks share the work and get the same numbers: each embeds whole batches of its own, and all get all rows.
     With dual BatchNorm one branch serves bank, queries and attack: "pgd", or "normal" in a baseline without attack.
     """
     with branch(encoder, trained_branch(encoder)) if is_dual(encoder) else nullcontext():
-        return _held_out(encoder, cohort, settings)
+        return _held_out(encoder, cohort, settings, packed)
 
 
-def _held_out(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT) -> dict[str, float]:
+def _held_out(
+    encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, packed: PackedPatches | None
+) -> dict[str, float]:
     eps, size = settings.train.eval_eps, settings.train.eval_patches
     attack = PGD(Linf(eps), step_size=eps / 2, steps=5)
     datasets = {}
     for split in ("train", "tune"):
-        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size)
+        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size, packed=packed)
         chosen = np.random.default_rng(0).permutation(len(dataset))[: size if split == "tune" else 4 * size]
         dataset.rows = dataset.rows[np.sort(chosen)]
         datasets[split] = dataset

@@ -84,7 +84,9 @@ class DataSettings(Section):
     tune_fraction: float = Field(0.15, ge=0, lt=1, description="share of training patients held out to choose the best")
     on_bad: Literal["raise", "replace"] = Field("raise", description="what to do with an unreadable training patch")
     workers: int = Field(0, ge=0, description="processes that read patches")
-    packed: Path | None = Field(None, description="folder of packed patches; made where it does not exist")
+    packed: Literal["auto"] | Path | None = Field(
+        None, description="folder of packed patches, made where it does not exist; auto puts one beside the run"
+    )
     augment: Literal["images", "items", "device"] = Field(
         "images", description="views one by one, an item at a time in the workers, or on the training device"
     )

@@ -18,7 +18,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
-from cohorts import describe, open_cohort
+from cohorts import describe, open_cohort, open_packed
 from compute import out_of_memory
 from held_out import held_out_accuracy, keep_best
 from hsat.data import BadPatch, Cohort
@@ -138,12 +138,12 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
     ranks: which of several processes this is; all of them call this, and the first one writes and speaks.
     """
     ranks = ranks or Ranks(0, 1, device_named(settings.device))
-    with one_after_the_first(ranks):  # who may write the synthetic cohort
-        cohort = open_cohort(settings.data, seed=settings.seed)
     tuned = settings.data.tune_fraction > 0
-    if tuned:
-        cohort = hold_out(cohort, settings)
-    trainer = Trainer(settings, cohort, ranks)
+    with one_after_the_first(ranks):  # who may write the synthetic cohort, and pack
+        cohort = open_cohort(settings.data, seed=settings.seed)
+        cohort = hold_out(cohort, settings) if tuned else cohort
+        packed = open_packed(cohort, settings.data, out=settings.out)
+    trainer = Trainer(settings, cohort, ranks, packed)
     fingerprint = cohort.fingerprint()
     run = Run(
         settings.out,
@@ -168,7 +168,7 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
                 for note in () if silent else trainer.notes():
                     bar.write(note, file=sys.stderr)
                 if tuned and (trainer.step % trainer.eval_every == 0 or trainer.step == trainer.steps):
-                    row |= held_out_accuracy(trainer.model, cohort, settings)
+                    row |= held_out_accuracy(trainer.model, cohort, settings, packed=packed)
                     keep_best(trainer, run, row, fingerprint)
                 run.log(row)
                 bar.update()

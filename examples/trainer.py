@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from compute import adamw, autocast_of, check_memory, compile_in_place, in_parallel, scaler_of
 from encoders import new_encoder
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, HierarchicalDataset, PatientBatchSampler, hierarchical_loader, pack_cohort
+from hsat.data import Cohort, HierarchicalDataset, PackedPatches, PatientBatchSampler, hierarchical_loader
 from hsat.losses import HiDiscLoss
 from hsat.training import (
     StepClock,
@@ -55,7 +55,9 @@ class Trainer:
     noise by an image's place in the whole batch: two ranks compute what one process computes with --train.accumulate 2.
     """
 
-    def __init__(self, settings: TrainHSAT, cohort: Cohort, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, settings: TrainHSAT, cohort: Cohort, ranks: Ranks | None = None, packed: PackedPatches | None = None
+    ) -> None:
         self.settings, self.cohort = settings, cohort
         data, train = settings.data, settings.train
         self.ranks = ranks or Ranks(0, 1, device_named(settings.device))
@@ -82,7 +84,7 @@ class Trainer:
         self.epochs = math.ceil(self.steps / per_epoch)
         self.eps_warmup = _or(settings.attack.warmup_epochs, self.epochs // 8)
         self.plateau = _or(train.plateau, max(1, self.epochs // 800))
-        self.loader = _loader(settings, cohort, self.sampler, plateau=self.plateau, device=self.device)
+        self.loader = _loader(settings, self.sampler, plateau=self.plateau, device=self.device, packed=packed)
         self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
         self.layout = torch.channels_last if train.channels_last else torch.preserve_format
         self.model = new_encoder(settings.model, seed=settings.seed)
@@ -247,16 +249,20 @@ class Trainer:
 
 
 def _loader(
-    settings: TrainHSAT, cohort: Cohort, sampler: PatientBatchSampler, *, plateau: int, device: torch.device
+    settings: TrainHSAT,
+    sampler: PatientBatchSampler,
+    *,
+    plateau: int,
+    device: torch.device,
+    packed: PackedPatches | None,
 ) -> Iterable[HierarchicalBatch]:
     """Batches of augmented views.  Under --compat paper the first plateau of a dynamic augmentation is static."""
     data, static_epochs = settings.data, settings.data.static_epochs
     if static_epochs is None:
         dynamic = data.dynamic and data.augmentation in ("v0", "v1")
         static_epochs = plateau if settings.compat == "paper" and dynamic else 0
-    bad: Literal["raise", "record"] = "raise" if data.on_bad == "raise" else "record"
     views = HierarchicalDataset(
-        cohort,
+        sampler.cohort,
         "train",
         slides=data.slides,
         patches=data.patches,
@@ -268,7 +274,7 @@ def _loader(
         compat=settings.compat,
         seed=settings.seed,
         on_bad=data.on_bad,
-        packed=None if data.packed is None else pack_cohort(cohort, data.packed, on_bad=bad),
+        packed=packed,
         augment=data.augment,
     )
     return hierarchical_loader(

@@ -145,7 +145,7 @@ class PackedPatches:
             )
 
 
-_REBUILD = "pack again with pack_cohort(cohort, folder, rebuild=True)"
+_REBUILD = "pack again with pack_cohort(cohort, folder, rebuild=True), or delete the folder first"
 
 
 def read_header(folder: Path) -> dict[str, Any]:
