@@ -10,7 +10,8 @@ the paper) or "knn" (the vote itself, of the first --k); they start at random po
 which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is: linf, l2,
 raw_srh, stain or stain_image (docs/threats.md).  --attacks strongest is an ensemble that fells patches one by one
 (docs/strongest.md); with several checkpoints it transfers between them.  --cache keeps embeddings for the next run,
---resume goes on after an interruption.  --compat paper repeats the published evaluation.  With two checkpoints
+--resume goes on after an interruption, --compute trades last bits for speed.  --compat paper repeats the published
+evaluation.  With two checkpoints
 or more, table.md ends with the differences from the first, on the same patients; scores.npz keeps what they rest on.
 """
 
@@ -20,14 +21,15 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from casualties import folder_name, write_casualties
 from cohorts import describe, open_cohort
+from computing import Way, computing_as, precision
 from encoders import naming_branch, stored_encoder
 from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
 from hsat.eval import (
@@ -46,7 +48,7 @@ from hsat.eval import (
 )
 from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
 from runs import device_named, versions, write_json
-from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
+from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings, listed
 from threats import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, strongest_under
 
 STRONGEST = "strongest"
@@ -84,6 +86,9 @@ class EvaluateWhitebox(Settings):
     gallery: int = Field(6, ge=0, description="patches in the picture of perturbations")
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    compute: Annotated[list[Way], BeforeValidator(listed)] = Field(
+        [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
+    )
     out: Path = Field(Path("runs/whitebox"), description="folder for the results")
     cache: Path | None = Field(None, description="folder that keeps clean embeddings for later runs")
     resume: bool = Field(False, description="go on with the finished batches of an interrupted run in --out")
@@ -149,6 +154,7 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
         raise ValueError(
             f"two encoders are called {', '.join(map(repr, twice))}; name them: --checkpoint a=FILE,b=FILE"
         )
+    encoders = [(title, computing_as(encoder, settings.compute), digest) for title, encoder, digest in encoders]
     attacks = attacks_of(settings)
     results = {}
     if not settings.resume:
@@ -158,27 +164,28 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
         print(f"evaluating {title} (target {settings.target})", file=sys.stderr)
         if settings.threat == "raw_srh" and encoder.fixed_size is None:
             encoder.input_size = (settings.data.image_size,) * 2  # the encoder resizes what the dataset no longer does
-        result = evaluate_whitebox(
-            encoder.to(device),
-            bank,
-            queries,
-            attacks,
-            target=settings.target,
-            compat=settings.compat,
-            k=settings.k,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            bootstrap=settings.bootstrap,
-            noise=settings.noise,
-            diagnose=settings.diagnose,
-            model=title,
-            checkpoint=digest,
-            progress=not settings.quiet,
-            keep_examples=settings.gallery,
-            surrogates={name: other for name, other in surrogates.items() if other is not encoder},
-            cache=settings.cache,
-            state=settings.out / STATE / folder_name(title),
-        )
+        with precision(settings.compute, device):
+            result = evaluate_whitebox(
+                encoder.to(device),
+                bank,
+                queries,
+                attacks,
+                target=settings.target,
+                compat=settings.compat,
+                k=settings.k,
+                temperature=settings.temperature,
+                seed=settings.seed,
+                bootstrap=settings.bootstrap,
+                noise=settings.noise,
+                diagnose=settings.diagnose,
+                model=title,
+                checkpoint=digest,
+                progress=not settings.quiet,
+                keep_examples=settings.gallery,
+                surrogates={name: other for name, other in surrogates.items() if other is not encoder},
+                cache=settings.cache,
+                state=settings.out / STATE / folder_name(title),
+            )
         results[title] = naming_branch(result, encoder)
     return results
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from hsat.eval.aiming import Aim
 from hsat.eval.diagnosis import Diagnosis, check_attack_fits, examine, suspect_of
 from hsat.eval.embedding import encode, select_layer, through_branch
+from hsat.eval.identity import key_of
+from hsat.eval.journal import Journal, batch_digest
 from hsat.eval.knn import FittedKNN
 from hsat.eval.records import Record
 from hsat.eval.subset import Handful
@@ -54,12 +56,20 @@ class Doubts:
         if self._handful is not None:
             self._handful.see(batch, torch.from_numpy(labels))
 
-    def settle(self, device: torch.device) -> None:
-        """Diagnose every attack on the queries that were kept; the encoder is frozen by the caller."""
+    def settle(self, device: torch.device, journal: Journal) -> None:
+        """Diagnose every attack on the queries that were kept; the encoder is frozen by the caller.
+
+        journal: of the evaluation; diagnoses that it knows are taken from there, as they were found.
+        """
         if self._handful is None:
             return
         batches = self._handful.batches()
+        seen = [batch_digest(batch) for batch in batches]
         for name, attack in self._attacks.items():
+            key = key_of({"diagnosis of": name, "images": seen})
+            if (known := journal.recall(key)) is not None:
+                self._found[name] = Diagnosis(flags=tuple(known["flags"]), measures=known["measures"])
+                continue
             suspect = suspect_of(
                 self._encoder,
                 self._knn,
@@ -70,6 +80,7 @@ class Doubts:
                 seed=self._seed,
             )
             self._found[name] = examine(suspect, batches, device=device)
+            journal.note(key, dataclasses.asdict(self._found[name]))
 
     def note(self, record: Record) -> Record:
         """The record with the flags of its attack, and with what was measured under settings["diagnosis"]."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hsat.eval.embedding import describe
+from hsat.eval.precision import autocast_name, layout_of
 from hsat.types import EmbeddingTable, Encoder
 
 _TABLE = ("z", "label", "patch", "slide", "patient")
@@ -27,7 +28,9 @@ def encoder_identity(encoder: Encoder, checkpoint: str = "") -> dict[str, str] |
     from hsat.models import active_branch, state_fingerprint
 
     layouts = {_layout(p) for p in encoder.parameters() if p.ndim == 4}
+    autocast = autocast_name(next((p.device.type for p in encoder.parameters()), "cpu"))
     return {
+        **({"autocast": autocast} if autocast else {}),
         "weights": state_fingerprint(encoder),
         "structure": hashlib.sha256(_plain(repr(encoder)).encode()).hexdigest(),
         "branch": active_branch(encoder) or "",
@@ -90,5 +93,4 @@ def _plain(text: str) -> str:
 
 
 def _layout(parameter: torch.Tensor) -> str:
-    plain = parameter.is_contiguous() or not parameter.is_contiguous(memory_format=torch.channels_last)
-    return f"{parameter.dtype} {parameter.device.type} {'contiguous' if plain else 'channels_last'}"
+    return f"{parameter.dtype} {parameter.device.type} {layout_of(parameter)}"

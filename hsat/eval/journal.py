@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Journal:
-    """Finished batches by number.
+    """Finished batches by number, and notes by name.
 
     folder: None keeps nothing.  It is made when it is not there; whatever is written appears whole or not at all, so
     that a process may be killed at any moment.  settings: whatever decides the numbers; a folder that was begun under
@@ -55,6 +55,21 @@ class Journal:
         """Keep what was found for a batch."""
         if self._folder is not None:
             write_arrays(self._path(number), {**about, "batch": batch_digest(batch)}, arrays)
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """The note of this name; None where there is none, or with a warning where it is damaged."""
+        if self._folder is None or not (path := self._folder / f"note-{name}.arrays").exists():
+            return None
+        try:
+            return read_arrays(path)[0]
+        except DamagedFileError as error:
+            warnings.warn(f"{error}; found out anew", stacklevel=2)
+            return None
+
+    def note(self, name: str, about: Mapping[str, Any]) -> None:
+        """Keep a note of texts, numbers and lists; name: part of a file's name, made of all that decides the note."""
+        if self._folder is not None:
+            write_arrays(self._folder / f"note-{name}.arrays", about, {})
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None

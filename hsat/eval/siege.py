@@ -27,19 +27,24 @@ CLEAN = "clean"
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """An attack of the same call that was run on all images already: its images and what the scored layer says."""
+    """An attack of the same call that was run on all images already: its images and what the scored layer says.
+
+    climbed: whether it followed gradients of the encoder that is measured.
+    """
 
     attack: Attack
     x_adv: Tensor
     z: Tensor
+    climbed: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Fall:
     """What came of one batch, image by image; z (n, d) is the scored layer at x_adv.  See `Casualties`.
 
-    zero_gradient: (n,) bool, images whose gradient was exactly zero in some step of some member.  attacked: (n,) bool,
-    images that a member saw.
+    zero_gradient: (n,) bool, images whose gradient was exactly zero in some step of some member.  never_moved:
+    (n,) bool, images that were left in place by every member that follows gradients, of one such member or more; an
+    image that is reported clean because nothing tried was stronger did move.
     """
 
     x_adv: Tensor
@@ -47,7 +52,7 @@ class Fall:
     felled_by: np.ndarray
     margin: np.ndarray
     zero_gradient: Tensor
-    attacked: Tensor
+    never_moved: Tensor
     members: tuple[MemberCount, ...]
 
 
@@ -125,14 +130,17 @@ class _Field:
         self.fallen, self.margin = self._judge(clean, self.vote, labels)
         self.felled_by = np.where(self.fallen.cpu().numpy(), CLEAN, "").astype(object)
         self.zero = torch.zeros_like(self.fallen)
-        self.attacked = torch.zeros_like(self.fallen)
+        self.climbed, self.moved = torch.zeros_like(self.fallen), torch.zeros_like(self.fallen)
         self.members = [
             MemberCount(name=CLEAN, attack="", black_box=False, seen=len(images), felled=int(self.fallen.sum()))
         ]
 
     def take_over(self, name: str, tried: Tried) -> None:
         """Count an attack that ran on the whole batch as a member."""
-        felled = self._take(name, torch.arange(len(self.x), device=self.x.device), tried.x_adv, tried.z)
+        everybody = torch.arange(len(self.x), device=self.x.device)
+        felled = self._take(name, everybody, tried.x_adv, tried.z)
+        if tried.climbed:
+            self._watch(everybody, tried.x_adv)
         about = MemberCount(name=name, attack=repr(tried.attack), black_box=False, seen=len(self.x), felled=felled)
         self.members.append(about)
 
@@ -144,6 +152,8 @@ class _Field:
             result, extra = self._run(member, keep)
             felled = self._take(member.name, keep, result.x_adv, encode(self.siege.scored, result.x_adv))
             self.zero[keep] |= result.zero_gradient > 0
+            if result.backwards and not member.surrogate:
+                self._watch(keep, result.x_adv)
             n, forwards = len(keep), result.forwards + extra + 1  # the last one is the judge's
             about = dataclasses.replace(about, seen=n, felled=felled, forwards=n * forwards)
             about = dataclasses.replace(about, backwards=n * result.backwards)
@@ -157,7 +167,7 @@ class _Field:
             felled_by=self.felled_by.astype(str),
             margin=self.margin.double().cpu().numpy(),
             zero_gradient=self.zero,
-            attacked=self.attacked,
+            never_moved=self.climbed & ~self.moved,
             members=tuple(self.members),
         )
 
@@ -194,8 +204,12 @@ class _Field:
         newly = keep[wrong & ~before]
         self.felled_by[newly.cpu().numpy()] = name
         self.fallen[newly] = True
-        self.attacked[keep] = True
         return len(newly)
+
+    def _watch(self, keep: Tensor, x_adv: Tensor) -> None:
+        """Note which images a member with gradients moved at all."""
+        self.climbed[keep] = True
+        self.moved[keep] |= (x_adv != self.x[keep]).flatten(1).any(1)
 
     def _judge(self, z: Tensor, vote: SoftKNN, labels: np.ndarray, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(wrong, margin) of embeddings, both (n,): the decision that scores, and how far the vote leans."""

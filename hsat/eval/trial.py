@@ -77,7 +77,7 @@ class Trial:
                     self._unpack(batch, *known)
                 self._doubts.see(batch, labels)
                 batches = number + 1
-            self._doubts.settle(place)
+            self._doubts.settle(place, journal)
         references.close(batches)
         return {
             name: tally.rows.table(class_names=names, cohort=cohort, split=split, encoder=model)
@@ -112,11 +112,11 @@ class Trial:
             z = encode(self._scored, result.x_adv)
             self._store(name, batch, result.x_adv, z)
             if self._falls:
-                tried[name] = Tried(attack, result.x_adv, z)
+                tried[name] = Tried(attack, result.x_adv, z, climbed=result.backwards > 0)
         for name, falls in self._falls.items():
             attack = self.attacks[name]
             fall = self._siege.run(attack, images, clean, labels=labels, ids=batch.patch, tried=tried)
-            _count(self.tallies[name], fall, images)
+            _count(self.tallies[name], fall)
             self._store(name, batch, fall.x_adv, fall.z)
             falls.add(fall, batch.patch.cpu().numpy())
 
@@ -187,10 +187,10 @@ def _sum(old: MemberCount, new: MemberCount) -> MemberCount:
     return dataclasses.replace(old, **{name: getattr(old, name) + getattr(new, name) for name in names})
 
 
-def _count(tally: Tally, fall: Fall, images: Tensor) -> None:
-    """Add a batch of the strongest attack; images that were wrong from the start were not attacked and did not move."""
-    tally.images += len(images)
+def _count(tally: Tally, fall: Fall) -> None:
+    """Add a batch of the strongest attack."""
+    tally.images += len(fall.x_adv)
     tally.forwards += sum(each.forwards for each in fall.members)
     tally.backwards += sum(each.backwards for each in fall.members)
     tally.zero_gradient += int(fall.zero_gradient.sum())
-    tally.never_moved += int(((fall.x_adv == images).flatten(1).all(1) & fall.attacked).sum())
+    tally.never_moved += int(fall.never_moved.sum())

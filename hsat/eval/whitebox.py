@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from hsat.eval.keeping import cache_key, embedded_bank, journal_of
 from hsat.eval.knn import FittedKNN, KNNClassifier
 from hsat.eval.layers import Layers
 from hsat.eval.measuring import condition_records, evaluation_frame
+from hsat.eval.precision import unusual_computing
 from hsat.eval.records import Record
 from hsat.eval.references import References
 from hsat.eval.siege import CLEAN, Siege
@@ -107,6 +109,9 @@ def evaluate_whitebox(
     there and ends with the same records; a state that was begun under other settings is refused.  What is computed from
     the scores (bootstrap, how, absent, keys) may change.  One process at a time may use it.
 
+    Encoders in channels_last, with folded BatchNorm (`hsat.models.fold_batchnorm`), or under a `torch.autocast` block
+    around this call give slightly other numbers, faster on some machines; records say so under settings["computed"].
+
     Records carry flags where a result is doubtful: gradients that are exactly zero or images that never moved in more
     than 1 % of the images (a masked gradient looks like robustness), and a bank that shares patients with the queries.
     With an approximate index the settings hold its recall and agreement with exact predictions on the same queries.
@@ -140,6 +145,7 @@ def evaluate_whitebox(
     named: dict[str, Any] = {"how": how, "absent": absent, "keys": keys, "compat": compat, "bootstrap": bootstrap}
     named |= {"model": model, "checkpoint": checkpoint, "attack_branch": attack_branch}
     frame = evaluation_frame(knn, tables[CLEAN], target=target, layer=layer, seed=seed, **named)
+    frame = dataclasses.replace(frame, settings=frame.settings | unusual_computing(encoder))
     scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
     casualties = trial.casualties()
     records = [

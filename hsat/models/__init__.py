@@ -15,6 +15,7 @@ from hsat.models.dual_norm import (
     untouched_branches,
 )
 from hsat.models.encoder import Encoder
+from hsat.models.folding import fold_batchnorm
 from hsat.models.heads import ProjectionHead, projection_head
 from hsat.models.modes import frozen
 from hsat.models.rebuilding import load_encoder, states_its_encoder
@@ -33,6 +34,7 @@ __all__ = [
     "build_encoder",
     "checkpoint_hash",
     "convert_to_dual",
+    "fold_batchnorm",
     "frozen",
     "is_dual",
     "load_checkpoint",

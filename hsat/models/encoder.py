@@ -29,7 +29,7 @@ class Encoder(nn.Module):
     A backbone's output may be (n, d), or a map (n, d, h, w), which is averaged over h and w; anything else is an error
     that says what to do.  Build one with `build_encoder` or `wrap_encoder`.
     `spec` is what `build_encoder` needs to build the same encoder again, or None; `weights_report` says what its
-    `weights=` file held.
+    `weights=` file held; `batchnorm_folded` whether `fold_batchnorm` made it.
     """
 
     pixel_mean: Tensor | None
@@ -57,6 +57,7 @@ class Encoder(nn.Module):
         self.fixed_size = fixed_size
         self.spec = None if spec is None else dict(spec)
         self.weights_report: LoadReport | None = None
+        self.batchnorm_folded = False
         self._feature_dim = feature_dim
         self._embedding_dim = embedding_dim
         self._features = features

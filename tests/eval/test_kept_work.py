@@ -14,9 +14,10 @@ import torch
 
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
-from hsat.eval import EmbeddingCache, Strongest, evaluate_whitebox
+from hsat.eval import EmbeddingCache, Strongest, doubts, evaluate_whitebox
 from hsat.eval.identity import encoder_identity, loader_identity
 from hsat.eval.layers import Layers
+from hsat.eval.precision import unusual_computing
 from hsat.eval.storing import DamagedFileError, read_arrays, write_arrays
 from hsat.models import build_encoder
 
@@ -103,6 +104,36 @@ def test_a_damaged_batch_is_attacked_anew(toy_encoder, bank, queries, interrupte
     with pytest.warns(UserWarning, match="checksum is not that of its arrays; batch 1 is attacked anew"):
         again = evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, state=interrupted, **FAST)
     same(evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, **FAST), again)
+
+
+def test_diagnoses_are_kept_one_by_one(toy_encoder, bank, queries, tmp_path, monkeypatch):
+    attacks = {"PGD": PGD1, "other": PGD(Linf(2 / 255), step_size=0.5 / 255, steps=2)}
+    plain, calls = doubts.examine, []
+    state, options = tmp_path / "state", dict(k=9, bootstrap=0, diagnose=3)
+
+    def examine(suspect, batches, *, device):
+        if len(calls) == 1:
+            raise Interrupted
+        calls.append(suspect.attack)
+        return plain(suspect, batches, device=device)
+
+    whole = evaluate_whitebox(toy_encoder, bank, queries, attacks, **options)
+    monkeypatch.setattr(doubts, "examine", examine)
+    with pytest.raises(Interrupted):
+        evaluate_whitebox(toy_encoder, bank, queries, attacks, state=state, **options)
+    calls[:] = []
+    again = evaluate_whitebox(toy_encoder, bank, queries, attacks, state=state, **options)
+    assert again.records == whole.records and calls == [attacks["other"]]
+    assert any("diagnosis" in record.settings for record in again.records)
+    evaluate_whitebox(toy_encoder, bank, queries, attacks, state=state, **options)  # nothing is left to find out
+    with pytest.raises(Interrupted):  # of other images: found out anew
+        evaluate_whitebox(toy_encoder, bank, queries, attacks, state=state, **options | {"diagnose": 2})
+    for note in state.glob("note-*"):
+        note.write_bytes(note.read_bytes()[:-1] + b"x")
+    calls[:] = []
+    monkeypatch.setattr(doubts, "examine", plain)
+    with pytest.warns(UserWarning, match="found out anew"):
+        assert evaluate_whitebox(toy_encoder, bank, queries, attacks, state=state, **options).records == whole.records
 
 
 def test_a_folder_of_something_else_is_left_alone(toy_encoder, bank, queries, tmp_path):
@@ -233,3 +264,17 @@ def test_the_page_runs(tmp_path):
     assert found["first"].records == found["again"].records
     assert len(found["found"].casualties["strongest-2"].patch) > 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    how = {"memory_format": "channels_last", "autocast": "bfloat16", "batchnorm": "folded"}
+    assert all(record.settings["computed"] == how for record in found["quick"].records)
+
+
+def test_how_it_was_computed_belongs_to_keys_and_records(toy_encoder, bank, queries):
+    plain = evaluate_whitebox(toy_encoder, bank, queries, {}, k=9, bootstrap=0)
+    assert all("computed" not in record.settings for record in plain.records)
+    identity = encoder_identity(toy_encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder_identity(toy_encoder) == {**identity, "autocast": "bfloat16"}
+        quick = evaluate_whitebox(toy_encoder, bank, queries, {}, k=9, bootstrap=0)
+    assert all(record.settings["computed"] == {"autocast": "bfloat16"} for record in quick.records)
+    assert unusual_computing(toy_encoder.double()) == {"computed": {"dtype": "float64"}}
+    assert unusual_computing(toy_encoder.features) == {}

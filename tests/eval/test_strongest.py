@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,9 @@ from hsat.eval import (
     strongest_attacks,
 )
 from hsat.eval.ensemble_records import black_box_flag
-from hsat.eval.strongest import Casualties
+from hsat.eval.strongest import Casualties, Member
 from hsat.testing import check_feasible
+from hsat.types import AttackResult
 
 EPS = 2.2 / 255
 QUICK = dict(steps=4, step_size=1 / 255, vote_steps=5, restarts=2, queries=6)
@@ -173,6 +176,55 @@ def test_a_sound_encoder_gets_no_flag_at_patch_level_and_pools_are_bounds(found)
     assert all(record.flags == () for record in ours if record.level == "patch")
     assert all("an attack on the pool may do more" in record.flags[-1] for record in ours if record.level != "patch")
     assert all(record.attack == repr(SMALL) and "APGD vote 1" in record.settings["member_attacks"] for record in ours)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """An attack that adds a constant to every pixel and says that it followed a gradient, or that it did not."""
+
+    threat: Linf
+    by: float
+    backwards: int = 1
+
+    def run(self, x, objective, *, generator, ids):
+        x_adv, none = (x + self.by).clamp(0, 1), torch.zeros(len(x))
+        return AttackResult(x_adv, none, none, none.long(), none.bool(), 1, self.backwards)
+
+
+@dataclass(frozen=True, repr=False)
+class Chosen(Strongest):
+    """An ensemble of given members."""
+
+    given: tuple[Shift, ...] = ()
+
+    def members(self, *, layers, surrogates):
+        return tuple(Member(name=str(i), attack=each, climbs="vote") for i, each in enumerate(self.given))
+
+
+@pytest.mark.parametrize(
+    ("shifts", "unmoved"),
+    [
+        ([(0.0, 1)], True),
+        ([(0.0, 1), (1e-7, 1)], False),  # too little to be stronger, but it moved
+        ([(0.0, 1), (1e-7, 0)], True),  # what is not led by gradients says nothing about them
+        ([(1e-7, 0)], False),
+    ],
+)
+def test_never_moved_means_that_every_gradient_left_it_in_place(toy_encoder, bank, queries, shifts, unmoved):
+    members = tuple(Shift(Linf(EPS), by, backwards) for by, backwards in shifts)
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"s": Chosen(Linf(EPS), given=members)}, **FAST)
+    record = result.records[-1]
+    standing = right(result, "clean").mean()
+    assert record.settings["never_moved_share"] == pytest.approx(standing if unmoved else 0) and standing > 0.5
+    assert any("never moved" in flag for flag in record.flags) == unmoved
+
+
+def test_an_attack_of_the_same_call_that_moved_counts(toy_encoder, bank, queries):
+    still, moves = (Shift(Linf(EPS), by) for by in (0.0, 1e-7))
+    ensemble = Chosen(Linf(EPS), given=(still,))
+    for other, unmoved in ((still, 1.0), (moves, 0.0)):
+        result = evaluate_whitebox(toy_encoder, bank, queries, {"other": other, "s": ensemble}, **FAST)
+        assert result.records[-1].settings["never_moved_share"] == unmoved
 
 
 @pytest.mark.parametrize(
