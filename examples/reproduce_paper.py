@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 
 from folders import gathered
 from hsat.eval import PaperRow, PaperTable, Record, paper_csv, paper_latex, paper_lines, paper_markdown, read_records
-from hsat.eval.grouping import branch_of, setting_of, unique
+from hsat.eval.reporting.grouping import branch_of, setting_of, unique
 from settings import Names, Settings, read_yaml
 
 NUMBERS = Path(__file__).parent / "paper_numbers.yaml"

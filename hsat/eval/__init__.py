@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from hsat.eval.bootstrap import Interval, bootstrap_intervals
-from hsat.eval.budget import evaluate_hierarchical_budget
-from hsat.eval.budget_result import BudgetResult
-from hsat.eval.cache import EmbeddingCache
-from hsat.eval.certificates import Certificates
-from hsat.eval.certified_curves import plot_certified_accuracy
-from hsat.eval.certifying import CertificateResult, certify
-from hsat.eval.challenge import Challenge, challenge_certificates
-from hsat.eval.diagnosis import Diagnosis, diagnose
+from hsat.eval.banks.knn import FittedKNN, KNNClassifier
+from hsat.eval.banks.knn_files import load_knn
+from hsat.eval.banks.sharded import ShardedKNN, fit_shards
+from hsat.eval.budgets.budget import evaluate_hierarchical_budget
+from hsat.eval.budgets.budget_result import BudgetResult
+from hsat.eval.certification.certificates import Certificates
+from hsat.eval.certification.certified_curves import plot_certified_accuracy
+from hsat.eval.certification.certifying import CertificateResult, certify
+from hsat.eval.certification.challenge import Challenge, challenge_certificates
+from hsat.eval.certification.smoothing import Smoothing
+from hsat.eval.doubt.diagnosis import Diagnosis, diagnose
 from hsat.eval.effects import CONVENTIONS, Convention, conventions_table
 from hsat.eval.embedding import embed
-from hsat.eval.evidence import Condition, Evidence, read_evidence, write_evidence
-from hsat.eval.export import ExportResult, save_adversarial
-from hsat.eval.figures import plot_accuracy_vs_eps, plot_patches
+from hsat.eval.engine.cache import EmbeddingCache
+from hsat.eval.engine.strongest import Casualties, MemberCount, Strongest, casualties_table, strongest_attacks
+from hsat.eval.export.saving import ExportResult, save_adversarial
 from hsat.eval.gathering import gather_table, own_rows
-from hsat.eval.knn import FittedKNN, KNNClassifier
-from hsat.eval.knn_files import load_knn
-from hsat.eval.paired import Difference, compare_models, differences_table, paired_difference
-from hsat.eval.paper_tables import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.eval.pooling import PooledScores, pool
 from hsat.eval.published import paper_attacks
 from hsat.eval.records import Record, eps_text, markdown_table, read_records, write_records
-from hsat.eval.report import write_report
+from hsat.eval.reporting.evidence import Condition, Evidence, read_evidence, write_evidence
+from hsat.eval.reporting.figures import plot_accuracy_vs_eps, plot_patches
+from hsat.eval.reporting.paper_tables import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
+from hsat.eval.reporting.report import write_report
+from hsat.eval.reporting.run_folders import RunFolder, open_runs
 from hsat.eval.rescoring import rescore
-from hsat.eval.run_folders import RunFolder, open_runs
-from hsat.eval.score_files import ScoreTable, load_scores, save_scores, score_tables
 from hsat.eval.scoring import Metrics, match_classes, metrics, score_levels
-from hsat.eval.sharded import ShardedKNN, fit_shards
-from hsat.eval.smoothing import Smoothing
-from hsat.eval.strongest import Casualties, MemberCount, Strongest, casualties_table, strongest_attacks
-from hsat.eval.transfer import TransferResult, evaluate_transfer
-from hsat.eval.transfer_report import plot_transfer, transfer_table
+from hsat.eval.statistics.bootstrap import Interval, bootstrap_intervals
+from hsat.eval.statistics.paired import Difference, compare_models, differences_table, paired_difference
+from hsat.eval.statistics.score_files import ScoreTable, load_scores, save_scores, score_tables
+from hsat.eval.transfer.evaluation import TransferResult, evaluate_transfer
+from hsat.eval.transfer.matrix import plot_transfer, transfer_table
 from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 
 __all__ = [

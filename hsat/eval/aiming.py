@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hsat.attacks import feature_drift, soft_knn
 from hsat.attacks.nearest_vote import SoftKNN
+from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.conventions import Compat
 from hsat.eval.embedding import LAYERS, encode, select_layer
-from hsat.eval.knn import FittedKNN
-from hsat.eval.layers import Layers
+from hsat.eval.engine.layers import Layers
 from hsat.eval.records import Record
 from hsat.types import Encoder, Objective
 

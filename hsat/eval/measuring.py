@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from hsat.eval.bootstrap import Interval, bootstrap_intervals
+from hsat.eval.banks.index_quality import index_quality
+from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.conventions import Absent, Arithmetic, Compat, How, Keys, resolve_arithmetic
-from hsat.eval.index_quality import index_quality
-from hsat.eval.knn import FittedKNN
 from hsat.eval.records import Record, eps_text, eps_value, software_versions
 from hsat.eval.scoring import METRICS, Metrics, level_scores, metrics
+from hsat.eval.statistics.bootstrap import Interval, bootstrap_intervals
 from hsat.eval.tally import Tally, attack_settings, shared_patients, suspicions
 from hsat.types import Attack, EmbeddingTable
 

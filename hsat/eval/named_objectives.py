@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hsat.attacks import feature_drift, soft_knn
 from hsat.attacks.nearest_vote import SoftKNN
+from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.embedding import select_layer
-from hsat.eval.knn import FittedKNN
 from hsat.types import Encoder, HierarchicalBatch, Objective
 
 MakeObjective = Callable[[Tensor, HierarchicalBatch], Objective]

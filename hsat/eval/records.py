@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsat.eval.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields, parse_json, read_text
+from hsat.eval.reporting.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields, parse_json, read_text
 from hsat.types import LEVELS
 
 _KINDS = dict.fromkeys(

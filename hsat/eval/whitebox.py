@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from hsat.eval.aiming import TARGETS, Aim, published_aim
+from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.baselines import with_noise
-from hsat.eval.cache import EmbeddingCache
 from hsat.eval.conventions import Absent, Compat, How, Keys
-from hsat.eval.doubts import Doubts
+from hsat.eval.doubt.doubts import Doubts
 from hsat.eval.embedding import LAYERS, Layer
-from hsat.eval.ensemble_records import ensemble_record
-from hsat.eval.keeping import cache_key, embedded_bank, journal_of
-from hsat.eval.knn import FittedKNN, KNNClassifier
-from hsat.eval.layers import Layers
+from hsat.eval.engine.cache import EmbeddingCache
+from hsat.eval.engine.ensemble_records import ensemble_record
+from hsat.eval.engine.keeping import cache_key, embedded_bank, journal_of
+from hsat.eval.engine.layers import Layers
+from hsat.eval.engine.precision import unusual_computing
+from hsat.eval.engine.references import References
+from hsat.eval.engine.siege import CLEAN, Siege
+from hsat.eval.engine.strongest import Casualties, Strongest
+from hsat.eval.engine.trial import Trial
 from hsat.eval.measuring import condition_records, evaluation_frame
-from hsat.eval.precision import unusual_computing
 from hsat.eval.records import Record
-from hsat.eval.references import References
-from hsat.eval.siege import CLEAN, Siege
-from hsat.eval.strongest import Casualties, Strongest
-from hsat.eval.trial import Trial
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
 
 

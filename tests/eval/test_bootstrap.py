@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hsat.eval import Interval, bootstrap_intervals, metrics
-from hsat.eval.intervals import EXACT, METHODS, NO_SPREAD, exact_reach, student_quantile
 from hsat.eval.scoring import METRICS
+from hsat.eval.statistics.intervals import EXACT, METHODS, NO_SPREAD, exact_reach, student_quantile
 
 
 def cohort(rng, *, patients, patches, classes=3, sharpness=1.0):

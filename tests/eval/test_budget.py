@@ -18,7 +18,7 @@ from hsat.eval import (
     score_levels,
     write_records,
 )
-from hsat.eval.flipping import altered_counts
+from hsat.eval.budgets.flipping import altered_counts
 
 PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=5)
 FAST = dict(k=15, bootstrap=50)

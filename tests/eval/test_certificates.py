@@ -24,9 +24,9 @@ from hsat.eval import (
     read_records,
     write_records,
 )
-from hsat.eval.binomial import binomial_tail, clopper_pearson_lower, clopper_pearson_upper
-from hsat.eval.certificates import ABSTAIN, group_radius, patch_radius
-from hsat.eval.smoothing import count_votes, gaussian_noise
+from hsat.eval.certification.certificates import ABSTAIN, group_radius, patch_radius
+from hsat.eval.certification.smoothing import count_votes, gaussian_noise
+from hsat.eval.statistics.binomial import binomial_tail, clopper_pearson_lower, clopper_pearson_upper
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
 scipy_stats = pytest.importorskip("scipy.stats")

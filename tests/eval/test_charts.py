@@ -13,8 +13,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hsat.eval import read_evidence
-from hsat.eval.charts import accuracy_figure, map_figures, thinned, training_figures
-from hsat.eval.svg import HEIGHT, WIDTH, Axis, Series, axis_over, colour_class, line_chart, marker, scatter, swatch
+from hsat.eval.reporting.charts import accuracy_figure, map_figures, thinned, training_figures
+from hsat.eval.reporting.svg import (
+    HEIGHT,
+    WIDTH,
+    Axis,
+    Series,
+    axis_over,
+    colour_class,
+    line_chart,
+    marker,
+    scatter,
+    swatch,
+)
 
 X, Y = Axis(0, 10, (0, 5, 10), "x"), Axis(0, 100, (0, 50, 100), "y")
 

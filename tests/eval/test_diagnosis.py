@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from hsat.attacks import FGSM, L2, MIFGSM, PGD, FittedUniversal, Linf, RandomNoise, Square, feature_drift
 from hsat.eval import Diagnosis, diagnose, embed, evaluate_whitebox, read_records, write_records
-from hsat.eval.binomial import binomial_tail
-from hsat.eval.signs import FALSE_ALARM, SIGNS, judge
-from hsat.eval.subset import Handful
+from hsat.eval.doubt.signs import FALSE_ALARM, SIGNS, judge
+from hsat.eval.doubt.subset import Handful
+from hsat.eval.statistics.binomial import binomial_tail
 from hsat.types import HierarchicalBatch
 
 PGD8 = PGD(Linf(8 / 255), step_size=3 / 255, steps=4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hsat.eval import read_evidence, write_evidence
-from hsat.eval.projection import fit_plane, share_of_movement
+from hsat.eval.reporting.projection import fit_plane, share_of_movement
 
 
 @pytest.fixture

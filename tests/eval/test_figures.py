@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hsat.eval import Record, plot_accuracy_vs_eps, plot_patches
-from hsat.eval import figures as module
+from hsat.eval.reporting import figures as module
 
 pytest.importorskip("matplotlib")
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hsat.eval.evidence import read_evidence
-from hsat.eval.findings import flags_of, outcome_of, percent, sentence, signs_of, transfer_sentence
-from hsat.eval.grouping import Cell, cell_of, columns_of, setting_of, unique
-from hsat.eval.page_tables import Entry, confusion_table, differences_of, effort_table, flat, level_table
-from hsat.eval.page_tables import transfer_table as matrix
-from hsat.eval.paired import Difference
+from hsat.eval.reporting.evidence import read_evidence
+from hsat.eval.reporting.findings import flags_of, outcome_of, percent, sentence, signs_of, transfer_sentence
+from hsat.eval.reporting.grouping import Cell, cell_of, columns_of, setting_of, unique
+from hsat.eval.reporting.page_tables import Entry, confusion_table, differences_of, effort_table, flat, level_table
+from hsat.eval.reporting.page_tables import transfer_table as matrix
+from hsat.eval.statistics.paired import Difference
 
 
 def chosen(records, level="patch", metric="accuracy"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.eval import pool
-from hsat.eval.flipping import altered_counts, fewest_altered, first_altered, pooled_is_wrong
+from hsat.eval.budgets.flipping import altered_counts, fewest_altered, first_altered, pooled_is_wrong
 
 seeds = st.integers(0, 100_000)
 hows = st.sampled_from(["mean", "paper"])

@@ -15,10 +15,10 @@ import torch
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
 from hsat.eval import EmbeddingCache, Strongest, doubts, evaluate_whitebox
-from hsat.eval.identity import encoder_identity, loader_identity
-from hsat.eval.layers import Layers
-from hsat.eval.precision import unusual_computing
-from hsat.eval.storing import DamagedFileError, read_arrays, write_arrays
+from hsat.eval.engine.identity import encoder_identity, loader_identity
+from hsat.eval.engine.layers import Layers
+from hsat.eval.engine.precision import unusual_computing
+from hsat.eval.engine.storing import DamagedFileError, read_arrays, write_arrays
 from hsat.models import build_encoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "strongest.md"

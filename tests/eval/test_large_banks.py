@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.attacks import PGD, Linf
-from hsat.eval import KNNClassifier, embed, evaluate_whitebox, fit_shards, load_knn, neighbours
+from hsat.eval import KNNClassifier, embed, evaluate_whitebox, fit_shards, load_knn
+from hsat.eval.banks import neighbours
 from hsat.types import EmbeddingTable
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "large_banks.md"

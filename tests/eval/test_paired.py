@@ -16,8 +16,8 @@ from hsat.eval import (
     paired_difference,
     score_levels,
 )
-from hsat.eval.intervals import METHODS, NO_SPREAD
 from hsat.eval.scoring import METRICS
+from hsat.eval.statistics.intervals import METHODS, NO_SPREAD
 from hsat.types import LEVELS, EmbeddingTable
 
 

@@ -21,8 +21,8 @@ from hsat.eval import (
     paper_attacks,
     strongest_attacks,
 )
-from hsat.eval.ensemble_records import black_box_flag
-from hsat.eval.strongest import Casualties, Member
+from hsat.eval.engine.ensemble_records import black_box_flag
+from hsat.eval.engine.strongest import Casualties, Member
 from hsat.testing import check_feasible
 from hsat.types import AttackResult
 

@@ -28,8 +28,8 @@ from hsat.eval import (
     transfer_table,
     write_records,
 )
-from hsat.eval.intervals import student_quantile
-from hsat.eval.lending import is_loader
+from hsat.eval.statistics.intervals import student_quantile
+from hsat.eval.transfer.lending import is_loader
 from hsat.models import branch, convert_to_dual, wrap_encoder
 from hsat.types import HierarchicalBatch
 

@@ -1,0 +1,1 @@
+"""Classification by the nearest embeddings: exact and approximate, in one table or several."""

@@ -1,0 +1,94 @@
+"""A fitted classifier as a folder, so that an index of a large bank is built once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hsat.eval.banks.indexes import load_faiss
+from hsat.eval.banks.knn import FittedKNN, KNNClassifier
+from hsat.eval.banks.neighbours import blocks
+from hsat.types import EmbeddingTable
+
+_ABOUT, _INDEX = "knn.json", "index.faiss"
+
+
+def save_knn(path: str | os.PathLike[str], knn: FittedKNN) -> Path:
+    """Write settings, the bank's fingerprint and, where there is one, the FAISS index; all of it or nothing.
+
+    The bank itself is not in the folder: save it with `EmbeddingTable.save`.  An older classifier at `path` is
+    replaced; FileExistsError where something else is there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path / _ABOUT).is_file():
+        raise FileExistsError(f"{path} exists and is not a saved classifier; it is left untouched")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        working = Path(scratch) / "new"
+        working.mkdir()  # with the permissions of an ordinary folder, which the scratch folder does not have
+        about: dict[str, Any] = {"settings": dataclasses.asdict(knn.settings), "k": knn.k, "slack": knn.slack}
+        about |= {"rows": len(knn.table), "bank": table_fingerprint(knn.table), "index_sha256": ""}
+        if knn._index is not None:
+            load_faiss(knn.settings.index).write_index(knn._index, str(working / _INDEX))
+            about["index_sha256"] = _file_digest(working / _INDEX)
+        (working / _ABOUT).write_text(json.dumps(about, indent=1))
+        if path.exists():
+            path.replace(Path(scratch) / "old")
+        working.replace(path)
+    return path
+
+
+def load_knn(path: str | os.PathLike[str], table: EmbeddingTable) -> FittedKNN:
+    """The classifier that was saved to a folder, with the bank that it was fitted on.
+
+    The bank's rows, labels and class names, and the bytes of the index, are checked against SHA-256 sums in the folder.
+    That finds stale and damaged files, not malice: whoever can write the folder can write the sums, and FAISS reads its
+    files in C++ without guarding against crafted ones.  Load only what you or people you trust have written.
+    Raises FileNotFoundError where no classifier is, ValueError for another bank or an index that was changed.
+    """
+    path = Path(path)
+    if not (path / _ABOUT).is_file():
+        raise FileNotFoundError(f"{path} is not a saved classifier: {path / _ABOUT} is missing")
+    about = json.loads((path / _ABOUT).read_text())
+    settings = KNNClassifier(**about["settings"])
+    if len(table) != about["rows"] or table_fingerprint(table) != about["bank"]:
+        raise ValueError(
+            f"{path} was fitted on another bank of {about['rows']} rows; this one has {len(table)} rows and other"
+            " contents.  Fit again: KNNClassifier(...).fit(table)"
+        )
+    index = None
+    if about["index_sha256"]:
+        if not (path / _INDEX).is_file() or _file_digest(path / _INDEX) != about["index_sha256"]:
+            raise ValueError(f"{path / _INDEX} is missing or was changed after it was saved; fit the classifier again")
+        index = load_faiss(settings.index).read_index(str(path / _INDEX))
+    return FittedKNN(settings=settings, table=table, k=about["k"], slack=about["slack"], _index=index)
+
+
+def table_fingerprint(table: EmbeddingTable) -> str:
+    """SHA-256 over shape, rows, labels and class names of a table, read in blocks."""
+    digest = hashlib.sha256(json.dumps([list(table.z.shape), list(table.class_names)]).encode())
+    digest.update(np.ascontiguousarray(table.label, dtype="<i8").tobytes())
+    for part in blocks(table.z):
+        digest.update(np.ascontiguousarray(table.z[part], dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            yield piece

@@ -1,0 +1,1 @@
+"""Attackers who may alter only some patches of a slide or patient."""

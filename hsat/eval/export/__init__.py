@@ -1,0 +1,1 @@
+"""Adversarial patches as files, and the accuracy on those files."""

@@ -1,0 +1,202 @@
+"""What records say in a sentence, and reasons to doubt it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hsat.eval.records import Record
+from hsat.eval.reporting.grouping import CLEAN, Cell, cell_of
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured condition of one model at one level: eps is 0 for clean images."""
+
+    name: str
+    eps: float
+    eps_text: str
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model keeps.  worst: the attack that left least at the largest eps; noise: random noise of that size."""
+
+    model: str
+    clean: Point | None
+    noise: Point | None
+    worst: Point | None
+    attacks: int
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A reason to distrust the numbers of a model under some conditions."""
+
+    model: str
+    conditions: tuple[str, ...]
+    reason: str
+
+
+def norm_of(record: Record) -> str:
+    """The threat model's name in the attack's repr: "Linf", "L2", or "" where it names neither."""
+    return next((name for name in ("Linf", "L2") if f"{name}(" in record.attack), "")
+
+
+def is_noise(record: Record) -> bool:
+    """Whether the condition is random noise and no attack."""
+    return record.attack.startswith("RandomNoise(") or record.attack_name.startswith("noise-")
+
+
+def points(records: Sequence[Record], *, kind: str) -> list[Point]:
+    """The conditions of one kind ("clean", "noise", "attack") of one model, level and metric, by growing eps."""
+    chosen = [record for record in records if _kind(record) == kind]
+    found = []
+    for name, attack in dict.fromkeys((record.attack_name, record.attack) for record in chosen):
+        runs = [record for record in chosen if (record.attack_name, record.attack) == (name, attack)]
+        cell = cell_of(runs)
+        if cell is not None:
+            found.append(Point(name, runs[0].eps_value, runs[0].eps, cell))
+    return sorted(found, key=lambda point: point.eps)
+
+
+def worst_per_eps(attacks: Sequence[Point]) -> list[Point]:
+    """At each eps the attack that left least; of equals the first."""
+    return [
+        min((point for point in attacks if point.eps == eps), key=lambda point: point.cell.value)
+        for eps in dict.fromkeys(point.eps for point in attacks)
+    ]
+
+
+def outcome_of(records: Sequence[Record]) -> Outcome:
+    """The outcome of one model from its records of one level, metric and k.
+
+    Where both norms occur, those in Linf (or the first norm there is) are summed up.  Raises ValueError for no records
+    and for records of several models.
+    """
+    models = {record.model for record in records}
+    if len(models) != 1:
+        raise ValueError(f"an outcome is that of one model, got records of {sorted(models)}")
+    norms = [norm_of(record) for record in records if _kind(record) == "attack"]
+    norm = "Linf" if "Linf" in norms else next(iter(norms), "")
+    mine = [record for record in records if record.attack_name == CLEAN or norm_of(record) == norm]
+    attacks = points(mine, kind="attack")
+    worst = worst_per_eps(attacks)[-1] if attacks else None
+    noise = [point for point in points(mine, kind="noise") if worst is None or point.eps == worst.eps]
+    clean = points(mine, kind=CLEAN)
+    count = sum(point.eps == worst.eps for point in attacks) if worst else 0
+    return Outcome(models.pop(), next(iter(clean), None), noise[-1] if noise else None, worst, count)
+
+
+def sentence(outcomes: Sequence[Outcome], *, metric: str = "accuracy") -> str:
+    """What each model keeps under its strongest attack, the best first, with intervals."""
+    attacked = sorted((o for o in outcomes if o.worst), key=lambda o: -o.worst.cell.value if o.worst else 0.0)
+    if not attacked:
+        clean = [f"{o.model} has {percent(o.clean.cell)}" for o in outcomes if o.clean]
+        return (
+            f"No attack was measured. On clean patches {', '.join(clean)} {metric}." if clean else "Nothing measured."
+        )
+    parts: list[str] = []
+    said: tuple[str, str] | None = None
+    for outcome in attacked:
+        assert outcome.worst is not None
+        before = f" (clean {percent(outcome.clean.cell, interval=False)})" if outcome.clean else ""
+        attack = f"the strongest of {outcome.attacks} attacks" if outcome.attacks > 1 else outcome.worst.name
+        where = (outcome.worst.eps_text, attack)
+        under = f" under {attack} at eps {outcome.worst.eps_text}" if where != said else ""
+        said = where
+        what = " of the patches right" if metric == "accuracy" else f" {metric.upper()}"
+        parts.append(f"{outcome.model} keeps {percent(outcome.worst.cell)}{what if not parts else ''}{under}{before}")
+    return f"{'; '.join(parts)}."
+
+
+def other_sentence(records: Sequence[Record]) -> str:
+    """What a summary says of records without accuracies of patches: certificates, or that the tables tell.
+
+    Certified accuracies of patches are those at the largest radius at which any is above 0.
+    """
+    certified = [r for r in records if (r.metric, r.level) == ("certified_accuracy", "patch")]
+    if not certified:
+        return "No accuracy of patches was measured; the tables show what was."
+    radius = max((r.eps_value for r in certified if r.value > 0), default=0.0)
+    at = [record for record in certified if record.eps_value == radius]
+    parts = []
+    for model, attack in dict.fromkeys((record.model, record.attack) for record in at):
+        cell = cell_of([record for record in at if (record.model, record.attack) == (model, attack)])
+        parts += [f"{model} keeps {percent(cell)}"] if cell else []
+    return f"Certified against every change of L2 norm below {at[0].eps}, patch level: {'; '.join(parts)}."
+
+
+def transfer_sentence(records: Sequence[Record]) -> str:
+    """What attacks made on other encoders take from each, the least first, at the largest eps; "" without averages.
+
+    records: of one setting and k.  Patch level, the attack that takes most on average.
+    """
+    averages = [r for r in records if (r.surrogate, r.metric, r.level) == ("others", "accuracy_drop", "patch")]
+    largest = max((record.eps_value for record in averages), default=0.0)
+    parts, taken = [], []
+    for model in dict.fromkeys(record.model for record in averages):
+        mine = [record for record in averages if record.model == model and record.eps_value == largest]
+        worst = max(points(mine, kind="attack"), key=lambda point: point.cell.value, default=None)
+        if worst is not None:
+            shown = percent(worst.cell).replace(" %", "", 1)
+            parts.append((worst.cell.value, f"{shown} points from {model} ({worst.name})"))
+            taken.append(worst.eps_text)
+    if not parts:
+        return ""
+    listed = "; ".join(text for _, text in sorted(parts))
+    return f"Attacks at eps {taken[0]} that were made on other encoders take, on average over these, {listed}."
+
+
+def percent(cell: Cell, *, interval: bool = True) -> str:
+    """A cell as text: "58.3 % [50.1, 63.0]", "58.3 ± 1.2 % (3 runs)", "58.3 %"."""
+    if cell.sd is not None:
+        return f"{100 * cell.value:.1f} ± {100 * cell.sd:.1f} % ({cell.runs} runs)"
+    shown = f"{100 * cell.value:.1f} %"
+    if interval and cell.low is not None and cell.high is not None:
+        shown += f" [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+    return shown
+
+
+def flags_of(records: Sequence[Record]) -> list[Doubt]:
+    """The flags that records carry, each once per model with the conditions it concerns."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for record in records:
+        name = f"{record.surrogate} → {record.model}" if record.surrogate else record.model
+        for flag in record.flags:
+            found.setdefault((name, flag), {})[record.attack_name] = None
+    return [Doubt(model, tuple(names), flag) for (model, flag), names in found.items()]
+
+
+def signs_of(records: Sequence[Record]) -> list[Doubt]:
+    """Signs of a failed attack that only several records together show, for one model, level, metric and k.
+
+    An attack that leaves as much as random noise of its size (and more than nothing), and one that leaves over one
+    percentage point more at a larger eps than the strongest attack does at a smaller one: both happen when gradients
+    are masked.
+    """
+    found = []
+    for norm in dict.fromkeys(norm_of(record) for record in records if _kind(record) == "attack"):
+        mine = [record for record in records if norm_of(record) == norm]
+        worst = worst_per_eps(points(mine, kind="attack"))
+        noise = {point.eps: point for point in points(mine, kind="noise")}
+        for point in worst:
+            beside = noise.get(point.eps)
+            if beside and point.cell.value >= beside.cell.value and point.cell.value > 0:
+                left = f"{100 * point.cell.value:.1f} % against {100 * beside.cell.value:.1f} %"
+                reason = f"the strongest attack leaves no less than random noise of the same size ({left})"
+                found.append(Doubt(records[0].model, (point.name,), reason))
+        for smaller, larger in pairwise(worst):
+            if larger.cell.value > smaller.cell.value + 0.01:
+                left = f"{100 * larger.cell.value:.1f} % at {larger.eps_text}, {100 * smaller.cell.value:.1f} % before"
+                reason = f"a larger eps leaves more than a smaller one ({left})"
+                found.append(Doubt(records[0].model, (larger.name,), reason))
+    return found
+
+
+def _kind(record: Record) -> str:
+    if record.attack_name == CLEAN:
+        return CLEAN
+    return "noise" if is_noise(record) else "attack"

@@ -1,0 +1,1 @@
+"""How certain numbers are: intervals over patients, paired differences, exact binomial bounds."""

@@ -1,0 +1,1 @@
+"""Black-box transfer: images attacked on one encoder, measured on others."""

@@ -1,0 +1,171 @@
+"""The work of a transfer evaluation: banks, clean queries, and pairs of surrogate and attack, each done once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hsat.eval.banks.knn import FittedKNN, KNNClassifier
+from hsat.eval.conventions import Compat
+from hsat.eval.embedding import Layer, describe, embed, watch
+from hsat.eval.tally import Tally
+from hsat.eval.transfer.crossing import SameQueries, Sink, Source, spill, stream
+from hsat.eval.transfer.ledger import Entry, Ledger
+from hsat.eval.transfer.lending import Lender
+from hsat.eval.whitebox import scores_by_k
+from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+
+Queries = Iterable[HierarchicalBatch]
+Banks = Iterable[HierarchicalBatch] | Mapping[str, EmbeddingTable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How encoders look at images; see `evaluate_transfer`."""
+
+    target: str
+    attack_branch: str | None
+    compat: Compat | None
+    layer: Layer
+    seed: int
+    device: torch.device | str | None
+    class_names: Sequence[str] | None
+    progress: bool
+
+
+class TransferRun:
+    """What has to be done, what the ledger has already, and the classifiers that are in memory."""
+
+    def __init__(
+        self,
+        lender: Lender,
+        ledger: Ledger,
+        *,
+        banks: Banks,
+        queries: Queries,
+        knn: KNNClassifier,
+        ks: Sequence[int],
+        reading: Reading,
+    ) -> None:
+        self._lender, self._ledger, self._banks, self._reading = lender, ledger, banks, reading
+        self._names = describe(queries, reading.class_names, "", "")[0]
+        self._queries = SameQueries(queries, ledger.note("queries") or ())
+        self._knn, self._ks = knn, ks
+        self._fitted: dict[str, FittedKNN] = {}
+        self._warned: set[str] = set()
+
+    def clean(self, name: str) -> dict[int, np.ndarray]:
+        """A target's class scores of the clean queries, by k; its bank is embedded on the way."""
+        if (known := self._ledger.get("clean", name)) and self._ledger.table("queries") is not None:
+            return known.scores[name]
+        table = self._embed_clean(name)
+        if self._ledger.table("queries") is None:
+            self._ledger.put_note("queries", self._queries.digests)
+            self._ledger.put_table("queries", replace(table, z=np.zeros((len(table), 1), dtype=np.float32), encoder=""))
+        entry = Entry({name: self._score(name, table)})
+        self._ledger.put(entry, "clean", name)
+        return entry.scores[name]
+
+    def pair(self, surrogate: str, name: str, attack: Attack, targets: Sequence[str]) -> tuple[Entry, bool]:
+        """The targets' class scores of the queries attacked on a surrogate, and whether they were made just now."""
+        known = self._ledger.get("attacked", surrogate, name)
+        missing = [target for target in targets if known is None or target not in known.scores]
+        if known is not None and not missing:
+            return known, False
+        scores, tally = ({}, Tally()) if known is None else (dict(known.scores), known.tally)
+        for target, table, counted in self._cross(surrogate, name, attack, missing):
+            scores[target], tally = self._score(target, table), counted
+        entry = Entry(scores, tally)
+        self._ledger.put(entry, "attacked", surrogate, name)
+        return entry, True
+
+    def queries(self) -> EmbeddingTable:
+        """Ids and labels of the queries, without embeddings."""
+        table = self._ledger.table("queries")
+        assert table is not None  # kept with the first clean scores
+        return table
+
+    def classifier(self, name: str) -> FittedKNN:
+        """A target's classifier as records describe it; its index is built when it has to answer."""
+        bank = self._bank(name)
+        return FittedKNN(settings=self._knn, table=bank, k=min(self._knn.k, len(bank)), _index=None)
+
+    def _cross(self, surrogate: str, name: str, attack: Attack, targets: Sequence[str]) -> Any:
+        reading = self._reading
+
+        def source(encoder: Encoder) -> Source:
+            return Source(
+                encoder,
+                attack,
+                watch(self._queries, reading.progress, f"{name} on {surrogate}"),
+                target=reading.target,
+                branch=_branch_of(encoder, reading),
+                seed=reading.seed,
+                device=reading.device,
+            )
+
+        def sink(encoder: Encoder) -> Sink:
+            return Sink(encoder, layer=reading.layer, device=reading.device)
+
+        parts: dict[str, Any] = {"queries": self.queries(), "source": source, "sink": sink}
+        if self._lender.hold == "all":
+            return stream(self._lender, surrogate, targets, **parts)
+        return spill(self._lender, surrogate, targets, folder=self._ledger.scratch, **parts)
+
+    def _embed_clean(self, name: str) -> EmbeddingTable:
+        reading = self._reading
+        with self._lender.lend(name) as encoder:
+            self._make_bank(name, encoder)
+            return embed(
+                encoder,
+                self._queries,
+                class_names=self._names,
+                layer=reading.layer,
+                device=reading.device,
+                encoder_name=name,
+                progress=reading.progress,
+            )
+
+    def _make_bank(self, name: str, encoder: Encoder) -> None:
+        if isinstance(self._banks, Mapping) or self._ledger.table(f"bank {name}") is not None:
+            return
+        reading = self._reading
+        table = embed(
+            encoder,
+            self._banks,
+            class_names=reading.class_names,
+            layer=reading.layer,
+            device=reading.device,
+            encoder_name=name,
+            progress=reading.progress,
+        )
+        self._ledger.put_table(f"bank {name}", table)
+
+    def _bank(self, name: str) -> EmbeddingTable:
+        table = self._banks[name] if isinstance(self._banks, Mapping) else self._ledger.table(f"bank {name}")
+        assert table is not None  # made with the clean scores
+        return table
+
+    def _score(self, name: str, table: EmbeddingTable) -> dict[int, np.ndarray]:
+        if name not in self._fitted:
+            if self._lender.hold == "one":
+                self._fitted.clear()
+            bank = self._bank(name)
+            k = min(self._knn.k, len(bank)) if name in self._warned else self._knn.k  # a cut is said once per target
+            self._fitted[name] = replace(self._knn, k=k).fit(bank)
+            self._warned.add(name)
+        return scores_by_k(self._fitted[name], table, self._ks)
+
+
+def _branch_of(encoder: Encoder, reading: Reading) -> str | None:
+    """The BatchNorm branch that an attack on this encoder goes through; None is the one that is active."""
+    if reading.compat == "paper" and reading.attack_branch is None and isinstance(encoder, nn.Module):
+        from hsat.models import is_dual
+
+        return "pgd" if is_dual(encoder) else None
+    return reading.attack_branch
