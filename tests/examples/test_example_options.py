@@ -152,7 +152,7 @@ def test_mistyped_options_are_errors_that_name_them(load, words, capsys):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--attack.name", "fgsm"], "'none' or 'pgd'"),
+        (["--attack.name", "fgsm"], "'free' or 'warm'"),
         (["--data.layout", "folder"], "folders"),
         (["--train.lr", "fast"], "train.lr"),
         (["--train.batch_patients", "0"], "train.batch_patients"),

@@ -10,14 +10,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import Tensor
 
-from hsat.data import Cohort
-from hsat.data.cohort import PatchRecord
-from hsat.data.opensrh import NORMAL_CLASS, PATIENTS_FILE, SPLITS_FILE
+if TYPE_CHECKING:
+    from hsat.data import Cohort
+    from hsat.data.cohort import PatchRecord
+
 
 ABOUT_FILE = "adversarial.json"
 MANIFEST = "manifest.csv"
@@ -115,6 +116,8 @@ def _new_paths(paths: Sequence[str], suffix: str) -> list[str]:
 
 def _opensrh_tables(records: Sequence[PatchRecord], paths: Sequence[str]) -> dict[str, Any]:
     """meta/opensrh.json and meta/train_val_split.json of these patches; patients without a split are in no list."""
+    from hsat.data.opensrh import NORMAL_CLASS, PATIENTS_FILE, SPLITS_FILE
+
     patients: dict[str, Any] = {}
     splits: dict[str, list[str]] = {}
     for record, path in zip(records, paths, strict=True):

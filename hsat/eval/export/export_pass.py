@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hsat.attacks import InSpace, RawChannels
 from hsat.attacks.raw_channels import CHANNELS
-from hsat.data import Cohort, PatchDataset, collate
-from hsat.data.samples import Sample
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.embedding import device_of, encode, labelled, select_layer
 from hsat.eval.export.adversarial_files import AdversarialFiles
@@ -22,6 +20,10 @@ from hsat.eval.named_objectives import objective_named
 from hsat.eval.scoring import match_labels
 from hsat.eval.tally import Tally
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch, ThreatModel
+
+if TYPE_CHECKING:
+    from hsat.data import Cohort, PatchDataset
+    from hsat.data.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class ExportPass:
 
 def batches_of(data: PatchDataset, batch_size: int) -> Iterator[HierarchicalBatch]:
     """Patches in order, in batches of up to batch_size of one shape: files of a cohort may have different sizes."""
+    from hsat.data import collate
+
     waiting: list[Sample] = []
     for index in range(len(data)):
         sample = data[index]

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from hsat.data import Cohort, PatchDataset
 from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.conventions import How
 from hsat.eval.embedding import Layer, embed, frozen_module, watch
@@ -21,6 +21,9 @@ from hsat.eval.named_objectives import TARGETS
 from hsat.eval.records import Record, software_versions
 from hsat.eval.scoring import match_labels
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+
+if TYPE_CHECKING:
+    from hsat.data import Cohort
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +91,8 @@ def save_adversarial(
     if name == "clean":
         raise ValueError("an attack cannot be called 'clean': that is the name of the patches as they are")
     medium = medium_of(cohort, attack)
+    from hsat.data import PatchDataset
+
     data = PatchDataset(cohort, split)
     files = AdversarialFiles(root, cohort, data.rows.tolist())
     if not isinstance(bank, EmbeddingTable):
@@ -115,6 +120,8 @@ def save_adversarial(
 
 def _read(folder: Path, cohort: Cohort) -> Cohort:
     """The cohort in a folder of adversarial files, with the classes of its source."""
+    from hsat.data import Cohort
+
     return Cohort.from_csv(folder, MANIFEST, kind=cohort.kind, class_names=cohort.class_names)
 
 
