@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+import hsat
 from hsat.eval import load_scores, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,14 +58,13 @@ def robust_to_all(runs: Path, model: str, eps: str, k: int) -> dict[int, bool]:
     return standing
 
 
-def summary(runs: Path, k: int) -> str:
-    """The table, and what it rests on."""
+def compare(runs: Path, k: int) -> list[dict[str, Any]]:
+    """One row for each encoder and radius; accuracies as shares."""
     records = [r for name in ("paper", "strongest") for r in read_records(runs / name / "records.jsonl")]
     numbers = {(r.model, r.attack_name): r for r in records if (r.level, r.metric, r.k) == ("patch", "accuracy", k)}
     with (runs / "strongest" / "strongest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = ["| encoder | eps | clean | PGD | BIM | MI-FGSM | worst of three | strongest | lower by | weaker on |"]
-    lines.append("|" + " --- |" * 10)
+    found = []
     for model in dict.fromkeys(model for model, _ in numbers):
         for eps in ("4", "8"):
             three = robust_to_all(runs, model, eps, k)
@@ -71,11 +74,25 @@ def summary(runs: Path, k: int) -> str:
                 if (r["model"], r["attack"]) == (model, f"strongest-{eps}")
             }
             single = [numbers[model, f"{name}-{eps}"].value for name in PAPER]
-            strongest, worst = np.mean(list(mine.values())), np.mean(list(three.values()))
-            weaker = sum(mine[patch] and not three[patch] for patch in three)
-            cells = [numbers[model, "clean"].value, *single, worst, strongest, min(single) - strongest]
-            shown = " | ".join(f"{100 * value:.1f}" for value in cells)
-            lines.append(f"| {model} | {eps}/255 | {shown} | {weaker} patches |")
+            strongest, worst = (float(np.mean(list(each.values()))) for each in (mine, three))
+            row = {"encoder": model, "eps": f"{eps}/255", "patches": len(mine), "clean": numbers[model, "clean"].value}
+            row |= dict(zip(PAPER, single, strict=True)) | {"worst of three": worst, "strongest": strongest}
+            row |= {"lower by": min(single) - strongest}
+            row |= {"weaker on": sum(mine[patch] and not three[patch] for patch in three)}
+            members = numbers[model, f"strongest-{eps}"].settings["members"]
+            found.append(row | {"felled": {name: each["felled"] for name, each in members.items()}})
+    return found
+
+
+def summary(rows: list[dict[str, Any]], runs: Path) -> str:
+    """The table, and what it rests on."""
+    lines = ["| encoder | eps | clean | PGD | BIM | MI-FGSM | worst of three | strongest | lower by | weaker on |"]
+    lines.append("|" + " --- |" * 10)
+    for row in rows:
+        shown = " | ".join(
+            f"{100 * row[name]:.1f}" for name in ("clean", *PAPER, "worst of three", "strongest", "lower by")
+        )
+        lines.append(f"| {row['encoder']} | {row['eps']} | {shown} | {row['weaker on']} patches |")
     table = (runs / "strongest" / "table.md").read_text()
     return "\n".join(lines) + "\n\n" + table[table.index("\n**strongest-") + 1 :]
 
@@ -96,8 +113,11 @@ def main() -> None:
         f" of seed {options.seed}.\n`lower by`: points below the lowest of the paper's three attacks; `weaker on`:"
         " patches that withstood the ensemble\nand fell to one of the three.  Accuracies on tissue will differ.\n\n"
     )
-    text = head + summary(options.runs, options.k)
+    rows = compare(options.runs, options.k)
+    text = head + summary(rows, options.runs)
     options.out.write_text(text)
+    about = {"hsat": hsat.__version__, "torch": torch.__version__, "k": options.k, "seed": options.seed}
+    options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
     sys.stdout.write(text)
 
 

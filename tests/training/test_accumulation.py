@@ -87,19 +87,19 @@ def test_each_part_is_attacked_by_itself_with_noise_by_image():
 def test_dropout_draws_the_same_in_both_passes():
     """Only then is the gradient that of a loss that was computed: its finite difference says so."""
     model, batch = network(nn.Dropout(0.5)), grid()
-    bias = model[-1].bias
+    weight = model[-1].weight  # its gradient depends on what was dropped; that of the bias would not
 
     def loss_at(value: float) -> float:
         with torch.no_grad():
-            bias[0] = value
+            weight[0, 0] = value
         torch.manual_seed(5)
         model.zero_grad()
         return float(accumulated_step(model, LOSS, None, batch, split_batch(batch, 2)).loss)
 
-    at, step = float(bias.detach()[0]), 1e-5
+    at, step = float(weight.detach()[0, 0]), 1e-5
     slope = (loss_at(at + step) - loss_at(at - step)) / (2 * step)
     loss_at(at)
-    assert float(bias.grad[0]) == pytest.approx(slope, rel=1e-5)
+    assert float(weight.grad[0, 0]) == pytest.approx(slope, rel=1e-5)
 
 
 def test_running_statistics_move_once_by_the_mean_of_the_parts():
