@@ -184,14 +184,19 @@ def _table(
     sizes = sorted({record.n for record in here})
     heading = f"**{level.capitalize()} level** ({' / '.join(_TITLES.get(name, name) for name in metrics)}, %;"
     heading += f" n = {', '.join(map(str, sizes))})"
-    lines = [heading, "", "| model | target | k | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 3)]
+    lines = [heading, "", table_row(["model", "target", "k", *columns]), "|" + " --- |" * (len(columns) + 3)]
     for row in rows:
         mine = [record for record in here if (_row(record), record.target, record.k) == row]
         cells = [
             _cell([record for record in mine if record.attack_name == name], metrics, intervals) for name in columns
         ]
-        lines.append("| " + " | ".join([*(str(value) for value in row), *cells]) + " |")
+        lines.append(table_row([*(str(value) for value in row), *cells]))
     return "\n".join(lines)
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table; a bar or a line break inside a cell does not end it."""
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _row(record: Record) -> str:

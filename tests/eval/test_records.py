@@ -145,6 +145,13 @@ def test_markdown_table_marks_what_was_not_measured():
     assert "| b | embedding | 20 | – | 50.0 |" in text
 
 
+def test_names_do_not_break_the_markdown_table():
+    table = markdown_table([record(model="a|b\nc", attack_name="x|y")], levels=("patch",))
+    heads, _, row = (line for line in table.splitlines() if line.startswith("|"))
+    assert row.startswith("| a\\|b c | features |") and heads.endswith("| x\\|y |")
+    assert len(heads.replace("\\|", "").split("|")) == len(row.replace("\\|", "").split("|"))
+
+
 def test_markdown_table_of_nothing():
     with pytest.raises(ValueError, match=r"none of the 1 records is at a level of \['slide'\]"):
         markdown_table([record()], levels=("slide",))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hsat.eval.conventions import Absent, Arithmetic, Compat, How, Keys, resolve_arithmetic
+from hsat.eval.records import table_row
 from hsat.eval.scoring import METRICS, pooled_levels
 from hsat.eval.statistics.bootstrap import check_options, no_interval
 from hsat.eval.statistics.intervals import Interval, Method, interval_around
@@ -228,5 +229,5 @@ def differences_table(
         share = "–" if each.not_above is None else f"{each.not_above:.3f}"
         cells = (each.model, each.against, each.condition, each.k, each.level, each.metric)
         numbers = f"{100 * each.value:.1f} | {100 * each.value_against:.1f} | {100 * each.difference:+.1f}"
-        lines.append(f"| {' | '.join(map(str, cells))} | {numbers} | {interval} | {share} | {each.patients} |")
+        lines.append(f"{table_row([str(cell) for cell in cells])} {numbers} | {interval} | {share} | {each.patients} |")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hsat.eval.records import Record
+from hsat.eval.records import Record, table_row
 from hsat.eval.reporting.figures import _figure, _save
 from hsat.eval.transfer.drops import OTHERS
 from hsat.types import LEVELS
@@ -58,16 +58,16 @@ def _table(
     moved = ", ".join(dict.fromkeys(record.target for record in records))
     sizes = ", ".join(map(str, dict.fromkeys(record.n for record in records)))
     lines = [f"**{title}** ({named}, %; attacks on the {moved}; n = {sizes})", ""]
-    lines += ["| surrogate ↓ target → | " + " | ".join(targets) + " |", "|" + " --- |" * (len(targets) + 1)]
+    lines += [table_row(["surrogate ↓ target →", *targets]), "|" + " --- |" * (len(targets) + 1)]
     undropped = [metric.removesuffix("_drop") for metric in metrics]
     if plain := [record for record in clean if record.metric in undropped]:
         cells = [_cell([r for r in plain if r.model == name], undropped, intervals) for name in targets]
-        lines.append(f"| clean {' / '.join(_TITLES.get(name, name) for name in undropped)} | {' | '.join(cells)} |")
+        lines.append(table_row([f"clean {' / '.join(_TITLES.get(name, name) for name in undropped)}", *cells]))
     for surrogate in surrogates:
         mine = [record for record in records if record.surrogate == surrogate]
         cells = [_cell([r for r in mine if r.model == name], metrics, intervals) for name in targets]
         cells = [f"*{cell}*" if name == surrogate else cell for name, cell in zip(targets, cells, strict=True)]
-        lines.append(f"| {_AVERAGE if surrogate == OTHERS else surrogate} | {' | '.join(cells)} |")
+        lines.append(table_row([_AVERAGE if surrogate == OTHERS else surrogate, *cells]))
     return "\n".join(lines)
 
 
