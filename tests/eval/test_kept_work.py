@@ -14,7 +14,8 @@ import torch
 
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
-from hsat.eval import EmbeddingCache, Strongest, doubts, evaluate_whitebox
+from hsat.eval import EmbeddingCache, Strongest, evaluate_whitebox
+from hsat.eval.doubt import doubts
 from hsat.eval.engine.identity import encoder_identity, loader_identity
 from hsat.eval.engine.layers import Layers
 from hsat.eval.engine.precision import unusual_computing
