@@ -11,7 +11,7 @@ import pytest
 
 from hsat.eval import read_records
 
-QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 0 --diagnose 0 --k 5 --eps 8/255 --quiet".split()
+QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 0 --diagnose 0 --k 5 --eps 32/255 --quiet".split()
 
 
 def evaluate(argv):
@@ -53,8 +53,8 @@ def test_strongest_survives_a_kill_and_names_who_felled_whom(argv, root, launch,
         rows = list(csv.DictReader(file))
     for model, other in (("first", "second"), ("second", "first")):
         mine = [row for row in rows if row["model"] == model]
-        assert found[model, "strongest-8"] == sum(row["felled_by"] == "" for row in mine) / len(mine)
-        assert found[model, "strongest-8"] <= found[model, "PGD-8"]
+        assert found[model, "strongest-32"] == sum(row["felled_by"] == "" for row in mine) / len(mine)
+        assert found[model, "strongest-32"] <= found[model, "PGD-32"]
         assert f"transfer from {other}" in (out / "table.md").read_text()
 
 

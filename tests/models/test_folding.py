@@ -18,6 +18,7 @@ def trained(encoder, side=32):
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             for value in (part.running_mean, part.weight.data, part.bias.data):
                 value.add_(0.3 * torch.randn(value.shape, generator=generator))
+            part.eps = 0.01  # so that forgetting it shows
             part.running_var.mul_(0.5 + torch.rand(part.running_var.shape, generator=generator))
     return encoder.eval()
 
