@@ -35,8 +35,9 @@ def augment_batch(
     replay_noise=False takes white noise from a generator on the device, seeded by seeds[i], in place of the CPU's:
     other draws of the same distribution, and the way to go on a GPU.  None replays on the CPU and only there.
 
-    Raises ValueError where lengths do not agree, no image is asked for, or images of different sizes come out; errors
-    of the pipeline's own checks as they are.  torch's global generator is left as it was.
+    Raises ValueError where lengths do not agree, no image is asked for, or images of different sizes come out;
+    TypeError for an operation that has no batched form; errors of the pipeline's own checks as they are.
+    torch's global generator is left as it was.
     """
     made = augmented_images(patches, pipeline, seeds, source=source, replay_noise=replay_noise)
     sizes = sorted({tuple(image.shape[1:]) for image in made})
@@ -107,7 +108,10 @@ def _apply(x: Tensor, step: Any, values: Sequence[Any], seeds: Sequence[int]) ->
     """One operation on all images of x; values holds the parameters of each, seeds the seed."""
     kind = type(step).__name__
     if kind not in _OPERATIONS:
-        raise NotImplementedError(f"there is no batched form of {step!r}")
+        raise TypeError(
+            f"augment_batch knows the operations {', '.join(_OPERATIONS)}, not {step!r};"
+            " call a pipeline of your own image by image"
+        )
     return _OPERATIONS[kind](x, step, values, seeds)
 
 

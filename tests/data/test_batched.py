@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -278,3 +279,11 @@ def test_noise_of_the_device_is_white_and_of_the_drawn_size():
     assert noisy[0].std().item() == pytest.approx(0.05, rel=0.05)
     assert noisy[1].std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.corrcoef(noisy.flatten(1)).abs()[0, 1] < 0.05
+
+
+def test_an_operation_without_a_batched_form_is_refused_by_name():
+    from torchvision.transforms import RandomInvert
+
+    pipeline = dataclasses.replace(build_transform("none", image_size=8), steps=(RandomInvert(1.0),))
+    with pytest.raises(TypeError, match=r"RandomInvert.*image by image"):
+        augment_batch([torch.rand(3, 8, 8)], pipeline, [0])
