@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hsat.data.files import file_sizes, shortened
 from hsat.data.readers import BadPatch, as_image
+from hsat.types.array_files import load_array
 
 if TYPE_CHECKING:
     from hsat.data.cohort import Cohort
@@ -43,7 +44,7 @@ class PackedPatches:
         self.folder, self.kind, self.root = folder, cohort.kind, cohort.root
         self._places, self._paths = places, tuple(record.path for record in cohort.records)
         self._bad: dict[str, str] = read_header(folder)["bad"]
-        self._index = np.load(folder / "index.npy", allow_pickle=False)
+        self._index = load_array(folder / "index.npy")
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], cohort: Cohort, *, verify: bool = False) -> PackedPatches:
@@ -84,7 +85,7 @@ class PackedPatches:
 
     @cached_property
     def _values(self) -> np.ndarray:
-        values: np.ndarray = np.load(self.folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        values = load_array(self.folder / "images.npy", memory_map=True)
         wanted = int(self._index[-1, 0] + self._index[-1, 1:].prod())
         if values.dtype != DTYPES[self.kind] or values.shape != (wanted,):
             raise ValueError(
@@ -116,7 +117,7 @@ class PackedPatches:
 
     def check(self) -> None:
         """Compare every packed patch with its checksum; ValueError names those that differ."""
-        checksums = np.load(self.folder / "checksums.npy", allow_pickle=False)[:, 0]
+        checksums = load_array(self.folder / "checksums.npy")[:, 0]
         good = [row for row in range(len(self)) if self._paths[row] not in self._bad]
         changed = [
             self._paths[row]
@@ -129,8 +130,8 @@ class PackedPatches:
     def check_sources(self, cohort: Cohort, *, verify: bool = False) -> None:
         """Compare the cohort's files with what was packed, see `open`; ValueError names those that changed."""
         sizes = file_sizes(cohort.root, self._paths, map(cohort.path, range(len(self))))
-        sources = np.load(self.folder / "sources.npy", allow_pickle=False)[self._places]
-        digests = np.load(self.folder / "checksums.npy", allow_pickle=False)[:, 1]
+        sources = load_array(self.folder / "sources.npy")[self._places]
+        digests = load_array(self.folder / "checksums.npy")[:, 1]
         changed = []
         for row, (size, then) in enumerate(zip(sizes, sources, strict=True)):
             path = cohort.path(row)

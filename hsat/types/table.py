@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hsat.types.array_files import load_array
+
 _TABLE_IDS = ("label", "patch", "slide", "patient")
 _TABLE_TEXT = ("cohort", "split", "encoder")
 
@@ -94,8 +96,7 @@ class EmbeddingTable:
         text = json.loads((path / "table.json").read_text())
         arrays: dict[str, Any] = {}
         for name in ("z", *_TABLE_IDS):
-            mode: Any = "r" if memory_map and name == "z" else None
-            arrays[name] = np.load(path / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
+            arrays[name] = load_array(path / f"{name}.npy", memory_map=memory_map and name == "z")
         names = {name: text[name] for name in _TABLE_TEXT}
         return cls(**arrays, class_names=tuple(text["class_names"]), **names)
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from hsat.types.array_files import load_arrays
+
 _HEAD = 1 << 24  # no first line of ours is longer
 
 
@@ -46,8 +48,7 @@ def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if hashlib.sha256(content).hexdigest() != digest:
         raise DamagedFileError(f"{path} was changed or cut off: its checksum is not that of its arrays")
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            return about, {name: stored[name] for name in stored.files}
+        return about, load_arrays(io.BytesIO(content))
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise DamagedFileError(f"{path} holds no arrays ({error})") from error
 

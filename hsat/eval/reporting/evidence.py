@@ -32,6 +32,7 @@ from hsat.eval.reporting.json_fields import TEXT, TEXTS, check_fields, is_number
 from hsat.eval.reporting.projection import Plane, fit_plane, share_of_movement
 from hsat.eval.scoring import Compat, level_scores
 from hsat.types import LEVELS, EmbeddingTable
+from hsat.types.array_files import load_arrays
 
 CLEAN = "clean"
 
@@ -169,8 +170,8 @@ def _read_model(about: Path) -> Evidence:
 
 def _read_condition(path: Path, *, classes: int) -> Condition:
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with path.open("rb") as file:
+            arrays = load_arrays(file)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged ({error}); evaluate again") from error
     check_arrays(arrays, str(path), classes=classes)

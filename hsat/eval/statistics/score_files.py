@@ -16,6 +16,7 @@ import numpy as np
 from hsat.eval.pooling import check_scores
 from hsat.eval.scoring import match_classes
 from hsat.types import EmbeddingTable
+from hsat.types.array_files import load_arrays
 
 _IDS = ("label", "patch", "slide", "patient")
 _TEXT = ("cohort", "split", "model", "condition")
@@ -122,9 +123,10 @@ def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> P
 def load_scores(path: str | os.PathLike[str]) -> tuple[ScoreTable, ...]:
     """Read what `save_scores` wrote; never unpickles.  Raises ValueError for any other or damaged file."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
-            return tuple(_table(arrays, number, text) for number, text in enumerate(about))
+        with open(path, "rb") as file:
+            arrays = load_arrays(file)
+        about = json.loads(str(arrays["about"]))
+        return tuple(_table(arrays, number, text) for number, text in enumerate(about))
     except FileNotFoundError:
         raise
     except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

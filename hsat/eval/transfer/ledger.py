@@ -18,6 +18,7 @@ import numpy as np
 
 from hsat.eval.tally import Tally
 from hsat.types import EmbeddingTable
+from hsat.types.array_files import load_arrays
 
 GROWING = ("attack.", "bank.", "encoder.")  # settings that later runs may add to, and leave out, but not change
 Scores = dict[str, dict[int, np.ndarray]]
@@ -154,11 +155,12 @@ def _write_entry(path: Path, entry: Entry) -> None:
 
 def _read_entry(path: Path) -> Entry:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
-            scores: Scores = {}
-            for i, (target, k) in enumerate(about["columns"]):
-                scores.setdefault(target, {})[int(k)] = arrays[f"scores{i}"]
+        with path.open("rb") as file:
+            arrays = load_arrays(file)
+        about = json.loads(str(arrays["about"]))
+        scores: Scores = {}
+        for i, (target, k) in enumerate(about["columns"]):
+            scores.setdefault(target, {})[int(k)] = arrays[f"scores{i}"]
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and it will be made anew") from error
     return Entry(scores, Tally(**about["counts"]))

@@ -1,0 +1,51 @@
+"""Numpy's files are read from several threads at a time, and nothing else is taken for them."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from hsat.types.array_files import load_array, load_arrays
+
+
+def test_only_one_header_is_parsed_at_a_time(tmp_path, monkeypatch):
+    """CPython 3.11's parser, which numpy uses for headers, fails by chance with SystemError when threads share it."""
+    np.save(tmp_path / "one.npy", np.arange(4))
+    inside, most, real = [], [], np.load
+
+    def watched(*args, **options):
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.005)
+        try:
+            return real(*args, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(np, "load", watched)
+    threads = [threading.Thread(target=load_array, args=(tmp_path / "one.npy",)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
+
+
+def test_mapped_and_read_arrays_are_equal(tmp_path):
+    np.save(tmp_path / "one.npy", np.arange(6.0).reshape(2, 3))
+    mapped = load_array(tmp_path / "one.npy", memory_map=True)
+    assert isinstance(mapped, np.memmap)
+    assert not mapped.flags.writeable
+    np.testing.assert_array_equal(mapped, load_array(tmp_path / "one.npy"))
+
+
+def test_the_other_kind_and_pickles_are_refused(tmp_path):
+    np.savez(tmp_path / "two.npz", a=np.arange(3))
+    np.save(tmp_path / "one.npy", np.arange(3))
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match=r"two\.npz is an archive"):
+        load_array(tmp_path / "two.npz")
+    with (tmp_path / "one.npy").open("rb") as file, pytest.raises(ValueError, match="it is one array"):
+        load_arrays(file)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_array(tmp_path / "objects.npy")
