@@ -13,23 +13,34 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from meeting import SOON, common_room
 from runs import device_named
 
 PATIENCE = timedelta(minutes=30)
+BEGUN = "hsat/begun"
 
 
 class Ranks(NamedTuple):
-    """Process number `rank` of `size`, which computes on `device`.  restarts: how often torchrun began again."""
+    """Process number `rank` of `size`, which computes on `device`.
+
+    again: this torchrun began the run before, and has started its processes anew.  board: what outlives them.
+    """
 
     rank: int
     size: int
     device: torch.device
-    restarts: int = 0
+    again: bool = False
+    board: dist.Store | None = None
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
+
+    def begin(self) -> None:
+        """Say, once it is settled that the run may begin, that processes started anew are to go on with it."""
+        if self.first and self.board is not None:
+            self.board.set(BEGUN, "1")
 
 
 @contextmanager
@@ -43,9 +54,15 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     local = int(os.environ["LOCAL_RANK"])
     chosen = _own_device(device, local)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    yield Ranks(dist.get_rank(), dist.get_world_size(), chosen, restarts)
+    board, rank, size = next(dist.rendezvous("env://", timeout=SOON))
+    room = common_room(board, rank=rank, size=size)
+    room.set_timeout(PATIENCE)
+    if rank == 0:
+        room.set("again", str(int(_begun(board))))
+    again = room.get("again") == b"1"
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=room, rank=rank, world_size=size, timeout=PATIENCE)
+    yield Ranks(rank, size, chosen, again, board)
     dist.destroy_process_group()  # after an error the others may wait for this one: torchrun ends them
 
 
@@ -61,6 +78,13 @@ def one_after_the_first(ranks: Ranks) -> Iterator[None]:
         yield
     if ranks.first:
         dist.barrier()
+
+
+def _begun(board: dist.Store) -> bool:
+    """Whether earlier processes of this torchrun began the run; where they took their store along, by its count."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return board.check([BEGUN])
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _own_device(device: str, local: int) -> torch.device:

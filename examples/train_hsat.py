@@ -145,11 +145,14 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
         packed = open_packed(cohort, settings.data, out=settings.out)
     trainer = Trainer(settings, cohort, ranks, packed)
     fingerprint = cohort.fingerprint()
+    resume = settings.resume or ranks.again
+    if resume or not (settings.out / "run.json").exists():  # else the run is refused, and stays refused
+        ranks.begin()
     run = Run(
         settings.out,
         settings.plain(),
         cohort=fingerprint,
-        resume=settings.resume or ranks.restarts > 0,
+        resume=resume,
         log=settings.log,
         defaults=TrainHSAT().plain(),
         writes=ranks.first,

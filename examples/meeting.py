@@ -1,0 +1,64 @@
+"""How the processes of one attempt find each other in a store that remembers the attempts before it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+SOON = timedelta(minutes=5)
+PAUSE = 0.02
+
+
+def common_room(store: dist.Store, *, rank: int, size: int, patience: timedelta = SOON) -> dist.PrefixStore:
+    """A part of the store for the `size` processes that call this now; no earlier process ever wrote into it.
+
+    torchrun keeps one store for all restarts, and torch writes the addresses of an attempt under the keys of the
+    attempt before it.  A process that reads before its peer has written finds the address of a dead one: "connection
+    refused", or a wait without end.  A count of restarts would not tell attempts apart where there are several
+    machines: each counts its own failures, and leaves out those of others and changes of membership.
+
+    So rank 0 calls with a new word; each other rank answers under that word, with a new word of its own; and rank 0
+    confirms the answer.  The call of an earlier attempt is answered, too, but nobody confirms it.
+
+    patience: how long to wait for the others.  Raises TimeoutError naming the ranks that did not come.
+    """
+    word, end = secrets.token_hex(8), time.monotonic() + patience.total_seconds()
+    room, missing = _called(store, word, size=size, end=end) if rank == 0 else _answered(store, word, rank, end=end)
+    if missing:
+        raise TimeoutError(
+            f"rank {rank} of {size} waited {patience.total_seconds():g} s in vain for rank(s)"
+            f" {', '.join(map(str, missing))}, which ended or never started: see what they wrote, then start the same"
+            " command again; with --resume it goes on from the last checkpoint"
+        )
+    return dist.PrefixStore(f"hsat/{room}/room", store)
+
+
+def _called(store: dist.Store, word: str, *, size: int, end: float) -> tuple[str, list[int]]:
+    """Rank 0's part: the word of the room, and the ranks that did not come."""
+    missing = list(range(1, size))
+    store.set("hsat/call", word)
+    while True:
+        for rank in [rank for rank in missing if store.check([f"hsat/{word}/{rank}"])]:
+            answer = store.get(f"hsat/{word}/{rank}").decode()
+            store.set(f"hsat/{word}/{rank}/{answer}", "seen")
+            missing.remove(rank)
+        if not missing or time.monotonic() > end:
+            return word, missing
+        time.sleep(PAUSE)
+
+
+def _answered(store: dist.Store, word: str, rank: int, *, end: float) -> tuple[str, list[int]]:
+    """The part of another rank, in the same form; `word` is its own."""
+    call = ""
+    while True:
+        if store.check(["hsat/call"]) and (heard := store.get("hsat/call").decode()) != call:
+            call = heard
+            store.set(f"hsat/{call}/{rank}", word)
+        if call and store.check([f"hsat/{call}/{rank}/{word}"]):
+            return call, []
+        if time.monotonic() > end:
+            return call, [0]
+        time.sleep(PAUSE)
