@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
 
 Layer = Literal["features", "embedding"]
 LAYERS = ("features", "embedding")
+Item = TypeVar("Item")
 _IDS = ("label", "patch", "slide", "patient")
 
 
@@ -80,19 +81,20 @@ class Rows:
                 " Wrap a module that gives maps or tokens with hsat.models.wrap_encoder"
             )
         rows = unit_rows(z, batch.patch)
-        self.add_unit(batch, rows)
+        self.add_unit(ids_of(batch), rows)
         return rows
 
-    def add_unit(self, batch: HierarchicalBatch, rows: np.ndarray) -> None:
-        """Append rows (n, d) that `unit_rows` made of the images of a batch."""
+    def add_unit(self, ids: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        """Append rows (n, d) that `unit_rows` made, and what `ids_of` says of their batch."""
         self._z.append(rows)
         for name in _IDS:
-            self._ids[name].append(getattr(batch, name).cpu().numpy())
+            self._ids[name].append(ids[name])
 
-    @property
-    def last(self) -> np.ndarray:
-        """The rows that were appended last."""
-        return self._z[-1]
+    def extend(self, other: Rows) -> None:
+        """Append all that another one holds."""
+        self._z += other._z
+        for name in _IDS:
+            self._ids[name] += other._ids[name]
 
     def table(self, *, class_names: Sequence[str], cohort: str, split: str, encoder: str) -> EmbeddingTable:
         """All rows so far as one table; ValueError if there are none."""
@@ -107,6 +109,11 @@ class Rows:
             split=split,
             encoder=encoder,
         )
+
+
+def ids_of(batch: HierarchicalBatch) -> dict[str, np.ndarray]:
+    """Label, patch, slide and patient of the images of a batch with labels, each (n,) int64."""
+    return {name: getattr(batch, name).cpu().numpy() for name in _IDS}
 
 
 def unit_rows(z: Tensor, patch: Tensor) -> np.ndarray:
@@ -189,7 +196,7 @@ def describe(
     return tuple(names), cohort or str(found or ""), split or str(getattr(dataset, "split", None) or "")
 
 
-def watch(loader: Iterable[HierarchicalBatch], progress: bool, description: str) -> Iterator[HierarchicalBatch]:
+def watch(loader: Iterable[Item], progress: bool, description: str) -> Iterator[Item]:
     """The loader's batches, with a progress bar on standard error when asked for."""
     if not progress:
         yield from loader

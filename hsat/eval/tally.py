@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -41,6 +42,11 @@ class Tally:
     def counts(self) -> dict[str, int]:
         """The counts by name, without the embeddings."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("rows", "kept")}
+
+    def add_counts(self, counts: Mapping[str, int]) -> None:
+        """Add the counts of another tally."""
+        for name, value in counts.items():
+            setattr(self, name, getattr(self, name) + value)
 
     def share(self, name: str) -> float:
         """A count per image; 0 for the clean images, which are not attacked."""

@@ -19,15 +19,16 @@ from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.doubt.doubts import Doubts
 from hsat.eval.embedding import LAYERS, Layer
 from hsat.eval.engine.cache import EmbeddingCache
+from hsat.eval.engine.crew import crew_of_ranks
 from hsat.eval.engine.ensemble_records import ensemble_record
-from hsat.eval.engine.keeping import cache_key, embedded_bank, journal_of
+from hsat.eval.engine.keeping import Bank, cache_key, embedded_bank, journal_of
 from hsat.eval.engine.layers import Layers
 from hsat.eval.engine.precision import unusual_computing
 from hsat.eval.engine.references import References
 from hsat.eval.engine.siege import CLEAN, Siege
 from hsat.eval.engine.strongest import Casualties, Strongest
 from hsat.eval.engine.trial import Trial
-from hsat.eval.measuring import condition_records, evaluation_frame
+from hsat.eval.measuring import Frame, condition_records, evaluation_frame
 from hsat.eval.records import Record
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
 
@@ -51,7 +52,7 @@ class WhiteboxResult:
 
 def evaluate_whitebox(
     encoder: Encoder,
-    bank: Iterable[HierarchicalBatch] | EmbeddingTable,
+    bank: Bank,
     queries: Iterable[HierarchicalBatch],
     attacks: Mapping[str, Attack | Strongest],
     *,
@@ -81,7 +82,8 @@ def evaluate_whitebox(
 ) -> WhiteboxResult:
     """Attack the queries, embed them, and classify them by their neighbours in a clean bank.
 
-    bank: a loader of clean training images, or their table from `embed` with the same `layer`.  queries: a loader, read
+    bank: a loader of clean training images, or their table from `embed` with the same `layer`, or several such tables
+    of one cohort, which are put together in memory.  queries: a loader, read
     once; all attacks see each batch in turn and share its clean embedding.  attacks: {"PGD-8": PGD(...), ...}; clean
     queries are always measured, under the name "clean".  noise=True adds one random point of each threat model.
     diagnose: look for masked gradients on that many queries (True: 32), for each attack, as `hsat.eval.diagnose` does;
@@ -107,7 +109,14 @@ def evaluate_whitebox(
     encoder and loaders can say what they are: modules, and unshuffled loaders over a PatchDataset without transform.
     state: a folder that keeps every finished batch.  After an interruption, even by kill -9, the same call goes on from
     there and ends with the same records; a state that was begun under other settings is refused.  What is computed from
-    the scores (bootstrap, how, absent, keys) may change.  One process at a time may use it.
+    the scores (bootstrap, how, absent, keys) may change.  One evaluation at a time may use it.
+
+    Several processes: where torch.distributed has a process group, every rank makes this same call, on a device of its
+    own.  Bank, clean references, attacks and diagnoses are shared out by whole batches, and every rank gets the result
+    of one process: the same records, with pass counts over all ranks.  Loaders have to give every rank the same
+    batches.  cache and state may be common folders; a state may be gone on with by another number of ranks.  An error
+    on one rank is raised there at once, and as a RuntimeError on the others when they wait for it; torchrun ends them
+    before.
 
     Encoders in channels_last, with folded BatchNorm (`hsat.models.fold_batchnorm`), or under a `torch.autocast` block
     around this call give slightly other numbers, faster on some machines; records say so under settings["computed"].
@@ -123,32 +132,50 @@ def evaluate_whitebox(
     ks = _checked(target, attacks, how=how, compat=compat, k=k, surrogates=surrogates)
     kept = None if cache is None else EmbeddingCache(cache)
     read: dict[str, Any] = {"layer": layer, "device": device, "class_names": class_names}
-    bank = embedded_bank(encoder, bank, kept, model=model, checkpoint=checkpoint, progress=progress, **read)
-    knn = KNNClassifier(k=max(ks), temperature=temperature, index=index).fit(bank)
-    chosen: dict[str, Any] = with_noise(attacks) if noise else dict(attacks)  # type: ignore[arg-type]
-    layers, others = Layers(encoder), dict(surrogates or {})
-    aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch, layers=layers)
-    seen: dict[str, Any] = {"knn": knn, "layer": layer, "seed": seed}
-    doubts = Doubts(encoder, aim, chosen, images=diagnose, **seen)
-    siege = Siege(encoder, layers, aim, target=target, surrogates=others, **seen)
-    trial = Trial(encoder, layers, chosen, aim=aim, siege=siege, doubts=doubts, keep=keep_examples, **seen)
-    decisive = {"target": target, "k": list(ks), "attack_branch": attack_branch, "keep_examples": keep_examples, **seen}
-    tables = trial.run(
-        queries,
-        journal=journal_of(state, {"": encoder, **others}, queries, chosen, decisive, checkpoint=checkpoint),
-        references=References(kept, cache_key(encoder, queries, layer, checkpoint)),
-        class_names=class_names,
-        device=device,
-        model=model,
-        progress=progress,
-    )
+    with crew_of_ranks() as crew:
+        bank = embedded_bank(encoder, bank, kept, crew, model=model, checkpoint=checkpoint, progress=progress, **read)
+        knn = KNNClassifier(k=max(ks), temperature=temperature, index=index).fit(bank)
+        chosen: dict[str, Any] = with_noise(attacks) if noise else dict(attacks)  # type: ignore[arg-type]
+        layers, others = Layers(encoder), dict(surrogates or {})
+        aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch, layers=layers)
+        seen: dict[str, Any] = {"knn": knn, "layer": layer, "seed": seed}
+        doubts = Doubts(encoder, aim, chosen, images=diagnose, **seen)
+        siege = Siege(encoder, layers, aim, target=target, surrogates=others, **seen)
+        trial = Trial(encoder, layers, chosen, aim=aim, siege=siege, doubts=doubts, keep=keep_examples, **seen)
+        decisive = {"target": target, "k": list(ks), "attack_branch": attack_branch, "keep_examples": keep_examples}
+        known = ({"": encoder, **others}, queries, chosen, decisive | seen)
+        tables = trial.run(
+            queries,
+            crew=crew,
+            journal=journal_of(state, *known, crew=crew, checkpoint=checkpoint),
+            references=References(kept, cache_key(encoder, queries, layer, checkpoint)),
+            class_names=class_names,
+            device=device,
+            model=model,
+            progress=progress,
+        )
     named: dict[str, Any] = {"how": how, "absent": absent, "keys": keys, "compat": compat, "bootstrap": bootstrap}
     named |= {"model": model, "checkpoint": checkpoint, "attack_branch": attack_branch}
     frame = evaluation_frame(knn, tables[CLEAN], target=target, layer=layer, seed=seed, **named)
     frame = dataclasses.replace(frame, settings=frame.settings | unusual_computing(encoder))
     scores = {name: scores_by_k(knn, table, ks) for name, table in tables.items()}
+    records = _records(frame, trial, tables, scores, aim=aim, doubts=doubts)
+    examples = {name: torch.cat(tally.kept) for name, tally in trial.tallies.items() if keep_examples and tally.kept}
+    return WhiteboxResult(records, tables, scores, examples, knn.class_names, trial.casualties())
+
+
+def _records(
+    frame: Frame,
+    trial: Trial,
+    tables: Mapping[str, EmbeddingTable],
+    scores: Mapping[str, dict[int, np.ndarray]],
+    *,
+    aim: Aim,
+    doubts: Doubts,
+) -> tuple[Record, ...]:
+    """The records of all conditions, in their order, with what ensembles, aim and diagnoses have to say."""
     casualties = trial.casualties()
-    records = [
+    return tuple(
         doubts.note(ensemble_record(record, found, aim.k) if (found := casualties.get(name)) else aim.describe(record))
         for name in tables
         for record in condition_records(
@@ -159,9 +186,7 @@ def evaluate_whitebox(
             table=tables[name],
             scores=scores[name],
         )
-    ]
-    examples = {name: torch.cat(tally.kept) for name, tally in trial.tallies.items() if keep_examples and tally.kept}
-    return WhiteboxResult(tuple(records), tables, scores, examples, knn.class_names, casualties)
+    )
 
 
 def _checked(

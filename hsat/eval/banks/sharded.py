@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -69,6 +70,38 @@ def fit_shards(settings: KNNClassifier, tables: Sequence[EmbeddingTable]) -> Sha
     naming the table by its place.
     """
     tables = list(tables)
+    names, label = _checked(tables)
+    k = cut_k(settings.k, len(label))
+    shards = tuple(replace(settings, k=min(k, len(table))).fit(table) for table in tables)
+    return ShardedKNN(settings=settings, shards=shards, k=k, class_names=names, label=label)
+
+
+def joined_tables(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
+    """All rows as one table in memory, for those who need one; answers are those of `fit_shards`.
+
+    split: the splits' names with "+" between.  Raises ValueError as `fit_shards` does, and for tables of different
+    cohorts, whose ids cannot be told apart.
+    """
+    tables = list(tables)
+    names, label = _checked(tables)
+    for place, table in enumerate(tables):
+        if table.cohort != tables[0].cohort:
+            raise ValueError(f"shard {place} is of cohort {table.cohort!r}, shard 0 of {tables[0].cohort!r}")
+    columns: Any = {
+        name: np.concatenate([getattr(table, name) for table in tables]) for name in ("patch", "slide", "patient")
+    }
+    return replace(
+        tables[0],
+        z=np.concatenate([table.z for table in tables]),
+        label=label,
+        **columns,
+        class_names=names,
+        split="+".join(dict.fromkeys(table.split for table in tables)),
+    )
+
+
+def _checked(tables: list[EmbeddingTable]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The classes of all tables, and the labels of all rows as these number them, after the checks of `fit_shards`."""
     if not tables:
         raise ValueError("a sharded bank needs at least one table, got none")
     first = tables[0]
@@ -79,7 +112,4 @@ def fit_shards(settings: KNNClassifier, tables: Sequence[EmbeddingTable]) -> Sha
         if table.encoder != first.encoder:
             raise ValueError(f"shard {place} was embedded by {table.encoder!r}, shard 0 by {first.encoder!r}")
     names = tuple(dict.fromkeys(name for table in tables for name in table.class_names))
-    label = np.concatenate([match_labels(table.label, table.class_names, names) for table in tables])
-    k = cut_k(settings.k, len(label))
-    shards = tuple(replace(settings, k=min(k, len(table))).fit(table) for table in tables)
-    return ShardedKNN(settings=settings, shards=shards, k=k, class_names=names, label=label)
+    return names, np.concatenate([match_labels(table.label, table.class_names, names) for table in tables])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,13 @@ class Handful:
             if (rank := image_seed(self._seed, row[0], -1)) < limit:
                 self._kept.append((rank, tuple(row), batch.images[at].detach().cpu().clone()))
         self._kept = sorted(self._kept, key=lambda entry: entry[:2])[: self._size]
+
+    def join(self, every: Iterable[Handful]) -> None:
+        """Become what one handful would be that had seen everything that these saw; this one should be among them."""
+        every = list(every)
+        entries = [entry for each in every for entry in each._kept]
+        self._kept = sorted(entries, key=lambda entry: entry[:2])[: self._size]
+        self._widest = max(each._widest for each in every)
 
     def batches(self) -> list[HierarchicalBatch]:
         """What was kept, by ascending patch id, in batches no wider than those that were seen."""

@@ -37,15 +37,25 @@ class EmbeddingCache:
 
     def table(self, key: Mapping[str, Any], make: Callable[[], EmbeddingTable]) -> EmbeddingTable:
         """The table of this key: read, or made and kept."""
+        found = self.find_table(key)
+        if found is None:
+            found = make()
+            self.keep_table(key, found)
+        return found
+
+    def find_table(self, key: Mapping[str, Any]) -> EmbeddingTable | None:
+        """The table that was kept under a key, or None; counts hits and misses."""
         kept = self.arrays(key)
-        if kept is not None:
-            about, arrays = kept
-            names = tuple(about.pop("class_names"))
-            return EmbeddingTable(**arrays, **about, class_names=names)  # type: ignore[arg-type]
-        table = make()
+        if kept is None:
+            return None
+        about, arrays = kept
+        names = tuple(about.pop("class_names"))
+        return EmbeddingTable(**arrays, **about, class_names=names)  # type: ignore[arg-type]
+
+    def keep_table(self, key: Mapping[str, Any], table: EmbeddingTable) -> None:
+        """Keep a table under a key; see `keep`."""
         about = {"class_names": list(table.class_names), "cohort": table.cohort, "split": table.split}
         self.keep(key, {name: getattr(table, name) for name in ("z", *_IDS)}, about | {"encoder": table.encoder})
-        return table
 
     def arrays(self, key: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """(texts, arrays) kept under a key, or None; counts hits and misses."""

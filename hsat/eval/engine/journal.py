@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hsat.eval.engine.storing import DamagedFileError, read_arrays, write_arrays
 from hsat.types import HierarchicalBatch
 
 Arrays = dict[str, np.ndarray]
+_FORMAT = 2  # of what a batch's file holds; 1 had sums over all batches so far
 
 
 class Journal:
@@ -25,12 +26,25 @@ class Journal:
     folder: None keeps nothing.  It is made when it is not there; whatever is written appears whole or not at all, so
     that a process may be killed at any moment.  settings: whatever decides the numbers; a folder that was begun under
     others is refused with a ValueError that names each difference, and so is a folder that holds something else.
+    finished: the numbers of the batches that were kept when it was opened, ascending.
+
+    Several processes may write into one folder, each its own batches and notes.  One of them opens it; the others, to
+    which it says what is finished, are given that and look no further.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        settings: Mapping[str, Any],
+        *,
+        finished: Sequence[int] | None = None,
+    ) -> None:
         self._folder = None if folder is None else Path(folder)
-        if self._folder is not None:
-            self._open(self._folder, json.loads(json.dumps(settings)))
+        self.finished = tuple(finished or ())
+        if self._folder is not None and finished is None:
+            self._open(self._folder, json.loads(json.dumps({**settings, "format": _FORMAT})))
+            names = (path.name for path in self._folder.glob("batch-*.arrays"))
+            self.finished = tuple(sorted(int(name[6:-7]) for name in names if name[6:-7].isdecimal()))
 
     def read(self, number: int, batch: HierarchicalBatch) -> tuple[dict[str, Any], Arrays] | None:
         """What was kept of a batch; None where nothing was, or with a warning where it is damaged.

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import Layer, embed
+from hsat.eval.banks.sharded import joined_tables
+from hsat.eval.embedding import Layer
 from hsat.eval.engine.cache import EmbeddingCache
+from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.identity import attack_identity, encoder_identity, loader_identity, table_identity
 from hsat.eval.engine.journal import Journal
+from hsat.eval.engine.sharing import shared_embed
 from hsat.types import EmbeddingTable, Encoder, HierarchicalBatch
+
+Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
 
 
 def embedded_bank(
     encoder: Encoder,
-    bank: Iterable[HierarchicalBatch] | EmbeddingTable,
+    bank: Bank,
     cache: EmbeddingCache | None,
+    crew: Crew,
     *,
     layer: Layer,
     model: str,
     checkpoint: str,
     **options: Any,
 ) -> EmbeddingTable:
-    """The table of the bank: given, from the cache, or embedded."""
+    """The table of the bank: given, in one piece or several, from the cache, or embedded by all ranks together.
+
+    The cache's is taken where all ranks find it; the first one writes it, after all have looked.
+    """
     if isinstance(bank, EmbeddingTable):
         return bank
-
-    def made() -> EmbeddingTable:
-        return embed(encoder, bank, layer=layer, encoder_name=model, **options)
-
+    if isinstance(bank, Sequence) and any(isinstance(each, EmbeddingTable) for each in bank):
+        return joined_tables(cast(Sequence[EmbeddingTable], bank))
+    bank = cast(Iterable[HierarchicalBatch], bank)
     key = None if cache is None else cache_key(encoder, bank, layer, checkpoint)
     if cache is None or key is None:
-        return made()
+        return shared_embed(encoder, bank, crew, layer=layer, encoder_name=model, **options)
     classes = options["class_names"]
-    return cache.table({**key, "classes": None if classes is None else list(classes), "model": model}, made)
+    key |= {"classes": None if classes is None else list(classes), "model": model}
+    found = cache.find_table(key)
+    if all(crew.gather(found is not None)) and found is not None:
+        return found
+    made = shared_embed(encoder, bank, crew, layer=layer, encoder_name=model, **options)
+    if crew.leads:
+        cache.keep_table(key, made)
+    return made
 
 
 def cache_key(encoder: Encoder, loader: Any, layer: str, checkpoint: str) -> dict[str, Any] | None:
@@ -53,14 +68,15 @@ def journal_of(
     attacks: Mapping[str, Any],
     decisive: Mapping[str, Any],
     *,
+    crew: Crew,
     checkpoint: str,
 ) -> Journal:
-    """The journal of this evaluation, which refuses a folder of another one.
+    """The journal of this evaluation, which refuses a folder of another one; ranks that are called unlike, too.
 
     encoders: the one that is measured under the name "", and the surrogates.  decisive: options, and the classifier.
     checkpoint: the name of the measured encoder's weights, where it is no module.
     """
-    if state is None:
+    if state is None and crew.size == 1:
         return Journal(None, {})
     knn: FittedKNN = decisive["knn"]
     settings = {name: value for name, value in decisive.items() if name != "knn"}
@@ -72,4 +88,7 @@ def journal_of(
         known = encoder_identity(encoder, "" if name else checkpoint) or {}
         place = f"surrogate.{name}" if name else "encoder"
         settings |= {f"{place}.{what}": value for what, value in known.items()}
-    return Journal(state, settings)
+    crew.agree({name: value for name, value in settings.items() if name != "queries.files"} | {"state": str(state)})
+    journal = Journal(state, settings) if crew.leads else None
+    finished = crew.gather(() if journal is None else journal.finished)[0]
+    return journal or Journal(state, settings, finished=finished)

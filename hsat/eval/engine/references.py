@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hsat.eval.engine.cache import EmbeddingCache
+from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.journal import batch_digest
 from hsat.types import HierarchicalBatch
 
@@ -39,10 +40,13 @@ class References:
         if self._cache is not None and z.dtype in (torch.float32, torch.float64):
             self._new[number] = (batch_digest(batch), z.detach().cpu().numpy())
 
-    def close(self, batches: int) -> None:
-        """Keep what was taken in, if that is all of the batches."""
-        if self._cache is None or not self._new or len(self._new) < batches:
+    def close(self, batches: int, crew: Crew) -> None:
+        """Keep what all ranks took in, if that is all of the batches; the first rank writes it."""
+        if self._cache is None:
             return
-        digests = [self._new[number][0] for number in range(batches)]
-        arrays = {f"z{number}": z for number, (_, z) in self._new.items()}
+        new = crew.join(self._new)
+        if not new or len(new) < batches or not crew.leads:
+            return
+        digests = [digest for digest, _ in new]
+        arrays = {f"z{number}": z for number, (_, z) in enumerate(new)}
         self._cache.keep(self._key, arrays, {"batches": digests})

@@ -1,0 +1,53 @@
+"""An embedding table whose batches the ranks deal out among themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from hsat.eval.embedding import (
+    Layer,
+    Rows,
+    describe,
+    device_of,
+    embed,
+    encode,
+    frozen_module,
+    labelled,
+    select_layer,
+    watch,
+)
+from hsat.eval.engine.crew import Crew
+from hsat.eval.engine.dealing import Share
+from hsat.types import EmbeddingTable, Encoder, HierarchicalBatch
+
+
+def shared_embed(
+    encoder: Encoder,
+    loader: Iterable[HierarchicalBatch],
+    crew: Crew,
+    *,
+    layer: Layer,
+    class_names: Sequence[str] | None,
+    device: torch.device | str | None,
+    encoder_name: str,
+    progress: bool,
+) -> EmbeddingTable:
+    """`embed`, the same table on every rank, which have all to call it; each embeds whole batches of its own."""
+    if crew.size == 1:
+        about = {"class_names": class_names, "device": device, "encoder_name": encoder_name, "progress": progress}
+        return embed(encoder, loader, layer=layer, **about)  # type: ignore[arg-type]
+    scored, place = select_layer(encoder, layer), device_of(encoder, device)
+    names, cohort, split = describe(loader, class_names, "", "")
+    share, parts = Share(loader, crew), {}
+    with frozen_module(encoder):
+        for number, batch in watch(share, progress and crew.leads, "embedding"):
+            labelled(batch)
+            parts[number] = Rows()
+            parts[number].add(batch, encode(scored, batch.images.to(place)))
+    share.check()
+    rows = Rows()
+    for part in crew.join(parts):
+        rows.extend(part)
+    return rows.table(class_names=names, cohort=cohort, split=split, encoder=encoder_name)
