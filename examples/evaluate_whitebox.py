@@ -11,8 +11,11 @@ which makes BIM the same algorithm as PGD.  --threat says what they may change, 
 raw_srh, stain or stain_image (docs/threats.md).  --attacks strongest is an ensemble that fells patches one by one
 (docs/strongest.md); with several checkpoints it transfers between them.  --cache keeps embeddings for the next run,
 --resume goes on after an interruption, --compute trades last bits for speed.  --compat paper repeats the published
-evaluation.  With two checkpoints
-or more, table.md ends with the differences from the first, on the same patients; scores.npz keeps what they rest on.
+evaluation.  With two checkpoints or more, table.md ends with the differences from the first, on the same patients;
+scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the same results
+(docs/devices.md):
+
+    torchrun --nproc_per_node=4 examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors
 """
 
 from __future__ import annotations
@@ -46,7 +49,10 @@ from hsat.eval import (
     write_evidence,
     write_records,
 )
+from hsat.eval.engine.crew import RankStoppedError
 from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
+from one_voice import one_voice
+from ranks import Ranks, joined, one_after_the_first
 from runs import device_named, versions, write_json
 from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings, listed
 from threats import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, strongest_under
@@ -140,10 +146,14 @@ def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]
     return found[0], found[1]
 
 
-def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxResult]:
-    """Results by the name of the encoder."""
+def evaluate(settings: EvaluateWhitebox, cohort: Cohort, ranks: Ranks | None = None) -> dict[str, WhiteboxResult]:
+    """Results by the name of the encoder.
+
+    ranks: which of several processes this is; all of them call this, and all get the results of one.
+    """
     check_threat(settings.threat, cohort)
-    device = device_named(settings.device)
+    ranks = ranks or Ranks(0, 1, device_named(settings.device))
+    device = ranks.device
     bank, queries = loaders(settings, cohort)
     encoders = [load_named(settings, text) for text in settings.checkpoint]
     if settings.untrained:
@@ -157,8 +167,9 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort) -> dict[str, WhiteboxRe
     encoders = [(title, computing_as(encoder, settings.compute), digest) for title, encoder, digest in encoders]
     attacks = attacks_of(settings)
     results = {}
-    if not settings.resume:
+    if ranks.first and not (settings.resume or ranks.again):
         shutil.rmtree(settings.out / STATE, ignore_errors=True)
+    ranks.begin()
     surrogates = {title: encoder.to(device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for title, encoder, digest in encoders:
         print(f"evaluating {title} (target {settings.target})", file=sys.stderr)
@@ -258,23 +269,37 @@ def draw(settings: EvaluateWhitebox, records: list[Record], results: dict[str, W
             plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
 
 
+def opened(settings: EvaluateWhitebox, ranks: Ranks) -> Cohort:
+    """The cohort, after the first rank has made the folder for the results and found it free."""
+    with one_after_the_first(ranks):  # which may write the synthetic cohort
+        cohort = open_cohort(settings.data, seed=settings.seed)
+        if ranks.first:
+            print(describe(cohort), file=sys.stderr)
+            settings.out.mkdir(parents=True, exist_ok=True)
+            if (settings.out / STATE).exists() and not (settings.resume or ranks.again):
+                raise ValueError(
+                    f"{settings.out} holds an interrupted run; add --resume to go on with it, or delete"
+                    f" {settings.out / STATE} to begin anew"
+                )
+    return cohort
+
+
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
     settings = EvaluateWhitebox.load(argv)
     if not settings.checkpoint:
         raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
-    cohort = open_cohort(settings.data, seed=settings.seed)
-    print(describe(cohort), file=sys.stderr)
     try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        if (settings.out / STATE).exists() and not settings.resume:
-            raise ValueError(
-                f"{settings.out} holds an interrupted run; add --resume to go on with it, or delete"
-                f" {settings.out / STATE} to begin anew"
-            )
-        table = write_results(settings, cohort, evaluate(settings, cohort))
+        with joined(settings.device) as ranks, one_voice(ranks):
+            cohort = opened(settings, ranks)
+            results = evaluate(settings, cohort, ranks)
+        if not ranks.first:
+            return
+        table = write_results(settings, cohort, results)
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    except RankStoppedError as error:
+        raise SystemExit(f"error: {error}; the same command with --resume goes on with the finished batches") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
 

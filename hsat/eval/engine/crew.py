@@ -16,11 +16,15 @@ _ROUND = 64  # batches that a rank hands over at a time, so that no message is a
 Part = TypeVar("Part")
 
 
+class RankStoppedError(RuntimeError):
+    """Another rank of an evaluation has ended, or its share failed: nothing more will come from it."""
+
+
 class Crew:
     """One process among those that share an evaluation: number `rank` of `size`; alone where group is None.
 
     All ranks call `gather`, `join` and `agree` in the same order.  They wait for one another there, and nowhere else.
-    A rank that has stopped is a RuntimeError for those that wait.
+    A rank that has stopped is a RankStoppedError for those that wait.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -41,7 +45,7 @@ class Crew:
         try:
             dist.all_gather_object(found, value, group=self._group)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise RankStoppedError(
                 "another process of this evaluation has stopped, so that its share is missing; its own message says why"
             ) from error
         return found

@@ -1,0 +1,108 @@
+"""The evaluations under torchrun: the files of one process, a killed rank, and one message when it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --k 5 --eps 32/255 --batch_size 3 --query_patches 8".split()
+
+
+def evaluate(argv):
+    from evaluate_whitebox import main
+
+    main([*map(str, argv)])
+
+
+def torchrun(script, *argv, cwd):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    return subprocess.Popen(
+        [sys.executable, *words, str(EXAMPLES / script), *map(str, argv)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process):
+    try:
+        shown = process.communicate(timeout=400)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return shown
+
+
+@pytest.fixture
+def argv(trained, root):
+    both = f"first={trained / 'best.safetensors'},second={trained / 'last.pt'}"
+    return ["--checkpoint", both, "--data.root", root, *QUICK]
+
+
+def assert_same_results(out, other):
+    assert {path.name for path in out.iterdir()} == {path.name for path in other.iterdir()}
+    for name in ("records.jsonl", "table.md", "differences.json", "strongest.csv"):
+        if (other / name).exists():
+            assert (out / name).read_bytes() == (other / name).read_bytes(), name
+    with np.load(out / "scores.npz") as found, np.load(other / "scores.npz") as wanted:
+        assert found.files == wanted.files
+        for name in wanted.files:
+            np.testing.assert_array_equal(found[name], wanted[name])
+    for path in (each for each in (other / "evidence").rglob("*") if each.is_file()):
+        assert (out / path.relative_to(other)).read_bytes() == path.read_bytes(), path
+
+
+def test_two_ranks_write_what_one_process_writes(argv, tmp_path):
+    ours = [*argv, "--attacks", "pgd,strongest", "--target", "knn", "--diagnose", "3", "--gallery", "4"]
+    process = torchrun("evaluate_whitebox.py", *ours, "--out", tmp_path / "ranks", "--cache", "cache", cwd=tmp_path)
+    evaluate([*ours, "--out", tmp_path / "one", "--quiet"])
+    shown = finished(process)
+    assert process.returncode == 0, shown
+    assert_same_results(tmp_path / "ranks", tmp_path / "one")
+    assert shown.count("evaluating first") == shown.count("results are in") == 1
+    assert (tmp_path / "one" / "table.md").read_text() in shown
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # bank and queries of two encoders
+
+
+def test_a_rank_that_fails_ends_all_with_one_message(argv, own_root, tmp_path):
+    files = sorted((own_root / "studies").rglob("*.tif"))
+    for path in files:
+        path.write_bytes(b"II*\0" + b"x" * 99)
+    ours = ["--attacks", "pgd", "--data.root", own_root, "--out", tmp_path / "out"]
+    process = torchrun("evaluate_whitebox.py", *argv, *ours, cwd=tmp_path)
+    shown = finished(process)
+    assert process.returncode != 0
+    assert shown.count("error: ") == 1, shown
+    assert "stopped" not in shown and "another process" not in shown and ".tif" in shown
+
+
+def workers_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(word) for word in children.read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_one_process_that_goes_on(argv, tmp_path):
+    ours = [*argv, "--attacks", "pgd,strongest", "--diagnose", "0", "--batch_size", "2", "--cache", tmp_path / "cache"]
+    out = tmp_path / "out"
+    process = torchrun("evaluate_whitebox.py", *ours, "--out", out, cwd=tmp_path)
+    while process.poll() is None and not list(out.glob(".state/*/batch-*")):
+        time.sleep(0.005)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    shown = finished(process)
+    assert process.returncode != 0 and not (out / "records.jsonl").exists(), shown
+    assert list(out.glob(".state/*/batch-*.arrays"))
+    evaluate([*ours, "--out", out, "--resume", "--quiet"])
+    evaluate([*ours, "--out", tmp_path / "whole", "--quiet"])
+    assert_same_results(out, tmp_path / "whole")
