@@ -61,11 +61,8 @@ class Trainer:
         self.settings, self.cohort = settings, cohort
         data, train = settings.data, settings.train
         self.ranks = ranks or Ranks(0, 1, device_named(settings.device))
-        self.device, groups = self.ranks.device, self.ranks.size * train.accumulate
-        if groups > 1 and settings.attack.name not in ("none", "pgd"):
-            raise ValueError(
-                f"--attack.name {settings.attack.name} works in one process without --train.accumulate; use pgd"
-            )
+        self.device, self.several = self.ranks.device, self.ranks.size * train.accumulate > 1
+        self.inner = Inner(settings, ranks=self.ranks.size)
         torch.manual_seed(settings.seed + self.ranks.rank)  # for backbones with dropout; nothing of hsat draws from it
         self.sampler = PatientBatchSampler(
             cohort,
@@ -100,7 +97,6 @@ class Trainer:
         self.scaler = scaler_of(train.precision, self.device)
         warmup = int(train.warmup * self.steps)
         self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=self.steps, warmup=warmup))
-        self.inner = Inner(settings)
         self.step, self.best = 0, -1.0
         self.clock, self.memory_before, self.compiled = StepClock(), peak_memory(self.device), not train.compile
 
@@ -171,6 +167,7 @@ class Trainer:
         generator: torch.Generator,
     ) -> Iterator[StepResult]:
         """The losses to descend on this batch, one after the other: one, or with free training one per replay."""
+        ids = image_slots(len(batch), rank=self.ranks.rank) if self.several else None
         if pgd is not None and self.settings.attack.name == "free":
             yield from free_replays(
                 self.parallel,
@@ -180,16 +177,16 @@ class Trainer:
                 replays=self.settings.attack.replays,
                 autocast=self.autocast,
                 generator=generator,
+                ids=ids,
             )
             return
-        attack, start = self.inner.choose(self, batch, pgd, generator=generator)
-        several = bool(parts) or self.ranks.size > 1
+        attack, start = self.inner.choose(self, parts or [batch], pgd, generator=generator, ids=ids)
         common: dict[str, Any] = {
             "inner_loss": self.inner_loss,
             "clean_weight": clean_weight,
             "autocast": self.autocast,
             "generator": generator,
-            "ids": image_slots(len(batch), rank=self.ranks.rank) if several else None,
+            "ids": ids,
         }
         if parts:
             self.optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from hsat.training.accumulation import accumulated_step, split_batch
 from hsat.training.compiling import GraphBreaks, graph_breaks
-from hsat.training.devices import average_statistics, image_slots, same_everywhere, share_of_batch, synchronised_norm
+from hsat.training.devices import (
+    average_statistics,
+    image_slots,
+    of_all_ranks,
+    same_everywhere,
+    share_of_batch,
+    synchronised_norm,
+)
 from hsat.training.free import free_replays
 from hsat.training.guards import (
     StepClock,
@@ -47,6 +54,7 @@ __all__ = [
     "largest_batch",
     "load_training_state",
     "memory_text",
+    "of_all_ranks",
     "paper_clean_weight",
     "parse_memory",
     "peak_memory",

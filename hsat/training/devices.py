@@ -74,13 +74,21 @@ def synchronised_norm(module: nn.Module, *, device: torch.device) -> nn.Module:
     return converted
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """The values (numbers, lists of them: small plain objects) that the ranks hold, in order of rank.
+
+    Every rank has to call it.  Without several ranks it is [value].
+    """
+    _, ranks = ranks_here()
+    every: list[Any] = [value] * ranks
+    if ranks > 1:
+        dist.all_gather_object(every, value)
+    return every
+
+
 def same_everywhere(value: Any, name: str) -> None:
     """Raise ValueError, on every rank, unless all ranks hold an equal value."""
-    _, ranks = ranks_here()
-    if ranks == 1:
-        return
-    every: list[Any] = [None] * ranks
-    dist.all_gather_object(every, value)
+    every = of_all_ranks(value)
     if any(other != every[0] for other in every):
         shown = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(every))
         raise ValueError(f"the ranks disagree about {name} ({shown}); all of them need the same files and options")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hsat.attacks.gradient import check_finite
 from hsat.attacks.running import shaped
-from hsat.attacks.starts import check_start
+from hsat.attacks.starts import check_start, random_start
 from hsat.training.step import Loss, StepResult, outer_terms, total_of
 from hsat.types import HierarchicalBatch, ThreatModel
 
@@ -27,6 +27,7 @@ def free_replays(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Iterator[StepResult]:
     """The same minibatch `replays` times, each time at the perturbation that the pass before it has improved.
 
@@ -45,7 +46,10 @@ def free_replays(
     step_size: in units of the threat model's norm; None is eps, as in the paper.
     generator, start: the first point is a random one of the feasible set, or `start` (n, c, h, w), projected.  The
     paper carries the perturbation over from the minibatch before, which belongs to other images; a random one is as
-    good a start (arXiv:2001.03994, section 4) and keeps runs resumable.
+    good a start (arXiv:2001.03994, section 4) and keeps runs resumable.  ids: (n,), by which an image's noise is drawn,
+    whichever rank has it.
+    Under DistributedDataParallel the images of a rank move along the gradient of what all ranks descend: with a loss
+    with gather=True they see the negatives of all ranks, and ranks compute what one process computes.
 
     Raises ValueError for replays < 1, a model in eval mode or a start of another shape; RuntimeError when the next
     result is asked for and backward was not called; FloatingPointError naming images whose gradient is not finite.
@@ -56,9 +60,15 @@ def free_replays(
         raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
     check_start(start, batch.images)
     x = batch.images.detach()
-    first = threat.start(x, generator) if start is None else start.detach().to(x)
+    first = _first(x, threat, generator, ids) if start is None else start.detach().to(x)
     size = threat.eps if step_size is None else step_size
     return _replay(model, loss, batch, threat=threat, replays=replays, size=size, autocast=autocast, point=first)
+
+
+def _first(x: Tensor, threat: ThreatModel, generator: torch.Generator | None, ids: Tensor | None) -> Tensor:
+    if ids is None:
+        return threat.start(x, generator)
+    return random_start(x, threat, generator=generator, ids=ids, restart=0)
 
 
 def _replay(

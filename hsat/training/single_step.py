@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
@@ -115,6 +115,13 @@ class Gap(NamedTuple):
         rise = self.strong - self.clean
         return (self.fast - self.clean) / rise if rise > 0 else 1.0
 
+    @classmethod
+    def mean(cls, gaps: Sequence[Gap]) -> Gap:
+        """Of equally large batches, such as those of all ranks.  The same order gives the same bits."""
+        if not gaps:
+            raise ValueError("there is no gap to take the mean of; give those of one or more batches")
+        return cls(*(math.fsum(values) / len(gaps) for values in zip(*gaps, strict=True)))
+
 
 @dataclass(frozen=True)
 class Safeguard:
@@ -161,16 +168,20 @@ class Safeguard:
         *,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
     ) -> Gap:
         """Attack the batch with both, as `adversarial_step` would; the model is frozen meanwhile and left as it was.
 
-        loss: the loss that the attacks climb; it may be a scalar or per image.  One device read.
+        loss: the loss that the attacks climb; it may be a scalar or per image.  generator, ids: handed to the attacks.
+        One device read.  With several ranks each measures its own batch, without a word to the others; their decision
+        must be one, so train by the mean of all: `Gap.mean([Gap(*found) for found in of_all_ranks(list(gap))])`.
         """
         encoder, x = unwrapped(model), batch.images
+        how: dict[str, Any] = {"generator": generator} | ({} if ids is None else {"ids": ids})
         with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
             objective = hierarchical(encoder, local_loss(loss), batch)
-            fast = self.strong.threat.project(self.fast(x, objective, generator=generator), x)
-            strong = self.strong(x, objective, generator=generator)
+            fast = self.strong.threat.project(self.fast(x, objective, **how), x)
+            strong = self.strong(x, objective, **how)
             with torch.no_grad():
                 values = torch.stack([objective(images).float().mean() for images in (x, fast, strong)])
         return Gap(*values.tolist())
