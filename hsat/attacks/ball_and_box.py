@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hsat.attacks.placing import beside
+
 FARTHEST = 1e140
 """Beyond this the square of a distance would overflow; an infinite pixel then counts as one this far away."""
 
@@ -24,7 +26,8 @@ def nearest_in_ball_and_box(y: Tensor, x: Tensor, eps: float | Tensor, low: floa
     """
     d = (y - x).clamp(-FARTHEST, FARTHEST)
     room = torch.where(d > 0, high - x, x - low)
-    target = torch.as_tensor(eps, dtype=y.dtype, device=y.device) ** 2
+    # not as_tensor, which would make a GPU wait for one number
+    target = (beside(eps, y, y.dtype) if isinstance(eps, Tensor) else y.new_full((), eps)) ** 2
     t = torch.zeros_like(d[:, :1, :1, :1])
     for _ in range(200 if y.device.type == "cpu" else 24):
         clipped = t * d.abs() >= room

@@ -19,7 +19,7 @@ def next_float(t: Tensor, *, up: bool) -> Tensor:
     bits = t.contiguous().view(torch.int16)
     away = (t > 0) if up else (t < 0)  # growing magnitude means growing bit pattern
     moved = torch.where(away, bits + 1, bits - 1).to(torch.int16).view(t.dtype)
-    smallest = torch.tensor(1 if up else -32767, dtype=torch.int16, device=t.device).view(t.dtype)
+    smallest = torch.full((), 1 if up else -32767, dtype=torch.int16, device=t.device).view(t.dtype)
     return torch.where(t == 0, smallest, moved)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hsat.attacks.placing import beside
 from hsat.attacks.running import Look, Run, View, shaped
 from hsat.attacks.starts import Noise
 from hsat.attacks.threat import Linf
@@ -37,7 +38,7 @@ def diverse(run: Run, *, probability: float, resize: float, restart: int) -> Loo
     noise = Noise(len(run.x), generator=run.generator, ids=run.ids, restart=restart, purpose="diversity")
 
     def look(y: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-        layout = Layout.drawn(noise.uniform(4, device=y.device), run.x, probability=probability, resize=resize)
+        layout = Layout.drawn(noise.uniform(4, like=y), run.x, probability=probability, resize=resize)
         return run.evaluate(y, view=layout.view)
 
     return look
@@ -90,16 +91,18 @@ def _sources(size: int, length: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
 
 def _whole(u: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     """Uniform whole numbers in [low, high) from u in [0, 1); low where high is not above it."""
-    room = torch.as_tensor(high - low, device=u.device).clamp(min=1)
+    room = high - low
+    room = room.clamp(min=1) if isinstance(room, Tensor) else max(room, 1)
     return low + (u * room).long().clamp(max=room - 1)
 
 
 def smoothed(look: Look, *, size: int, sigma: float) -> Look:
     """The gradients of another look, blurred with a Gaussian kernel."""
+    kernel = gaussian(size, sigma)
 
     def blurred(y: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = look(y, momentum)
-        return value, blur(grad, gaussian(size, sigma))
+        return value, blur(grad, kernel)
 
     return blurred
 
@@ -116,7 +119,7 @@ def gaussian(size: int, sigma: float) -> Tensor:
 def blur(grad: Tensor, kernel: Tensor) -> Tensor:
     """Each channel of (n, c, h, w) convolved with kernel along rows and along columns; zero outside."""
     c, reach = grad.shape[1], len(kernel) // 2
-    kernel = kernel.to(grad)
+    kernel = beside(kernel, grad, grad.dtype)
     with torch.autocast(grad.device.type, enabled=False):
         grad = F.conv2d(grad, kernel[None, None, :, None].expand(c, 1, -1, 1), padding=(reach, 0), groups=c)
         return F.conv2d(grad, kernel[None, None, None, :].expand(c, 1, 1, -1), padding=(0, reach), groups=c)

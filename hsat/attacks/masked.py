@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsat.attacks.placing import beside
 from hsat.attacks.starts import shortcut, threat_of
 from hsat.types import ThreatModel
 
@@ -123,7 +124,7 @@ class Masked:
                 f"mask of shape {tuple(own)} does not fit images of shape {tuple(wanted)}:"
                 f" give (h, w) = {tuple(wanted[2:])}, or one mask per image, ({len(x)}, 1, h, w)"
             )
-        return mask.to(x.device)
+        return beside(mask, x)
 
     def _key(self) -> tuple[object, ...]:
         mask = self.__dict__["mask"]

@@ -69,4 +69,6 @@ def draw(x: Tensor, generator: torch.Generator | None, source: Callable[..., Ten
     """Noise of the shape of x, drawn where the generator lives and moved to x; float32, or float64 for float64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     device = x.device if generator is None else generator.device
-    return source(x.shape, generator=generator, device=device, dtype=dtype).to(x.device)
+    aside = device.type == "cpu" and x.is_cuda  # page-locked: nothing waits for the copy
+    noise = source(x.shape, generator=generator, device=device, dtype=dtype, pin_memory=aside)
+    return noise.to(x.device, non_blocking=aside)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsat.attacks.placing import beside
+
 
 class Radius:
     """Descriptor of a dataclass field that holds eps: a float, or a tensor of which only copies are handed out."""
@@ -58,9 +60,9 @@ def broadcast(eps: float | Tensor, x: Tensor) -> float | Tensor:
     if not isinstance(eps, Tensor):
         return eps
     if eps.ndim == 1 and eps.shape[0] == x.shape[0]:
-        return eps.to(x.device, torch.float64)[:, None, None, None]
+        return beside(eps, x, torch.float64)[:, None, None, None]
     if eps.ndim == 4 and all(e in (1, s) for e, s in zip(eps.shape, x.shape, strict=True)):
-        return eps.to(x.device, torch.float64)
+        return beside(eps, x, torch.float64)
     raise ValueError(
         f"eps of shape {tuple(eps.shape)} does not fit images of shape {tuple(x.shape)}:"
         f" give a float, ({x.shape[0]},) for one eps per image, or four axes that broadcast to the images"

@@ -11,6 +11,7 @@ from torch import Tensor
 from hsat.attacks import starts
 from hsat.attacks.gradient import ImageGradient, check_finite, check_value
 from hsat.attacks.pixels import admit_to, refuse
+from hsat.attacks.placing import beside
 from hsat.types import Objective, ThreatModel
 
 Escape = Callable[[], Tensor]
@@ -201,5 +202,5 @@ def shaped(size: float | Tensor, y: Tensor) -> float | Tensor:
     """A float, or a tensor per image or per pixel, in the form that broadcasts against images."""
     if not isinstance(size, Tensor):
         return size
-    size = size.to(y.device, y.dtype)
+    size = beside(size, y, y.dtype)
     return wide(size) if size.ndim == 1 else size

@@ -74,9 +74,9 @@ class Square(Ascent):
         c, h, w = run.x.shape[1:]
         x, eps = run.x.to(run.work), shaped(run.climb.threat.eps, run.x.to(run.work))
         if not _is_l2(run.climb.threat):
-            direction = windows.stripes(noise.uniform(c, 1, w, device=x.device)).to(x.dtype)
+            direction = windows.stripes(noise.uniform(c, 1, w, like=x)).to(x.dtype)
         else:
-            grid = windows.tiles(noise.uniform(c, windows.count_tiles(h, w), device=x.device), x)
+            grid = windows.tiles(noise.uniform(c, windows.count_tiles(h, w), like=x), x)
             direction = run.climb.threat.ascent(grid)
         return run.project(x + eps * direction)
 
@@ -90,7 +90,7 @@ class Square(Ascent):
             if run.stop_early(y):
                 break
             if query % BLOCK == 0:
-                u = noise.uniform(BLOCK, drawn, device=y.device)
+                u = noise.uniform(BLOCK, drawn, like=y)
             proposed = self._proposal(run, y, u[:, query % BLOCK], query)
             value = _checked(run, run.value(torch.where(wide(run.done), y, proposed)))
             rises = (value > best) & ~run.done

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hsat.attacks.placing import beside
+
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10,000, after which the area of the squares is halved; section 5 of arXiv:1912.00049."""
 
@@ -62,7 +64,7 @@ def tiles(u: Tensor, like: Tensor) -> Tensor:
     side = max(min(h, w) // 5, 1)
     down, across = h // side, w // side
     sign = signs(u).to(like.dtype).reshape(len(u), -1, down, across)
-    pattern = bump(side).to(like)
+    pattern = beside(bump(side), like, like.dtype)
     grid = sign.repeat_interleave(side, 2).repeat_interleave(side, 3) * pattern.repeat(down, across)
     result = torch.zeros_like(like)
     top, left = (h - down * side) // 2, (w - across * side) // 2
@@ -83,7 +85,7 @@ def moved_mass(u: Tensor, gap: Tensor, eps: float | Tensor, side: int) -> Tensor
     together plus a fair share of the budget that is not used up; the second window becomes zero.  As in AutoAttack the
     norm of the windows is taken over all channels (in the paper over each one) and the sum is scaled back to eps.
     """
-    limit = torch.as_tensor(eps, device=gap.device, dtype=gap.dtype)
+    limit = beside(eps, gap, gap.dtype) if isinstance(eps, Tensor) else gap.new_full((), eps)
     n, c, h, w = gap.shape
     first, rows1, columns1 = _window(corner(u[:, 0], h, side), corner(u[:, 1], w, side), side, h, w)
     second, _, _ = _window(corner(u[:, 2], h, side), corner(u[:, 3], w, side), side, h, w)
@@ -91,7 +93,7 @@ def moved_mass(u: Tensor, gap: Tensor, eps: float | Tensor, side: int) -> Tensor
     available = (_norm(torch.where(first | second, gap, 0.0), (1, 2, 3)) ** 2 + unused / c).sqrt()
     index = torch.arange(n, device=gap.device)[:, None, None, None], torch.arange(c, device=gap.device)[:, None, None]
     old = gap[(*index, rows1, columns1)]
-    pattern = bump(side).to(gap)
+    pattern = beside(bump(side), gap, gap.dtype)
     turned = torch.where((u[:, 4] < 0.5)[:, None, None, None], pattern, pattern.T)
     added = signs(u[:, 5:])[:, :, None, None].to(gap.dtype) * turned + old / _norm(old, (2, 3)).clamp_min(1e-12)
     added = added / _norm(added, (2, 3)).clamp_min(1e-12) * available

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hsat.attacks.placing import beside
 from hsat.types import ThreatModel
 
 Vectors = tuple[tuple[float, ...], ...]
@@ -116,14 +117,14 @@ class Stains:
         """The change of stains that leads from x to y (or near it): zeros where y is x."""
         _check_colour(x)
         density = optical_density(y) - optical_density(x)
-        unmix = torch.linalg.inv(stain_basis(self.vectors)).to(x)[:, : len(self.vectors)]
+        unmix = beside(torch.linalg.inv(stain_basis(self.vectors)), x, x.dtype)[:, : len(self.vectors)]
         change = _mixed(density, unmix)
         return change if self.per_pixel else change.mean((2, 3), keepdim=True)
 
     def decode(self, variable: Tensor, x: Tensor) -> Tensor:
         """Images in [0, 1] from changes (n, stains, h or 1, w or 1), differentiable; dtype of x."""
         work = torch.promote_types(x.dtype, torch.float32)
-        vectors = stain_basis(self.vectors)[: len(self.vectors)].to(x.device, work)
+        vectors = beside(stain_basis(self.vectors)[: len(self.vectors)], x, work)
         density = _mixed(variable.to(work), vectors)
         return (x.to(work) * torch.exp(-density)).clamp(0.0, 1.0).to(x.dtype)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsat.attacks.placing import beside
 from hsat.types import ThreatModel
 
 
@@ -63,13 +64,13 @@ class Noise:
         ]
         return torch.cat(points) if points else x
 
-    def uniform(self, *shape: int, device: torch.device) -> Tensor:
-        """(n, *shape) float32 in [0, 1)."""
+    def uniform(self, *shape: int, like: Tensor) -> Tensor:
+        """(n, *shape) float32 in [0, 1), on the device of `like`."""
         if self.own is None:
-            home = device if self.generator is None else self.generator.device
-            return torch.rand((self.n, *shape), generator=self.generator, device=home).to(device)
+            home = like.device if self.generator is None else self.generator.device
+            return beside(torch.rand((self.n, *shape), generator=self.generator, device=home), like)
         rows = [torch.rand(shape, generator=own) for own in self.own]
-        return (torch.stack(rows) if rows else torch.zeros((0, *shape))).to(device)
+        return beside(torch.stack(rows) if rows else torch.zeros((0, *shape)), like)
 
 
 def _start(threat: ThreatModel, x: Tensor, generator: torch.Generator | None, *, inside: bool) -> Tensor:

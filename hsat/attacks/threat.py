@@ -182,7 +182,8 @@ class L2:
         if isinstance(eps, Tensor) and eps.ndim == 4 and eps.shape[1:] != (1, 1, 1):
             raise ValueError(f"an L2 ball has one eps per image; got eps of shape {tuple(eps.shape)}")
         largest = (self.high - self.low) * math.sqrt(x[0].numel()) if len(x) else math.inf
-        if not isinstance(eps, Tensor) or not eps.is_cuda:  # no device read for a value that was checked at creation
+        read = isinstance(eps, Tensor) and eps.device.type != "cpu"  # of a device, for what was checked at creation
+        if not read:
             shape = tuple(x.shape[1:])
             radius.check_radius(eps, largest=largest, reason=f"the largest distance between two {shape} images")
         return radius.broadcast(eps, x)

@@ -112,7 +112,7 @@ class _Fit:
 
     def see(self, batch: HierarchicalBatch) -> tuple[int, float]:
         """One step; how many images there were, and their mean objective before it."""
-        images = batch.images.detach().to(self.device)
+        images = batch.images.detach().to(self.device, non_blocking=True)
         clean, outside = self.settings.threat.admit(images)
         if bool(outside):
             self.settings.threat.project(images, images)  # raises, with the extremes

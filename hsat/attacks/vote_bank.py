@@ -27,7 +27,8 @@ class VoteBank:
 
     rows: (m, d) float32, sorted by class, then by their place in the bank.  length: (m,) float64, their Euclidean
     length (1 but for rounding).  label, place: (m,) int64, class and original row.  bounds: class c has the rows
-    bounds[c] to bounds[c + 1].  slack: how far lengths are from 1 at most.  k, temperature: of the vote.
+    bounds[c] to bounds[c + 1].  filled: (classes,) bool, which have rows at all.  slack: how far lengths are from 1 at
+    most.  k, temperature: of the vote.
     """
 
     rows: Tensor
@@ -35,6 +36,7 @@ class VoteBank:
     label: Tensor
     place: Tensor
     bounds: tuple[int, ...]
+    filled: Tensor
     slack: float
     k: int
     temperature: float
@@ -126,8 +128,7 @@ class VoteBank:
         weight = weight / weight.sum(1, keepdim=True)
         # one after the other, as KNNClassifier adds: votes that tie there tie here
         scores = (weight[:, :, None] * member).cumsum(1)[:, -1]
-        size = torch.as_tensor(self.bounds, device=row.device).diff()
-        stand_in = torch.where(size > 0, nearest, -1.0) / self.temperature
+        stand_in = torch.where(self.filled, nearest, -1.0) / self.temperature
         logit = torch.where(member, similarity[:, :, None] / self.temperature, -math.inf)
         stand_in = torch.where(member.any(1), -math.inf, stand_in)
         return Vote(scores, torch.cat((logit, stand_in[:, None]), 1).logsumexp(1))
@@ -223,12 +224,14 @@ def vote_bank(
     length = torch.linalg.vector_norm(rows.double(), dim=1)
     length = torch.where(length > 0, length, 1.0)
     exact = _exact(device)
+    count_of = torch.bincount(label, minlength=count)
     return VoteBank(
         rows=rows.to(device),
         length=length.to(device, exact),
         label=label[order].to(device),
         place=order.to(device),
-        bounds=(0, *torch.bincount(label, minlength=count).cumsum(0).tolist()),
+        bounds=(0, *count_of.cumsum(0).tolist()),
+        filled=(count_of > 0).to(device),
         slack=float((length - 1).abs().max()),
         k=min(k, len(rows)),
         temperature=temperature,

@@ -7,7 +7,7 @@ torch's global CPU generator, so a caller that forks and seeds that generator de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
@@ -109,7 +109,7 @@ class Augmentation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The augmented patch."""
-        check_patch(x, self.name)
+        check_patches([x], self.name)
         x = x.to(torch.float32)
         for step in self.steps:
             x = step(x)
@@ -216,8 +216,20 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
-def check_patch(x: Tensor, name: AugmentationName) -> None:
-    """Raise TypeError or ValueError, naming what is wrong, for what the pipeline `name` does not take."""
+def check_patches(patches: Sequence[Tensor], name: AugmentationName) -> None:
+    """Raise TypeError or ValueError, naming what is wrong, for what the pipeline `name` does not take.
+
+    Their device is read once, however many there are.
+    """
+    for patch in patches:
+        _check_form(patch, name)
+    ends: list[list[float]] = torch.stack([torch.stack(torch.aminmax(patch)) for patch in patches]).tolist()
+    for low, high in ends:
+        if not (low >= -_RANGE_SLACK and high <= 1.0 + _RANGE_SLACK and math.isfinite(low + high)):
+            raise ValueError(f"augmentations take values in [0, 1], got {low:g} to {high:g}")
+
+
+def _check_form(x: Tensor, name: AugmentationName) -> None:
     smallest = 1 if name == "none" else _SMALLEST_SIDE
     if not isinstance(x, Tensor):
         raise TypeError(f"augmentations take a tensor (3, h, w) with values in [0, 1], got {type(x).__name__}")
@@ -229,9 +241,6 @@ def check_patch(x: Tensor, name: AugmentationName) -> None:
         raise TypeError(f"augmentations take floats in [0, 1], got {x.dtype}; divide integers by their range")
     if min(x.shape[1:]) < smallest:
         raise ValueError(f"a patch of {x.shape[1]} x {x.shape[2]} pixels is too small, need {smallest} x {smallest}")
-    low, high = (float(value) for value in torch.aminmax(x))
-    if not (low >= -_RANGE_SLACK and high <= 1.0 + _RANGE_SLACK and math.isfinite(low + high)):
-        raise ValueError(f"augmentations take values in [0, 1], got {low:g} to {high:g}")
 
 
 def _torchvision() -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hsat.data import image_operations as do
-from hsat.data.augment import Augmentation, CropToSize, check_patch, resize_patch
+from hsat.data.augment import Augmentation, CropToSize, check_patches, resize_patch
 from hsat.data.image_operations import on_part
 from hsat.data.replayed import Noise, Parameters, draw_parameters
 from hsat.data.samples import isolated
@@ -58,8 +58,7 @@ def augmented_images(
     chosen = list(range(len(patches)) if source is None else source)
     if len(chosen) != len(seeds) or not chosen:
         raise ValueError(f"one seed per image and at least one image: got {len(seeds)} seeds for {len(chosen)} images")
-    for patch in patches:
-        check_patch(patch, pipeline.name)
+    check_patches(patches, pipeline.name)
     device = patches[0].device
     replay = device.type == "cpu" if replay_noise is None else replay_noise
     # A CPU is fastest with one image in its cache, and sums then run in one order whatever else is in the batch.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,19 @@ def on_part(x: Tensor, chosen: Sequence[int], operation: Callable[[Tensor], Tens
         return x
     if len(chosen) == len(x):
         return operation(x)
-    where = torch.tensor(chosen, device=x.device)
+    where = sent(chosen, x, torch.int64)
     return x.index_copy_(0, where, operation(x.index_select(0, where)))
+
+
+def sent(values: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers as a tensor on the device of `like`; page-locked on their way to CUDA, which need not wait for them."""
+    made = torch.tensor(values, dtype=dtype)
+    return (made.pin_memory() if like.is_cuda else made).to(like.device, non_blocking=like.is_cuda)
 
 
 def per_image(values: Sequence[float], like: Tensor) -> Tensor:
     """m numbers as (m, 1, 1, 1), in the dtype and on the device of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+    return sent(values, like, like.dtype).view(-1, 1, 1, 1)
 
 
 def add_noise(x: Tensor, noise: Tensor, std: Sequence[float]) -> Tensor:
@@ -157,7 +164,7 @@ def rotate_and_move(x: Tensor, angle: Sequence[float], move: Sequence[tuple[floa
     for a, (right, down) in zip(turn, move, strict=True):
         cos, sin = math.cos(a), math.sin(a)
         rows.append([cos, sin, -cos * right - sin * down, -sin, cos, sin * right - cos * down])
-    back = torch.tensor(rows, dtype=x.dtype, device=x.device).view(m, 2, 3, 1, 1)
+    back = sent(rows, x, x.dtype).view(m, 2, 3, 1, 1)
     across = torch.arange(width, dtype=x.dtype, device=x.device) - 0.5 * (width - 1)
     along = (torch.arange(height, dtype=x.dtype, device=x.device) - 0.5 * (height - 1))[:, None]
     grid = torch.empty(m, height, width, 2, dtype=x.dtype, device=x.device)

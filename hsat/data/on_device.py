@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hsat.data.augment import Augmentation
 from hsat.data.batched import augment_batch
+from hsat.data.image_operations import sent
 from hsat.data.readers import as_image
 from hsat.data.samples import Sample, make_sample
 from hsat.types import HierarchicalBatch
@@ -88,7 +89,8 @@ class DrawnBatch:
             raise ValueError(f"images of {len(sizes)} sizes come out: {sorted(sizes)}; pass image_size to the dataset")
         images = parts[0]
         if len(parts) > 1:
-            images = torch.cat(parts)[torch.tensor(order, device=images.device).argsort()]
+            back = sorted(range(len(order)), key=order.__getitem__)
+            images = torch.cat(parts)[sent(back, images, torch.int64)]
         return self.batch.to(device, non_blocking=True).replace(images=images)
 
     def _images(self, stored: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsat.attacks.placing import beside
 from hsat.types import HierarchicalBatch, ThreatModel
 
 
@@ -66,8 +67,8 @@ class WarmStarts:
                     " warm starts need images of one size"
                 )
         known = torch.stack([delta.float() * scale for delta, scale in (deltas[row] for row in rows)])  # type: ignore[misc]
-        index = torch.tensor(rows, device=x.device)
-        moved = x.index_select(0, index) + known.to(x)
+        index = beside(torch.tensor(rows), x)
+        moved = x.index_select(0, index) + beside(known, x, x.dtype)
         return threat.project(found.index_copy(0, index, moved), x)
 
     def keep(self, batch: HierarchicalBatch, x_adv: Tensor) -> None:

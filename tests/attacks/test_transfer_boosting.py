@@ -176,7 +176,7 @@ def test_the_view_can_be_differentiated():
 
 def test_layouts_reach_every_place_and_as_often_as_they_should():
     x = torch.zeros(4000, 1, 10, 10)
-    u = Noise(4000, generator=torch.Generator().manual_seed(0), ids=None, restart=0).uniform(4, device=x.device)
+    u = Noise(4000, generator=torch.Generator().manual_seed(0), ids=None, restart=0).uniform(4, like=x)
     layout = Layout.drawn(u, x, probability=0.3, resize=0.7)
     assert set(layout.height.tolist()) == {7, 8, 9}
     assert {(h, t) for h, t in zip(layout.height.tolist(), layout.top.tolist(), strict=True)} == {

@@ -1,0 +1,352 @@
+"""Runs the library on the CPU and on the make-believe device and writes down, as JSON, what differed and what stopped.
+
+    python tests/training/pretend_cases.py [parts of names, to run these alone]
+
+One object: case -> {"same": largest difference to the CPU's result, "reads": [...], "copies": [...], "error": text}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pretend_device as pretend
+
+from hsat.attacks import (
+    APGD,
+    BIM,
+    DIFGSM,
+    FFGSM,
+    FGSM,
+    L2,
+    MIFGSM,
+    NIFGSM,
+    PGD,
+    TIFGSM,
+    VMIFGSM,
+    InSpace,
+    Linf,
+    Masked,
+    RandomNoise,
+    RawChannels,
+    Square,
+    Stains,
+    UniversalPerturbation,
+    classification,
+    dlr,
+    feature_drift,
+    guide,
+    hierarchical,
+    level_margin,
+    margin,
+    objective_from,
+    soft_knn,
+    worst_of,
+)
+from hsat.data import augment_batch, build_transform, srh_to_rgb
+from hsat.data.on_device import DrawnBatch
+from hsat.eval import evaluate_whitebox
+from hsat.losses import HiDiscLoss, supcon_loss
+from hsat.models import frozen, wrap_encoder
+from hsat.training import (
+    NFGSM,
+    Safeguard,
+    WarmStarts,
+    accumulated_step,
+    adversarial_step,
+    free_replays,
+    image_slots,
+    split_batch,
+)
+from hsat.types import HierarchicalBatch
+
+LOSS = HiDiscLoss()
+EPS = 8 / 255
+STEPS = {"step_size": 2 / 255, "steps": 3}
+ATTACKS: dict[str, Any] = {
+    "PGD": PGD(Linf(EPS), **STEPS),
+    "PGD, 2 restarts": PGD(Linf(EPS), **STEPS, restarts=2),
+    "PGD, eps per channel": PGD(Linf(torch.tensor([0.01, 0.02, 0.03]).view(1, 3, 1, 1)), **STEPS),
+    "PGD, L2": PGD(L2(0.5), step_size=0.2, steps=3),
+    "PGD, L2, eps per image": PGD(L2(torch.linspace(0.1, 0.8, 16)), step_size=0.2, steps=3),
+    "PGD, masked": PGD(Masked(Linf(EPS), torch.arange(64).view(8, 8) % 3 > 0), **STEPS),
+    "FGSM": FGSM(Linf(EPS)),
+    "FFGSM": FFGSM(Linf(EPS)),
+    "BIM": BIM(Linf(EPS), **STEPS),
+    "MIFGSM": MIFGSM(Linf(EPS), **STEPS),
+    "MIFGSM, random start": MIFGSM(Linf(EPS), **STEPS, random_start=True),
+    "NIFGSM": NIFGSM(Linf(EPS), **STEPS, scales=2, random_start=True),
+    "DIFGSM": DIFGSM(Linf(EPS), **STEPS, random_start=True),
+    "TIFGSM": TIFGSM(Linf(EPS), **STEPS, size=3, random_start=True),
+    "VMIFGSM": VMIFGSM(Linf(EPS), **STEPS, samples=2, random_start=True),
+    "APGD": APGD(Linf(EPS), steps=5),
+    "Square": Square(Linf(EPS), queries=8),
+    "NFGSM": NFGSM(Linf(EPS)),
+    "RandomNoise": RandomNoise(Linf(EPS)),
+    "raw channels": InSpace(RawChannels(srh_to_rgb), PGD(Linf(0.05), step_size=0.02, steps=3)),
+    "stains": InSpace(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.04, steps=3)),
+}
+
+
+def seeded(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    first = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh())
+    return nn.Sequential(*first, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5))
+
+
+def batch_of() -> HierarchicalBatch:
+    raw = torch.rand(16, 2, 8, 8, generator=seeded()) * 0.6  # srh images, so that raw channels can be had back
+    return HierarchicalBatch.from_grid(srh_to_rgb(raw).unflatten(0, (2, 2, 2, 2)), torch.arange(2))
+
+
+def sent(batch: HierarchicalBatch, device: torch.device) -> HierarchicalBatch:
+    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
+
+
+class Place:
+    """The CPU or the device, with everything that a case needs already there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_cpu = batch_of()
+        elsewhere = device.type != "cpu"
+        self.model = pretend.moved(network()) if elsewhere else network()
+        self.batch = sent(self.on_cpu, device)
+        self.bank = torch.rand(40, 5, generator=seeded(2)) - 0.5, torch.arange(40) % 3
+        self.labels = (torch.arange(16) % 3).to(device, non_blocking=True)
+
+    def attack(self, attack: Any, make: Callable[[Place], Any], **options: Any) -> Tensor:
+        with frozen(self.model):
+            objective = make(self)
+            with quiet_so_far(self):
+                return attack(self.batch.images, objective, generator=seeded(), **options)
+
+
+def quiet_so_far(place: Place) -> Any:
+    """What was noted before this point belongs to the preparation, not to the attack."""
+    return _Forget(getattr(place, "watch", None))
+
+
+class _Forget:
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+
+    def __enter__(self) -> None:
+        if self.watch is not None:
+            self.watch.stops.clear()
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+
+def drift(place: Place) -> Any:
+    return feature_drift(place.model, place.batch.images)
+
+
+def levels(place: Place) -> Any:
+    return hierarchical(place.model, LOSS, place.batch)
+
+
+OBJECTIVES: dict[str, Callable[[Place], Any]] = {
+    "drift": drift,
+    "hierarchical": levels,
+    "classification": lambda place: classification(place.model, place.labels),
+    "margin": lambda place: margin(place.model, place.labels),
+    "dlr": lambda place: dlr(place.model, place.labels),
+    "guide": lambda place: guide(place.model, place.model(place.batch.images.flip(0)).detach()),
+    "soft_knn": lambda place: soft_knn(place.model, place.bank, place.labels, k=5),
+    "objective_from": lambda place: objective_from(place.model, supcon_loss, place.batch.patient),
+}
+
+
+def step(place: Place, function: Callable[..., Any], *, scale: float = 1.0, **options: Any) -> dict[str, Any]:
+    model = place.model.train()
+    result = function(model, LOSS, ATTACKS["PGD"], place.batch, generator=seeded(), **options)
+    if result.loss.requires_grad:
+        result.loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = {"loss": result.loss.detach(), "grad": model[0].weight.grad.clone(), "x_adv": result.x_adv}
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def in_parts(place: Place, model: Any, *args: Any, **options: Any) -> Any:
+    parts = [sent(part, place.device) for part in split_batch(place.on_cpu, 2)]
+    args = (*args, parts)
+    return accumulated_step(model, *args, ids=image_slots(16, rank=0), **options)
+
+
+def free(place: Place) -> list[Tensor]:
+    model = place.model.train()
+    found = []
+    for result in free_replays(model, LOSS, place.batch, threat=Linf(EPS), replays=3, generator=seeded()):
+        result.loss.backward()
+        found.append(result.x_adv)
+    return found
+
+
+def loss_and_gradient(place: Place) -> list[Tensor]:
+    z = place.model(place.batch.images).detach().requires_grad_()
+    terms = LOSS(z, place.batch)
+    (grad,) = torch.autograd.grad(terms.total, z)
+    return [*(t.detach() for t in terms), grad]
+
+
+def until(place: Place, attack: Any) -> Tensor:
+    """With images that stop early; here the host has to ask."""
+    objective = classification(place.model, place.labels)
+    with frozen(place.model):
+        return attack(place.batch.images, objective, generator=seeded(), success=lambda v: place.model(v)[:, 0] > 0.1)
+
+
+def half(place: Place, dtype: torch.dtype) -> Tensor:
+    with frozen(place.model):
+        x = place.batch.images.to(dtype)
+        objective = lambda v: place.model(v.float()).square().sum(1)
+        with quiet_so_far(place):
+            return ATTACKS["PGD, L2"](x, objective, generator=seeded())
+
+
+def augmented(place: Place, *, name: str) -> Tensor:
+    pipeline = build_transform(name, image_size=8, strength=0.9)
+    patches = list(place.batch.images[::2])
+    return augment_batch(patches, pipeline, list(range(16)), source=[i // 2 for i in range(16)], replay_noise=True)
+
+
+def drawn(place: Place) -> Tensor:
+    stored = (place.on_cpu.images[::2] * 255).to(torch.uint8)
+    batch = DrawnBatch(
+        batch=place.on_cpu.replace(images=torch.zeros(16, 1, 1, 1)),
+        stored=stored.reshape(-1),
+        shapes=((3, 8, 8),) * 8,
+        source=tuple(i // 2 for i in range(16)),
+        seeds=tuple(range(16)),
+        pipeline=tuple(i % 2 for i in range(16)),
+        pipelines=tuple(build_transform("v1", image_size=8) for _ in range(2)),
+        kind="rgb",
+    )
+    if place.device.type != "cpu":
+        batch = batch.pin_memory()
+    moved = batch.augmented(place.device)
+    return [moved.images, moved.patch, moved.label]
+
+
+def encoder_of(place: Place) -> nn.Module:
+    backbone = network()
+    encoder = wrap_encoder(backbone, mean=0.5, std=0.25, head=nn.Linear(5, 4))
+    return encoder if place.device.type == "cpu" else pretend.moved(encoder)
+
+
+def evaluated(place: Place) -> list[Any]:
+    encoder, batch = encoder_of(place), place.on_cpu
+    others = HierarchicalBatch(
+        batch.images.flip(0), *(i + 100 for i in (batch.patch, batch.slide, batch.patient)), batch.label
+    )
+    if place.device.type != "cpu":
+        batch, others = batch.pin_memory(), others.pin_memory()
+    attacks = {"PGD-8": ATTACKS["PGD"], "MIFGSM-8": ATTACKS["MIFGSM, random start"], "PGD-l2": ATTACKS["PGD, L2"]}
+    found = evaluate_whitebox(encoder, [others], [batch], attacks, k=3, bootstrap=0, class_names=("a", "b"), noise=True)
+    return [torch.from_numpy(found.tables[name].z) for name in found.tables] + [
+        torch.tensor([record.value for record in found.records])
+    ]
+
+
+def warm(place: Place) -> list[Tensor]:
+    starts, threat = WarmStarts(), Linf(EPS)
+    starts.keep(place.batch, (place.batch.images + 0.01).clamp(0, 1))
+    return [starts.points(place.batch, threat, generator=seeded())]
+
+
+def safeguarded(place: Place) -> list[float]:
+    guard = Safeguard(NFGSM(Linf(EPS)), ATTACKS["PGD"], every=1)
+    return [torch.tensor(guard.measure(place.model, LOSS, place.batch, generator=seeded()))]
+
+
+def universal(place: Place) -> Tensor:
+    fit = UniversalPerturbation(threat=Linf(EPS), step_size=2 / 255, epochs=2)
+    with frozen(place.model):
+        found = fit.fit([place.batch], place.model, generator=seeded(), device=place.device)
+        return found(place.batch.images, drift(place))
+
+
+def ensemble(place: Place) -> Tensor:
+    parts = worst_of(ATTACKS["PGD"], (ATTACKS["APGD"], lambda x: feature_drift(place.model, x)))
+    return place.attack(parts, OBJECTIVES["margin"])
+
+
+def cases() -> dict[str, Callable[[Place], Any]]:
+    found: dict[str, Callable[[Place], Any]] = {}
+    for name, attack in ATTACKS.items():
+        found[f"attack: {name}"] = lambda place, attack=attack: place.attack(attack, drift)
+    for name, make in OBJECTIVES.items():
+        found[f"objective: {name}"] = lambda place, make=make: place.attack(ATTACKS["PGD"], make)
+    found["ids"] = lambda place: place.attack(ATTACKS["PGD"], levels, ids=image_slots(16, rank=0))
+    found["start"] = lambda place: place.attack(ATTACKS["PGD"], levels, start=place.batch.images + 0.01)
+    found["bfloat16 images"] = partial(half, dtype=torch.bfloat16)
+    found["float16 images"] = partial(half, dtype=torch.float16)
+    found["success"] = partial(until, attack=ATTACKS["PGD"])
+    found["loss"] = loss_and_gradient
+    found["step"] = partial(step, function=adversarial_step)
+    found["step, clean and adversarial"] = partial(step, function=adversarial_step, clean_weight=0.5)
+    found["step, parts"] = lambda place: step(place, partial(in_parts, place), clean_weight=0.5)
+    found["free"] = free
+    for name in ("BIM", "FGSM", "MIFGSM"):
+        found[f"from the images: {name}"] = lambda place, name=name: place.attack(ATTACKS[name], levels)
+    found["level margin"] = lambda place: place.attack(
+        ATTACKS["PGD"], lambda p: level_margin(p.model, p.bank, p.batch.patient, p.batch.label, k=5)
+    )
+    for name in ("none", "static", "v0", "v1"):
+        found[f"augmentation: {name}"] = partial(augmented, name=name)
+    found["stored patches"] = drawn
+    found["evaluation"] = evaluated
+    found["warm starts"] = warm
+    found["safeguard"] = safeguarded
+    found["universal"] = universal
+    found["worst_of"] = ensemble
+    return found
+
+
+def difference(here: Any, there: Any) -> float:
+    if isinstance(here, Tensor):
+        assert here.shape == there.shape and here.dtype == there.dtype, (here.shape, there.shape)
+        return float((here.double() - there.double()).abs().max())
+    if isinstance(here, dict):
+        here, there = list(here.values()), list(there.values())
+    return max(difference(a, b) for a, b in zip(here, there, strict=True))
+
+
+def compared(case: Callable[[Place], Any], device: torch.device) -> dict[str, Any]:
+    here = case(Place(torch.device("cpu")))
+    with pretend.watched() as watch:
+        place = Place(device)
+        place.watch = watch
+        watch.stops.clear()
+        try:
+            out = case(place)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    there = pretend.brought(out)
+    return {"difference": difference(here, there), "reads": watch.reads, "copies": watch.copies}
+
+
+def main() -> None:
+    device, only = pretend.register(), sys.argv[1:]
+    chosen = {name: case for name, case in cases().items() if not only or any(part in name for part in only)}
+    json.dump({name: compared(case, device) for name, case in chosen.items()}, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
