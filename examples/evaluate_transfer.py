@@ -9,7 +9,10 @@ minus its accuracy on these images.  The paper's tables attack the embedding (--
 
 The folder `state` in --out keeps what is finished: after an interruption the same command with --resume goes on from
 there and ends with the same records.  With --hold one only one encoder is in memory at a time, and the adversarial
-images of one surrogate and attack wait in that folder meanwhile.
+images of one surrogate and attack wait in that folder meanwhile.  Several GPUs or processes share the work, with the
+same results (docs/devices.md):
+
+    torchrun --nproc_per_node=4 examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE --data.root /data/opensrh
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from cohorts import describe, open_cohort
@@ -36,7 +40,10 @@ from hsat.eval import (
     transfer_table,
     write_records,
 )
+from hsat.eval.engine.crew import RankStoppedError
 from hsat.models import active_branch
+from one_voice import one_voice
+from ranks import Ranks, joined, one_after_the_first
 from runs import device_named, versions, write_json
 from settings import Counts, DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
 
@@ -72,12 +79,13 @@ class EvaluateTransfer(Settings):
     quiet: bool = Field(False, description="no progress bars")
 
 
-def open_encoders(settings: EvaluateTransfer) -> tuple[dict[str, Any], dict[str, str], dict[str, str | None]]:
+def open_encoders(
+    settings: EvaluateTransfer, device: torch.device
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str | None]]:
     """By name: the encoders or what loads them, the SHA-256 of their files, the active branches of dual BatchNorm.
 
     Every file is read once here, so that one that does not fit is found before the first attack.
     """
-    device = device_named(settings.device)
     encoders: dict[str, Any] = {}
     digests: dict[str, str] = {}
     branches: dict[str, str | None] = {}
@@ -86,21 +94,25 @@ def open_encoders(settings: EvaluateTransfer) -> tuple[dict[str, Any], dict[str,
         if name in encoders:
             raise ValueError(f"two encoders are called {name!r}; name them: --checkpoint a=FILE,b=FILE")
         branches[name] = active_branch(encoder)
-        encoders[name] = encoder.to(device) if settings.hold == "all" else _loader(settings, text)
+        encoders[name] = encoder.to(device) if settings.hold == "all" else _loader(settings, text, device)
     return encoders, digests, branches
 
 
-def _loader(settings: EvaluateTransfer, text: str) -> Callable[[], Any]:
+def _loader(settings: EvaluateTransfer, text: str, device: torch.device) -> Callable[[], Any]:
     def load() -> Any:
         with contextlib.redirect_stderr(io.StringIO()):  # what it has to say was said at the first reading
-            return load_named(settings, text)[1].to(device_named(settings.device))
+            return load_named(settings, text)[1].to(device)
 
     return load
 
 
-def evaluate(settings: EvaluateTransfer, cohort: Cohort) -> TransferResult:
-    """The whole matrix; its records say which branch of a dual BatchNorm was measured."""
-    encoders, digests, branches = open_encoders(settings)
+def evaluate(settings: EvaluateTransfer, cohort: Cohort, ranks: Ranks | None = None) -> TransferResult:
+    """The whole matrix; its records say which branch of a dual BatchNorm was measured.
+
+    ranks: which of several processes this is; all of them call this, and all get the result of one.
+    """
+    device = ranks.device if ranks else device_named(settings.device)
+    encoders, digests, branches = open_encoders(settings, device)
     bank, queries = loaders(settings, cohort)
     result = evaluate_transfer(
         encoders,
@@ -118,7 +130,7 @@ def evaluate(settings: EvaluateTransfer, cohort: Cohort) -> TransferResult:
         checkpoints=digests,
         hold=settings.hold,
         state=settings.out / "state",
-        device=device_named(settings.device),
+        device=device,
         progress=not settings.quiet,
     )
     return replace(result, records=tuple(_naming_branch(record, branches) for record in result.records))
@@ -147,22 +159,37 @@ def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferRe
     return table
 
 
+def opened(settings: EvaluateTransfer, ranks: Ranks) -> Cohort:
+    """The cohort, after the first rank has made the folder for the results and found it free."""
+    with one_after_the_first(ranks):  # which may write the synthetic cohort
+        if ranks.first and (settings.out / "state").exists() and not (settings.resume or ranks.again):
+            raise ValueError(
+                f"{settings.out} holds a run already; add --resume to go on with it, or choose another --out"
+            )
+        cohort = open_cohort(settings.data, seed=settings.seed)
+        if ranks.first:
+            print(describe(cohort), file=sys.stderr)
+            settings.out.mkdir(parents=True, exist_ok=True)
+    return cohort
+
+
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
     settings = EvaluateTransfer.load(argv)
     if not settings.checkpoint:
         raise SystemExit("error: give --checkpoint a=FILE,b=FILE,...; train_hsat.py writes best.safetensors")
-    if (settings.out / "state").exists() and not settings.resume:
-        raise SystemExit(
-            f"error: {settings.out} holds a run already; add --resume to go on with it, or choose another --out"
-        )
-    cohort = open_cohort(settings.data, seed=settings.seed)
-    print(describe(cohort), file=sys.stderr)
     try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        table = write_results(settings, cohort, evaluate(settings, cohort))
+        with joined(settings.device) as ranks, one_voice(ranks):
+            cohort = opened(settings, ranks)
+            ranks.begin()
+            result = evaluate(settings, cohort, ranks)
+        if not ranks.first:
+            return
+        table = write_results(settings, cohort, result)
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    except RankStoppedError as error:
+        raise SystemExit(f"error: {error}; the same command with --resume goes on with the finished pairs") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
 

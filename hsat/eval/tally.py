@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -47,6 +47,13 @@ class Tally:
         """Add the counts of another tally."""
         for name, value in counts.items():
             setattr(self, name, getattr(self, name) + value)
+
+    def over(self, gather: Callable[[Any], list[Any]]) -> Tally:
+        """The counts of all ranks together, without embeddings; gather: what every rank gives, on every rank."""
+        total = Tally()
+        for counts in gather(self.counts()):
+            total.add_counts(counts)
+        return total
 
     def share(self, name: str) -> float:
         """A count per image; 0 for the clean images, which are not attacked."""

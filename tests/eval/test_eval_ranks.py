@@ -87,7 +87,7 @@ RANK = (
 import os, signal, sys, warnings
 import torch.distributed as dist
 warnings.simplefilter("error")
-rank, store, root, out, case = int(sys.argv[1]), *sys.argv[2:]
+rank, store, root, out = int(sys.argv[1]), *sys.argv[2:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 answers = {}
@@ -105,46 +105,47 @@ class Dying(Batches):
             os.kill(os.getpid(), signal.SIGKILL)
         yield from self[3:]
 
-if case == "shared":
-    bank, queries = loaders(root)
-    keep = dict(OPTIONS, cache=f"{out}/cache", state=f"{out}/state")
-    for name in ("first", "again"):
-        network = Network()
-        answers[name] = bytes_of(evaluate_whitebox(network, bank, queries, ATTACKS, **keep))
-        answers[name + " images"] = network.images
+def say(case):
+    with open(f"{out}/{case}{rank}.json", "w") as file:
+        json.dump(answers, file)
+
+bank, queries = loaders(root)
+keep = dict(OPTIONS, cache=f"{out}/cache", state=f"{out}/state")
+for name in ("first", "again"):
     network = Network()
-    answers["lone"] = bytes_of(evaluate_whitebox(network, batches([7, 6, 7], 900), batches([4]), ATTACKS, **OPTIONS))
-    answers["uneven"] = bytes_of(
-        evaluate_whitebox(Network(), batches([7], 900), batches([2, 5, 1, 4, 3]), ATTACKS, state=f"{out}/begun",
-                          **OPTIONS))
-elif case == "errors":
-    bank, queries, plain = batches([9], 900), batches([2, 2, 2]), dict(k=3, bootstrap=0)
-    answers["seed"] = said(Network(), bank, queries, PGDS, seed=rank, **plain)
-    answers["order"] = said(Network(), bank, Batches(queries[:: 1 - 2 * rank]), PGDS, **plain)
-    answers["bank"] = said(Network(), Batches(bank * (1 + rank)), queries, PGDS, **plain)
-    def broken(x):
-        if rank and x.requires_grad:
-            raise ValueError("no memory left on this rank")
-        return x.flatten(1)[:, :9]
-    answers["one"] = said(broken, bank, queries, PGDS, **plain)
-    answers["state"] = said(Network(), bank, queries, PGDS, state=out, **plain)
-else:
-    answers["killed"] = said(Network(), batches([9], 900), Dying(batches([2, 3, 2, 3, 2, 3])), ATTACKS,
-                             state=f"{out}/state", **OPTIONS)
-with open(f"{out}/{case}{rank}.json", "w") as file:
-    json.dump(answers, file)
+    answers[name] = bytes_of(evaluate_whitebox(network, bank, queries, ATTACKS, **keep))
+    answers[name + " images"] = network.images
+answers["lone"] = bytes_of(
+    evaluate_whitebox(Network(), batches([7, 6, 7], 900), batches([4]), ATTACKS, **OPTIONS))
+answers["uneven"] = bytes_of(
+    evaluate_whitebox(Network(), batches([7], 900), batches([2, 5, 1, 4, 3]), ATTACKS, state=f"{out}/begun", **OPTIONS))
+
+bank, queries, plain = batches([9], 900), batches([2, 2, 2]), dict(k=3, bootstrap=0)
+def broken(x):
+    if rank and x.requires_grad:
+        raise ValueError("no memory left on this rank")
+    return x.flatten(1)[:, :9]
+answers["seed"] = said(Network(), bank, queries, PGDS, seed=rank, **plain)
+answers["order"] = said(Network(), bank, Batches(queries[:: 1 - 2 * rank]), PGDS, **plain)
+answers["bank"] = said(Network(), Batches(bank * (1 + rank)), queries, PGDS, **plain)
+answers["one"] = said(broken, bank, queries, PGDS, **plain)
+answers["thesis"] = said(Network(), bank, queries, PGDS, state=f"{out}/thesis", **plain)
+say("answers")
+dying = Dying(batches([2, 3, 2, 3, 2, 3]))
+answers = {"killed": said(Network(), bank, dying, ATTACKS, state=f"{out}/dying", **OPTIONS)}
+say("last")
 dist.destroy_process_group()
 """
 )
 
 
-def two_ranks(out, root, case):
-    """Run a case; returns the exit codes, and the answers, or what was said instead."""
+def two_ranks(out, root):
+    """Run all that; returns the exit codes, the answers of both ranks, and the last words of the one that is left."""
     (out / "rank.py").write_text(RANK)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     running = [
         subprocess.Popen(
-            [sys.executable, out / "rank.py", str(rank), f"file://{out}/store-{case}", str(root), str(out), case],
+            [sys.executable, out / "rank.py", str(rank), f"file://{out}/store", str(root), str(out)],
             stderr=subprocess.PIPE,
             env=environment,
         )
@@ -156,10 +157,8 @@ def two_ranks(out, root, case):
         for process in running:
             process.kill()
     codes = [process.returncode for process in running]
-    paths = [out / f"{case}{rank}.json" for rank in range(2)]
-    return codes, [
-        json.loads(path.read_text()) if path.exists() else error for path, error in zip(paths, errors, strict=True)
-    ]
+    assert codes == [0, -signal.SIGKILL], errors
+    return [json.loads((out / f"{name}.json").read_text()) for name in ("answers0", "answers1", "last0")]
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +193,10 @@ def shared(names, tmp_path_factory):
     begun = Breaking(names["batches"]([2, 5, 1, 4, 3]))
     with pytest.raises(Interrupted):
         call(names, names["batches"]([7], 900), begun, state=out / "begun")
-    codes, answers = two_ranks(out, root, "shared")
-    assert codes == [0, 0], answers
-    return out, root, answers
+    (out / "thesis").mkdir()
+    (out / "thesis" / "thesis.tex").write_text("years of work")
+    *answers, last = two_ranks(out, root)
+    return out, root, answers, last
 
 
 def call(names, bank, queries, network=None, **options):
@@ -206,7 +206,7 @@ def call(names, bank, queries, network=None, **options):
 
 def test_two_ranks_say_what_one_process_says(names, shared):
     """Records, embeddings, scores, pictures, casualties, diagnoses; also where one rank has no batch at all."""
-    _, root, answers = shared
+    _, root, answers, _ = shared
     network = names["Network"]()
     cases = {
         "first": call(names, *names["loaders"](root), network),
@@ -225,7 +225,7 @@ def test_two_ranks_say_what_one_process_says(names, shared):
 
 def test_cache_and_state_are_shared(names, shared):
     """Two files in the cache, one per batch in the state; the second call computes nothing."""
-    out, root, answers = shared
+    out, root, answers, _ = shared
     _, queries = names["loaders"](root)
     assert len(list((out / "cache").iterdir())) == 2
     assert len(list((out / "state").glob("batch-*"))) == len(queries)
@@ -238,30 +238,27 @@ def test_cache_and_state_are_shared(names, shared):
     assert names["bytes_of"](alone) == answers[0]["first"] and network.images == 0
 
 
-def test_a_killed_rank_and_one_process_that_goes_on(names, tmp_path):
-    codes, answers = two_ranks(tmp_path, tmp_path, "killed")
-    assert codes == [0, -signal.SIGKILL]
-    assert answers[0]["killed"].startswith("RuntimeError: another process of this evaluation has stopped")
-    done = sorted(path.name for path in (tmp_path / "state").glob("batch-*"))
+def test_a_killed_rank_and_one_process_that_goes_on(names, shared):
+    out, _, _, last = shared
+    assert last["killed"].startswith("RankStoppedError: another process of this evaluation has stopped")
+    done = sorted(path.name for path in (out / "dying").glob("batch-*"))
     assert done == [f"batch-00000{number}.arrays" for number in (0, 1, 2, 4)]
     queries, went_on, whole = names["batches"]([2, 3, 2, 3, 2, 3]), names["Network"](), names["Network"]()
-    again = call(names, names["batches"]([9], 900), queries, went_on, state=tmp_path / "state")
+    again = call(names, names["batches"]([9], 900), queries, went_on, state=out / "dying")
     assert names["bytes_of"](again) == names["bytes_of"](call(names, names["batches"]([9], 900), queries, whole))
     assert went_on.images < whole.images
 
 
-def test_errors_reach_every_rank(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    codes, answers = two_ranks(tmp_path, tmp_path, "errors")
-    assert codes == [0, 0], answers
+def test_errors_reach_every_rank(shared):
+    _, _, answers, _ = shared
     for answer in answers:
         assert "must be called alike: seed is 0 on rank 0, 1 on rank 1" in answer["seed"]
         assert "were given different batches (3, 3 of them)" in answer["order"]
         assert "were given different batches (1, 2 of them)" in answer["bank"]
-    stopped = "RuntimeError: another process of this evaluation has stopped"
+    stopped = "RankStoppedError: another process of this evaluation has stopped"
     assert answers[0]["one"].startswith(stopped)
     assert answers[1]["one"] == "ValueError: no memory left on this rank"
-    assert "holds something else" in answers[0]["state"] and answers[1]["state"].startswith(stopped)
+    assert "holds something else" in answers[0]["thesis"] and answers[1]["thesis"].startswith(stopped)
 
 
 class Third(Crew):

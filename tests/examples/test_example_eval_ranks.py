@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -73,6 +74,22 @@ def test_two_ranks_write_what_one_process_writes(argv, tmp_path):
     assert shown.count("evaluating first") == shown.count("results are in") == 1
     assert (tmp_path / "one" / "table.md").read_text() in shown
     assert len(list((tmp_path / "cache").iterdir())) == 4  # bank and queries of two encoders
+
+
+def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, tmp_path):
+    from evaluate_transfer import main
+
+    ours = [*map(str, argv), "--attacks", "pgd"]
+    process = torchrun("evaluate_transfer.py", *ours, "--out", tmp_path / "ranks", "--hold", "one", cwd=tmp_path)
+    main([*ours, "--out", str(tmp_path / "one"), "--quiet"])
+    shown = finished(process)
+    assert process.returncode == 0, shown
+    for name in ("records.jsonl", "table.md"):
+        assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    assert shown.count("results are in") == 1
+    main([*ours, "--attacks", "pgd,mifgsm", "--out", str(tmp_path / "ranks"), "--hold", "one", "--resume", "--quiet"])
+    about = json.loads((tmp_path / "ranks" / "run.json").read_text())
+    assert about["attacked_in_this_run"] == [["first", "MIFGSM-32"], ["second", "MIFGSM-32"]]
 
 
 def test_a_rank_that_fails_ends_all_with_one_message(argv, own_root, tmp_path):

@@ -17,6 +17,7 @@ class Share:
     Batches stay as one process would have them, and are dealt out in turn: those in `finished` (ascending numbers),
     which cost little, apart from the others.  Of a DataLoader in order only this rank's images are read.  From any
     other loader each rank reads all batches and skips those of others; `check` finds out if these were not the same.
+    batches: how many there are for all ranks, known after reading.
     Raises ValueError for a DataLoader that shuffles, if there is more than one rank.
     """
 
@@ -25,7 +26,7 @@ class Share:
         self._loader, self._crew, self._finished = loader, crew, finished
         self._lists = _index_lists(loader) if crew.size > 1 else None
         self._seen: dict[int, str] = {}
-        self._batches = 0
+        self.batches = 0
 
     def owns(self, number: int) -> bool:
         """Whether the batch of this number is this rank's."""
@@ -40,12 +41,12 @@ class Share:
 
     def __iter__(self) -> Iterator[tuple[int, HierarchicalBatch]]:
         if self._lists is not None:
-            self._batches = len(self._lists)
-            own = [number for number in range(self._batches) if self.owns(number)]
+            self.batches = len(self._lists)
+            own = [number for number in range(self.batches) if self.owns(number)]
             yield from zip(own, _reading(self._loader, [self._lists[number] for number in own]), strict=True)
             return
         for number, batch in enumerate(self._loader):
-            self._batches = number + 1
+            self.batches = number + 1
             if self._crew.size > 1:
                 self._seen[number] = hashlib.sha256(batch.patch.cpu().numpy().tobytes()).hexdigest()
             if self.owns(number):
@@ -53,7 +54,7 @@ class Share:
 
     def check(self) -> None:
         """ValueError, on every rank, if the ranks were given different batches; each has to call it, after reading."""
-        counts = self._crew.gather(self._batches)
+        counts = self._crew.gather(self.batches)
         seen = self._crew.gather(self._seen)
         if len(set(counts)) > 1 or any(each != seen[0] for each in seen):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -47,7 +47,12 @@ def shared_embed(
             parts[number] = Rows()
             parts[number].add(batch, encode(scored, batch.images.to(place)))
     share.check()
+    return joined_rows(parts, crew).table(class_names=names, cohort=cohort, split=split, encoder=encoder_name)
+
+
+def joined_rows(parts: Mapping[int, Rows], crew: Crew) -> Rows:
+    """The rows of all ranks in the order of their batches; parts: this rank's by the batches' numbers."""
     rows = Rows()
     for part in crew.join(parts):
         rows.extend(part)
-    return rows.table(class_names=names, cohort=cohort, split=split, encoder=encoder_name)
+    return rows

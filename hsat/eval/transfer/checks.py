@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.embedding import LAYERS, describe
+from hsat.eval.engine.crew import Crew
 from hsat.eval.transfer.drops import OTHERS
+from hsat.eval.transfer.ledger import Ledger
 from hsat.eval.transfer.lending import Lender
 from hsat.eval.transfer.work import Banks, Queries, Reading
 from hsat.types import Attack, EmbeddingTable
@@ -111,6 +114,19 @@ def identity(
         found |= _of_loader("banks", banks, reading)
     found |= {f"encoder.{name}": lender.fingerprint(name) for name in names}
     return found | {f"attack.{name}": re.sub(r" at 0x[0-9a-f]+", "", repr(attack)) for name, attack in attacks.items()}
+
+
+def open_ledger(state: str | os.PathLike[str] | None, settings: Mapping[str, Any], crew: Crew) -> Ledger:
+    """The ledger of this evaluation, opened by the first rank; ValueError for ranks that are called unlike.
+
+    All ranks have to know the same of what is finished, or they would wait for each other in vain.
+    """
+    crew.agree(settings)
+    ledger = Ledger(state, settings) if crew.leads else None
+    crew.gather("opened")
+    ledger = ledger or Ledger(state, settings, writes=False)
+    crew.agree({"the state": ledger.listing()})
+    return ledger
 
 
 def _of_loader(what: str, loader: Any, reading: Reading) -> dict[str, Any]:

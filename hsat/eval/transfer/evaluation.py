@@ -14,9 +14,9 @@ import torch
 from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.conventions import Absent, Compat, How, Keys, resolve_arithmetic
 from hsat.eval.embedding import Layer
+from hsat.eval.engine.crew import crew_of_ranks
 from hsat.eval.records import Record
-from hsat.eval.transfer.checks import check_hold, check_layer, check_names, identity
-from hsat.eval.transfer.ledger import Ledger
+from hsat.eval.transfer.checks import check_hold, check_layer, check_names, identity, open_ledger
 from hsat.eval.transfer.lending import EncoderSource, Hold, Lender
 from hsat.eval.transfer.transfer_records import transfer_records
 from hsat.eval.transfer.work import Banks, Queries, Reading, TransferRun
@@ -94,7 +94,9 @@ def evaluate_transfer(
     (n c h w floats), and are removed after it.  Both give the same numbers.
     state: a folder where finished pairs and banks are kept.  After an interruption, even by kill -9, the same call goes
     on from the finished pairs and ends with the same records.  Encoders and attacks may be added later; anything else
-    that decides a number is refused when it differs.  One process at a time may use it.
+    that decides a number is refused when it differs.  One evaluation at a time may use it.
+    Several processes share banks, clean queries and attacks as in `evaluate_whitebox`; a state has to be a folder that
+    all of them see.
 
     Raises ValueError for unknown or doubled names, names that are taken ("clean", "others"), hold="one" without state,
     a state of other settings (naming them), queries that differ between readings, and what `evaluate_whitebox` refuses.
@@ -112,13 +114,15 @@ def evaluate_transfer(
     lender = Lender(encoders, checkpoints=checkpoints or {}, hold=hold)
     known: dict[str, Any] = {"banks": banks, "queries": queries, "knn": knn, "ks": ks, "reading": reading}
     names = tuple(dict.fromkeys((*surrogates, *targets)))
-    ledger = Ledger(state, {} if state is None else identity(lender, names, attacks=attacks, **known))
-    run = TransferRun(lender, ledger, **known)
-    clean = {name: run.clean(name) for name in targets}
-    pairs, made = {}, []
-    for surrogate, (name, attack) in itertools.product(surrogates, attacks.items()):
-        pairs[surrogate, name], fresh = run.pair(surrogate, name, attack, targets)
-        made += [(surrogate, name)] if fresh else []
+    with crew_of_ranks() as crew:
+        alone = state is None and crew.size == 1
+        settings = {} if alone else identity(lender, names, attacks=attacks, **known)
+        run = TransferRun(lender, open_ledger(state, settings, crew), crew, **known)
+        clean = {name: run.clean(name) for name in targets}
+        pairs, made = {}, []
+        for surrogate, (name, attack) in itertools.product(surrogates, attacks.items()):
+            pairs[surrogate, name], fresh = run.pair(surrogate, name, attack, targets)
+            made += [(surrogate, name)] if fresh else []
     classifiers = {name: run.classifier(name) for name in targets}
     records = transfer_records(
         classifiers,

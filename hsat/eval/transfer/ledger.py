@@ -39,15 +39,23 @@ class Ledger:
     whole or not at all, so that a process may be killed at any moment.  settings: texts and numbers by name; a folder
     that was begun under others is refused with a ValueError that names each difference, and so is a folder that holds
     something else.  Names that begin with "encoder.", "bank." or "attack." may be added later.
+
+    Of several ranks the first opens the folder and writes; then the others, with writes=False, read it.  They have
+    entries and notes that they put themselves, and tables as soon as the first rank has written them.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], *, writes: bool = True
+    ) -> None:
         self.folder = None if folder is None else Path(folder)
         self._entries: dict[tuple[str, ...], Entry] = {}
         self._tables: dict[str, EmbeddingTable] = {}
         self._notes: dict[str, Any] = {}
-        if self.folder is not None:
+        self._writes = writes and self.folder is not None
+        if self.folder is not None and writes:
             self._open(self.folder, json.loads(json.dumps(settings)))
+        if self.folder is not None and (notes := self.folder / "notes.json").exists():
+            self._notes = _read_json(notes)
 
     @property
     def scratch(self) -> Path:
@@ -55,6 +63,13 @@ class Ledger:
         if self.folder is None:
             raise ValueError("a ledger without a folder has no place on the disk")
         return self.folder / "adversarial"
+
+    def listing(self) -> list[str]:
+        """The names of the entries and tables in the folder, in order."""
+        if self.folder is None:
+            return []
+        kinds = ("entries", "tables")
+        return sorted(path.name for kind in kinds for path in (self.folder / kind).glob("[!.]*"))
 
     def get(self, *key: str) -> Entry | None:
         """The entry of a key, or None."""
@@ -65,7 +80,7 @@ class Ledger:
     def put(self, entry: Entry, *key: str) -> None:
         """Keep an entry, in place of one that is there."""
         self._entries[key] = entry
-        if self.folder is not None:
+        if self._writes:
             _write_entry(self._path("entries", key), entry)
 
     def table(self, name: str) -> EmbeddingTable | None:
@@ -79,7 +94,7 @@ class Ledger:
         """Keep a table."""
         if self.folder is None:
             self._tables[name] = table
-        else:
+        elif self._writes:
             table.save(self._path("tables", (name,)))
 
     def note(self, name: str) -> Any:
@@ -89,7 +104,7 @@ class Ledger:
     def put_note(self, name: str, value: Any) -> None:
         """Note a plain value."""
         self._notes[name] = value
-        if self.folder is not None:
+        if self.folder is not None and self._writes:
             _write(self.folder / "notes.json", json.dumps(self._notes).encode())
 
     def _path(self, kind: str, key: Sequence[str]) -> Path:
@@ -112,8 +127,6 @@ class Ledger:
         for left_over in (self.scratch, *(folder / "tables").glob(".*")):  # by a process that was killed
             shutil.rmtree(left_over, ignore_errors=True)
         _write(path, json.dumps(settings, indent=1, sort_keys=True).encode())
-        if (notes := folder / "notes.json").exists():
-            self._notes = _read_json(notes)
 
 
 def _without_partials(folder: Path) -> list[Path]:

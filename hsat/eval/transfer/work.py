@@ -12,7 +12,9 @@ from torch import nn
 
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.conventions import Compat
-from hsat.eval.embedding import Layer, describe, embed, watch
+from hsat.eval.embedding import Layer, describe, watch
+from hsat.eval.engine.crew import Crew
+from hsat.eval.engine.sharing import shared_embed
 from hsat.eval.tally import Tally
 from hsat.eval.transfer.crossing import SameQueries, Sink, Source, spill, stream
 from hsat.eval.transfer.ledger import Entry, Ledger
@@ -45,6 +47,7 @@ class TransferRun:
         self,
         lender: Lender,
         ledger: Ledger,
+        crew: Crew,
         *,
         banks: Banks,
         queries: Queries,
@@ -52,21 +55,22 @@ class TransferRun:
         ks: Sequence[int],
         reading: Reading,
     ) -> None:
-        self._lender, self._ledger, self._banks, self._reading = lender, ledger, banks, reading
+        self._lender, self._ledger, self._crew, self._banks, self._reading = lender, ledger, crew, banks, reading
         self._names = describe(queries, reading.class_names, "", "")[0]
-        self._queries = SameQueries(queries, ledger.note("queries") or ())
+        self._queries = SameQueries(queries, crew, ledger.note("queries") or ())
         self._knn, self._ks = knn, ks
         self._fitted: dict[str, FittedKNN] = {}
         self._warned: set[str] = set()
 
     def clean(self, name: str) -> dict[int, np.ndarray]:
         """A target's class scores of the clean queries, by k; its bank is embedded on the way."""
-        if (known := self._ledger.get("clean", name)) and self._ledger.table("queries") is not None:
+        described = self._ledger.table("queries") is not None  # asked before any rank can have written it
+        if (known := self._ledger.get("clean", name)) and described:
             return known.scores[name]
         table = self._embed_clean(name)
-        if self._ledger.table("queries") is None:
+        if not described:
             self._ledger.put_note("queries", self._queries.digests)
-            self._ledger.put_table("queries", replace(table, z=np.zeros((len(table), 1), dtype=np.float32), encoder=""))
+            self._put_table("queries", replace(table, z=np.zeros((len(table), 1), dtype=np.float32), encoder=""))
         entry = Entry({name: self._score(name, table)})
         self._ledger.put(entry, "clean", name)
         return entry.scores[name]
@@ -102,49 +106,50 @@ class TransferRun:
             return Source(
                 encoder,
                 attack,
-                watch(self._queries, reading.progress, f"{name} on {surrogate}"),
+                watch(self._queries, reading.progress and self._crew.leads, f"{name} on {surrogate}"),
                 target=reading.target,
                 branch=_branch_of(encoder, reading),
                 seed=reading.seed,
                 device=reading.device,
             )
 
-        def sink(encoder: Encoder) -> Sink:
-            return Sink(encoder, layer=reading.layer, device=reading.device)
-
-        parts: dict[str, Any] = {"queries": self.queries(), "source": source, "sink": sink}
+        parts: dict[str, Any] = {"queries": self.queries(), "source": source, "sink": self._sink, "crew": self._crew}
         if self._lender.hold == "all":
             return stream(self._lender, surrogate, targets, **parts)
         return spill(self._lender, surrogate, targets, folder=self._ledger.scratch, **parts)
 
+    def _sink(self, encoder: Encoder) -> Sink:
+        return Sink(encoder, self._crew, layer=self._reading.layer, device=self._reading.device)
+
     def _embed_clean(self, name: str) -> EmbeddingTable:
-        reading = self._reading
+        names, cohort, split = describe(self._queries, self._names, "", "")
         with self._lender.lend(name) as encoder:
             self._make_bank(name, encoder)
-            return embed(
-                encoder,
-                self._queries,
-                class_names=self._names,
-                layer=reading.layer,
-                device=reading.device,
-                encoder_name=name,
-                progress=reading.progress,
-            )
+            sink = self._sink(encoder)
+            for number, batch in watch(self._queries, self._reading.progress and self._crew.leads, "embedding"):
+                sink.add(number, batch)
+        return sink.rows().table(class_names=names, cohort=cohort, split=split, encoder=name)
 
     def _make_bank(self, name: str, encoder: Encoder) -> None:
         if isinstance(self._banks, Mapping) or self._ledger.table(f"bank {name}") is not None:
             return
         reading = self._reading
-        table = embed(
+        table = shared_embed(
             encoder,
             self._banks,
+            self._crew,
             class_names=reading.class_names,
             layer=reading.layer,
             device=reading.device,
             encoder_name=name,
             progress=reading.progress,
         )
-        self._ledger.put_table(f"bank {name}", table)
+        self._put_table(f"bank {name}", table)
+
+    def _put_table(self, name: str, table: EmbeddingTable) -> None:
+        """Keep a table, and go on when all ranks can have it."""
+        self._ledger.put_table(name, table)
+        self._crew.gather(name)
 
     def _bank(self, name: str) -> EmbeddingTable:
         table = self._banks[name] if isinstance(self._banks, Mapping) else self._ledger.table(f"bank {name}")
