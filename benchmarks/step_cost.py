@@ -72,11 +72,11 @@ def step_variants(name: str, side: int) -> dict[str, Callable[[], object]]:
     x = images(16, side, seed=0)
     loss = HiDiscLoss()
 
-    def new(layout: torch.memory_format) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def new(layout: torch.memory_format, **how: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = build_encoder(name, seed=0).to(memory_format=layout)
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-4, **how)
 
-    model, optimizer = new(torch.contiguous_format)
+    model, optimizer = new(torch.contiguous_format)  # as the recipe makes it: not fused
 
     def recipe() -> object:
         model.eval()
@@ -89,7 +89,7 @@ def step_variants(name: str, side: int) -> dict[str, Callable[[], object]]:
 
     found: dict[str, Callable[[], object]] = {RECIPE: recipe}
     for title, (layout, half) in OURS.items():
-        own, own_optimizer = new(layout)
+        own, own_optimizer = new(layout, fused=True)
         batch = HierarchicalBatch.from_grid(x.unflatten(0, SHAPE))
         batch = batch.replace(images=x.contiguous(memory_format=layout))
 

@@ -36,8 +36,8 @@ def scaler_of(precision: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused on GPUs.  On the CPU it is the plain one, whose numbers are those of earlier runs."""
-    fused = all(p.is_cuda and p.is_floating_point() for p in model.parameters())
+    """AdamW, fused: one pass over weights, gradients and moments instead of a dozen, on CPUs and GPUs."""
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused or None)
 
 

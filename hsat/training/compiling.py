@@ -36,7 +36,7 @@ def graph_breaks(model: nn.Module, images: Tensor) -> dict[str, GraphBreaks]:
     found = {}
     with kept_statistics(model), torch.random.fork_rng([images.device] if images.is_cuda else []):
         found["outer"] = _explained(model, images.detach())
-        with frozen(model):
+        with frozen(model, layers="plain"):
             found["inner"] = _explained(model, images.detach().clone().requires_grad_())
     return found
 

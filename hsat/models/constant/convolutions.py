@@ -1,0 +1,124 @@
+"""Convolutions that lay their weights out once, and not again in every pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hsat.models.constant.layer import ConstantLayer, is_channels_last
+
+SMALLEST = 2**14  # weights; smaller ones are laid out faster than Python looks them up
+_SHAPES = 2  # kept per convolution: that of full batches and that of the last one
+_OPERATIONS = (  # of torch's compiler, which lays out constant weights as well
+    "_convolution_pointwise",
+    "_convolution_transpose_pointwise",
+    "_reorder_convolution_weight",
+    "_reorder_convolution_transpose_weight",
+    "_is_mkldnn_bf16_supported",
+)
+
+
+def torch_lays_out() -> bool:
+    """Whether this torch has the operations."""
+    return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS)
+
+
+def is_large(conv: nn.Conv2d) -> bool:
+    """Ungrouped, with zero padding and at least SMALLEST weights: where keeping the layout gains."""
+    return (
+        conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.weight.numel() >= SMALLEST
+    )
+
+
+class PackedConvolution(ConstantLayer):
+    """The same bits as torch's convolution, for images in channels_last; see `is_large`.
+
+    torch arranges (and under autocast casts) the weights anew in each forward and each backward pass, which for small
+    batches takes up to a third of the pass.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer)
+        self._kept: dict[tuple[torch.dtype, torch.Size], _Layouts] = {}
+
+    def takes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """In channels_last; on one thread torch has another way for small batches, with other bits."""
+        return is_channels_last(x) and (x.shape[0] >= 16 or torch.get_num_threads() > 1)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Images (n, in, h, w) -> (n, out, ...)."""
+        if self.changed():
+            self._kept = {}
+        key = (x.dtype, x.shape)
+        layouts = self._kept.get(key)
+        if layouts is None:
+            layouts = _lay_out(self.layer, x)
+            self._kept = dict([*self._kept.items()][1 - _SHAPES :]) | {key: layouts}
+        found: Tensor = _Convolution.apply(x, layouts)
+        return found
+
+
+class _Geometry(NamedTuple):
+    padding: list[int]
+    stride: list[int]
+    dilation: list[int]
+
+
+class _Layouts(NamedTuple):
+    """The weights as the forward and the backward pass want them; `extra` is the rest that a stride leaves."""
+
+    forward: Tensor
+    backward: Tensor
+    bias: Tensor | None
+    extra: list[int]
+    plain: Tensor
+    geometry: _Geometry
+
+
+def _lay_out(conv: nn.Conv2d, x: Tensor) -> _Layouts:
+    assert not isinstance(conv.padding, str)
+    geometry = _Geometry(list(conv.padding), list(conv.stride), list(conv.dilation))
+    plain = conv.weight.detach().to(x.dtype)
+    each = list(zip(*geometry, strict=True))
+    reach = [x.shape[2 + i] + 2 * p - d * (plain.shape[2 + i] - 1) - 1 for i, (p, _, d) in enumerate(each)]
+    side = [r // s + 1 for r, (_, s, _) in zip(reach, each, strict=True)]
+    extra = [r % s for r, (_, s, _) in zip(reach, each, strict=True)]
+    output = [x.shape[0], plain.shape[0], *side]
+    with torch.no_grad():
+        forward = torch.ops.mkldnn._reorder_convolution_weight(plain, *geometry, 1, list(x.shape))
+        backward = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            plain, geometry.padding, extra, geometry.stride, geometry.dilation, 1, output
+        )
+    bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
+    return _Layouts(forward, backward, bias, extra, plain, geometry)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution with laid-out weights; its gradient with respect to the images only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layouts: _Layouts) -> Tensor:
+        ctx.layouts = layouts
+        found: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, layouts.forward, layouts.bias, *layouts.geometry, 1, "none", [], ""
+        )
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        layouts: _Layouts = ctx.layouts
+        padding, stride, dilation = layouts.geometry
+        if torch.is_grad_enabled():  # a graph of this pass is wanted
+            return F.conv_transpose2d(gradient, layouts.plain, None, stride, padding, layouts.extra, 1, dilation), None
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        found: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
+            gradient, layouts.backward, None, padding, layouts.extra, stride, dilation, 1, "none", [], ""
+        )
+        return found, None

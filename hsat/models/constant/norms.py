@@ -1,0 +1,78 @@
+"""BatchNorm in evaluation mode as what it is then: one factor and one summand per channel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hsat.models.constant.layer import ConstantLayer
+
+
+class _Affine(NamedTuple):
+    """Shaped (1, c, 1, 1).  gradient: the factor in the dtype of the images, for the backward pass."""
+
+    factor: Tensor
+    summand: Tensor
+    gradient: Tensor
+
+
+class ScalingNorm(ConstantLayer):
+    """x * factor + summand; torch's own backward pass reads the images again, for gradients that nobody wants here.
+
+    In bfloat16 the forward pass is torch's, which computes in float32 inside.
+    """
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        super().__init__(layer)
+        self._kept: dict[torch.dtype, _Affine] = {}
+
+    def dtype(self, x: Tensor) -> torch.dtype | None:
+        """That of the images: autocast leaves BatchNorm alone."""
+        return x.dtype if x.dtype in (torch.float32, torch.bfloat16) else None
+
+    def takes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """In evaluation mode with statistics, where the images want a gradient."""
+        norm = self.layer
+        return (
+            x.requires_grad
+            and torch.is_grad_enabled()
+            and not norm.training
+            and norm.running_mean is not None
+            and norm.running_var is not None
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """Maps (n, c, h, w) -> the same shape."""
+        if self.changed():
+            self._kept = {}
+        affine = self._kept.get(x.dtype)
+        if affine is None:
+            affine = self._kept[x.dtype] = _affine(self.layer, x.dtype)
+        found: Tensor = _Scale.apply(x, affine, self)
+        return found
+
+
+def _affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> _Affine:
+    assert norm.running_mean is not None and norm.running_var is not None
+    with torch.no_grad():
+        factor = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            factor = factor * norm.weight.double()
+        summand = -norm.running_mean.double() * factor
+        if norm.bias is not None:
+            summand = summand + norm.bias.double()
+        factor, summand = (each.to(norm.running_mean.dtype).view(1, -1, 1, 1) for each in (factor, summand))
+    return _Affine(factor, summand, factor.to(dtype))
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, affine: _Affine, norm: ScalingNorm) -> Tensor:
+        ctx.factor = affine.gradient
+        return torch.addcmul(affine.summand, x, affine.factor) if x.dtype == torch.float32 else norm.usual(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] * ctx.factor, None, None
