@@ -144,12 +144,16 @@ def encode(layer: Encoder, images: Tensor) -> Tensor:
 
 
 def frozen_module(encoder: Encoder) -> AbstractContextManager[None]:
-    """`hsat.models.frozen` for modules; nothing for other callables."""
+    """`hsat.models.frozen` for modules; nothing for other callables.
+
+    Layers keep every bit, but where the last ones have moved already: under autocast, with folded BatchNorm.
+    """
     if not isinstance(encoder, nn.Module):
         return nullcontext()
     from hsat.models import frozen
 
-    return frozen(encoder)
+    moved = torch.is_autocast_enabled("cpu") or getattr(encoder, "batchnorm_folded", False)
+    return frozen(encoder, layers="fast" if moved else "exact")
 
 
 def through_branch(encoder: Encoder, name: str | None) -> AbstractContextManager[None]:
