@@ -70,6 +70,17 @@ def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Re
     return found
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason, where torch sees no GPU."""
+    if torch.cuda.is_available():
+        return
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    skip = pytest.mark.skip(reason=f"needs a CUDA device; torch {torch.__version__}, built for {built}, sees none")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def made_records() -> Callable[..., list[Record]]:
     """made_records(model, value, **changes): one evaluation's records, clean, noise and three attacks."""

@@ -178,8 +178,10 @@ def _note(
         into = isinstance(args[0], Pretend)
         asked = kwargs.get("non_blocking", False) or (len(args) > 2 and args[2])
         quiet = into and asked and getattr(args[1], "page_locked", False)
-        if not quiet and not (into and args[1].ndim == 0):
+        if not quiet:
             stops.append(("copy" if into else "read", caller()))
+    elif name == "where" and any(isinstance(v, Tensor) and not isinstance(v, Pretend) for v in args):
+        stops.append(("copy", caller()))  # a number on the CPU is brought over
     elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         for index in args[1]:
             if index is None:
