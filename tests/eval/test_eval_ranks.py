@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PatchDataset, patch_loader
-from hsat.eval import Strongest, evaluate_whitebox
+from hsat.eval import Strongest, evaluate_transfer, evaluate_whitebox
 from hsat.types import HierarchicalBatch
 
 SMALL = Linf(2 / 255)
@@ -68,6 +68,17 @@ def batches(sizes, first=0):
         found.append(HierarchicalBatch(images, ids, ids // 2, ids // 2, (ids // 2) % 2))
         first += size
     return found
+
+def transfer(**options):
+    """In memory, over loaders that every rank reads whole."""
+    torch.manual_seed(1)
+    encoders = {"a": Network(), "b": nn.Sequential(nn.Flatten(), nn.Linear(432, 5))}
+    banks, queries = batches([4, 9], 900), batches([2, 5, 1, 4, 3])
+    found = evaluate_transfer(encoders, banks, queries, PGDS, k=5, bootstrap=10, **options)
+    tables = (*found.clean.values(), *found.attacked.values())
+    scores = [hashlib.sha256(each.tobytes()).hexdigest() for by_k in tables for each in by_k.values()]
+    return {"records": [repr(record) for record in found.records], "patch": found.queries.patch.tolist(),
+            "scores": scores, "made": [list(each) for each in found.made]}
 
 def bytes_of(result):
     """All that an evaluation says, as texts."""
@@ -119,6 +130,9 @@ answers["lone"] = bytes_of(
     evaluate_whitebox(Network(), batches([7, 6, 7], 900), batches([4]), ATTACKS, **OPTIONS))
 answers["uneven"] = bytes_of(
     evaluate_whitebox(Network(), batches([7], 900), batches([2, 5, 1, 4, 3]), ATTACKS, state=f"{out}/begun", **OPTIONS))
+
+answers["transfer"] = transfer()
+answers["kept"] = [transfer(state=f"{out}/transfer", hold="one") for _ in range(2)]
 
 bank, queries, plain = batches([9], 900), batches([2, 2, 2]), dict(k=3, bootstrap=0)
 def broken(x):
@@ -221,6 +235,17 @@ def test_two_ranks_say_what_one_process_says(names, shared):
     assert len(cases["first"].examples["clean"]) == 5
     seen = [answer["first images"] for answer in answers]
     assert max(seen) < 0.75 * network.images < sum(seen)  # each did its share, and together they did all
+
+
+def test_transfer_of_two_ranks_is_that_of_one_process(names, shared):
+    out, _, answers, _ = shared
+    wanted = names["transfer"]()
+    again = wanted | {"made": []}
+    for answer in answers:
+        assert answer["transfer"] == wanted
+        assert answer["kept"] == [wanted, again]
+    assert names["transfer"](state=out / "transfer") == again
+    assert not list((out / "transfer").rglob("*.safetensors"))
 
 
 def test_cache_and_state_are_shared(names, shared):

@@ -23,8 +23,8 @@ def evaluate(argv):
     main([*map(str, argv)])
 
 
-def torchrun(script, *argv, cwd):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+def torchrun(script, *argv, cwd, restarts=0):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--max_restarts={restarts}", "--standalone"]
     return subprocess.Popen(
         [sys.executable, *words, str(EXAMPLES / script), *map(str, argv)],
         cwd=cwd,
@@ -110,16 +110,19 @@ def workers_of(process):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_and_one_process_that_goes_on(argv, tmp_path):
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_killed_rank_and_those_that_go_on(argv, tmp_path, restarts):
+    """One process with --resume, or the same torchrun, which starts its ranks anew."""
     ours = [*argv, "--attacks", "pgd,strongest", "--diagnose", "0", "--batch_size", "2", "--cache", tmp_path / "cache"]
     out = tmp_path / "out"
-    process = torchrun("evaluate_whitebox.py", *ours, "--out", out, cwd=tmp_path)
+    process = torchrun("evaluate_whitebox.py", *ours, "--out", out, cwd=tmp_path, restarts=restarts)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):
         time.sleep(0.005)
     os.kill(workers_of(process)[-1], signal.SIGKILL)
     shown = finished(process)
-    assert process.returncode != 0 and not (out / "records.jsonl").exists(), shown
-    assert list(out.glob(".state/*/batch-*.arrays"))
-    evaluate([*ours, "--out", out, "--resume", "--quiet"])
+    assert (process.returncode == 0) == (out / "records.jsonl").exists() == bool(restarts), shown
+    if not restarts:
+        assert list(out.glob(".state/*/batch-*.arrays"))
+        evaluate([*ours, "--out", out, "--resume", "--quiet"])
     evaluate([*ours, "--out", tmp_path / "whole", "--quiet"])
     assert_same_results(out, tmp_path / "whole")
