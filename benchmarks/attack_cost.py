@@ -43,11 +43,11 @@ AIMS = {
 def separate_supcon(z: Tensor, rows: int, temperature: float = 0.07) -> Tensor:
     """One SupCon pass as the recipe forms it, with its own similarities and mask; `rows` groups of equal size."""
     n = len(z)
-    group = torch.arange(rows).repeat_interleave(n // rows)
+    group = torch.arange(rows, device=z.device).repeat_interleave(n // rows)
     mask = (group[:, None] == group[None, :]).float()
     logits = z @ z.T / temperature
     logits = logits - logits.max(dim=1, keepdim=True).values.detach()
-    others = torch.ones_like(mask) - torch.eye(n)
+    others = torch.ones_like(mask) - torch.eye(n, device=z.device)
     mask = mask * others
     log_prob = logits - torch.log((logits.exp() * others).sum(1, keepdim=True))
     return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
