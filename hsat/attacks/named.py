@@ -11,7 +11,7 @@ from hsat.attacks import starts
 from hsat.attacks.ascend import Climb
 from hsat.attacks.calling import Ascent, Success, check_number, check_steps, check_threat
 from hsat.attacks.gradient import check_value
-from hsat.attacks.pixels import admit_to, refuse
+from hsat.attacks.pixels import admitted_to
 from hsat.types import AttackResult, Objective, ThreatModel
 
 
@@ -154,9 +154,7 @@ class RandomNoise:
         starts.check_start(start, x)
         if start is not None:
             return self.threat.project(start.detach().to(x), x.detach())
-        inside, outside = admit_to(x.detach(), self.threat)
-        if bool(outside):
-            refuse(x, self.threat.low, self.threat.high)  # type: ignore[attr-defined]
+        inside = admitted_to(x.detach(), self.threat)
         return starts.random_start(inside, self.threat, generator=generator, ids=ids, restart=0, inside=True)
 
     def run(

@@ -65,6 +65,14 @@ def admit_to(x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
     return clamped, outside
 
 
+def admitted_to(x: Tensor, threat: ThreatModel) -> Tensor:
+    """Images clamped to the threat model's range; raises ValueError where they must be refused (one device read)."""
+    inside, outside = admit_to(x, threat)
+    if bool(outside):
+        refuse(x, threat.low, threat.high)  # type: ignore[attr-defined]
+    return inside
+
+
 def draw(x: Tensor, generator: torch.Generator | None, source: Callable[..., Tensor]) -> Tensor:
     """Noise of the shape of x, drawn where the generator lives and moved to x; float32, or float64 for float64."""
     dtype = torch.promote_types(x.dtype, torch.float32)

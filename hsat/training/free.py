@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hsat.attacks.gradient import check_finite
+from hsat.attacks.pixels import admitted_to
 from hsat.attacks.running import shaped
-from hsat.attacks.starts import check_start, random_start
+from hsat.attacks.starts import check_start, random_start, shortcut
 from hsat.training.step import Loss, StepResult, outer_terms, total_of
 from hsat.types import HierarchicalBatch, ThreatModel
 
@@ -59,35 +60,40 @@ def free_replays(
     if not model.training:
         raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
     check_start(start, batch.images)
-    x = batch.images.detach()
-    first = _first(x, threat, generator, ids) if start is None else start.detach().to(x)
+    x = admitted_to(batch.images.detach(), threat)
+    if start is None:
+        first = random_start(x, threat, generator=generator, ids=ids, restart=0, inside=True)
+    else:
+        first = start.detach().to(x)
+    around = shortcut(threat, "around", instead_of="project")
+    project = around(x) if around is not None else lambda y: threat.project(y, x)
     size = threat.eps if step_size is None else step_size
-    return _replay(model, loss, batch, threat=threat, replays=replays, size=size, autocast=autocast, point=first)
+    passes = _passes(model, loss, batch, autocast=autocast)
+    return _replay(passes, threat, project, replays=replays, size=size, point=first.to(x.dtype))
 
 
-def _first(x: Tensor, threat: ThreatModel, generator: torch.Generator | None, ids: Tensor | None) -> Tensor:
-    if ids is None:
-        return threat.start(x, generator)
-    return random_start(x, threat, generator=generator, ids=ids, restart=0)
+def _passes(
+    model: nn.Module, loss: Loss, batch: HierarchicalBatch, *, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[Tensor], Any]:
+    """What the loss gives for images in place of the batch's."""
+    return lambda images: outer_terms(model, loss, batch.replace(images=images), autocast=autocast, statistics="pgd")
 
 
 def _replay(
-    model: nn.Module,
-    loss: Loss,
-    batch: HierarchicalBatch,
-    *,
+    passes: Callable[[Tensor], Any],
     threat: ThreatModel,
+    project: Callable[[Tensor], Tensor],
+    *,
     replays: int,
     size: float | Tensor,
-    autocast: Callable[[], AbstractContextManager[Any]],
     point: Tensor,
 ) -> Iterator[StepResult]:
-    x = batch.images.detach()
-    work = torch.promote_types(x.dtype, torch.float32)
+    dtype = point.dtype
+    work = torch.promote_types(dtype, torch.float32)
     for replay in range(replays):
-        x_adv = threat.project(point.to(x.dtype), x).detach()
+        x_adv = project(point.to(dtype)).detach()
         leaf = x_adv.clone().requires_grad_()
-        terms = outer_terms(model, loss, batch.replace(images=leaf), autocast=autocast, statistics="pgd")
+        terms = passes(leaf)
         yield StepResult(total_of(terms), None, terms, x_adv)
         if replay == replays - 1:
             return
@@ -97,4 +103,4 @@ def _replay(
             )
         check_finite(~leaf.grad.isfinite().flatten(1).all(1))
         y = x_adv.to(work)
-        point = threat.project(y + shaped(size, y) * threat.ascent(leaf.grad.to(work)), x)
+        point = project(y + shaped(size, y) * threat.ascent(leaf.grad.to(work)))

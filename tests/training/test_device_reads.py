@@ -29,10 +29,11 @@ MORE = {  # case: (reads at most, why)
     "float16 images": (4, "the scale is halved where a gradient overflows, at each of three steps"),
     "success": (9, "images stop one by one"),
     "step, parts": (2, "two parts, two attack calls"),
+    "free": (3, "are the images in range, and the gradients finite before each of two moves?"),
     "worst_of": (2, "two attacks"),
     "stored patches": (2, "are the values in range? once for each of two pipelines"),
 }
-FREELY = {"free", "evaluation", "warm starts", "safeguard", "universal"}  # between steps, or once per batch
+FREELY = {"evaluation", "warm starts", "safeguard", "universal"}  # between steps, or once per batch
 COPIES = {  # case: copies that block
     "augmentation: static": (7, "white noise replayed from the CPU; a GPU draws its own"),
     "augmentation: v0": (7, "the same"),
