@@ -176,7 +176,7 @@ def test_a_table_takes_tensors_and_lists_and_refuses_what_it_cannot_check():
 
 def test_a_memory_mapped_z_must_be_float32(tmp_path):
     np.save(tmp_path / "z.npy", np.ones((5, 3)))
-    with pytest.raises(TypeError, match="memory-mapped z must hold float32 unit rows, got float64"):
+    with pytest.raises(TypeError, match="memory-mapped z must hold float32 or float16 unit rows, got float64"):
         table(z=np.load(tmp_path / "z.npy", mmap_mode="r"))
 
 

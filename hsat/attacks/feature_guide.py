@@ -76,7 +76,7 @@ def choose_guides(
     check_labels(labels, classes=len(bank.class_names))
     if patients is not None and patients.shape != labels.shape:
         raise ValueError(f"{len(labels)} labels but patients of shape {tuple(patients.shape)}; give one per image")
-    rows = torch.tensor(bank.z).to(z.device)
+    rows = torch.tensor(bank.z).float().to(z.device)
     other = torch.tensor(bank.label).to(z.device) != labels.to(z.device)[:, None]
     if patients is not None:
         other &= torch.tensor(bank.patient).to(z.device) != patients.to(z.device)[:, None]

@@ -241,7 +241,7 @@ def vote_bank(
 def _columns(bank: BankLike) -> tuple[Tensor, Tensor, int]:
     """Float32 unit rows (m, d) and labels (m,) on the CPU, and how many class names there are."""
     if isinstance(bank, EmbeddingTable):  # its rows are checked units; memory-mapped ones are read here, once
-        return torch.tensor(bank.z), torch.tensor(bank.label), len(bank.class_names)
+        return torch.tensor(bank.z).float(), torch.tensor(bank.label), len(bank.class_names)
     if not (isinstance(bank, tuple) and len(bank) == 2 and all(isinstance(part, Tensor) for part in bank)):
         raise TypeError(f"the bank must be an EmbeddingTable or (embeddings, labels), got {type(bank).__name__}")
     z, label = (part.detach().cpu() for part in bank)

@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,8 @@ class EmbeddingTable:
     """One row per image: all that evaluation knows of a model.
 
     z: (n, d) float32 unit rows, may be memory-mapped; float64 is rounded and rows of other lengths are normalised (an
-    all-zero row stays zero).  label, patch, slide, patient: (n,) int64.  class_names: label i is class_names[i].
+    all-zero row stays zero).  Memory-mapped rows may be float16, as `save(path, dtype="float16")` writes them.
+    label, patch, slide, patient: (n,) int64.  class_names: label i is class_names[i].
     cohort, split, encoder: fingerprints or names; ids of tables of different cohorts are never compared.
     Raises ValueError naming the field when lengths differ, a label has no class name, or z is not finite.
     """
@@ -40,9 +41,10 @@ class EmbeddingTable:
     def __post_init__(self) -> None:
         if not isinstance(self.z, np.memmap):
             object.__setattr__(self, "z", np.asarray(self.z))
-        elif self.z.dtype != np.float32:
+        elif self.z.dtype not in (np.float32, np.float16):
             raise TypeError(
-                f"a memory-mapped z must hold float32 unit rows, got {self.z.dtype}; np.array(z) reads it into memory"
+                f"a memory-mapped z must hold float32 or float16 unit rows, got {self.z.dtype};"
+                " np.array(z) reads it into memory"
             )
         if isinstance(self.class_names, str):
             raise TypeError(f"class_names must be a tuple of names, got the text {self.class_names!r}")
@@ -68,8 +70,13 @@ class EmbeddingTable:
     def __len__(self) -> int:
         return len(self.z)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the table as a folder of .npy files and a table.json; the folder appears whole or not at all."""
+    def save(self, path: str | os.PathLike[str], *, dtype: Literal["float32", "float16"] = "float32") -> Path:
+        """Write the table as a folder of .npy files and a table.json; the folder appears whole or not at all.
+
+        dtype: of z in the file.  float16 halves it and rounds each value to three digits.
+        """
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not (path / "table.json").is_file():
@@ -77,7 +84,8 @@ class EmbeddingTable:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
             working = Path(scratch) / "new"
             working.mkdir()  # with the permissions of an ordinary folder, which the scratch folder does not have
-            for name in ("z", *_TABLE_IDS):
+            np.save(working / "z.npy", np.asarray(self.z, dtype=dtype), allow_pickle=False)
+            for name in _TABLE_IDS:
                 np.save(working / f"{name}.npy", getattr(self, name), allow_pickle=False)
             text: dict[str, Any] = {name: getattr(self, name) for name in _TABLE_TEXT}
             text["class_names"] = list(self.class_names)

@@ -129,6 +129,41 @@ def test_a_mapped_bank_of_other_lengths_is_named(table, tmp_path):
         KNNClassifier(k=3, index="stream").fit(mapped)
 
 
+@pytest.mark.parametrize("index", ["flat", "stream", "IVF4,Flat;nprobe=4"])
+def test_a_bank_stored_in_float16_is_searched_exactly_as_stored(table, tmp_path, small_blocks, index):
+    z, label = clusters(5, 300, 40)
+    bank, queries = table(z, label=label), clusters(6, 30, 40)[0]
+    bank.save(tmp_path / "whole")
+    bank.save(tmp_path / "half", dtype="float16")
+    sizes = [(tmp_path / name / "z.npy").stat().st_size - 128 for name in ("whole", "half")]
+    assert sizes == [300 * 40 * 4, 300 * 40 * 2]
+    mapped = EmbeddingTable.load(tmp_path / "half", memory_map=True)
+    assert mapped.z.dtype == np.float16
+    knn = KNNClassifier(k=7, index=index).fit(mapped)
+    equal_to_the_definition(knn.neighbours(queries), mapped, queries)
+    assert (knn.predict(queries) == KNNClassifier(k=7).fit(bank).predict(queries)).mean() > 0.9
+    assert EmbeddingTable.load(tmp_path / "half").z.dtype == np.float32  # read into memory, it is as any table
+    with pytest.raises(ValueError, match="'float32' or 'float16', got 'float8'"):
+        bank.save(tmp_path / "eighth", dtype="float8")
+    assert not (tmp_path / "eighth").exists()
+
+
+def test_attacks_on_the_vote_take_a_bank_stored_in_float16(tmp_path, toy_encoder, toy_batches):
+    bank = embed(toy_encoder, toy_batches(seed=0, sizes=(60,)))
+    bank.save(tmp_path / "half", dtype="float16")
+    mapped = EmbeddingTable.load(tmp_path / "half", memory_map=True)
+    attacks = {"PGD-8": PGD(Linf(8 / 255), step_size=4 / 255, steps=2)}
+    results = [
+        evaluate_whitebox(
+            toy_encoder, each, toy_batches(seed=1, sizes=(20,), first_id=1000), attacks, k=3, target="knn", bootstrap=0
+        )
+        for each in (bank, mapped)
+    ]
+    values = [[record.value for record in result.records] for result in results]
+    assert np.isfinite(values).all()
+    np.testing.assert_allclose(*values, atol=0.2)
+
+
 def test_rows_a_little_off_unit_length_are_still_ranked_exactly(table, tmp_path):
     """Lengths that differ by more than neighbouring cosines do must not decide who is a neighbour."""
     rng = np.random.default_rng(5)

@@ -158,13 +158,18 @@ class FittedKNN:
     @property
     def _together(self) -> int:
         """Queries of one search: a stream reads the bank for each, so it takes as many as fit a block."""
-        streams = self.settings.exact and self.settings.index != "flat"
+        streams = self.settings.exact and not self._in_place
         return max(self.settings.chunk, BLOCK_BYTES // (8 * self.table.z.shape[1])) if streams else self.settings.chunk
+
+    @property
+    def _in_place(self) -> bool:
+        """FAISS multiplies float32 rows where they are; float16 ones are read in blocks."""
+        return self.settings.index == "flat" and self.table.z.dtype == np.float32
 
     def _search(self) -> Search:
         if self._index is not None:
             return index_search(self._index)
-        if self.settings.index == "flat":
+        if self._in_place:
             return flat_search(self.table.z)
         return stream_search(self.table.z, self.settings.device)
 

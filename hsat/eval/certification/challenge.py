@@ -122,7 +122,7 @@ def _attack(
     largest = float(np.sqrt(images[0].numel())) * 0.999  # no two images are further apart
     eps = eps.clamp(max=largest)
     generator = torch.Generator().manual_seed(certified.settings.seed)
-    bank = torch.from_numpy(np.array(certified.knn.table.z)).to(images.device)
+    bank = torch.from_numpy(np.array(certified.knn.table.z, dtype=np.float32)).to(images.device)
     of_class = torch.from_numpy(certified.knn.table.label).to(images.device)
 
     def objective(x: Tensor) -> Tensor:
