@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -33,16 +34,19 @@ from sklearn.neighbors import KNeighborsClassifier
 from hsat.eval import KNNClassifier
 from hsat.types import EmbeddingTable
 
-K, TEMPERATURE, CLASSES, CENTRES = 200, 0.07, 7, 40
+K, TEMPERATURE, CLASSES, CENTRES, LATENT = 200, 0.07, 7, 40, 64
 VARIANTS = {
     "hsat flat, mapped": ("flat", True),
     "hsat stream, mapped": ("stream", True),
     "hsat flat, in memory": ("flat", False),
+    "hsat float16 file, mapped": ("half", True),
     "torch.mm + topk": ("mm", False),
     "scikit-learn brute": ("sklearn", False),
     "hsat SQfp16, mapped": ("SQfp16", True),
-    "hsat IVF, mapped": ("IVF{lists},Flat;nprobe=16", True),
+    "hsat IVF, 1/16 of the lists, mapped": ("IVF{lists},Flat;nprobe={few}", True),
+    "hsat IVF, 1/4 of the lists, mapped": ("IVF{lists},Flat;nprobe={many}", True),
     "hsat HNSW32, mapped": ("HNSW32", True),
+    "hsat HNSW32, wide search, mapped": ("HNSW32;efSearch=1024", True),
 }
 
 
@@ -75,22 +79,34 @@ class Memory:
 
 
 def write_bank(folder: Path, rows: int, width: int, seed: int) -> None:
-    """Unit rows around centres, each centre of one class, in blocks to disk, as a saved EmbeddingTable."""
-    centres = np.random.default_rng(0).standard_normal((CENTRES * CLASSES, width), dtype=np.float32)
+    """Unit rows around centres, each centre of one class, in blocks to disk, as a saved EmbeddingTable.
+
+    Features of a trained encoder spread in few directions; here in LATENT, with a little noise in all.
+    """
+    fixed = np.random.default_rng(0)
+    centres = fixed.standard_normal((CENTRES * CLASSES, width), dtype=np.float32)
+    spread = fixed.standard_normal((LATENT, width), dtype=np.float32) / LATENT**0.5
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     z = np.lib.format.open_memmap(folder / "z.npy", mode="w+", dtype=np.float32, shape=(rows, width))
     centre = rng.integers(0, len(centres), rows)
     for start in range(0, rows, 8192):
         part = centre[start : start + 8192]
-        block = 0.35 * centres[part] + rng.standard_normal((len(part), width), dtype=np.float32)
+        block = rng.standard_normal((len(part), LATENT), dtype=np.float32) @ spread
+        block += 0.7 * centres[part] + 0.3 * rng.standard_normal((len(part), width), dtype=np.float32)
         z[start : start + 8192] = block / np.linalg.norm(block, axis=1, keepdims=True)
     z.flush()
-    label = np.where(rng.random(rows) < 0.4, rng.integers(0, CLASSES, rows), centre % CLASSES)  # 40 % are drawn anew
+    label = np.where(rng.random(rows) < 0.2, rng.integers(0, CLASSES, rows), centre % CLASSES)  # 20 % are drawn anew
     for name, ids in (("label", label), *((n, np.arange(rows)) for n in ("patch", "slide", "patient"))):
         np.save(folder / f"{name}.npy", ids)
     text = {"cohort": "", "split": "", "encoder": "", "class_names": [f"class {c}" for c in range(CLASSES)]}
     (folder / "table.json").write_text(json.dumps(text))
+    EmbeddingTable.load(folder, memory_map=True).save(half_of(folder), dtype="float16")
+
+
+def half_of(bank: Path) -> Path:
+    """The same bank stored in float16."""
+    return bank.with_name(f"{bank.name}-half")
 
 
 def answerer(kind: str, table: EmbeddingTable) -> tuple[Callable[[np.ndarray], np.ndarray], object]:
@@ -118,6 +134,8 @@ def child(kind: str, mapped: bool, bank: str, query_file: str, repeats: int) -> 
     queries = np.load(query_file)
     torch.set_num_threads(threads())
     faiss.omp_set_num_threads(threads())
+    if kind == "half":
+        bank, kind = str(half_of(Path(bank))), "stream"
     with Memory() as memory:
         begin = time.perf_counter()
         answer, knn = answerer(kind, EmbeddingTable.load(bank, memory_map=mapped))
@@ -173,10 +191,17 @@ def measure_size(rows: int, options: argparse.Namespace, folder: Path) -> dict[s
         if options.variants and title not in (*options.variants, next(iter(VARIANTS))):
             results[title] = {"skipped": "not measured at this size"}
             continue
-        if kind == "HNSW32" and rows > options.graph_rows:
+        if kind.startswith("HNSW") and rows > options.graph_rows:
             results[title] = {"skipped": f"built on one thread; measured up to {options.graph_rows} rows only"}
             continue
-        task = [kind.format(lists=max(1, int(rows**0.5))), mapped, str(bank), str(queries), options.repeats]
+        lists = max(16, int(rows**0.5))
+        task = [
+            kind.format(lists=lists, few=lists // 16, many=lists // 4),
+            mapped,
+            str(bank),
+            str(queries),
+            options.repeats,
+        ]
         found = forked(task, options.cap)
         if found is None:
             results[title] = {"stopped": f"took more than {options.cap:g} s"}
@@ -186,8 +211,8 @@ def measure_size(rows: int, options: argparse.Namespace, folder: Path) -> dict[s
         results[title] = {"index": task[0]} | found | {"agreement": float((predicted == exact).mean())}
         sys.stdout.write(f"{rows} {title}: {json.dumps(results[title])}\n")
         sys.stdout.flush()
-    for file in bank.iterdir():
-        file.unlink()
+    for written in (bank, half_of(bank)):
+        shutil.rmtree(written)
     return {"bank_mib": rows * options.width * 4 / 2**20, "variants": results}
 
 
