@@ -76,6 +76,7 @@ def test_two_ranks_write_what_one_process_writes(argv, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 4  # bank and queries of two encoders
 
 
+@pytest.mark.slow
 def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, tmp_path):
     from evaluate_transfer import main
 
