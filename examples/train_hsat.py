@@ -24,6 +24,7 @@ from held_out import held_out_accuracy, keep_best
 from hsat.data import BadPatch, Cohort
 from hsat.models import save_encoder
 from hsat.training import is_out_of_memory, parse_memory
+from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
 from runs import Run, device_named
 from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, read_yaml
@@ -190,7 +191,7 @@ def main(argv: list[str]) -> None:
     """Read the options, train, say where the encoder is; what the user can mend ends the program with the reason."""
     settings = load_settings(argv)
     try:
-        with joined(settings.device) as ranks:
+        with joined(settings.device) as ranks, one_voice(ranks):
             path = train(settings, ranks)
             if ranks.first:
                 print(f"encoder: {path}")
