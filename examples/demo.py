@@ -19,12 +19,13 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from cohorts import describe, open_cohort
-from evaluate_whitebox import EvaluateWhitebox, evaluate, write_results
+from evaluate_whitebox import EvaluateWhitebox, evaluate
 from hsat.data import Cohort
 from hsat.eval import Record, markdown_table, read_records, write_report
 from runs import flat, versions, write_json
 from settings import Settings, listed, read_yaml
 from train_hsat import DEMO, TrainHSAT, train
+from whitebox_files import write_results
 
 NAMED = {"features": "the features", "embedding": "the embedding", "knn": "the kNN vote itself"}
 K = 20  # neighbours in the short table; the small bank makes the paper's 200 blur, the full tables have both

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,35 +29,22 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from casualties import folder_name, write_casualties
+from casualties import folder_name
 from cohorts import describe, open_cohort
 from computing import Way, computing_as, precision
 from encoders import naming_branch, stored_encoder
 from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
-from hsat.eval import (
-    Record,
-    WhiteboxResult,
-    compare_models,
-    differences_table,
-    evaluate_whitebox,
-    markdown_table,
-    plot_accuracy_vs_eps,
-    plot_patches,
-    save_scores,
-    score_tables,
-    write_evidence,
-    write_records,
-)
+from hsat.eval import WhiteboxResult, evaluate_whitebox
 from hsat.eval.engine.crew import RankStoppedError
 from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
-from runs import device_named, versions, write_json
+from runs import device_named
 from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings, listed
 from threats import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, strongest_under
+from whitebox_files import STATE, write_results
 
 STRONGEST = "strongest"
-STATE = ".state"  # in --out: finished batches, until the results are written
 
 
 class EvaluateWhitebox(Settings):
@@ -212,61 +198,6 @@ def attacks_of(settings: EvaluateWhitebox) -> dict[str, Any]:
     if len(names) < len(settings.attacks):
         found |= strongest_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
     return found
-
-
-def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
-    """Write records, table, plots and the account of the run; returns the table."""
-    out = settings.out
-    records: list[Record] = [record for result in results.values() for record in result.records]
-    write_records(out / "records.jsonl", records)
-    scores = [table for result in results.values() for table in score_tables(result)]
-    save_scores(out / "scores.npz", scores)
-    table = markdown_table(records)
-    if len(results) > 1:
-        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.compat)
-        table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
-        write_json(out / "differences.json", [asdict(each) for each in found])
-    table += write_casualties(out, {title: result.casualties for title, result in results.items()})
-    (out / "table.md").write_text(table)
-    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
-    write_json(out / "run.json", about)
-    keep_evidence(settings, results)
-    try:
-        draw(settings, records, results)
-    except ImportError as error:
-        print(f"no figures: {error}", file=sys.stderr)
-    shutil.rmtree(out / STATE, ignore_errors=True)  # all of it is in the results now
-    return table
-
-
-def keep_evidence(settings: EvaluateWhitebox, results: dict[str, WhiteboxResult]) -> None:
-    """What report.py shows besides numbers: predictions, a map of the embeddings, the first patches."""
-    for title, result in results.items():
-        write_evidence(
-            settings.out / "evidence",
-            model=title,
-            tables=result.tables,
-            scores=result.scores,
-            class_names=result.class_names,
-            examples=result.examples,
-            target=settings.target,
-            compat=settings.compat,
-            checkpoint=result.records[0].checkpoint,
-        )
-
-
-def draw(settings: EvaluateWhitebox, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
-    """Accuracy against eps for the first k, and each encoder's patches under the first attack at its largest eps."""
-    used = {record.k for record in records}
-    k = settings.k[0] if settings.k[0] in used else max(used)
-    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=k)
-    for title, result in results.items():
-        attacks = [name for name in result.examples if not name.startswith(("clean", "noise"))]
-        if attacks and settings.gallery:
-            name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
-            clean, x_adv = result.examples["clean"], result.examples[name]
-            heads = [f"patch {i + 1}" for i in range(len(clean))]
-            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
 
 
 def opened(settings: EvaluateWhitebox, ranks: Ranks) -> Cohort:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from compute import adamw, autocast_of, check_memory, compile_in_place, in_parallel, scaler_of
 from encoders import new_encoder
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, HierarchicalDataset, PackedPatches, PatientBatchSampler, hierarchical_loader
+from hsat.data import Cohort, PackedPatches, PatientBatchSampler
 from hsat.losses import HiDiscLoss
 from hsat.training import (
     StepClock,
@@ -42,6 +42,7 @@ from hsat.types import LEVELS, HierarchicalBatch
 from inner import Inner
 from ranks import Ranks
 from runs import Run, device_named
+from views import view_loader
 
 if TYPE_CHECKING:
     from train_hsat import TrainHSAT
@@ -81,7 +82,7 @@ class Trainer:
         self.epochs = math.ceil(self.steps / per_epoch)
         self.eps_warmup = _or(settings.attack.warmup_epochs, self.epochs // 8)
         self.plateau = _or(train.plateau, max(1, self.epochs // 800))
-        self.loader = _loader(settings, self.sampler, plateau=self.plateau, device=self.device, packed=packed)
+        self.loader = view_loader(settings, self.sampler, plateau=self.plateau, device=self.device, packed=packed)
         self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
         self.layout = torch.channels_last if train.channels_last else torch.preserve_format
         self.model = new_encoder(settings.model, seed=settings.seed)
@@ -248,46 +249,6 @@ class Trainer:
         if self.ranks.first:
             print("note: resuming with another number of ranks; dropout, if any, draws afresh", file=sys.stderr)
         return load_training_state(run.last, restore_random=False, **parts)
-
-
-def _loader(
-    settings: TrainHSAT,
-    sampler: PatientBatchSampler,
-    *,
-    plateau: int,
-    device: torch.device,
-    packed: PackedPatches | None,
-) -> Iterable[HierarchicalBatch]:
-    """Batches of augmented views.  Under --compat paper the first plateau of a dynamic augmentation is static."""
-    data, static_epochs = settings.data, settings.data.static_epochs
-    if static_epochs is None:
-        dynamic = data.dynamic and data.augmentation in ("v0", "v1")
-        static_epochs = plateau if settings.compat == "paper" and dynamic else 0
-    views = HierarchicalDataset(
-        sampler.cohort,
-        "train",
-        slides=data.slides,
-        patches=data.patches,
-        views=data.views,
-        image_size=data.image_size,
-        augmentation=data.augmentation,
-        uncropped=data.uncropped,
-        static_epochs=static_epochs,
-        compat=settings.compat,
-        seed=settings.seed,
-        on_bad=data.on_bad,
-        packed=packed,
-        augment=data.augment,
-    )
-    return hierarchical_loader(
-        views,
-        sampler,
-        workers=data.workers,
-        pin_memory=device.type == "cuda",
-        ids=data.ids,
-        compat=settings.compat,
-        device=device if data.augment == "device" else None,
-    )
 
 
 def _or(value: int | None, default: int) -> int:
