@@ -27,8 +27,11 @@ def frozen(*modules: nn.Module, layers: Literal["exact", "fast", "plain"] = "exa
     layers: how those on CPU are computed while their weights are constant.  "exact": convolutions on images in
     channels_last keep their weights in the layout that oneDNN computes with, instead of arranging them anew in each
     pass: the same bits in less time, for up to twice the weights' memory.  "fast": with other last bits, also the
-    gradient that strided convolutions on up to 4 channels give the images is one dense convolution, and BatchNorm is
-    one factor and one summand, in any layout.  "plain": as torch does.  Compiled models are always plain.
+    gradient that strided convolutions on up to 4 channels give the images is one dense convolution (so it is under
+    "exact" in bfloat16), and BatchNorm is one factor and one summand, in any layout.  "plain": as torch does, and what
+    torch.jit.script needs inside the block.  Compiled models are always plain.
+
+    Several threads may run a model inside one block.  Blocks of two threads on one model would undo each other's flags.
 
     Raises TypeError for what is not a torch.nn.Module, ValueError for another word, before anything is changed.
 

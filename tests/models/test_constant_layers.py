@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -224,14 +225,111 @@ def test_who_is_left_alone(counted):
     assert counted[PackedConvolution] <= 1
 
 
-def test_on_one_thread_small_batches_are_left_to_torch():
-    conv, before = nn.Conv2d(128, 128, 3, padding=1), torch.get_num_threads()
-    x = torch.randn(3, 128, 6, 6).contiguous(memory_format=LAST).requires_grad_()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n", [1, 3])
+def test_small_batches_keep_every_bit_on_any_number_of_threads(n, threads):
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        assert all(map(torch.equal, both(conv, x, layers="plain"), both(conv, x)))
+        torch.set_num_threads(threads)
+        for conv, side in ((nn.Conv2d(128, 128, 3, padding=1), 6), (nn.Conv2d(256, 64, 1), 4)):
+            x = torch.randn(n, conv.in_channels, side, side).contiguous(memory_format=LAST).requires_grad_()
+            assert all(map(torch.equal, both(conv, x, layers="plain"), both(conv, x)))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 8, 8), (16, 128, 3, 3)])
+def test_images_that_do_not_fit_get_the_usual_words(shape):
+    conv = nn.Conv2d(128, 128, 5)
+    x = torch.randn(shape).contiguous(memory_format=LAST)
+    with pytest.raises(RuntimeError) as wanted:
+        conv(x)
+    with frozen(conv), pytest.raises(RuntimeError) as found:
+        conv(x)
+    assert str(found.value) == str(wanted.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_are_made_anew_in_each_pass(counted):
+    conv = torch.nn.utils.weight_norm(nn.Conv2d(64, 64, 3, padding=1))
+    x = torch.randn(16, 64, 6, 6).contiguous(memory_format=LAST).requires_grad_()
+    assert all(map(torch.equal, both(conv, x, layers="plain"), both(conv, x)))
+    with frozen(conv), torch.inference_mode():
+        assert torch.equal(conv(x), conv.eval()(x))
+    other = {name: torch.randn_like(value) for name, value in conv.state_dict().items()}
+    with frozen(conv):
+        swapped = torch.func.functional_call(conv, other, (x,))
+        conv.load_state_dict(other)
+        assert torch.equal(swapped, conv(x))
+    with frozen(plain := nn.Conv2d(64, 64, 3, bias=False)), pytest.raises(RuntimeError, match="type"):
+        torch.func.functional_call(plain, {"weight": plain.weight.double()}, (x,))
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="this processor does not compute in bfloat16")
+def test_a_pass_in_inference_mode_spoils_no_later_gradient(counted):
+    conv = nn.Conv2d(128, 128, 3, padding=1)
+    x = torch.randn(16, 128, 6, 6).contiguous(memory_format=LAST).requires_grad_()
+    with frozen(conv), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            conv(x)
+        (first,) = torch.autograd.grad(conv(x).float().pow(2).sum(), x, create_graph=True)
+        assert torch.autograd.grad(first.pow(2).sum(), x)[0].any()
+    assert counted[PackedConvolution] == 2
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="this processor does not compute in bfloat16")
+def test_autocast_around_the_backward_pass_alone_changes_nothing(counted):
+    model, x = network(), images(4)
+    found = []
+    for around in (False, True):
+        with frozen(model, layers="fast"):
+            y = model(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                found += torch.autograd.grad(y.pow(2).sum(), x)
+    assert torch.equal(*found)
+    assert counted[StemConvolution] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script:FutureWarning")  # torch's own
+@pytest.mark.parametrize("layers", ["exact", "fast"])
+def test_forward_derivatives_are_left_to_torch(layers):
+    model, x = network().to(memory_format=LAST), images()
+    found = []
+    for how in ("plain", layers):
+        with frozen(model, layers=how), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+            found.append(torch.autograd.forward_ad.unpack_dual(model(dual)).tangent)
+    assert torch.equal(*found)
+
+
+def test_layers_are_called_as_ever_and_copies_are_as_fast():
+    conv = nn.Conv2d(128, 128, 3)
+    x = torch.randn(16, 128, 6, 6).contiguous(memory_format=LAST)
+    with frozen(conv):
+        assert torch.equal(conv(input=x), conv(x))
+        twin = copy.deepcopy(conv)
+    with frozen(twin):
+        assert isinstance(twin.forward, PackedConvolution)
+    assert "forward" not in twin.__dict__
+
+
+def test_one_model_in_several_threads():
+    model, found = network().to(memory_format=LAST), {}
+    xs = [images(side=side) for side in (8, 12, 16)]
+
+    def work(name):
+        found[name] = [model(x).detach() for _ in range(2) for x in xs]
+
+    with frozen(model):
+        threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    with frozen(model, layers="plain"):
+        work("plain")
+    assert len(found) == 4
+    assert all(torch.equal(a, b) for each in found.values() for a, b in zip(each, found["plain"], strict=True))
 
 
 def test_other_words_are_refused():

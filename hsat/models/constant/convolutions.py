@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hsat.models.constant.layer import ConstantLayer, is_channels_last
 
 SMALLEST = 2**14  # weights; smaller ones are laid out faster than Python looks them up
+_ALONE = 20480  # values of an image, at most
 _SHAPES = 2  # kept per convolution: that of full batches and that of the last one
 _OPERATIONS = (  # of torch's compiler, which lays out constant weights as well
     "_convolution_pointwise",
@@ -43,23 +44,23 @@ class PackedConvolution(ConstantLayer):
     batches takes up to a third of the pass.
     """
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__(layer)
-        self._kept: dict[tuple[torch.dtype, torch.Size], _Layouts] = {}
-
     def takes(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """In channels_last; on one thread torch has another way for small batches, with other bits."""
-        return is_channels_last(x) and (x.shape[0] >= 16 or torch.get_num_threads() > 1)
+        """In channels_last; torch has other ways, with other bits, for small images alone and, on one thread, few."""
+        n = x.shape[0]
+        others = (n < 16 and torch.get_num_threads() == 1) or (n == 1 and x.numel() <= _ALONE)
+        return is_channels_last(x) and not others
 
     def run(self, x: Tensor) -> Tensor:
         """Images (n, in, h, w) -> (n, out, ...)."""
-        if self.changed():
-            self._kept = {}
-        key = (x.dtype, x.shape)
-        layouts = self._kept.get(key)
+        kept, key = self.kept(), (x.dtype, x.shape)
+        layouts = kept.get(key)
         if layouts is None:
+            if not _fits(self.layer, x):
+                return self.usual(x)  # which says what is wrong
             layouts = _lay_out(self.layer, x)
-            self._kept = dict([*self._kept.items()][1 - _SHAPES :]) | {key: layouts}
+            for old in list(kept)[: 1 - _SHAPES or None]:
+                kept.pop(old, None)
+            kept[key] = layouts
         found: Tensor = _Convolution.apply(x, layouts)
         return found
 
@@ -81,6 +82,14 @@ class _Layouts(NamedTuple):
     geometry: _Geometry
 
 
+def _fits(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether images have the layer's channels and room for its kernel."""
+    sides = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, strict=True)
+    return x.shape[1] == conv.in_channels and all(h + 2 * int(p) > d * (k - 1) for h, p, d, k in sides)
+
+
+@torch.inference_mode(False)  # for passes that want a graph, too
+@torch.no_grad()
 def _lay_out(conv: nn.Conv2d, x: Tensor) -> _Layouts:
     assert not isinstance(conv.padding, str)
     geometry = _Geometry(list(conv.padding), list(conv.stride), list(conv.dilation))
@@ -90,11 +99,10 @@ def _lay_out(conv: nn.Conv2d, x: Tensor) -> _Layouts:
     side = [r // s + 1 for r, (_, s, _) in zip(reach, each, strict=True)]
     extra = [r % s for r, (_, s, _) in zip(reach, each, strict=True)]
     output = [x.shape[0], plain.shape[0], *side]
-    with torch.no_grad():
-        forward = torch.ops.mkldnn._reorder_convolution_weight(plain, *geometry, 1, list(x.shape))
-        backward = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-            plain, geometry.padding, extra, geometry.stride, geometry.dilation, 1, output
-        )
+    forward = torch.ops.mkldnn._reorder_convolution_weight(plain, *geometry, 1, list(x.shape))
+    backward = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+        plain, geometry.padding, extra, geometry.stride, geometry.dilation, 1, output
+    )
     bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
     return _Layouts(forward, backward, bias, extra, plain, geometry)
 
@@ -116,7 +124,9 @@ class _Convolution(torch.autograd.Function):
         layouts: _Layouts = ctx.layouts
         padding, stride, dilation = layouts.geometry
         if torch.is_grad_enabled():  # a graph of this pass is wanted
-            return F.conv_transpose2d(gradient, layouts.plain, None, stride, padding, layouts.extra, 1, dilation), None
+            with torch.autocast("cpu", enabled=False):  # of the caller's backward pass, which torch's gradients ignore
+                again = F.conv_transpose2d(gradient, layouts.plain, None, stride, padding, layouts.extra, 1, dilation)
+            return again, None
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         found: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
             gradient, layouts.backward, None, padding, layouts.extra, stride, dilation, 1, "none", [], ""

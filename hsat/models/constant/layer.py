@@ -14,17 +14,17 @@ class ConstantLayer:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self._of: tuple[tuple[Tensor, int], ...] = ()
+        self._kept: tuple[tuple[tuple[Tensor, int], ...], dict[Any, Any]] = (), {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return usual_forward, (self.layer,)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         """The layer's output; everything that the faster way does not cover goes the usual one."""
-        if torch.compiler.is_compiling() or not _plain_images(x) or any(p.requires_grad for p in self._parameters()):
-            return self.usual(x)
-        dtype = self.dtype(x)
-        return self.usual(x) if dtype is None or not self.takes(x, dtype) else self.run(x.to(dtype))
+        if torch.compiler.is_compiling() or not _plain_images(input) or not self._constant():
+            return self.usual(input)
+        dtype = self.dtype(input)
+        return self.usual(input) if dtype is None or not self.takes(input, dtype) else self.run(input.to(dtype))
 
     def usual(self, x: Tensor) -> Tensor:
         """What torch does."""
@@ -48,17 +48,29 @@ class ConstantLayer:
             return found if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
         return found if found == torch.float32 else None
 
-    def changed(self) -> bool:
-        """Whether the weights or statistics are others than at the last call."""
-        now = tuple((each, each._version) for each in (*self._parameters(), *self.layer.buffers(recurse=False)))
-        same = len(now) == len(self._of) and all(
-            a[0] is b[0] and a[1] == b[1] for a, b in zip(now, self._of, strict=True)
-        )
-        self._of = now
-        return not same
+    def kept(self) -> dict[Any, Any]:
+        """For `run`: what it made of weights and statistics; empty when they are others than at the last call."""
+        now = tuple((each, each._version) for each in self._values())
+        of, kept = self._kept
+        if len(now) != len(of) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(now, of, strict=True)):
+            kept = {}
+            self._kept = now, kept  # in one stroke: several threads may share a model
+        return kept
 
-    def _parameters(self) -> tuple[Tensor, ...]:
-        return tuple(each for each in (self.layer.weight, self.layer.bias) if each is not None)
+    def _constant(self) -> bool:
+        """Whether the weights are plain and want no gradient, also those that somebody put in for this call."""
+        return all(is_plain(each) and not each.requires_grad for each in self._values())
+
+    def _values(self) -> tuple[Tensor, ...]:
+        layer = self.layer
+        weights = (each for each in (layer.weight, layer.bias) if each is not None)
+        return (*weights, *layer.buffers(recurse=False))
+
+
+def is_plain(values: Tensor) -> bool:
+    """float32 (or a counter) on the CPU, with a version to watch."""
+    known = type(values) in (nn.Parameter, Tensor) and not values.is_inference()
+    return known and values.device.type == "cpu" and (values.dtype == torch.float32 or not values.is_floating_point())
 
 
 def usual_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -73,7 +85,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def _plain_images(x: Tensor) -> bool:
-    """Images on CPU that torch would hand to oneDNN, outside of vmap, tracing and other dispatch."""
+    """Images on CPU that torch would hand to oneDNN, outside of vmap, forward derivatives, tracing, other dispatch."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -81,6 +93,7 @@ def _plain_images(x: Tensor) -> bool:
         and x.numel() > 0
         and torch._C._get_mkldnn_enabled()
         and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
     )

@@ -24,10 +24,6 @@ class ScalingNorm(ConstantLayer):
     In bfloat16 the forward pass is torch's, which computes in float32 inside.
     """
 
-    def __init__(self, layer: nn.BatchNorm2d) -> None:
-        super().__init__(layer)
-        self._kept: dict[torch.dtype, _Affine] = {}
-
     def dtype(self, x: Tensor) -> torch.dtype | None:
         """That of the images: autocast leaves BatchNorm alone."""
         return x.dtype if x.dtype in (torch.float32, torch.bfloat16) else None
@@ -45,11 +41,10 @@ class ScalingNorm(ConstantLayer):
 
     def run(self, x: Tensor) -> Tensor:
         """Maps (n, c, h, w) -> the same shape."""
-        if self.changed():
-            self._kept = {}
-        affine = self._kept.get(x.dtype)
+        kept = self.kept()
+        affine = kept.get(x.dtype)
         if affine is None:
-            affine = self._kept[x.dtype] = _affine(self.layer, x.dtype)
+            affine = kept[x.dtype] = _affine(self.layer, x.dtype)
         found: Tensor = _Scale.apply(x, affine, self)
         return found
 

@@ -94,7 +94,6 @@ class StemConvolution(ConstantLayer):
     def __init__(self, layer: nn.Conv2d, *, exact: bool) -> None:
         super().__init__(layer)
         self._exact = exact
-        self._kept: dict[torch.dtype, Stem] = {}
 
     def takes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Where the images want a gradient."""
@@ -102,11 +101,10 @@ class StemConvolution(ConstantLayer):
 
     def run(self, x: Tensor) -> Tensor:
         """Images (n, in, h, w) -> (n, out, ...)."""
-        if self.changed():
-            self._kept = {}
-        stem = self._kept.get(x.dtype)
+        kept = self.kept()
+        stem = kept.get(x.dtype)
         if stem is None:
-            stem = self._kept[x.dtype] = _constant(self.layer, x.dtype)
+            stem = kept[x.dtype] = _constant(self.layer, x.dtype)
         found: Tensor = _Convolution.apply(x, stem)
         return found
 
@@ -129,4 +127,5 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return image_gradient(gradients[0], ctx.kernel, ctx.size).contiguous(memory_format=ctx.layout), None
+        with torch.autocast("cpu", enabled=False):  # of the caller's backward pass, which torch's gradients ignore
+            return image_gradient(gradients[0], ctx.kernel, ctx.size).contiguous(memory_format=ctx.layout), None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from hsat.models.constant.convolutions import PackedConvolution, is_large, torch_lays_out
-from hsat.models.constant.layer import ConstantLayer
+from hsat.models.constant.layer import ConstantLayer, is_plain, usual_forward
 from hsat.models.constant.norms import ScalingNorm
 from hsat.models.constant.stems import StemConvolution, is_stem
 
@@ -44,18 +43,14 @@ def constant_layers(modules: Iterable[nn.Module], *, fast: bool) -> Iterator[Non
 
 
 def _faster(part: nn.Module, *, fast: bool) -> ConstantLayer | None:
-    if type(part) not in (nn.Conv2d, nn.BatchNorm2d) or "forward" in part.__dict__:  # of an outer block, or its owner's
+    if type(part) not in (nn.Conv2d, nn.BatchNorm2d):
         return None
-    if not all(_is_plain(each) for each in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+    if part.__dict__.get("forward", usual := usual_forward(part)) != usual:  # of an outer block, or its owner's
+        return None
+    if not all(is_plain(each) for each in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
         return None
     if isinstance(part, nn.Conv2d) and is_stem(part):
         return StemConvolution(part, exact=not fast)
     if isinstance(part, nn.Conv2d) and is_large(part):
         return PackedConvolution(part)
     return ScalingNorm(part) if isinstance(part, nn.BatchNorm2d) and fast else None
-
-
-def _is_plain(values: torch.Tensor) -> bool:
-    """float32 (or a counter) on the CPU, with a version to watch."""
-    known = type(values) in (nn.Parameter, torch.Tensor) and not values.is_inference()
-    return known and values.device.type == "cpu" and (values.dtype == torch.float32 or not values.is_floating_point())
