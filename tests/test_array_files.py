@@ -1,5 +1,6 @@
 """Numpy's files are read from several threads at a time, and nothing else is taken for them."""
 
+import io
 import threading
 
 import numpy as np
@@ -49,3 +50,32 @@ def test_the_other_kind_and_pickles_are_refused(tmp_path):
         load_arrays(file)
     with pytest.raises(ValueError, match="allow_pickle"):
         load_array(tmp_path / "objects.npy")
+
+
+def header(*, descr="<f4", shape=(3,), version=(1, 0)):
+    """A .npy file that says it holds so many values, and holds 64 bytes of them."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    content = bytearray(file.getvalue() + bytes(64))
+    content[6:8] = bytes(version)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("memory_map", [True, False])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "magic string"),
+        (b"\x93NUMPY", "magic string"),
+        (b"no array at all", "magic string"),
+        (header(shape=(2**45, 8)), r"end at byte \d+, and the file has 192"),
+        (header(shape=(17,)), "end at byte 196, and the file has 192"),
+        (header(shape=(-1, 4)), r"says shape \(-1, 4\)"),
+        (header(version=(3, 0)), "its format is 3.0"),
+        (header()[:90], "reading array header"),
+    ],
+)
+def test_damaged_and_crafted_files_are_named_and_cost_nothing(tmp_path, content, named, memory_map):
+    (tmp_path / "one.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"one\.npy is damaged.*{named}"):
+        load_array(tmp_path / "one.npy", memory_map=memory_map)

@@ -183,3 +183,34 @@ def test_a_memory_mapped_z_must_be_float32(tmp_path):
 def test_a_saved_table_has_the_permissions_of_any_new_folder(tmp_path):
     (tmp_path / "plain").mkdir()
     assert table().save(tmp_path / "bank").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"class_names": ["a", "b"], "cohort": "", "split": ""}',
+        '{"class_names": "ab", "cohort": "", "split": "", "encoder": ""}',
+        '{"class_names": ["a", "a"], "cohort": "", "split": "", "encoder": ""}',
+        '{"class_names": ["a", "b"], "cohort": 3, "split": "", "encoder": ""}',
+    ],
+)
+def test_a_damaged_description_of_a_table_is_named(tmp_path, damage):
+    path = table().save(tmp_path / "table")
+    (path / "table.json").write_text(damage)
+    with pytest.raises(ValueError, match=str(path)):
+        EmbeddingTable.load(path)
+
+
+def test_class_names_are_different_texts():
+    with pytest.raises(ValueError, match="class_names must differ"):
+        table(class_names=("a", "a"))
+    with pytest.raises(TypeError, match="class_names must be names"):
+        table(class_names=(1, 2))
+
+
+def test_wider_floats_become_unit_rows():
+    z = np.arange(10, dtype=np.longdouble).reshape(5, 2) + 1
+    np.testing.assert_allclose(table(z=z).z, table(z=z.astype(np.float64)).z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from typing import IO, Any
@@ -16,14 +17,39 @@ _one_header_at_a_time = threading.Lock()
 def load_array(path: str | os.PathLike[str], *, memory_map: bool = False) -> np.ndarray:
     """The array of one .npy file; with memory_map=True its values stay on disk.
 
-    Raises ValueError where it holds anything but one array of plain values, FileNotFoundError, OSError, EOFError.
+    Nothing is allocated for a file that is shorter than its header says.  Raises ValueError naming the file where it
+    is damaged or holds anything but one array of plain values, FileNotFoundError, OSError.
     """
     with _one_header_at_a_time:
-        found: Any = np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
+        try:
+            _check_length(path)
+            found: Any = np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{os.fspath(path)} is damaged or no array of plain values: {error}") from error
     if not isinstance(found, np.ndarray):
         found.close()
         raise ValueError(f"{os.fspath(path)} is an archive of arrays, and one array was wanted")
     return found
+
+
+def _check_length(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where the header of a .npy file promises more than the file holds."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            return  # an archive, which np.load reads as one
+        file.seek(0)
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"its format is {version[0]}.{version[1]}, which is for structured arrays")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
+            return  # np.load says so
+        if min(shape, default=0) < 0:
+            raise ValueError(f"its header says shape {shape}")
+        wanted, size = file.tell() + dtype.itemsize * math.prod(shape), os.fstat(file.fileno()).st_size
+    if size < wanted:
+        raise ValueError(f"{shape} values of {dtype} end at byte {wanted}, and the file has {size}")
 
 
 def load_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:

@@ -25,7 +25,8 @@ class EmbeddingTable:
     all-zero row stays zero).  Memory-mapped rows may be float16, as `save(path, dtype="float16")` writes them.
     label, patch, slide, patient: (n,) int64.  class_names: label i is class_names[i].
     cohort, split, encoder: fingerprints or names; ids of tables of different cohorts are never compared.
-    Raises ValueError naming the field when lengths differ, a label has no class name, or z is not finite.
+    Raises ValueError naming the field when lengths differ, a label has no class name or a name comes twice, or z is not
+    finite; TypeError for other kinds of values.
     """
 
     z: np.ndarray
@@ -59,6 +60,10 @@ class EmbeddingTable:
                 raise TypeError(f"{name} must hold integers, got {ids.dtype}")
             object.__setattr__(self, name, ids.astype(np.int64, copy=False))
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        if not all(isinstance(name, str) for name in self.class_names):
+            raise TypeError(f"class_names must be names, got {self.class_names!r}")
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError(f"class_names must differ, got {self.class_names!r}")
         if n and not (self.label.min() >= 0 and self.label.max() < len(self.class_names)):
             raise ValueError(
                 f"labels run from {self.label.min()} to {self.label.max()} but there are {len(self.class_names)}"
@@ -97,21 +102,42 @@ class EmbeddingTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, memory_map: bool = False) -> EmbeddingTable:
-        """Read a table written by `save`; with memory_map=True z stays on disk.  Never unpickles."""
+        """Read a table written by `save`; with memory_map=True z stays on disk.  Never unpickles.
+
+        Raises FileNotFoundError where no table is, ValueError naming the file where one is damaged.
+        """
         path = Path(path)
         if not (path / "table.json").is_file():
             raise FileNotFoundError(f"{path} is not an embedding table: {path / 'table.json'} is missing")
-        text = json.loads((path / "table.json").read_text())
+        text = _read_text(path / "table.json")
         arrays: dict[str, Any] = {}
         for name in ("z", *_TABLE_IDS):
             arrays[name] = load_array(path / f"{name}.npy", memory_map=memory_map and name == "z")
         names = {name: text[name] for name in _TABLE_TEXT}
-        return cls(**arrays, class_names=tuple(text["class_names"]), **names)
+        try:
+            return cls(**arrays, class_names=tuple(text["class_names"]), **names)
+        except ValueError as error:
+            raise ValueError(f"{path} is no table: {error}") from error
+
+
+def _read_text(path: Path) -> dict[str, Any]:
+    """What `save` wrote into table.json."""
+    try:
+        text = json.loads(path.read_text())
+        wrong = [name for name in _TABLE_TEXT if not isinstance(text[name], str)]
+        if not isinstance(text["class_names"], list):
+            wrong.append("class_names")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or of no table ({type(error).__name__}: {error})") from error
+    if wrong:
+        raise ValueError(f"{path} is damaged or of no table: {', '.join(wrong)} cannot be used")
+    return dict(text)
 
 
 def _unit_rows(z: np.ndarray) -> np.ndarray:
     if not np.issubdtype(z.dtype, np.floating):
         raise TypeError(f"z must hold floats, got {z.dtype}")
+    z = z.astype(np.float64) if z.dtype.itemsize > np.dtype(np.float64).itemsize else z
     norms = np.sqrt(np.einsum("ij,ij->i", z, z, dtype=np.float64))
     finite = np.isfinite(norms)
     if not finite.all():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hsat.attacks import PGD, Linf
 from hsat.eval import KNNClassifier, embed, evaluate_whitebox, fit_shards, load_knn
+from hsat.eval.banks import knn as knn_room
 from hsat.eval.banks import neighbours
 from hsat.types import EmbeddingTable
 
@@ -215,6 +216,55 @@ def test_saved_classifiers_know_their_bank_and_their_file(table, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(FileExistsError, match="not a saved classifier"):
         KNNClassifier(k=5).fit(bank).save(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"k": 10**12}, "k is 1000000000000 in a bank of 60 rows"),
+        ({"k": "3"}, "k is '3'"),
+        ({"slack": -1.0}, "slack -1.0"),
+        ({"index_sha256": ""}, "not of this index"),
+        ({"settings": {"k": 3, "width": 1}}, "unexpected keyword argument 'width'"),
+        ({"settings": {"index": "flat"}}, "not of this index"),
+        ({"settings": []}, "TypeError"),
+    ],
+)
+def test_damaged_settings_of_a_saved_classifier_are_named(table, tmp_path, change, named):
+    bank = table(clusters(0, 60, 6)[0])
+    path = KNNClassifier(k=3, index="IVF2,Flat").fit(bank).save(tmp_path / "knn") / "knn.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | change))
+    with pytest.raises(ValueError, match=rf"knn\.json is damaged.*{named}"):
+        load_knn(tmp_path / "knn", bank)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"knn\.json is damaged"):
+        load_knn(tmp_path / "knn", bank)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(index="flat", index_parameters="nprobe=8"), "exact and takes no parameters, got 'nprobe=8'"),
+        (dict(index="stream;nprobe=8"), "exact and takes no parameters"),
+        (dict(index=""), "index must be 'flat', 'stream' or a FAISS factory string"),
+        (dict(index="HNSW1"), "a graph of 1 links per row"),  # FAISS ends the process
+        (dict(index="IVF4,Flat;nprobe=0"), "cannot build index 'IVF4,Flat' 'nprobe=0'"),
+        (dict(index="IVF0,Flat"), "cannot build index 'IVF0,Flat'"),
+    ],
+)
+def test_indexes_that_cannot_answer_are_refused_at_once(table, options, named):
+    with pytest.raises(ValueError, match=named):
+        KNNClassifier(k=3, **options).fit(table(clusters(0, 200, 6)[0]))
+
+
+def test_a_bank_stored_column_by_column_is_not_copied(table, tmp_path, monkeypatch):
+    bank, queries = table(clusters(0, 60, 6)[0]), clusters(1, 5, 6)[0]
+    bank.save(tmp_path / "bank")
+    np.save(tmp_path / "bank/z.npy", np.asfortranarray(bank.z))
+    mapped = EmbeddingTable.load(tmp_path / "bank", memory_map=True)
+    monkeypatch.setattr(knn_room, "flat_search", lambda bank: pytest.fail("FAISS would copy it"))
+    equal_to_the_definition(KNNClassifier(k=7).fit(mapped).neighbours(queries), bank, queries)
 
 
 def test_records_say_how_good_an_approximate_index_was(toy_encoder, toy_batches):

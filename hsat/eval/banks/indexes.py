@@ -17,6 +17,7 @@ EXAMPLES = "'IVF1024,Flat;nprobe=32' (lists), 'HNSW32' (graph), 'SQfp16' (all ro
 _TRAIN_ROWS = 65536  # a training sample is never smaller, where the bank is large enough
 _PER_LIST = 64  # rows per list of an inverted file that train its centre
 _GRAPHS = re.compile(r"HNSW|NSG|NNDescent")
+_LEAST_LINKS = 4  # per node of a graph: with fewer, FAISS ends the process or never comes back
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """(queries (n, d) float32, wanted) -> (products (n, wanted), bank rows (n, wanted), -1 for none), best first."""
@@ -72,9 +73,15 @@ def build_index(bank: np.ndarray, factory: str, parameters: str, *, seed: int) -
     """A FAISS index of the bank (n, d), trained on a seeded sample and filled block by block.
 
     Graphs (HNSW, NSG) are built on one thread, so that the same bank gives the same graph.  Raises ValueError for a
-    string that FAISS does not know, lists that outnumber the rows, and parameters that do not fit, with examples.
+    string that FAISS does not know, lists that outnumber the rows, graphs of fewer than 4 links, and parameters that do
+    not fit, with examples.
     """
     faiss = load_faiss(factory)
+    links = [int(found) for found in re.findall(r"(?:HNSW|NSG|NNDescent)(\d+)", factory)]
+    if links and min(links) < _LEAST_LINKS:
+        raise ValueError(
+            f"index {factory!r} is a graph of {min(links)} links per row; give it 16 or 32, as in 'HNSW32'"
+        )
     lists = [int(found) for found in re.findall(r"IVF(\d+)", factory)]
     if lists and max(lists) > len(bank):
         raise ValueError(
@@ -92,6 +99,7 @@ def build_index(bank: np.ndarray, factory: str, parameters: str, *, seed: int) -
             faiss.omp_set_num_threads(1)
         for part in blocks(bank):
             index.add(np.ascontiguousarray(bank[part], dtype=np.float32))
+        index.search(np.ascontiguousarray(bank[:1], dtype=np.float32), 1)  # nprobe=0, for one, is refused only here
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(

@@ -51,8 +51,15 @@ class KNNClassifier:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; the paper uses 0.07")
-        if self.index_parameters and split_factory(self.index)[1]:
+        if not isinstance(self.index, str) or not self.index.strip():
+            raise ValueError(f"index must be 'flat', 'stream' or a FAISS factory string, got {self.index!r}")
+        name, parameters = split_factory(self.index)
+        if self.index_parameters and parameters:
             raise ValueError(f"index {self.index!r} has parameters and so has index_parameters; give them once")
+        if name in EXACT and (self.index_parameters or parameters):
+            raise ValueError(
+                f"index {name!r} is exact and takes no parameters, got {self.index_parameters or parameters!r}"
+            )
 
     @property
     def exact(self) -> bool:
@@ -163,8 +170,9 @@ class FittedKNN:
 
     @property
     def _in_place(self) -> bool:
-        """FAISS multiplies float32 rows where they are; float16 ones are read in blocks."""
-        return self.settings.index == "flat" and self.table.z.dtype == np.float32
+        """FAISS multiplies float32 rows where they are; it would copy others, which are read in blocks instead."""
+        z = self.table.z
+        return self.settings.index == "flat" and z.dtype == np.float32 and z.flags.c_contiguous
 
     def _search(self) -> Search:
         if self._index is not None:

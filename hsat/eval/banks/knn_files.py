@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hsat.eval.banks.indexes import load_faiss
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
+from hsat.eval.banks.knn import FittedKNN, KNNClassifier, check_bank
 from hsat.eval.banks.neighbours import blocks
 from hsat.types import EmbeddingTable
 
@@ -52,24 +52,42 @@ def load_knn(path: str | os.PathLike[str], table: EmbeddingTable) -> FittedKNN:
     The bank's rows, labels and class names, and the bytes of the index, are checked against SHA-256 sums in the folder.
     That finds stale and damaged files, not malice: whoever can write the folder can write the sums, and FAISS reads its
     files in C++ without guarding against crafted ones.  Load only what you or people you trust have written.
-    Raises FileNotFoundError where no classifier is, ValueError for another bank or an index that was changed.
+    Raises FileNotFoundError where no classifier is, ValueError for another bank, an index that was changed, or settings
+    that cannot be used; TypeError for a bank that is no table.
     """
+    check_bank(table)
     path = Path(path)
     if not (path / _ABOUT).is_file():
         raise FileNotFoundError(f"{path} is not a saved classifier: {path / _ABOUT} is missing")
-    about = json.loads((path / _ABOUT).read_text())
-    settings = KNNClassifier(**about["settings"])
+    settings, about = _read_about(path / _ABOUT)
     if len(table) != about["rows"] or table_fingerprint(table) != about["bank"]:
         raise ValueError(
             f"{path} was fitted on another bank of {about['rows']} rows; this one has {len(table)} rows and other"
             " contents.  Fit again: KNNClassifier(...).fit(table)"
         )
+    if about["k"] > len(table):
+        raise ValueError(f"{path / _ABOUT} is damaged: k is {about['k']} in a bank of {len(table)} rows")
     index = None
-    if about["index_sha256"]:
+    if not settings.exact:
         if not (path / _INDEX).is_file() or _file_digest(path / _INDEX) != about["index_sha256"]:
             raise ValueError(f"{path / _INDEX} is missing or was changed after it was saved; fit the classifier again")
         index = load_faiss(settings.index).read_index(str(path / _INDEX))
     return FittedKNN(settings=settings, table=table, k=about["k"], slack=about["slack"], _index=index)
+
+
+def _read_about(path: Path) -> tuple[KNNClassifier, dict[str, Any]]:
+    """The settings and the rest of what `save_knn` wrote, of the kinds that it writes."""
+    try:
+        about = json.loads(path.read_text())
+        settings = KNNClassifier(**about["settings"])
+        k, slack = about["k"], about["slack"]
+        if type(k) is not int or k < 1 or type(slack) is not float or not 0 <= slack < 1:
+            raise ValueError(f"k is {k!r} and slack {slack!r}")
+        if not {"rows", "bank", "index_sha256"} <= about.keys() or settings.exact != (about["index_sha256"] == ""):
+            raise ValueError("an entry is missing, or not of this index")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or of no classifier ({type(error).__name__}: {error})") from error
+    return settings, dict(about)
 
 
 def table_fingerprint(table: EmbeddingTable) -> str:
