@@ -50,7 +50,7 @@ def open_packed(cohort: Cohort, data: DataSettings, *, out: Path) -> PackedPatch
     folder = data.packed
     if folder == "auto":
         folder = out.parent / f"packed-{_files_named(cohort)}"
-    return pack_cohort(cohort, folder, on_bad="raise" if data.on_bad == "raise" else "record")
+    return pack_cohort(cohort, folder, on_bad="raise" if data.on_bad == "raise" else "record", wait=True)
 
 
 def _files_named(cohort: Cohort) -> str:

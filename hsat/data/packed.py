@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 TABLES = ("index.npy", "sources.npy", "checksums.npy")
 DTYPES: dict[str, np.dtype[Any]] = {"srh": np.dtype("<u2"), "rgb": np.dtype("u1")}
+HEAD = 128  # bytes of the .npy header of a flat array, whatever its length
 _BLOCK = 1 << 20
+_MOST = 2**60  # elements, so that sums of them are exact
 
 
 class PackedPatches:
@@ -39,20 +41,22 @@ class PackedPatches:
     read, in each process by itself; a copy sent to a worker process holds the path and small tables only.
     """
 
-    def __init__(self, folder: Path, cohort: Cohort, places: np.ndarray) -> None:
-        """places: for each row of the cohort its row in the folder's tables; `open` finds them."""
+    def __init__(
+        self, folder: Path, cohort: Cohort, places: np.ndarray, head: dict[str, Any], tables: dict[str, np.ndarray]
+    ) -> None:
+        """places: for each row of the cohort its row in the folder's tables; `open` finds them and reads the rest."""
         self.folder, self.kind, self.root = folder, cohort.kind, cohort.root
         self._places, self._paths = places, tuple(record.path for record in cohort.records)
-        self._bad: dict[str, str] = read_header(folder)["bad"]
-        self._index = load_array(folder / "index.npy")
+        self._bad: dict[str, str] = head["bad"]
+        self._index = tables["index.npy"]
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], cohort: Cohort, *, verify: bool = False) -> PackedPatches:
         """The packed patches of this cohort; any cohort will do whose files were packed, however it is split.
 
-        The tables' checksums are compared, and each file of the cohort with what was packed: by size, and by content
-        where it was modified since.  verify=True compares the contents of all files, and the packed values with their
-        checksums: it reads everything once.
+        Checksums and shapes of the tables are compared, the array's size, and each file of the cohort with what was
+        packed: by size, and by content where it was modified since.  verify=True compares the contents of all files,
+        and the packed values with their checksums: it reads everything once.
 
         Raises FileNotFoundError where there is no packed folder, ValueError where it is damaged (naming the patches),
         of another format or kind, lacks files of the cohort, or holds files that have changed since (naming them).
@@ -61,14 +65,12 @@ class PackedPatches:
         head = read_header(folder)
         if head["kind"] != cohort.kind:
             raise ValueError(f"{folder} holds {head['kind']!r} patches and the cohort is {cohort.kind!r}; pack it anew")
-        for name in TABLES:
-            if file_digest(folder / name).hex() != head["tables"][name]:
-                raise ValueError(f"{folder / name} is damaged: its checksum is not that of packed.json; pack it anew")
+        tables = _checked_tables(folder, head)
         row_of = {path: row for row, path in enumerate(head["paths"])}
         paths = [record.path for record in cohort.records]
         if lost := [path for path in paths if path not in row_of]:
             raise ValueError(f"{folder} lacks files of the cohort: {shortened(lost)}; {_REBUILD}")
-        packed = cls(folder, cohort, np.array([row_of[path] for path in paths], dtype=np.int64))
+        packed = cls(folder, cohort, np.array([row_of[path] for path in paths], dtype=np.int64), head, tables)
         packed.check_sources(cohort, verify=verify)
         if verify:
             packed.check()
@@ -86,7 +88,7 @@ class PackedPatches:
     @cached_property
     def _values(self) -> np.ndarray:
         values = load_array(self.folder / "images.npy", memory_map=True)
-        wanted = int(self._index[-1, 0] + self._index[-1, 1:].prod())
+        wanted = _end(self._index)
         if values.dtype != DTYPES[self.kind] or values.shape != (wanted,):
             raise ValueError(
                 f"{self.folder / 'images.npy'} is damaged: it holds {values.shape} {values.dtype}, and the index"
@@ -114,6 +116,12 @@ class PackedPatches:
         """Raise ValueError unless row i here is row i of this cohort; its splits do not matter."""
         if self._paths != tuple(record.path for record in cohort.records):
             raise ValueError(f"{self!r} was opened for another cohort; open it with PackedPatches.open(folder, cohort)")
+
+    def refuse_bad(self) -> None:
+        """Raise BadPatch for the first patch of the cohort whose file was unreadable when it was packed."""
+        for path in self._paths:
+            if path in self._bad:
+                raise BadPatch(self.root / path, self._bad[path])
 
     def check(self) -> None:
         """Compare every packed patch with its checksum; ValueError names those that differ."""
@@ -158,11 +166,47 @@ def read_header(folder: Path) -> dict[str, Any]:
         head = json.loads(path.read_text("utf-8"))
         if head["format"] != FORMAT:
             raise ValueError(f"its format is {head['format']!r}, this version reads {FORMAT}")
-        if head["kind"] not in DTYPES or not {"paths", "bad", "tables"} <= head.keys():
-            raise ValueError("an entry is missing or unknown")
-    except (ValueError, KeyError, TypeError) as error:
+        if head["kind"] not in DTYPES:
+            raise ValueError(f"its kind is {head['kind']!r}")
+        paths, bad, tables = head["paths"], head["bad"], head["tables"]
+        if not isinstance(paths, list) or len({str(name) for name in paths}) != len(paths) or not paths:
+            raise ValueError("its paths are no list of different names")
+        texts = (*paths, *bad.keys(), *bad.values(), *(tables[name] for name in TABLES))
+        if not all(isinstance(text, str) for text in texts) or not bad.keys() <= set(paths):
+            raise ValueError("an entry is no text, or is bad and has no path")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error}); pack the cohort anew") from error
     return dict(head)
+
+
+def _checked_tables(folder: Path, head: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The three tables of a packed folder, which belong together and to images.npy; ValueError naming what does not."""
+    rows = len(head["paths"])
+    forms = {"index.npy": ("i8", (rows, 4)), "sources.npy": ("i8", (rows, 2)), "checksums.npy": ("u1", (rows, 2, 32))}
+    found = {}
+    for name in TABLES:
+        path = folder / name
+        if not path.is_file() or file_digest(path).hex() != head["tables"][name]:
+            raise ValueError(f"{path} is damaged: its checksum is not that of packed.json; pack it anew")
+        found[name] = load_array(path)
+        if (found[name].dtype.str[1:], found[name].shape) != forms[name]:
+            raise ValueError(f"{path} is damaged: it holds {found[name].shape} {found[name].dtype}; pack it anew")
+    index, item = found["index.npy"], DTYPES[head["kind"]].itemsize
+    sizes = index[:, 1:].prod(axis=1)
+    bad = np.array([path in head["bad"] for path in head["paths"]])
+    sound = index.min() >= 0 and index[:, 1:].astype(np.float64).prod(axis=1).sum() < _MOST
+    if not sound or (index[:, 0] != np.cumsum(sizes) - sizes).any() or ((sizes == 0) != bad).any():
+        raise ValueError(f"{folder / 'index.npy'} is damaged: its rows do not follow one another; pack it anew")
+    images = folder / "images.npy"
+    wanted, size = HEAD + _end(index) * item, images.stat().st_size if images.is_file() else 0
+    if size != wanted:
+        raise ValueError(f"{images} is damaged: it has {size} bytes and the index wants {wanted}; pack it anew")
+    return found
+
+
+def _end(index: np.ndarray) -> int:
+    """Elements in images.npy."""
+    return int(index[-1, 0] + index[-1, 1:].prod())
 
 
 def file_digest(path: Path) -> bytes:

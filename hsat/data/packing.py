@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from hsat.data.packed import DTYPES, FORMAT, TABLES, PackedPatches, file_digest
+from hsat.data.packed import DTYPES, FORMAT, HEAD, TABLES, PackedPatches, file_digest
 from hsat.data.readers import BadPatch, read_stored
 
 if TYPE_CHECKING:
     from hsat.data.cohort import Cohort
-
-_HEAD = 128  # bytes of the .npy header of a flat array, whatever its length
 
 
 class _Patch(NamedTuple):
@@ -42,6 +40,7 @@ def pack_cohort(
     on_bad: Literal["raise", "record"] = "raise",
     chunk: int = 256,
     threads: int = 1,
+    wait: bool = False,
 ) -> PackedPatches:
     """The cohort's patches packed into `folder`, which is opened and checked if it is there already.
 
@@ -53,38 +52,53 @@ def pack_cohort(
     rebuild=True replaces a packed folder that no longer fits the cohort; one that fits is kept.  verify: as for
     `PackedPatches.open`.  on_bad="record" writes the reason in place of an unreadable file; reading that patch then
     raises its BadPatch as the file would.  on_bad="raise" raises it at once, and what is done stays for the next call.
+    wait=True waits where another process is packing, and opens what it made.
 
     Raises FileExistsError for a folder that is no packed cohort, ValueError as `PackedPatches.open` where
-    rebuild=False, for chunk or threads below 1 or another on_bad, RuntimeError where another process is packing there.
+    rebuild=False, for chunk or threads below 1 or another on_bad, RuntimeError where another process is packing there
+    and wait=False.
     """
     if on_bad not in ("raise", "record"):
         raise ValueError(f"on_bad must be 'raise' or 'record', got {on_bad!r}")
     if min(chunk, threads) < 1:
         raise ValueError(f"chunk and threads must be at least 1, got {chunk} and {threads}")
     folder = Path(os.path.abspath(folder))
-    if os.path.lexists(folder):
-        if not (folder / "packed.json").is_file():
-            raise FileExistsError(f"{folder} exists and is no packed cohort; name a folder that does not exist")
-        try:
-            return PackedPatches.open(folder, cohort, verify=verify)
-        except ValueError:
-            if not rebuild:
-                raise
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.parent / f".{folder.name}.packing"
-    with _alone(work):
-        _Packing(cohort, work, on_bad).run(chunk, threads)
-        _put(work, folder)
-    return PackedPatches.open(folder, cohort, verify=verify)
+    packed = _opened(cohort, folder, rebuild=rebuild, verify=verify)
+    if packed is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = folder.parent / f".{folder.name}.packing"
+        with _alone(work, wait=wait):
+            packed = _opened(cohort, folder, rebuild=rebuild, verify=verify)  # another process may have been faster
+            if packed is None:
+                _Packing(cohort, work, on_bad).run(chunk, threads)
+                _put(work, folder)
+                packed = PackedPatches.open(folder, cohort, verify=verify)
+    if on_bad == "raise":
+        packed.refuse_bad()
+    return packed
+
+
+def _opened(cohort: Cohort, folder: Path, *, rebuild: bool, verify: bool) -> PackedPatches | None:
+    """What is there already; None where nothing is, or what no longer fits and may be replaced."""
+    if not os.path.lexists(folder):
+        return None
+    if not (folder / "packed.json").is_file():
+        raise FileExistsError(f"{folder} exists and is no packed cohort; name a folder that does not exist")
+    try:
+        return PackedPatches.open(folder, cohort, verify=verify)
+    except ValueError:
+        if not rebuild:
+            raise
+    return None
 
 
 @contextmanager
-def _alone(work: Path) -> Iterator[None]:
+def _alone(work: Path, *, wait: bool) -> Iterator[None]:
     """A lock beside the work folder; the system lets go of it when the process ends, however it ends."""
-    with open(f"{work}.lock", "w") as file:
+    with open(f"{work}.lock", "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise RuntimeError(f"another process is packing into {work}; wait for it to end") from error
         yield  # the empty file stays: another process may wait at it, and a new one would be another lock
 
@@ -106,7 +120,7 @@ class _Packing:
             open(self.work / "journal.jsonl", "a") as journal,
             ThreadPoolExecutor(threads) as pool,
         ):
-            images.seek(_HEAD + self._elements() * DTYPES[self.cohort.kind].itemsize)
+            images.seek(HEAD + self._elements() * DTYPES[self.cohort.kind].itemsize)
             images.truncate()
             for first in range(len(self.rows), len(self.paths), chunk):
                 done = []
@@ -143,11 +157,15 @@ class _Packing:
     def _resume(self) -> None:
         """Take over the chunks of an earlier call; anything that does not fit is thrown away."""
         plan = self.work / "plan.json"
-        if not (plan.is_file() and json.loads(plan.read_text("utf-8")) == self.head and self._take_over()):
+        try:
+            known = plan.is_file() and json.loads(plan.read_text("utf-8")) == self.head and self._take_over()
+        except (ValueError, KeyError, TypeError, FileNotFoundError):  # damaged
+            known = False
+        if not known:
             self.rows = []
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir()
-            (self.work / "images.npy").write_bytes(bytes(_HEAD))
+            (self.work / "images.npy").write_bytes(bytes(HEAD))
             (self.work / "journal.jsonl").touch()
             _write(plan, json.dumps(self.head))
 
@@ -157,7 +175,7 @@ class _Packing:
         self.rows = [row for line in whole.splitlines() for row in json.loads(line)]
         if torn:
             _write(journal, whole + "\n" if whole else "")
-        needed = _HEAD + self._elements() * DTYPES[self.cohort.kind].itemsize
+        needed = HEAD + self._elements() * DTYPES[self.cohort.kind].itemsize
         if os.path.getsize(self.work / "images.npy") < needed:
             return False
         for row, known in enumerate(self.rows):
@@ -181,8 +199,8 @@ class _Packing:
         with open(self.work / "images.npy", "r+b") as images:
             description = {"descr": DTYPES[self.cohort.kind].str, "fortran_order": False, "shape": (int(ends[-1]),)}
             np.lib.format.write_array_header_1_0(images, description)
-            if images.tell() != _HEAD:
-                raise RuntimeError(f"numpy wrote a header of {images.tell()} bytes where {_HEAD} were expected")
+            if images.tell() != HEAD:
+                raise RuntimeError(f"numpy wrote a header of {images.tell()} bytes where {HEAD} were expected")
             _flush(images)
         bad = {path: row["bad"] for path, row in zip(self.paths, self.rows, strict=True) if row["bad"]}
         tables_digests = {name: file_digest(self.work / name).hex() for name in TABLES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -225,9 +226,74 @@ def test_a_damaged_table_is_named(srh, tmp_path, name):
 
 def test_a_short_array_is_refused(srh, tmp_path):
     packed = pack_cohort(srh, tmp_path / "packed")
-    np.save(tmp_path / "packed/images.npy", np.zeros(7, np.uint16))
+    size = (tmp_path / "packed/images.npy").stat().st_size - 128
+    np.save(tmp_path / "packed/images.npy", np.zeros(size, np.uint8))
     with pytest.raises(ValueError, match=r"images\.npy' is damaged|images\.npy is damaged"):
         packed.read(0)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_an_array_of_another_size_is_found_when_it_is_opened(srh, tmp_path, change):
+    pack_cohort(srh, tmp_path / "packed")
+    path = tmp_path / "packed/images.npy"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if change < 0 else data + b"0")
+    with pytest.raises(ValueError, match=rf"images\.npy is damaged: it has {len(data) + change} bytes"):
+        PackedPatches.open(tmp_path / "packed", srh)
+
+
+HOSTILE_INDEX = {
+    "no rows": lambda index: index[:0],
+    "one row missing": lambda index: index[:-1],
+    "floats": lambda index: index.astype(float),
+    "flat": lambda index: index.ravel(),
+    "negative": lambda index: index * np.where(np.arange(len(index)) == 2, -1, 1)[:, None],
+    "another patch": lambda index: np.concatenate([index[:2], index[:1], index[3:]]),
+    "enormous": lambda index: np.concatenate([index[:2], [[index[2, 0], 2**40, 2**40, 2**40]], index[3:]]),
+    "no pixels": lambda index: np.concatenate([index[:-1], [[index[-1, 0], 0, 0, 0]]]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_INDEX)
+def test_a_crafted_index_is_refused_before_anything_is_read(srh, tmp_path, name):
+    """With a checksum to match: whoever can write the tables can write that."""
+    pack_cohort(srh, tmp_path / "packed")
+    path, about = tmp_path / "packed/index.npy", tmp_path / "packed/packed.json"
+    np.save(path, HOSTILE_INDEX[name](np.load(path)))
+    head = json.loads(about.read_text())
+    head["tables"]["index.npy"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    about.write_text(json.dumps(head))
+    with pytest.raises(ValueError, match=r"index\.npy is damaged"):
+        PackedPatches.open(tmp_path / "packed", srh)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"paths": 3},
+        {"paths": []},
+        {"paths": [["x"]]},
+        {"bad": ["x"]},
+        {"bad": {"../../x": "unreadable"}},
+        {"tables": []},
+        {"tables": {}},
+        {"kind": ["srh"]},
+    ],
+    ids=str,
+)
+def test_a_crafted_header_is_refused(srh, tmp_path, change):
+    pack_cohort(srh, tmp_path / "packed")
+    path = tmp_path / "packed/packed.json"
+    head = json.loads(path.read_text())
+    path.write_text(json.dumps(head | change))
+    with pytest.raises(ValueError, match=r"packed\.json cannot be used"):
+        PackedPatches.open(tmp_path / "packed", srh)
+    path.write_text(json.dumps(head | {"paths": ["../../x", *head["paths"][1:]]}))
+    with pytest.raises(ValueError, match="lacks files of the cohort"):
+        PackedPatches.open(tmp_path / "packed", srh)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"packed\.json cannot be used"):
+        PackedPatches.open(tmp_path / "packed", srh)
 
 
 def test_other_formats_kinds_and_folders_are_refused(srh, folders_root, tmp_path):
@@ -289,6 +355,15 @@ def test_an_unreadable_file_may_be_recorded_and_is_replaced_as_from_files(srh, t
     assert torch.equal(items[0].images, items[1].images)
 
 
+def test_a_recorded_unreadable_file_ends_a_packing_that_wants_none(srh, tmp_path):
+    bad = srh.path(4)
+    bad.write_bytes(bad.read_bytes()[:200])
+    pack_cohort(srh, tmp_path / "packed", on_bad="record")
+    with pytest.raises(BadPatch, match=bad.name):
+        pack_cohort(srh, tmp_path / "packed")
+    assert len(pack_cohort(srh, tmp_path / "packed", on_bad="record")) == len(srh)
+
+
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 SLOW_PACKING = """
@@ -330,6 +405,31 @@ def test_a_killed_process_loses_one_chunk_at_most(srh, tmp_path, monkeypatch):
     whole = pack_cohort(srh, tmp_path / "whole")
     for name in ("images.npy", "index.npy", "sources.npy", "checksums.npy", "packed.json"):
         assert (packed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_who_waits_opens_what_another_process_packed(srh, tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", SLOW_PACKING, str(srh.root), str(tmp_path / "packed")])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".packed.packing/plan.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    monkeypatch.setattr(room, "read_stored", lambda path, *, kind: pytest.fail(f"{path} was read again"))
+    packed = pack_cohort(srh, tmp_path / "packed", wait=True)
+    assert process.wait() == 0
+    packed.check()
+
+
+@pytest.mark.parametrize("name", ["plan.json", "journal.jsonl"])
+@pytest.mark.parametrize("content", ["{", "[3]\n", "\0\n"])
+def test_a_damaged_work_folder_is_begun_again(srh, tmp_path, name, content):
+    last = srh.path(len(srh) - 1)
+    good = last.read_bytes()
+    last.write_bytes(good[:100])
+    with pytest.raises(BadPatch):
+        pack_cohort(srh, tmp_path / "packed", chunk=2)
+    last.write_bytes(good)
+    (tmp_path / ".packed.packing" / name).write_text(content)
+    assert len(pack_cohort(srh, tmp_path / "packed", verify=True)) == len(srh)
 
 
 def test_what_was_packed_of_a_file_that_changed_is_thrown_away(srh, tmp_path):
