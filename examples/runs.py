@@ -99,7 +99,7 @@ class Run:
                 raise SystemExit(
                     f"error: {out} holds a run already; add --resume to go on with it, or choose another --out"
                 )
-            self._check_same(json.loads(found.read_text()))
+            self._check_same(found)
         out.mkdir(parents=True, exist_ok=True)
         self._loggers = _loggers(out, settings, log)  # first: one that is not installed leaves no run behind
         if not found.exists():
@@ -107,20 +107,31 @@ class Run:
             write_json(found, about)
         self._columns: list[str] = []
 
-    def _check_same(self, earlier: dict[str, Any]) -> None:
-        before = self._defaults | flat(earlier["settings"])
+    def _check_same(self, path: Path) -> None:
+        try:
+            earlier = json.loads(path.read_text())
+            before, cohort = earlier["settings"], str(earlier["cohort"])
+            self.check_settings(before, "the run began with")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SystemExit(
+                f"error: {path} is damaged ({type(error).__name__}: {error}); --resume needs it, or take another --out"
+            ) from None
+        if cohort != self.cohort:
+            raise SystemExit(
+                f"error: {self.out} was trained on another cohort (fingerprint {cohort[:12]},"
+                f" now {self.cohort[:12]}); resuming would mix the two"
+            )
+
+    def check_settings(self, earlier: dict[str, Any], whose: str) -> None:
+        """End the program where these differ from the settings of now, but for those that may."""
+        before = self._defaults | flat(json.loads(json.dumps(earlier, default=str)))
         now = flat(json.loads(json.dumps(self.settings, default=str)))
         differing = [
             key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_DIFFER
         ]
         if differing:
             listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in sorted(differing))
-            raise SystemExit(f"error: --resume needs the settings the run began with: {listed}")
-        if earlier["cohort"] != self.cohort:
-            raise SystemExit(
-                f"error: {self.out} was trained on another cohort (fingerprint {earlier['cohort'][:12]},"
-                f" now {self.cohort[:12]}); resuming would mix the two"
-            )
+            raise SystemExit(f"error: --resume needs the settings {whose}: {listed}")
 
     def keep_rows_before(self, step: int) -> None:
         """After a resume: drop what was logged behind the checkpoint, it will be logged again."""
@@ -144,8 +155,14 @@ class Run:
         path = self.out / "train.csv"
         if not path.exists():
             return []
-        with path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+        try:
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            return [row for row in rows if int(row["step"]) >= 0]
+        except (ValueError, KeyError, csv.Error) as error:
+            raise SystemExit(
+                f"error: {path} is damaged ({type(error).__name__}: {error}); move it away, --resume starts a new one"
+            ) from None
 
     def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         self._columns = list(dict.fromkeys([*(rows[0] if rows else []), *columns]))

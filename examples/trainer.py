@@ -231,11 +231,17 @@ class Trainer:
         """Go on from the last checkpoint, if there is one."""
         if run.last.exists():
             state = self._loaded(run)
-            self.step, self.best = state.step, float(state.extra["best"])
-            if "inner" in state.extra:  # older checkpoints have none
-                self.inner.restore(state.extra["inner"])
-            if "scaler" in state.extra:
-                self.scaler.load_state_dict(state.extra["scaler"])
+            run.check_settings(state.config, f"that {run.last} was written with")
+            try:
+                self.step, self.best = state.step, float(state.extra["best"])
+                if "inner" in state.extra:  # older checkpoints have none
+                    self.inner.restore(state.extra["inner"])
+                if "scaler" in state.extra:
+                    self.scaler.load_state_dict(state.extra["scaler"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{run.last} is damaged ({type(error).__name__}: {error})") from error
+            if self.step > self.steps:
+                raise ValueError(f"{run.last} is damaged: it stands at step {self.step} of {self.steps}")
         same_everywhere(self.step, "the step to go on from")
         run.keep_rows_before(self.step)
 

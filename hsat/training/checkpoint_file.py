@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -34,7 +35,10 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a file that torch.save wrote, on the CPU; raises ValueError saying what the file is instead."""
+    """The dict in a file that torch.save wrote, on the CPU; raises ValueError saying what the file is instead.
+
+    The checksums in the file are compared with its contents, which torch itself does not do.
+    """
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     if path.is_dir():
@@ -43,14 +47,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         _refuse_text(path, size, file.read(256))
     try:
+        _compare_checksums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: {_first(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, BadZipFile) as error:
         raise ValueError(f"{path} ({size} bytes) is truncated, damaged or no checkpoint: {_first(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, and a checkpoint is a dict")
     return content
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raise BadZipFile or ValueError where a file of today's format was damaged; older formats have no checksums."""
+    if is_zipfile(path):
+        with ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} in it is another")
 
 
 def _refuse_text(path: Path, size: int, start: bytes) -> None:

@@ -10,14 +10,15 @@ import time
 
 import torch
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _CPU_WORDS = ("defaultcpuallocator", "can't allocate memory", "cannot allocate memory")
 
 
 def parse_memory(text: str) -> int:
     """Bytes in "8GB", "500 MB", "7.5GiB" or "1000000"; ValueError for anything else."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
+    if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < math.inf:
         raise ValueError(f"write an amount of memory such as 8GB, 500MB or 7.5GiB; got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

@@ -106,9 +106,7 @@ def load_training_state(
             f"{path} is no training checkpoint of this version ({FORMAT!r});"
             f" it holds {_listed(sorted(map(str, content)))}. hsat.models.load_checkpoint reads weights alone"
         )
-    lost = sorted({"model", "random", "epoch", "step", "config", "extra"} - content.keys())
-    if lost:
-        raise ValueError(f"{path} is a damaged training checkpoint: it lacks {_listed(lost)}")
+    _check_content(path, content)
     parts = {name: part for name, part in (("optimizer", optimizer), ("scheduler", scheduler)) if part is not None}
     _check_names(path, "states", {"optimizer", "scheduler"} & content.keys(), set(parts))
     _check_model(path, content["model"], model.state_dict())
@@ -118,12 +116,29 @@ def load_training_state(
     for name, part in parts.items():
         try:
             part.load_state_dict(content[name])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the {name} of {path} does not fit the one given: {error}") from error
     model.load_state_dict(content["model"])
     if mine is not None:
         _restore_random(mine, generators or {})
     return TrainingState(content["epoch"], content["step"], content["config"], content["extra"])
+
+
+def _check_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the entries that are missing or of another kind than `save_checkpoint` writes."""
+    kinds = {"model": dict, "random": list, "epoch": int, "step": int, "config": dict, "extra": dict}
+    if lost := sorted(kinds.keys() - content.keys()):
+        raise ValueError(f"{path} is a damaged training checkpoint: it lacks {_listed(lost)}")
+    wrong = [name for name, kind in kinds.items() if type(content[name]) is not kind]
+    wrong += [name for name in ("epoch", "step") if name not in wrong and content[name] < 0]
+    if "random" not in wrong:
+        wanted = {"python", "numpy", "torch", "cuda", "generators"}
+        if not all(isinstance(each, dict) and wanted <= each.keys() for each in content["random"]):
+            wrong.append("random")
+    if "model" not in wrong and not all(isinstance(key, str) for key in content["model"]):
+        wrong.append("model")
+    if wrong:
+        raise ValueError(f"{path} is a damaged training checkpoint: {_listed(wrong)} cannot be used")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
@@ -154,6 +155,7 @@ def test_another_cohort_is_refused(copied, own_root, options, stops):
         (lambda content: content[: len(content) // 2], "truncated, damaged"),
         (lambda content: b"", "empty"),
         (lambda content: b"<!DOCTYPE html><html>", "HTML"),
+        (lambda content: content[:9999] + bytes([content[9999] ^ 4]) + content[10000:], "checksum"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(damage, named, copied, trained, options, stops):
@@ -162,3 +164,34 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(damage, named,
     assert str(copied / "last.pt") in message and named in message
     assert load_file(copied / "final.safetensors").keys() == load_file(trained / "final.safetensors").keys()
     assert (copied / "train.csv").read_bytes() == (trained / "train.csv").read_bytes()
+
+
+def test_the_checkpoint_of_another_run_is_refused_by_its_settings(copied, trained, options, stops):
+    """Its model fits; its seed, and with it the draws to come, do not."""
+    content = torch.load(copied / "last.pt", weights_only=True)
+    content["config"]["seed"] = 7
+    torch.save(content, copied / "last.pt")
+    message = stops(train, [*options, "--out", str(copied), "--resume"])
+    assert str(copied / "last.pt") in message and "seed was 7, now 0" in message
+    assert (copied / "final.safetensors").read_bytes() == (trained / "final.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 99}, {"step": "3"}, {"extra": {}}, {"extra": {"best": 0.0, "inner": {"gap": [1], "warm": None}}}],
+)
+def test_a_crafted_checkpoint_is_named(change, copied, options, stops):
+    torch.save(torch.load(copied / "last.pt", weights_only=True) | change, copied / "last.pt")
+    message = stops(train, [*options, "--out", str(copied), "--resume"])
+    assert str(copied / "last.pt") in message and "damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("run.json", b"{"), ("run.json", b"[]"), ("train.csv", b"\xff\xfe,1\n2,3\n"), ("train.csv", b"a,b\n1,2\n")],
+)
+def test_a_damaged_file_of_the_run_is_named(name, content, copied, options, stops):
+    (copied / name).write_bytes(content)
+    message = stops(train, [*options, "--out", str(copied), "--resume"])
+    assert f"{copied / name} is damaged" in message
+    assert (copied / name).read_bytes() == content

@@ -17,13 +17,14 @@ from hsat.training.guards import time_text
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("7", 7), ("2 KiB", 2048)]
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("7", 7), ("2 KiB", 2048), ("2TB", 2 * 10**12)],
 )
 def test_amounts_of_memory(text, size):
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "8 GX", "-1GB", "0GB", "8,5GB", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "8 GX", "-1GB", "0GB", "8,5GB", "nan", "9" * 400 + "GB"])
 def test_other_words_are_no_amount(text):
     with pytest.raises(ValueError, match="8GB"):
         parse_memory(text)

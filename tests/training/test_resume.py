@@ -195,6 +195,39 @@ def test_truncated_file(tmp_path: Path, share: float) -> None:
         load_training_state(path, **Run.fresh(1).parts())
 
 
+def test_a_flipped_bit_in_a_weight_is_found(tmp_path: Path) -> None:
+    """torch.load does not compare the checksums: the run would go on with another weight."""
+    run = Run.fresh(0)
+    path = save(tmp_path / "last.pt", run)
+    whole = bytearray(path.read_bytes())
+    weight = next(run.model.parameters()).detach().numpy().tobytes()
+    place = whole.index(weight) + 1
+    whole[place] ^= 1
+    path.write_bytes(whole)
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match=r"last.pt .* damaged .*checksum of .*data/\d+"):
+        load_training_state(path, **Run.fresh(1).parts())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": [1]}, "model cannot be used"),
+        ({"model": {1: torch.zeros(1)}}, "model cannot be used"),
+        ({"step": "3", "epoch": -1}, "step, epoch cannot be used"),
+        ({"random": ["x"]}, "random cannot be used"),
+        ({"random": [{}], "config": 3}, "config, random cannot be used"),
+        ({"optimizer": "x"}, "the optimizer of"),
+        ({"scheduler": 3}, "the scheduler of"),
+    ],
+)
+def test_entries_of_another_kind_are_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    path = save(tmp_path / "last.pt", Run.fresh(0))
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(ValueError, match=named):
+        load_training_state(path, **Run.fresh(1).parts())
+
+
 def test_a_file_that_would_run_code(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> Any:
