@@ -218,7 +218,7 @@ def measure_size(rows: int, options: argparse.Namespace, folder: Path) -> dict[s
 
 def markdown(about: dict[str, object], sizes: dict[str, object]) -> str:
     """The results as tables."""
-    lines = ["# Large banks", "", f"{about}", ""]
+    lines = ["# Large banks", "", *(f"- {name.replace('_', ' ')}: {value}" for name, value in about.items()), ""]
     for rows, found in sizes.items():
         lines += [f"## {rows} rows, {found['bank_mib']:.0f} MiB", ""]
         lines += [

@@ -79,7 +79,7 @@ def plot(points: dict[str, list[dict[str, float]]], path: Path) -> None:
     for axis, (group, key, value, unit, label) in zip(axes, panels, strict=True):
         axis.plot([p[key] for p in points[group]], [p[value] / unit for p in points[group]], "o-")
         axis.set(xlabel=key, ylabel=label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max(p[value] / unit for p in points[group]))
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
