@@ -93,6 +93,8 @@ def check_memory(settings: TrainHSAT, ranks: Ranks, *, before: int) -> str | Non
         return text
     groups = ranks.size * settings.train.accumulate
     fits = largest_batch(settings.train.batch_patients // groups, before=before, peak=peak, limit=limit) * groups
+    if before >= limit:
+        return f"{text}; {memory_text(before)} were in use before it, by program and encoder: no batch would fit"
     if not fits:
         return (
             f"{text}; not even one patient at a time fits: lower --data.image_size, or use a smaller --model.backbone"

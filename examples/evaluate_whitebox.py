@@ -122,13 +122,14 @@ def load_named(settings: EvaluateWhitebox, text: str) -> tuple[str, torch.nn.Mod
 
 def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]:
     """The bank (clean training patches) and the queries (validation patches), thinned evenly where asked."""
-    found = []
+    found, on_gpu = [], device_named(settings.device).type == "cuda"
     for split, wanted in (("train", settings.bank_patches), ("val", settings.query_patches)):
         own_size = getattr(settings, "threat", "") == "raw_srh"  # resized, they are not made of two channels any more
         dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size)
         if wanted is not None and wanted < len(dataset):
             dataset.rows = dataset.rows[np.linspace(0, len(dataset) - 1, wanted).round().astype(int)]
-        found.append(patch_loader(dataset, batch_size=settings.batch_size, workers=settings.data.workers))
+        workers = settings.data.workers
+        found.append(patch_loader(dataset, batch_size=settings.batch_size, workers=workers, pin_memory=on_gpu))
     return found[0], found[1]
 
 

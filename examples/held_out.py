@@ -63,9 +63,9 @@ def _embedded(encoder: nn.Module, dataset: PatchDataset, attack: Attack | None, 
     dataset.rows = dataset.rows[share]
     if not len(dataset):
         return gather_table(None)
-    return gather_table(
-        embed(encoder, patch_loader(dataset, batch_size=BATCH, workers=settings.data.workers), attack=attack)
-    )
+    on_gpu = next(encoder.parameters()).is_cuda
+    loader = patch_loader(dataset, batch_size=BATCH, workers=settings.data.workers, pin_memory=on_gpu)
+    return gather_table(embed(encoder, loader, attack=attack))
 
 
 def keep_best(trainer: Trainer, run: Run, row: dict[str, Any], fingerprint: str) -> None:

@@ -58,7 +58,7 @@ def embed(
     with frozen_module(encoder):
         for batch in watch(loader, progress, "embedding"):
             labelled(batch)
-            images = batch.images.to(place)
+            images = sent(batch.images, place)
             if attack is not None:
                 objective = feature_drift(attacked, images, "cosine", reference=encode(attacked, images))
                 images = attack(images, objective, generator=generator, ids=batch.patch)
@@ -175,6 +175,11 @@ def device_of(encoder: Encoder, device: torch.device | str | None) -> torch.devi
         for tensor in (*encoder.parameters(), *encoder.buffers()):
             return tensor.device
     return torch.device("cpu")
+
+
+def sent(images: Tensor, place: torch.device) -> Tensor:
+    """Images on a device.  On its way to a GPU a batch that the loader has page-locked stops nobody."""
+    return images.to(place, non_blocking=place.type == "cuda")  # the other way the host could read too early
 
 
 def labelled(batch: HierarchicalBatch) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hsat.attacks import PGD, Linf, feature_drift
 from hsat.eval import embed
+from hsat.eval.embedding import sent
 from hsat.types import HierarchicalBatch
 
 ATTACK = PGD(Linf(8 / 255), step_size=2 / 255, steps=3)
@@ -147,3 +148,12 @@ def test_importing_the_room_loads_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_only_the_way_to_a_gpu_does_not_wait(monkeypatch):
+    """Back from a GPU the host would read what has not arrived yet."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, place, **how: asked.append((place.type, how)) or self)
+    for name in ("cpu", "cuda:1", "mps"):
+        sent(torch.zeros(1), torch.device(name))
+    assert asked == [(kind, {"non_blocking": kind == "cuda"}) for kind in ("cpu", "cuda", "mps")]

@@ -304,7 +304,7 @@ def test_length_and_memory_are_said(options, tmp_path, capsys):
     train([*argv, "--train.max_memory", "1MB", "--out", tmp_path / "run"])
     shown = capsys.readouterr().err
     assert "s per step (over 2 steps)" in shown and "for 1 more steps" in shown
-    assert "of --train.max_memory 1 MB; " in shown
+    assert "of --train.max_memory 1 MB; " in shown and "were in use before it" in shown and "lower" not in shown
 
 
 def test_shortage_of_memory_names_what_to_lower(options, tmp_path, stops, monkeypatch):

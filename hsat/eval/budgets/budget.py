@@ -22,6 +22,7 @@ from hsat.eval.embedding import (
     frozen_module,
     labelled,
     select_layer,
+    sent,
     watch,
 )
 from hsat.eval.measuring import evaluation_frame
@@ -142,7 +143,7 @@ class _Trial:
         with frozen_module(self.encoder):
             for batch in watch(queries, progress, "attacking"):
                 matched = match_labels(labelled(batch), names, self.knn.class_names)
-                images = batch.images.to(place)
+                images = sent(batch.images, place)
                 ids = batch.patch, batch.slide, batch.patient
                 objective = self.make(images, HierarchicalBatch(batch.images, *ids, torch.from_numpy(matched)))
                 generator = torch.Generator().manual_seed(self.seed)

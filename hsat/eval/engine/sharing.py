@@ -16,6 +16,7 @@ from hsat.eval.embedding import (
     frozen_module,
     labelled,
     select_layer,
+    sent,
     watch,
 )
 from hsat.eval.engine.crew import Crew
@@ -45,7 +46,7 @@ def shared_embed(
         for number, batch in watch(share, progress and crew.leads, "embedding"):
             labelled(batch)
             parts[number] = Rows()
-            parts[number].add(batch, encode(scored, batch.images.to(place)))
+            parts[number].add(batch, encode(scored, sent(batch.images, place)))
     share.check()
     return joined_rows(parts, crew).table(class_names=names, cohort=cohort, split=split, encoder=encoder_name)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.doubts import Doubts
-from hsat.eval.embedding import describe, device_of, encode, frozen_module, labelled, through_branch, watch
+from hsat.eval.embedding import describe, device_of, encode, frozen_module, labelled, sent, through_branch, watch
 from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.dealing import Share
 from hsat.eval.engine.journal import Arrays, Journal
@@ -75,7 +75,7 @@ class Trial:
                 labels = match_labels(labelled(batch), names, self._bank.class_names)
                 part = journal.read(number, batch)
                 if part is None:
-                    images = batch.images.to(place)
+                    images = sent(batch.images, place)
                     part = self.see(batch, images, self._clean(number, batch, images, references), labels)
                     journal.write(number, batch, *part)
                 parts[number] = part

@@ -84,8 +84,9 @@ class _Layouts(NamedTuple):
 
 def _fits(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether images have the layer's channels and room for its kernel."""
+    assert not isinstance(conv.padding, str)
     sides = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, strict=True)
-    return x.shape[1] == conv.in_channels and all(h + 2 * int(p) > d * (k - 1) for h, p, d, k in sides)
+    return x.shape[1] == conv.in_channels and all(h + 2 * p > d * (k - 1) for h, p, d, k in sides)
 
 
 @torch.inference_mode(False)  # for passes that want a graph, too
