@@ -17,7 +17,7 @@ EXAMPLES = "'IVF1024,Flat;nprobe=32' (lists), 'HNSW32' (graph), 'SQfp16' (all ro
 _TRAIN_ROWS = 65536  # a training sample is never smaller, where the bank is large enough
 _PER_LIST = 64  # rows per list of an inverted file that train its centre
 _GRAPHS = re.compile(r"HNSW|NSG|NNDescent")
-_LEAST_LINKS = 4  # per node of a graph: with fewer, FAISS ends the process or never comes back
+_LEAST_LINKS = 4  # per node of a graph: with fewer, FAISS ended the process or did not come back
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """(queries (n, d) float32, wanted) -> (products (n, wanted), bank rows (n, wanted), -1 for none), best first."""
