@@ -7,10 +7,9 @@ every step.  hsat is measured in float32 (default layout, channels_last) and in 
 
 Variants take turns and ratios are taken within a turn, so that a machine whose speed drifts does not decide; the median
 over turns counts.  Numbers below the aim are printed as they are.  On a machine that others use as well, one thread and
-its CPU time say more than the clock on the wall.
+its CPU time (--clock cpu) say more than the clock on the wall.
 
     OMP_NUM_THREADS=2 python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
-    OMP_NUM_THREADS=1 python benchmarks/step_cost.py --clock cpu --out benchmarks/results/step_cost_one_thread.json
 """
 
 from __future__ import annotations
