@@ -67,8 +67,6 @@ def test_one_thing_is_switched_at_a_time(compared):
         assert (record.attack != own[key].attack) == (key[0] == "BIM-8"), key
     for key, record in found["FFGSM step"].items():
         assert (record.attack != own[key].attack) == (key[0] == "FFGSM-8"), key
-    key = ("FFGSM-8", "patch", "map")
-    assert found["pooling"][key].value != own[key].value, "the softmax moves the mAP of patches"
 
 
 def test_the_table_lists_what_changed_and_nothing_else(compared):
