@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.attacks.vote_bank import check_labels
+from hsat.attacks.bank_rows import check_labels
 from hsat.types import EmbeddingTable, Encoder
 
 Which = Literal["nearest", "farthest"]

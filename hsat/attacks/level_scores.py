@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hsat.attacks.bank_rows import BankLike, check_labels
 from hsat.attacks.nearest_vote import lead, signed
-from hsat.attacks.vote_bank import BankLike, Vote, VoteBank, check_labels, vote_bank
+from hsat.attacks.vote_bank import Vote, VoteBank, vote_bank
 from hsat.types import Encoder
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hsat.attacks.vote_bank import BankLike, Vote, VoteBank, check_labels, vote_bank
+from hsat.attacks.bank_rows import BankLike, check_labels
+from hsat.attacks.vote_bank import Vote, VoteBank, vote_bank
 from hsat.types import Encoder
 
 VoteLoss = Literal["margin", "ce"]

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.types import EmbeddingTable
-
-BankLike = EmbeddingTable | tuple[Tensor, Tensor]
+from hsat.attacks.bank_rows import BankLike, bank_rows
 
 _MARGIN = 8  # rows beyond k that float32 products propose; float64 chooses among them, as KNNClassifier does
 _SLICE = 65536  # bank rows per product
@@ -207,7 +205,7 @@ def vote_bank(
         raise ValueError(f"k must be a whole number of at least 1, got {k!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0, got {temperature}; the paper uses 0.07")
-    rows, label, names = _columns(bank)
+    rows, label, names = bank_rows(bank)
     if not len(rows):
         raise ValueError("the bank is empty: nothing to search")
     if k > len(rows):
@@ -236,35 +234,3 @@ def vote_bank(
         k=min(k, len(rows)),
         temperature=temperature,
     )
-
-
-def _columns(bank: BankLike) -> tuple[Tensor, Tensor, int]:
-    """Float32 unit rows (m, d) and labels (m,) on the CPU, and how many class names there are."""
-    if isinstance(bank, EmbeddingTable):  # its rows are checked units; memory-mapped ones are read here, once
-        return torch.tensor(bank.z).float(), torch.tensor(bank.label), len(bank.class_names)
-    if not (isinstance(bank, tuple) and len(bank) == 2 and all(isinstance(part, Tensor) for part in bank)):
-        raise TypeError(f"the bank must be an EmbeddingTable or (embeddings, labels), got {type(bank).__name__}")
-    z, label = (part.detach().cpu() for part in bank)
-    if z.ndim != 2 or not z.dtype.is_floating_point or label.shape != z.shape[:1]:
-        raise ValueError(
-            f"the bank must be embeddings (m, d) and labels (m,);"
-            f" got {tuple(z.shape)} {z.dtype} and {tuple(label.shape)}"
-        )
-    check_labels(label)
-    z = z.double()
-    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    if not bool(length.isfinite().all()):
-        raise ValueError(f"the bank is not finite, first in row {int((~length.isfinite()).flatten().nonzero()[0])}")
-    return (z / torch.where(length > 0, length, 1.0)).float(), label.long(), 0
-
-
-def check_labels(label: Tensor, *, classes: int | None = None) -> None:
-    """Raise unless these are class indices (n,), below `classes` when that is given."""
-    if not isinstance(label, Tensor) or label.dtype.is_floating_point or label.dtype == torch.bool or label.ndim != 1:
-        form = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
-        raise TypeError(f"labels must be integers (n,), the index of each image's class; got {form}")
-    if classes is not None and len(label) and not (0 <= int(label.min()) and int(label.max()) < classes):
-        raise ValueError(
-            f"labels run from {int(label.min())} to {int(label.max())}, but the bank has {classes} classes;"
-            " they must index the bank's classes"
-        )

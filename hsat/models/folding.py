@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hsat.models.constant.norms import scale_and_shift
 from hsat.models.dual_norm import DualBatchNorm
 from hsat.models.encoder import PROBED_SIZES, Encoder
 from hsat.models.modes import frozen
@@ -102,7 +103,9 @@ def _fold(encoder: Encoder, name: str, norm: _BatchNorm, trace: _Trace) -> None:
             " Give the name of a method instead, as in wrap_encoder(module, features='forward_features')"
         )
     maker = trace.before.get(norm)
-    scale, shift = _affine(name, norm)
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"BatchNorm {name} keeps no statistics, so that it is no fixed scale and cannot be folded")
+    scale, shift = scale_and_shift(norm)
     if maker is not None and trace.runs[maker] == trace.runs[norm] == 1 == [*trace.before.values()].count(maker):
         _absorb(maker, scale, shift)
         rest: list[nn.Module] = []
@@ -111,16 +114,6 @@ def _fold(encoder: Encoder, name: str, norm: _BatchNorm, trace: _Trace) -> None:
     rest += [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
     owner = encoder.get_submodule(name.rpartition(".")[0])
     setattr(owner, name.rpartition(".")[2], nn.Sequential(*rest) if rest else nn.Identity())
-
-
-def _affine(name: str, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """(scale, shift), both (c,) float64, of a BatchNorm in evaluation mode."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"BatchNorm {name} keeps no statistics, so that it is no fixed scale and cannot be folded")
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
 def _absorb(layer: Any, scale: Tensor, shift: Tensor) -> None:

@@ -335,3 +335,13 @@ def test_one_model_in_several_threads():
 def test_other_words_are_refused():
     with pytest.raises(ValueError, match="'exact', 'fast' or 'plain', got 'quick'"), frozen(network(), layers="quick"):
         pass
+
+
+@pytest.mark.parametrize("lost", ["_OPERATIONS", "_STATE"])
+def test_a_torch_without_a_private_name_computes_as_ever(monkeypatch, counted, lost):
+    from hsat.models.constant import convolutions
+
+    monkeypatch.setattr(convolutions, lost, (*getattr(convolutions, lost), "renamed_some_day"))
+    model, x = network().to(memory_format=LAST), images()
+    assert all(map(torch.equal, both(model, x, layers="plain"), both(model, x, layers="fast")))
+    assert not any(counted.values())

@@ -22,9 +22,17 @@ _OPERATIONS = (  # of torch's compiler, which lays out constant weights as well
 )
 
 
+_STATE = ("_get_mkldnn_enabled", "_get_tracing_state", "_functorch", "_len_torch_dispatch_stack")  # what layers ask
+
+
 def torch_lays_out() -> bool:
-    """Whether this torch has the operations."""
-    return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS)
+    """Whether this torch has the operations, and says what has to be known before they may be used."""
+    known = all(hasattr(torch._C, name) for name in _STATE) and hasattr(torch.autograd.forward_ad, "_current_level")
+    return (
+        known
+        and getattr(torch._C, "_has_mkldnn", False)
+        and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS)
+    )
 
 
 def is_large(conv: nn.Conv2d) -> bool:

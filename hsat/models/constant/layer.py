@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class ConstantLayer:
+class ConstantLayer(ABC):
     """The forward of one layer while its weights are constant.  A copy or a pickle of the layer gets its usual one."""
 
     def __init__(self, layer: Any) -> None:
@@ -31,13 +32,13 @@ class ConstantLayer:
         found: Tensor = type(self.layer).forward(self.layer, x)
         return found
 
+    @abstractmethod
     def takes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether `run` is right for these images, to be computed in this dtype, and gains something."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, x: Tensor) -> Tensor:
         """The layer's output for images in the dtype to compute in."""
-        raise NotImplementedError
 
     def dtype(self, x: Tensor) -> torch.dtype | None:
         """What torch would compute in, or None for what is left to it."""

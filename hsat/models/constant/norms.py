@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hsat.models.constant.layer import ConstantLayer
 
@@ -49,16 +50,18 @@ class ScalingNorm(ConstantLayer):
         return found
 
 
-def _affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> _Affine:
+def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """(scale, shift), both (c,) float64, of a BatchNorm that keeps statistics, in evaluation mode."""
     assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> _Affine:
     with torch.no_grad():
-        factor = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            factor = factor * norm.weight.double()
-        summand = -norm.running_mean.double() * factor
-        if norm.bias is not None:
-            summand = summand + norm.bias.double()
-        factor, summand = (each.to(norm.running_mean.dtype).view(1, -1, 1, 1) for each in (factor, summand))
+        factor, summand = (each.float().view(1, -1, 1, 1) for each in scale_and_shift(norm))
     return _Affine(factor, summand, factor.to(dtype))
 
 
