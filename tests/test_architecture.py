@@ -68,18 +68,18 @@ def test_a_wrong_arrow_would_be_seen():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_and_functions_fit_in_a_readers_mind(path):
+def test_files_have_at_most_400_lines_and_bodies_at_most_60(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 270, "split this file"
+    assert len(text.splitlines()) <= 400, "split this file"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
             if body:
                 length = (body[-1].end_lineno or 0) - body[0].lineno + 1
-                assert length <= 45, f"{node.name} has {length} lines"
+                assert length <= 60, f"{node.name} has {length} lines"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", "the library does not print"
-    assert path.stem not in ("utils", "helpers", "base", "misc", "common")
+    assert path.stem not in ("utils", "helpers", "misc", "common")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
