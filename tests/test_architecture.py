@@ -14,10 +14,14 @@ import hsat
 ROOT = Path(hsat.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LOWER = {"attacks", "losses", "data", "models"}
-MAY_IMPORT = {room: {"types"} for room in LOWER} | {
-    "types": set(),
-    "training": LOWER | {"types"},
-    "eval": LOWER | {"types"},
+GROUND = {"files", "types", "distributed", "fingerprints"}
+MAY_IMPORT = {room: GROUND for room in LOWER} | {
+    "files": set(),
+    "types": {"files"},
+    "distributed": {"types", "files"},
+    "fingerprints": {"types", "files"},
+    "training": LOWER | GROUND,
+    "eval": LOWER | GROUND,
     "testing": {"types"},
 }
 PUBLIC = {

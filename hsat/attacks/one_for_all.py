@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hsat.attacks import radius, starts
 from hsat.attacks.composing import Success
 from hsat.attacks.gradient import check_value
 from hsat.attacks.threat import L2, Linf
+from hsat.files import write_file
 from hsat.types import AttackResult, Objective
 
 FORMAT = "hsat universal perturbation 1"
@@ -93,7 +93,7 @@ class FittedUniversal:
         """Write delta and everything about it as safetensors; the file appears whole or not at all."""
         from safetensors.torch import save
 
-        path, eps = Path(path), self.threat.eps
+        eps = self.threat.eps
         tensors = {"delta": self.delta.cpu().contiguous()} | ({"eps": eps.cpu()} if isinstance(eps, Tensor) else {})
         about = {
             "threat": type(self.threat).__name__,
@@ -104,17 +104,7 @@ class FittedUniversal:
             "history": self.history,
             "note": self.note,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, working = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)}))
-            Path(working).chmod(0o644)  # mkstemp makes files that only their owner can read
-            Path(working).replace(path)
-        except BaseException:
-            Path(working).unlink(missing_ok=True)
-            raise
-        return path
+        return write_file(path, save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FittedUniversal:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hsat.data.files import file_sizes, shortened
 from hsat.data.readers import BadPatch, as_image
-from hsat.types.array_files import load_array
+from hsat.files import load_array
 
 if TYPE_CHECKING:
     from hsat.data.cohort import Cohort

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import statistics
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -17,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsat.eval.reporting.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields, parse_json, read_text
+from hsat.eval.reporting.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields
+from hsat.files import read_json_lines, write_json_lines
 from hsat.types import LEVELS
 
 _KINDS = dict.fromkeys(
@@ -74,19 +73,7 @@ class Record:
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Path:
     """Write one JSON object per line; the file appears whole or not at all.  ValueError for NaN or infinity."""
-    path = Path(path)
-    lines = [json.dumps(dataclasses.asdict(record), allow_nan=False, sort_keys=True) + "\n" for record in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, working = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-        Path(working).chmod(0o644)  # mkstemp makes files that only their owner can read
-        Path(working).replace(path)
-    except BaseException:
-        Path(working).unlink(missing_ok=True)
-        raise
-    return path
+    return write_json_lines(path, map(dataclasses.asdict, records))
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
@@ -95,17 +82,10 @@ def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
     Raises ValueError naming the line for text that is not a JSON object, for missing or unknown fields, and for values
     of another kind, NaN and infinity among them.
     """
-    records = []
-    for number, line in enumerate(read_text(Path(path)).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            records.append(_as_record(parse_json(line, where), where))
-    return tuple(records)
+    return tuple(_as_record(values, where) for where, values in read_json_lines(path))
 
 
-def _as_record(values: Any, where: str) -> Record:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(values).__name__}")
+def _as_record(values: dict[str, Any], where: str) -> Record:
     known = {option.name for option in dataclasses.fields(Record)}
     needed = {
         option.name

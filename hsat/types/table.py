@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from hsat.types.array_files import load_array
+from hsat.files import atomic_folder, load_array
 
 _TABLE_IDS = ("label", "patch", "slide", "patient")
 _TABLE_TEXT = ("cohort", "split", "encoder")
@@ -83,21 +82,13 @@ class EmbeddingTable:
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not (path / "table.json").is_file():
-            raise FileExistsError(f"{path} exists and is not an embedding table; it is left untouched")
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            working = Path(scratch) / "new"
-            working.mkdir()  # with the permissions of an ordinary folder, which the scratch folder does not have
-            np.save(working / "z.npy", np.asarray(self.z, dtype=dtype), allow_pickle=False)
+        with atomic_folder(path, marker="table.json", what="an embedding table") as folder:
+            np.save(folder / "z.npy", np.asarray(self.z, dtype=dtype), allow_pickle=False)
             for name in _TABLE_IDS:
-                np.save(working / f"{name}.npy", getattr(self, name), allow_pickle=False)
+                np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
             text: dict[str, Any] = {name: getattr(self, name) for name in _TABLE_TEXT}
             text["class_names"] = list(self.class_names)
-            (working / "table.json").write_text(json.dumps(text, indent=1))
-            if path.exists():
-                path.replace(Path(scratch) / "old")
-            working.replace(path)
+            (folder / "table.json").write_text(json.dumps(text, indent=1))
         return path
 
     @classmethod

@@ -19,7 +19,7 @@ from hsat.eval.doubt import doubts
 from hsat.eval.engine.identity import encoder_identity, loader_identity
 from hsat.eval.engine.layers import Layers
 from hsat.eval.engine.precision import unusual_computing
-from hsat.eval.engine.storing import DamagedFileError, read_arrays, write_arrays
+from hsat.files import CorruptFileError, read_arrays, write_arrays
 from hsat.models import build_encoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "strongest.md"
@@ -235,7 +235,7 @@ def test_files_notice_a_single_bit(tmp_path):
     for at in range(content.index(b"\n") + 1, len(content), 37):
         changed = bytes(content[:at]) + bytes([content[at] ^ 1]) + bytes(content[at + 1 :])
         path.write_bytes(changed)
-        with pytest.raises(DamagedFileError):
+        with pytest.raises(CorruptFileError):
             read_arrays(path)
 
 

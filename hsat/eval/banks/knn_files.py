@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from hsat.eval.banks.indexes import load_faiss
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier, check_bank
 from hsat.eval.banks.neighbours import blocks
+from hsat.files import atomic_folder, digest_file
 from hsat.types import EmbeddingTable
 
 _ABOUT, _INDEX = "knn.json", "index.faiss"
@@ -28,21 +27,13 @@ def save_knn(path: str | os.PathLike[str], knn: FittedKNN) -> Path:
     replaced; FileExistsError where something else is there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (path / _ABOUT).is_file():
-        raise FileExistsError(f"{path} exists and is not a saved classifier; it is left untouched")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-        working = Path(scratch) / "new"
-        working.mkdir()  # with the permissions of an ordinary folder, which the scratch folder does not have
+    with atomic_folder(path, marker=_ABOUT, what="a saved classifier") as working:
         about: dict[str, Any] = {"settings": dataclasses.asdict(knn.settings), "k": knn.k, "slack": knn.slack}
         about |= {"rows": len(knn.table), "bank": table_fingerprint(knn.table), "index_sha256": ""}
         if knn._index is not None:
             load_faiss(knn.settings.index).write_index(knn._index, str(working / _INDEX))
-            about["index_sha256"] = _file_digest(working / _INDEX)
+            about["index_sha256"] = digest_file(working / _INDEX)
         (working / _ABOUT).write_text(json.dumps(about, indent=1))
-        if path.exists():
-            path.replace(Path(scratch) / "old")
-        working.replace(path)
     return path
 
 
@@ -69,7 +60,7 @@ def load_knn(path: str | os.PathLike[str], table: EmbeddingTable) -> FittedKNN:
         raise ValueError(f"{path / _ABOUT} is damaged: k is {about['k']} in a bank of {len(table)} rows")
     index = None
     if not settings.exact:
-        if not (path / _INDEX).is_file() or _file_digest(path / _INDEX) != about["index_sha256"]:
+        if not (path / _INDEX).is_file() or digest_file(path / _INDEX) != about["index_sha256"]:
             raise ValueError(f"{path / _INDEX} is missing or was changed after it was saved; fit the classifier again")
         index = load_faiss(settings.index).read_index(str(path / _INDEX))
     return FittedKNN(settings=settings, table=table, k=about["k"], slack=about["slack"], _index=index)
@@ -97,16 +88,3 @@ def table_fingerprint(table: EmbeddingTable) -> str:
     for part in blocks(table.z):
         digest.update(np.ascontiguousarray(table.z[part], dtype="<f4").tobytes())
     return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    for piece in _pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            yield piece

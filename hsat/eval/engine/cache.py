@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hsat.eval.engine.identity import key_of
-from hsat.eval.engine.storing import DamagedFileError, read_arrays, write_arrays
+from hsat.files import CorruptFileError, read_arrays, write_arrays
 from hsat.types import EmbeddingTable
 
 _IDS = ("label", "patch", "slide", "patient")
@@ -63,11 +63,11 @@ class EmbeddingCache:
         try:
             about, arrays = read_arrays(path)
             if about.get("key") != _plain(key):
-                raise DamagedFileError(f"{path} holds embeddings of something else than its name says")
+                raise CorruptFileError(f"{path} holds embeddings of something else than its name says")
         except FileNotFoundError:
             self.misses += 1
             return None
-        except (DamagedFileError, OSError) as error:
+        except (CorruptFileError, OSError) as error:
             warnings.warn(f"{error}; embedding anew", stacklevel=3)
             self.misses += 1
             return None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsat.eval.engine.storing import DamagedFileError, read_arrays, write_arrays, write_whole
+from hsat.files import CorruptFileError, read_arrays, write_arrays, write_file
 from hsat.types import HierarchicalBatch
 
 Arrays = dict[str, np.ndarray]
@@ -55,7 +55,7 @@ class Journal:
             return None
         try:
             about, arrays = read_arrays(path)
-        except DamagedFileError as error:
+        except CorruptFileError as error:
             warnings.warn(f"{error}; batch {number} is attacked anew", stacklevel=2)
             return None
         if about["batch"] != batch_digest(batch):
@@ -76,7 +76,7 @@ class Journal:
             return None
         try:
             return read_arrays(path)[0]
-        except DamagedFileError as error:
+        except CorruptFileError as error:
             warnings.warn(f"{error}; found out anew", stacklevel=2)
             return None
 
@@ -103,7 +103,7 @@ class Journal:
         for left_over in filter(_partial, folder.iterdir()):  # by a process that was killed
             left_over.unlink(missing_ok=True)
         if not path.exists():
-            write_whole(path, json.dumps(settings, indent=1, sort_keys=True).encode())
+            write_file(path, json.dumps(settings, indent=1, sort_keys=True).encode())
 
 
 def _partial(path: Path) -> bool:

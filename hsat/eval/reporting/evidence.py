@@ -28,11 +28,11 @@ from torch import Tensor
 
 from hsat.eval.pooling import How
 from hsat.eval.reporting.evidence_arrays import check_arrays
-from hsat.eval.reporting.json_fields import TEXT, TEXTS, check_fields, is_number, parse_json, read_text
+from hsat.eval.reporting.json_fields import TEXT, TEXTS, check_fields, is_number
 from hsat.eval.reporting.projection import Plane, fit_plane, share_of_movement
 from hsat.eval.scoring import Compat, level_scores
+from hsat.files import load_arrays, parse_json, read_text
 from hsat.types import LEVELS, EmbeddingTable
-from hsat.types.array_files import load_arrays
 
 CLEAN = "clean"
 

@@ -2,29 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; ValueError naming it for what is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from error
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; ValueError beginning with `where` for other text, and for what is nested endlessly."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: not JSON that anybody wrote (nested too deeply)") from error
 
 
 def is_number(value: Any) -> bool:

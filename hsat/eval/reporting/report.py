@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from hsat.eval.reporting.page_sections import (
 )
 from hsat.eval.reporting.page_tables import Table, differences_of, effort_table
 from hsat.eval.reporting.run_folders import RunFolder, branches_apart, open_runs
+from hsat.files import write_file
 
 _PAGE = Path(__file__).parent / "page"
 _TARGETS = {"knn": "Attacks on the vote of the nearest neighbours", "any": "Certificates, which hold for any attack"}
@@ -75,18 +75,7 @@ def write_report(
     if not folders:
         raise ValueError("no run folders; give at least one")
     page = _render(_contents(folders, title=title, k=k, metric=metric))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, working = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-        Path(working).chmod(0o644)
-        Path(working).replace(path)
-    except BaseException:
-        Path(working).unlink(missing_ok=True)
-        raise
-    return path
+    return write_file(path, page)
 
 
 def _contents(folders: Sequence[RunFolder], *, title: str, k: int | None, metric: str) -> dict[str, Any]:

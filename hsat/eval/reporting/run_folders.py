@@ -12,8 +12,9 @@ from typing import Any
 from hsat.eval.records import Record, read_records
 from hsat.eval.reporting.evidence import Evidence, read_evidence
 from hsat.eval.reporting.grouping import branch_names, branch_of, is_transfer
-from hsat.eval.reporting.json_fields import COUNT, NUMBER, TEXT, check_fields, parse_json, read_text
+from hsat.eval.reporting.json_fields import COUNT, NUMBER, TEXT, check_fields
 from hsat.eval.statistics.paired import Difference
+from hsat.files import parse_json, read_text
 
 _FILES = ("records.jsonl", "run.json", "train.csv")
 _DIFFERENCE = dict.fromkeys(("model", "against", "condition", "level", "metric", "reason"), TEXT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import numpy as np
 
 from hsat.eval.pooling import check_scores
 from hsat.eval.scoring import match_classes
+from hsat.files import atomic_path, load_arrays
 from hsat.types import EmbeddingTable
-from hsat.types.array_files import load_arrays
 
 _IDS = ("label", "patch", "slide", "patient")
 _TEXT = ("cohort", "split", "model", "condition")
@@ -107,16 +106,8 @@ def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> P
         arrays |= {f"{number}/{name}": getattr(table, name) for name in ("scores", *_IDS)}
         text: dict[str, Any] = {name: getattr(table, name) for name in _TEXT}
         about.append(text | {"k": int(table.k), "class_names": list(table.class_names)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, working = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
-        Path(working).chmod(0o644)  # mkstemp makes files that only their owner can read
-        Path(working).replace(path)
-    except BaseException:
-        Path(working).unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as working, working.open("wb") as file:
+        np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
     return path
 
 

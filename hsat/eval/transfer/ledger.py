@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from hsat.eval.tally import Tally
+from hsat.files import load_arrays
 from hsat.types import EmbeddingTable
-from hsat.types.array_files import load_arrays
 
 GROWING = ("attack.", "bank.", "encoder.")  # settings that later runs may add to, and leave out, but not change
 Scores = dict[str, dict[int, np.ndarray]]

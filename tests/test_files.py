@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from hsat.types.array_files import load_array, load_arrays
+from hsat.files import load_array, load_arrays
 
 
 def test_only_one_header_is_parsed_at_a_time(tmp_path, monkeypatch):
