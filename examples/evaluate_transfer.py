@@ -31,6 +31,7 @@ from pydantic import Field
 from cohorts import describe, open_cohort
 from evaluate_whitebox import load_named, loaders
 from hsat.data import BadPatch, Cohort
+from hsat.distributed import RankFailedError
 from hsat.eval import (
     Record,
     TransferResult,
@@ -40,7 +41,6 @@ from hsat.eval import (
     transfer_table,
     write_records,
 )
-from hsat.eval.engine.crew import RankStoppedError
 from hsat.models import active_branch
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> None:
         table = write_results(settings, cohort, result)
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    except RankStoppedError as error:
+    except RankFailedError as error:
         raise SystemExit(f"error: {error}; the same command with --resume goes on with the finished pairs") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)

@@ -34,8 +34,8 @@ from cohorts import describe, open_cohort
 from computing import Way, computing_as, precision
 from encoders import naming_branch, stored_encoder
 from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
+from hsat.distributed import RankFailedError
 from hsat.eval import WhiteboxResult, evaluate_whitebox
-from hsat.eval.engine.crew import RankStoppedError
 from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
@@ -230,7 +230,7 @@ def main(argv: list[str]) -> None:
         table = write_results(settings, cohort, results)
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    except RankStoppedError as error:
+    except RankFailedError as error:
         raise SystemExit(f"error: {error}; the same command with --resume goes on with the finished batches") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)

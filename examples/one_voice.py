@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from hsat.eval.engine.crew import RankStoppedError
+from hsat.distributed import RankFailedError
 from ranks import Ranks
 
 GRACE = 5.0  # seconds for a rank that failed to say why, before another one says that it did
@@ -35,7 +35,7 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
             yield
     except (Exception, SystemExit) as error:
         end = time.monotonic() + GRACE
-        while isinstance(error, RankStoppedError) and time.monotonic() < end and not ranks.board.check([failed]):
+        while isinstance(error, RankFailedError) and time.monotonic() < end and not ranks.board.check([failed]):
             time.sleep(0.05)
         if ranks.board.add(failed, 1) > 1:
             time.sleep(GRACE)  # torchrun ends all when the first one ends, which has to speak before

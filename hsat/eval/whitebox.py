@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.distributed import shared_world
 from hsat.eval.aiming import TARGETS, Aim, published_aim
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.baselines import with_noise
@@ -19,7 +20,6 @@ from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.doubt.doubts import Doubts
 from hsat.eval.embedding import LAYERS, Layer
 from hsat.eval.engine.cache import EmbeddingCache
-from hsat.eval.engine.crew import crew_of_ranks
 from hsat.eval.engine.ensemble_records import ensemble_record
 from hsat.eval.engine.keeping import Bank, cache_key, embedded_bank, journal_of
 from hsat.eval.engine.layers import Layers
@@ -132,8 +132,8 @@ def evaluate_whitebox(
     ks = _checked(target, attacks, how=how, compat=compat, k=k, surrogates=surrogates)
     kept = None if cache is None else EmbeddingCache(cache)
     read: dict[str, Any] = {"layer": layer, "device": device, "class_names": class_names}
-    with crew_of_ranks() as crew:
-        bank = embedded_bank(encoder, bank, kept, crew, model=model, checkpoint=checkpoint, progress=progress, **read)
+    with shared_world() as world:
+        bank = embedded_bank(encoder, bank, kept, world, model=model, checkpoint=checkpoint, progress=progress, **read)
         knn = KNNClassifier(k=max(ks), temperature=temperature, index=index).fit(bank)
         chosen: dict[str, Any] = with_noise(attacks) if noise else dict(attacks)  # type: ignore[arg-type]
         layers, others = Layers(encoder), dict(surrogates or {})
@@ -146,8 +146,8 @@ def evaluate_whitebox(
         known = ({"": encoder, **others}, queries, chosen, decisive | seen)
         tables = trial.run(
             queries,
-            crew=crew,
-            journal=journal_of(state, *known, crew=crew, checkpoint=checkpoint),
+            world=world,
+            journal=journal_of(state, *known, world=world, checkpoint=checkpoint),
             references=References(kept, cache_key(encoder, queries, layer, checkpoint)),
             class_names=class_names,
             device=device,

@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader
 
 from hsat.attacks import PGD, Linf
 from hsat.data import write_synthetic_cohort
+from hsat.distributed import ShardedLoader, World, shared_world
 from hsat.eval import KNNClassifier, embed, evaluate_whitebox, fit_shards
 from hsat.eval.doubt.subset import Handful
 from hsat.eval.engine import dealing
-from hsat.eval.engine.crew import Crew, crew_of_ranks
-from hsat.eval.engine.dealing import Share
 from hsat.eval.engine.journal import Journal
 from hsat.eval.tally import Tally
 
@@ -266,7 +265,7 @@ def test_cache_and_state_are_shared(names, shared):
 
 def test_a_killed_rank_and_one_process_that_goes_on(names, shared):
     out, _, _, last = shared
-    assert last["killed"].startswith("RankStoppedError: another process of this evaluation has stopped")
+    assert last["killed"].startswith("RankFailedError: another process of this evaluation has stopped")
     done = sorted(path.name for path in (out / "dying").glob("batch-*"))
     assert done == [f"batch-00000{number}.arrays" for number in (0, 1, 2, 4)]
     queries, went_on, whole = names["batches"]([2, 3, 2, 3, 2, 3]), names["Network"](), names["Network"]()
@@ -281,13 +280,13 @@ def test_errors_reach_every_rank(shared):
         assert "must be called alike: seed is 0 on rank 0, 1 on rank 1" in answer["seed"]
         assert "were given different batches (3, 3 of them)" in answer["order"]
         assert "were given different batches (1, 2 of them)" in answer["bank"]
-    stopped = "RankStoppedError: another process of this evaluation has stopped"
+    stopped = "RankFailedError: another process of this evaluation has stopped"
     assert answers[0]["one"].startswith(stopped)
     assert answers[1]["one"] == "ValueError: no memory left on this rank"
     assert "holds something else" in answers[0]["thesis"] and answers[1]["thesis"].startswith(stopped)
 
 
-class Third(Crew):
+class Third(World):
     """One rank of three, without the others."""
 
     def __init__(self, rank):
@@ -297,12 +296,12 @@ class Third(Crew):
 
 def test_batches_are_dealt_in_turn_and_finished_ones_apart():
     finished = (1, 2, 5)
-    shares = [Share(range(9), Third(rank), finished=finished) for rank in range(3)]
-    owned = [[number for number in range(9) if share.owns(number)] for share in shares]
+    shares = [ShardedLoader(range(9), Third(rank), finished=finished) for rank in range(3)]
+    owned = [[number for number in range(9) if share.is_mine(number)] for share in shares]
     assert owned == [[0, 1, 6], [2, 3, 7], [4, 5, 8]]
     assert [len(share) for share in shares] == [3, 3, 3]
     with pytest.raises(TypeError):
-        len(Share(iter(range(9)), Third(0)))
+        len(ShardedLoader(iter(range(9)), Third(0)))
 
 
 def test_only_own_images_are_read_of_a_loader_in_order():
@@ -317,14 +316,14 @@ def test_only_own_images_are_read_of_a_loader_in_order():
             return at
 
     loader = DataLoader(Numbers(), batch_size=2)
-    got = {number: batch.tolist() for number, batch in Share(loader, Third(1))}
+    got = {number: batch.tolist() for number, batch in ShardedLoader(loader, Third(1))}
     assert got == {1: [2, 3], 4: [8, 9]} and read == [2, 3, 8, 9]
-    assert len(Share(DataLoader(Numbers(), batch_size=2, drop_last=True), Third(2))) == 1
+    assert len(ShardedLoader(DataLoader(Numbers(), batch_size=2, drop_last=True), Third(2))) == 1
     before = torch.get_rng_state()
-    list(Share(loader, Third(0)))
+    list(ShardedLoader(loader, Third(0)))
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="cannot share a DataLoader that shuffles"):
-        Share(DataLoader(Numbers(), shuffle=True), Third(0))
+        ShardedLoader(DataLoader(Numbers(), shuffle=True), Third(0))
     own_order = DataLoader(Numbers(), sampler=[3, 1, 2])
     assert dealing._index_lists(own_order) is None and dealing._index_lists([1]) is None
 
@@ -341,10 +340,10 @@ def test_handfuls_of_several_are_one(toy_batches):
 
 
 def test_alone_is_as_before():
-    with crew_of_ranks() as crew:
-        assert (crew.rank, crew.size, crew.leads) == (0, 1, True)
-        assert crew.gather("x") == ["x"] and crew.join({2: "b", 0: "a"}) == ["a", "b"]
-        crew.agree({"k": object()})
+    with shared_world() as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        assert world.gather("x") == ["x"] and world.gather_by_index({2: "b", 0: "a"}) == ["a", "b"]
+        world.assert_same({"k": object()})
 
 
 def test_a_state_of_an_earlier_version_is_refused(tmp_path):

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.distributed import World
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.diagnosis import Diagnosis, check_attack_fits, examine, suspect_of
 from hsat.eval.doubt.subset import Handful
 from hsat.eval.embedding import encode, select_layer, through_branch
-from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.identity import key_of
 from hsat.eval.engine.journal import Journal, batch_digest
 from hsat.eval.records import Record
@@ -57,18 +57,18 @@ class Doubts:
         if self._handful is not None:
             self._handful.see(batch, torch.from_numpy(labels))
 
-    def settle(self, device: torch.device, journal: Journal, crew: Crew) -> None:
+    def settle(self, device: torch.device, journal: Journal, world: World) -> None:
         """Diagnose every attack on the queries that were kept; the encoder is frozen by the caller.
 
-        journal: of the evaluation; diagnoses that it knows are taken from there, as they were found.  crew: each rank
+        journal: of the evaluation; diagnoses that it knows are taken from there, as they were found.  world: each rank
         diagnoses attacks of its own, all on the same queries, out of what all have seen.
         """
         if self._handful is None:
             return
-        self._handful.join(crew.gather(self._handful))
+        self._handful.join(world.gather(self._handful))
         batches = self._handful.batches()
         seen = [batch_digest(batch) for batch in batches]
-        for name, attack in list(self._attacks.items())[crew.rank :: crew.size]:
+        for name, attack in list(self._attacks.items())[world.rank :: world.size]:
             key = key_of({"diagnosis of": name, "images": seen})
             if (known := journal.recall(key)) is not None:
                 self._found[name] = Diagnosis(flags=tuple(known["flags"]), measures=known["measures"])
@@ -84,7 +84,7 @@ class Doubts:
             )
             self._found[name] = examine(suspect, batches, device=device)
             journal.note(key, dataclasses.asdict(self._found[name]))
-        for found in crew.gather(self._found):
+        for found in world.gather(self._found):
             self._found |= found
 
     def note(self, record: Record) -> Record:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from hsat.distributed import World
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.banks.sharded import joined_tables
 from hsat.eval.embedding import Layer
 from hsat.eval.engine.cache import EmbeddingCache
-from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.identity import attack_identity, encoder_identity, loader_identity, table_identity
 from hsat.eval.engine.journal import Journal
 from hsat.eval.engine.sharing import shared_embed
@@ -23,7 +23,7 @@ def embedded_bank(
     encoder: Encoder,
     bank: Bank,
     cache: EmbeddingCache | None,
-    crew: Crew,
+    world: World,
     *,
     layer: Layer,
     model: str,
@@ -41,14 +41,14 @@ def embedded_bank(
     bank = cast(Iterable[HierarchicalBatch], bank)
     key = None if cache is None else cache_key(encoder, bank, layer, checkpoint)
     if cache is None or key is None:
-        return shared_embed(encoder, bank, crew, layer=layer, encoder_name=model, **options)
+        return shared_embed(encoder, bank, world, layer=layer, encoder_name=model, **options)
     classes = options["class_names"]
     key |= {"classes": None if classes is None else list(classes), "model": model}
     found = cache.find_table(key)
-    if all(crew.gather(found is not None)) and found is not None:
+    if all(world.gather(found is not None)) and found is not None:
         return found
-    made = shared_embed(encoder, bank, crew, layer=layer, encoder_name=model, **options)
-    if crew.leads:
+    made = shared_embed(encoder, bank, world, layer=layer, encoder_name=model, **options)
+    if world.is_main:
         cache.keep_table(key, made)
     return made
 
@@ -68,7 +68,7 @@ def journal_of(
     attacks: Mapping[str, Any],
     decisive: Mapping[str, Any],
     *,
-    crew: Crew,
+    world: World,
     checkpoint: str,
 ) -> Journal:
     """The journal of this evaluation, which refuses a folder of another one; ranks that are called unlike, too.
@@ -76,7 +76,7 @@ def journal_of(
     encoders: the one that is measured under the name "", and the surrogates.  decisive: options, and the classifier.
     checkpoint: the name of the measured encoder's weights, where it is no module.
     """
-    if state is None and crew.size == 1:
+    if state is None and world.size == 1:
         return Journal(None, {})
     knn: FittedKNN = decisive["knn"]
     settings = {name: value for name, value in decisive.items() if name != "knn"}
@@ -88,7 +88,9 @@ def journal_of(
         known = encoder_identity(encoder, "" if name else checkpoint) or {}
         place = f"surrogate.{name}" if name else "encoder"
         settings |= {f"{place}.{what}": value for what, value in known.items()}
-    crew.agree({name: value for name, value in settings.items() if name != "queries.files"} | {"state": str(state)})
-    journal = Journal(state, settings) if crew.leads else None
-    finished = crew.gather(() if journal is None else journal.finished)[0]
+    world.assert_same(
+        {name: value for name, value in settings.items() if name != "queries.files"} | {"state": str(state)}
+    )
+    journal = Journal(state, settings) if world.is_main else None
+    finished = world.gather(() if journal is None else journal.finished)[0]
     return journal or Journal(state, settings, finished=finished)

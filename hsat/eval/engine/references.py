@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.distributed import World
 from hsat.eval.engine.cache import EmbeddingCache
-from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.journal import batch_digest
 from hsat.types import HierarchicalBatch
 
@@ -40,12 +40,12 @@ class References:
         if self._cache is not None and z.dtype in (torch.float32, torch.float64):
             self._new[number] = (batch_digest(batch), z.detach().cpu().numpy())
 
-    def close(self, batches: int, crew: Crew) -> None:
+    def close(self, batches: int, world: World) -> None:
         """Keep what all ranks took in, if that is all of the batches; the first rank writes it."""
         if self._cache is None:
             return
-        new = crew.join(self._new)
-        if not new or len(new) < batches or not crew.leads:
+        new = world.gather_by_index(self._new)
+        if not new or len(new) < batches or not world.is_main:
             return
         digests = [digest for digest, _ in new]
         arrays = {f"z{number}": z for number, (_, z) in enumerate(new)}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from hsat.distributed import ShardedLoader, World
 from hsat.eval.embedding import (
     Layer,
     Rows,
@@ -19,15 +20,13 @@ from hsat.eval.embedding import (
     sent,
     watch,
 )
-from hsat.eval.engine.crew import Crew
-from hsat.eval.engine.dealing import Share
 from hsat.types import EmbeddingTable, Encoder, HierarchicalBatch
 
 
 def shared_embed(
     encoder: Encoder,
     loader: Iterable[HierarchicalBatch],
-    crew: Crew,
+    world: World,
     *,
     layer: Layer,
     class_names: Sequence[str] | None,
@@ -36,24 +35,24 @@ def shared_embed(
     progress: bool,
 ) -> EmbeddingTable:
     """`embed`, the same table on every rank, which have all to call it; each embeds whole batches of its own."""
-    if crew.size == 1:
+    if world.size == 1:
         about = {"class_names": class_names, "device": device, "encoder_name": encoder_name, "progress": progress}
         return embed(encoder, loader, layer=layer, **about)  # type: ignore[arg-type]
     scored, place = select_layer(encoder, layer), device_of(encoder, device)
     names, cohort, split = describe(loader, class_names, "", "")
-    share, parts = Share(loader, crew), {}
+    share, parts = ShardedLoader(loader, world), {}
     with frozen_module(encoder):
-        for number, batch in watch(share, progress and crew.leads, "embedding"):
+        for number, batch in watch(share, progress and world.is_main, "embedding"):
             labelled(batch)
             parts[number] = Rows()
             parts[number].add(batch, encode(scored, sent(batch.images, place)))
     share.check()
-    return joined_rows(parts, crew).table(class_names=names, cohort=cohort, split=split, encoder=encoder_name)
+    return joined_rows(parts, world).table(class_names=names, cohort=cohort, split=split, encoder=encoder_name)
 
 
-def joined_rows(parts: Mapping[int, Rows], crew: Crew) -> Rows:
+def joined_rows(parts: Mapping[int, Rows], world: World) -> Rows:
     """The rows of all ranks in the order of their batches; parts: this rank's by the batches' numbers."""
     rows = Rows()
-    for part in crew.join(parts):
+    for part in world.gather_by_index(parts):
         rows.extend(part)
     return rows

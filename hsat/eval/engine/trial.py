@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.distributed import ShardedLoader, World
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.doubts import Doubts
 from hsat.eval.embedding import describe, device_of, encode, frozen_module, labelled, sent, through_branch, watch
-from hsat.eval.engine.crew import Crew
-from hsat.eval.engine.dealing import Share
 from hsat.eval.engine.journal import Arrays, Journal
 from hsat.eval.engine.layers import Layers, Remembering
 from hsat.eval.engine.parts import Falls, Part, Seen, count_fall
@@ -58,7 +57,7 @@ class Trial:
         self,
         queries: Iterable[HierarchicalBatch],
         *,
-        crew: Crew,
+        world: World,
         journal: Journal,
         references: References,
         class_names: Sequence[str] | None,
@@ -68,10 +67,10 @@ class Trial:
     ) -> dict[str, EmbeddingTable]:
         """The embeddings of all queries, by condition; each rank attacks batches of its own, and all get all rows."""
         names, cohort, split = describe(queries, class_names, "", "")
-        place, share = device_of(self._encoder, device), Share(queries, crew, finished=journal.finished)
+        place, share = device_of(self._encoder, device), ShardedLoader(queries, world, finished=journal.finished)
         parts: dict[int, Part] = {}
         with frozen_module(self._encoder):
-            for number, batch in watch(share, progress and crew.leads, "attacking"):
+            for number, batch in watch(share, progress and world.is_main, "attacking"):
                 labels = match_labels(labelled(batch), names, self._bank.class_names)
                 part = journal.read(number, batch)
                 if part is None:
@@ -82,9 +81,9 @@ class Trial:
                 self._kept += len(part[1]["kept0"])
                 self._doubts.see(batch, labels)
             share.check()
-            every = crew.join(parts)
-            self._doubts.settle(place, journal, crew)
-        references.close(len(every), crew)
+            every = world.gather_by_index(parts)
+            self._doubts.settle(place, journal, world)
+        references.close(len(every), world)
         for part in every:
             self._add(*part)
         return {

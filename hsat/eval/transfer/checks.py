@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hsat.distributed import World
 from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.embedding import LAYERS, describe
-from hsat.eval.engine.crew import Crew
 from hsat.eval.transfer.drops import OTHERS
 from hsat.eval.transfer.ledger import Ledger
 from hsat.eval.transfer.lending import Lender
@@ -116,16 +116,16 @@ def identity(
     return found | {f"attack.{name}": re.sub(r" at 0x[0-9a-f]+", "", repr(attack)) for name, attack in attacks.items()}
 
 
-def open_ledger(state: str | os.PathLike[str] | None, settings: Mapping[str, Any], crew: Crew) -> Ledger:
+def open_ledger(state: str | os.PathLike[str] | None, settings: Mapping[str, Any], world: World) -> Ledger:
     """The ledger of this evaluation, opened by the first rank; ValueError for ranks that are called unlike.
 
     All ranks have to know the same of what is finished, or they would wait for each other in vain.
     """
-    crew.agree(settings)
-    ledger = Ledger(state, settings) if crew.leads else None
-    crew.gather("opened")
+    world.assert_same(settings)
+    ledger = Ledger(state, settings) if world.is_main else None
+    world.gather("opened")
     ledger = ledger or Ledger(state, settings, writes=False)
-    crew.agree({"the state": ledger.listing()})
+    world.assert_same({"the state": ledger.listing()})
     return ledger
 
 

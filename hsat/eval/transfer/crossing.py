@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from hsat.attacks import feature_drift
+from hsat.distributed import ShardedLoader, World
 from hsat.eval.embedding import Rows, device_of, encode, labelled, select_layer, through_branch
-from hsat.eval.engine.crew import Crew
-from hsat.eval.engine.dealing import Share
 from hsat.eval.engine.sharing import joined_rows
 from hsat.eval.tally import Tally
 from hsat.eval.transfer.lending import Lender
@@ -31,17 +30,17 @@ class SameQueries:
     differs is a ValueError before anything is done with it.
     """
 
-    def __init__(self, loader: Iterable[HierarchicalBatch], crew: Crew, digests: Sequence[str] = ()) -> None:
+    def __init__(self, loader: Iterable[HierarchicalBatch], world: World, digests: Sequence[str] = ()) -> None:
         if isinstance(loader, Iterator):
             raise ValueError(
                 f"the queries are read once per target and per attack, and a {type(loader).__name__} can be read only"
                 " once; give a list of batches or a loader such as hsat.data.patch_loader"
             )
-        self.loader, self.digests, self._crew = loader, list(digests), crew
+        self.loader, self.digests, self._world = loader, list(digests), world
         self.dataset = getattr(loader, "dataset", None)
 
     def __iter__(self) -> Iterator[tuple[int, HierarchicalBatch]]:
-        before, share, seen = len(self.digests), Share(self.loader, self._crew), {}
+        before, share, seen = len(self.digests), ShardedLoader(self.loader, self._world), {}
         for number, batch in share:
             labelled(batch)
             seen[number] = _digest(batch)
@@ -53,7 +52,7 @@ class SameQueries:
             yield number, batch
         share.check()
         if not before:
-            self.digests = self._crew.join(seen)
+            self.digests = self._world.gather_by_index(seen)
         elif share.batches < before:
             raise ValueError(f"the queries had {before} batches at the first reading and have {share.batches} now")
 
@@ -94,8 +93,8 @@ class Source:
 class Sink:
     """Embeddings of one target, batch after batch, of which each rank has some."""
 
-    def __init__(self, encoder: Encoder, crew: Crew, *, layer: str, device: torch.device | str | None) -> None:
-        self._layer, self._place, self._crew = select_layer(encoder, layer), device_of(encoder, device), crew
+    def __init__(self, encoder: Encoder, world: World, *, layer: str, device: torch.device | str | None) -> None:
+        self._layer, self._place, self._world = select_layer(encoder, layer), device_of(encoder, device), world
         self._parts: dict[int, Rows] = {}
 
     def add(self, number: int, batch: HierarchicalBatch) -> None:
@@ -105,7 +104,7 @@ class Sink:
 
     def rows(self) -> Rows:
         """All ranks' rows in the order of the batches; every rank has to call it."""
-        return joined_rows(self._parts, self._crew)
+        return joined_rows(self._parts, self._world)
 
 
 def table_of(rows: Rows, queries: EmbeddingTable, name: str) -> EmbeddingTable:
@@ -121,7 +120,7 @@ def stream(
     queries: EmbeddingTable,
     source: Any,
     sink: Any,
-    crew: Crew,
+    world: World,
 ) -> Iterator[tuple[str, EmbeddingTable, Tally]]:
     """Each target's table of attacked queries; every adversarial batch goes to all targets before the next is made.
 
@@ -133,7 +132,7 @@ def stream(
         for number, batch in made:
             for each in sinks.values():
                 each.add(number, batch)
-    tally = made.tally.over(crew.gather)
+    tally = made.tally.over(world.gather)
     for name, each in sinks.items():
         yield name, table_of(each.rows(), queries, name), tally
 
@@ -146,7 +145,7 @@ def spill(
     queries: EmbeddingTable,
     source: Any,
     sink: Any,
-    crew: Crew,
+    world: World,
     folder: Path,
 ) -> Iterator[tuple[str, EmbeddingTable, Tally]]:
     """The same with one encoder at a time: the adversarial images wait in `folder`, float for float, and go at the end.
@@ -154,8 +153,8 @@ def spill(
     The folder is the caller's to give and this function's to empty: whatever a killed process left there is removed.
     Several ranks have a folder each inside it.
     """
-    with _emptied(folder if crew.size == 1 else folder / f"rank-{crew.rank}") as own:
-        tally = _fill(lender, surrogate, source, own).over(crew.gather)
+    with _emptied(folder if world.size == 1 else folder / f"rank-{world.rank}") as own:
+        tally = _fill(lender, surrogate, source, own).over(world.gather)
         for name in targets:
             yield name, table_of(_embed_from(lender, name, sink, own), queries, name), tally
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from hsat.distributed import shared_world
 from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.conventions import Absent, Compat, How, Keys, resolve_arithmetic
 from hsat.eval.embedding import Layer
-from hsat.eval.engine.crew import crew_of_ranks
 from hsat.eval.records import Record
 from hsat.eval.transfer.checks import check_hold, check_layer, check_names, identity, open_ledger
 from hsat.eval.transfer.lending import EncoderSource, Hold, Lender
@@ -114,10 +114,10 @@ def evaluate_transfer(
     lender = Lender(encoders, checkpoints=checkpoints or {}, hold=hold)
     known: dict[str, Any] = {"banks": banks, "queries": queries, "knn": knn, "ks": ks, "reading": reading}
     names = tuple(dict.fromkeys((*surrogates, *targets)))
-    with crew_of_ranks() as crew:
-        alone = state is None and crew.size == 1
+    with shared_world() as world:
+        alone = state is None and world.size == 1
         settings = {} if alone else identity(lender, names, attacks=attacks, **known)
-        run = TransferRun(lender, open_ledger(state, settings, crew), crew, **known)
+        run = TransferRun(lender, open_ledger(state, settings, world), world, **known)
         clean = {name: run.clean(name) for name in targets}
         pairs, made = {}, []
         for surrogate, (name, attack) in itertools.product(surrogates, attacks.items()):

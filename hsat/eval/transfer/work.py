@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from hsat.distributed import World
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.conventions import Compat
 from hsat.eval.embedding import Layer, describe, watch
-from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.sharing import shared_embed
 from hsat.eval.tally import Tally
 from hsat.eval.transfer.crossing import SameQueries, Sink, Source, spill, stream
@@ -47,7 +47,7 @@ class TransferRun:
         self,
         lender: Lender,
         ledger: Ledger,
-        crew: Crew,
+        world: World,
         *,
         banks: Banks,
         queries: Queries,
@@ -55,9 +55,9 @@ class TransferRun:
         ks: Sequence[int],
         reading: Reading,
     ) -> None:
-        self._lender, self._ledger, self._crew, self._banks, self._reading = lender, ledger, crew, banks, reading
+        self._lender, self._ledger, self._world, self._banks, self._reading = lender, ledger, world, banks, reading
         self._names = describe(queries, reading.class_names, "", "")[0]
-        self._queries = SameQueries(queries, crew, ledger.note("queries") or ())
+        self._queries = SameQueries(queries, world, ledger.note("queries") or ())
         self._knn, self._ks = knn, ks
         self._fitted: dict[str, FittedKNN] = {}
         self._warned: set[str] = set()
@@ -106,27 +106,27 @@ class TransferRun:
             return Source(
                 encoder,
                 attack,
-                watch(self._queries, reading.progress and self._crew.leads, f"{name} on {surrogate}"),
+                watch(self._queries, reading.progress and self._world.is_main, f"{name} on {surrogate}"),
                 target=reading.target,
                 branch=_branch_of(encoder, reading),
                 seed=reading.seed,
                 device=reading.device,
             )
 
-        parts: dict[str, Any] = {"queries": self.queries(), "source": source, "sink": self._sink, "crew": self._crew}
+        parts: dict[str, Any] = {"queries": self.queries(), "source": source, "sink": self._sink, "world": self._world}
         if self._lender.hold == "all":
             return stream(self._lender, surrogate, targets, **parts)
         return spill(self._lender, surrogate, targets, folder=self._ledger.scratch, **parts)
 
     def _sink(self, encoder: Encoder) -> Sink:
-        return Sink(encoder, self._crew, layer=self._reading.layer, device=self._reading.device)
+        return Sink(encoder, self._world, layer=self._reading.layer, device=self._reading.device)
 
     def _embed_clean(self, name: str) -> EmbeddingTable:
         names, cohort, split = describe(self._queries, self._names, "", "")
         with self._lender.lend(name) as encoder:
             self._make_bank(name, encoder)
             sink = self._sink(encoder)
-            for number, batch in watch(self._queries, self._reading.progress and self._crew.leads, "embedding"):
+            for number, batch in watch(self._queries, self._reading.progress and self._world.is_main, "embedding"):
                 sink.add(number, batch)
         return sink.rows().table(class_names=names, cohort=cohort, split=split, encoder=name)
 
@@ -137,7 +137,7 @@ class TransferRun:
         table = shared_embed(
             encoder,
             self._banks,
-            self._crew,
+            self._world,
             class_names=reading.class_names,
             layer=reading.layer,
             device=reading.device,
@@ -149,7 +149,7 @@ class TransferRun:
     def _put_table(self, name: str, table: EmbeddingTable) -> None:
         """Keep a table, and go on when all ranks can have it."""
         self._ledger.put_table(name, table)
-        self._crew.gather(name)
+        self._world.gather(name)
 
     def _bank(self, name: str) -> EmbeddingTable:
         table = self._banks[name] if isinstance(self._banks, Mapping) else self._ledger.table(f"bank {name}")
