@@ -11,8 +11,9 @@ from torch import nn
 
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PackedPatches, PatchDataset, patch_loader
+from hsat.distributed import row_share
+from hsat.embedding import gather_table
 from hsat.eval import KNNClassifier, embed, metrics
-from hsat.eval.gathering import gather_table, own_rows
 from hsat.models import branch, is_dual, save_encoder, trained_branch
 from hsat.types import Attack, EmbeddingTable
 from runs import Run, write_json
@@ -58,7 +59,7 @@ def _held_out(
 
 
 def _embedded(encoder: nn.Module, dataset: PatchDataset, attack: Attack | None, settings: TrainHSAT) -> EmbeddingTable:
-    share = own_rows(len(dataset), batch_size=BATCH)
+    share = row_share(len(dataset), batch_size=BATCH)
     dataset = copy.copy(dataset)
     dataset.rows = dataset.rows[share]
     if not len(dataset):

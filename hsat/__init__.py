@@ -13,8 +13,8 @@ from typing import Any
 from hsat.types import (
     Attack,
     AttackResult,
+    EmbeddingFunction,
     EmbeddingTable,
-    Encoder,
     HierarchicalBatch,
     Levels,
     Objective,
@@ -41,7 +41,7 @@ __all__ = [  # noqa: PLE0604
     "Attack",
     "AttackResult",
     "EmbeddingTable",
-    "Encoder",
+    "EmbeddingFunction",
     "HierarchicalBatch",
     "Levels",
     "Objective",

@@ -17,11 +17,12 @@ LOWER = {"attacks", "losses", "data", "models"}
 GROUND = {"files", "types", "distributed", "fingerprints"}
 MAY_IMPORT = {room: GROUND for room in LOWER} | {
     "files": set(),
+    "embedding": LOWER | GROUND,
     "types": {"files"},
     "distributed": {"types", "files"},
     "fingerprints": {"types", "files"},
-    "training": LOWER | GROUND,
-    "eval": LOWER | GROUND,
+    "training": LOWER | GROUND | {"embedding"},
+    "eval": LOWER | GROUND | {"embedding"},
     "testing": {"types"},
 }
 PUBLIC = {
@@ -34,7 +35,7 @@ PUBLIC = {
     "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
     "hsat.training": "adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight",
     "hsat.eval": "KNNClassifier embed evaluate_transfer evaluate_whitebox metrics pool",
-    "hsat.types": "Attack AttackResult EmbeddingTable Encoder HierarchicalBatch Levels Objective ThreatModel",
+    "hsat.types": "Attack AttackResult EmbeddingTable EmbeddingFunction HierarchicalBatch Levels Objective ThreatModel",
 }
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.attacks.bank_rows import check_labels
-from hsat.types import EmbeddingTable, Encoder
+from hsat.types import EmbeddingFunction, EmbeddingTable
 
 Which = Literal["nearest", "farthest"]
 
@@ -20,7 +20,7 @@ Which = Literal["nearest", "farthest"]
 class Guide:
     """Cosine similarity of each image's embedding to its target; see `guide`."""
 
-    encode: Encoder
+    encode: EmbeddingFunction
     targets: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Guide:
         return Guide(self.encode, self.targets[index])
 
 
-def guide(encoder: Encoder, targets: Tensor) -> Guide:
+def guide(encoder: EmbeddingFunction, targets: Tensor) -> Guide:
     """Targeted objective: pull the embedding of each image towards a given one, such as another patient's.
 
     encoder: images -> (n, d).  targets: (n, d), one embedding per image, of any length; `choose_guides` finds some.

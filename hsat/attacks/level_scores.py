@@ -10,7 +10,7 @@ from torch import Tensor
 from hsat.attacks.bank_rows import BankLike, check_labels
 from hsat.attacks.nearest_vote import lead, signed
 from hsat.attacks.vote_bank import Vote, VoteBank, vote_bank
-from hsat.types import Encoder
+from hsat.types import EmbeddingFunction
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class LevelMargin:
     groups: (g,) the ids, ascending.  member_of: (n,) the position of each image's group.  labels: (g,).
     """
 
-    encode: Encoder
+    encode: EmbeddingFunction
     bank: VoteBank
     groups: Tensor
     member_of: Tensor
@@ -65,7 +65,7 @@ class LevelMargin:
 
 
 def level_margin(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: BankLike,
     groups: Tensor,
     labels: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hsat.attacks.bank_rows import BankLike, check_labels
 from hsat.attacks.vote_bank import Vote, VoteBank, vote_bank
-from hsat.types import Encoder
+from hsat.types import EmbeddingFunction
 
 VoteLoss = Literal["margin", "ce"]
 VOTE_LOSSES = ("margin", "ce")
@@ -22,7 +22,7 @@ _BARELY = 1e-12  # the margin of a vote that is lost on a tie
 class SoftKNN:
     """How far the kNN vote on each image leans to a wrong class; see `soft_knn`."""
 
-    encode: Encoder
+    encode: EmbeddingFunction
     bank: VoteBank
     labels: Tensor
     loss: VoteLoss = "margin"
@@ -62,7 +62,7 @@ class SoftKNN:
 
 
 def soft_knn(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: BankLike,
     labels: Tensor,
     *,

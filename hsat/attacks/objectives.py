@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.types import Encoder, HierarchicalBatch, Levels, Objective
+from hsat.types import EmbeddingFunction, HierarchicalBatch, Levels, Objective
 
 Distance = Literal["cosine", "l2", "l1"]
 DISTANCES = ("cosine", "l2", "l1")
@@ -24,7 +24,7 @@ DISTANCES = ("cosine", "l2", "l1")
 class FeatureDrift:
     """Distance of each image's embedding to a fixed reference; see `feature_drift`."""
 
-    encode: Encoder
+    encode: EmbeddingFunction
     reference: Tensor
     distance: Distance = "cosine"
     stationary_at_clean: bool = True
@@ -49,7 +49,7 @@ class FeatureDrift:
 
 
 def feature_drift(
-    encode: Encoder, x: Tensor, distance: Distance = "cosine", *, reference: Tensor | None = None
+    encode: EmbeddingFunction, x: Tensor, distance: Distance = "cosine", *, reference: Tensor | None = None
 ) -> FeatureDrift:
     """Label-free objective: how far the embedding of each image moves from that of the clean image.
 
@@ -69,7 +69,9 @@ def feature_drift(
     return FeatureDrift(encode, reference.detach().to(torch.promote_types(reference.dtype, torch.float32)), distance)
 
 
-def hierarchical(encoder: Encoder, loss: Callable[[Tensor, Any], Any], batch: HierarchicalBatch | Levels) -> Objective:
+def hierarchical(
+    encoder: EmbeddingFunction, loss: Callable[[Tensor, Any], Any], batch: HierarchicalBatch | Levels
+) -> Objective:
     """The hierarchical contrastive loss of a batch as a function of its images: HSAT's inner maximisation.
 
     encoder: images -> embeddings (n, d).  loss: (embeddings, batch) -> a scalar, or terms with `.total`, for instance

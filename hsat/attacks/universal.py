@@ -15,7 +15,7 @@ from hsat.attacks.gradient import ImageGradient, check_finite
 from hsat.attacks.objectives import DISTANCES, Distance, feature_drift
 from hsat.attacks.one_for_all import FittedUniversal
 from hsat.attacks.threat import L2, Linf
-from hsat.types import Encoder, HierarchicalBatch, Objective
+from hsat.types import EmbeddingFunction, HierarchicalBatch, Objective
 
 MakeObjective = Callable[[Tensor, HierarchicalBatch], Objective]
 
@@ -55,7 +55,7 @@ class UniversalPerturbation:
     def fit(
         self,
         loader: Iterable[HierarchicalBatch],
-        encode: Encoder,
+        encode: EmbeddingFunction,
         *,
         objective: MakeObjective | None = None,
         generator: torch.Generator | None = None,
@@ -97,7 +97,7 @@ class _Fit:
     def __init__(
         self,
         settings: UniversalPerturbation,
-        encode: Encoder,
+        encode: EmbeddingFunction,
         objective: MakeObjective | None,
         generator: torch.Generator | None,
         device: torch.device | str | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hsat.distributed import row_share
+from hsat.embedding import embed, gather_table
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.banks.knn_files import load_knn
 from hsat.eval.banks.sharded import ShardedKNN, fit_shards
@@ -14,11 +16,9 @@ from hsat.eval.certification.challenge import Challenge, challenge_certificates
 from hsat.eval.certification.smoothing import Smoothing
 from hsat.eval.doubt.diagnosis import Diagnosis, diagnose
 from hsat.eval.effects import CONVENTIONS, Convention, conventions_table
-from hsat.eval.embedding import embed
 from hsat.eval.engine.cache import EmbeddingCache
 from hsat.eval.engine.strongest import Casualties, MemberCount, Strongest, casualties_table, strongest_attacks
 from hsat.eval.export.saving import ExportResult, save_adversarial
-from hsat.eval.gathering import gather_table, own_rows
 from hsat.eval.pooling import PooledScores, pool
 from hsat.eval.published import paper_attacks
 from hsat.eval.records import Record, eps_text, markdown_table, read_records, write_records
@@ -87,7 +87,6 @@ __all__ = [
     "match_classes",
     "metrics",
     "open_runs",
-    "own_rows",
     "paired_difference",
     "paper_attacks",
     "paper_csv",
@@ -102,6 +101,7 @@ __all__ = [
     "read_evidence",
     "read_records",
     "rescore",
+    "row_share",
     "save_adversarial",
     "save_scores",
     "score_levels",

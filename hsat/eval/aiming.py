@@ -10,18 +10,18 @@ from torch import Tensor
 
 from hsat.attacks import feature_drift, soft_knn
 from hsat.attacks.nearest_vote import SoftKNN
+from hsat.embedding import LAYERS, encode, select_layer
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.conventions import Compat
-from hsat.eval.embedding import LAYERS, encode, select_layer
 from hsat.eval.engine.layers import Layers
 from hsat.eval.records import Record
-from hsat.types import Encoder, Objective
+from hsat.types import EmbeddingFunction, Objective
 
 TARGETS = (*LAYERS, "knn")
 
 
 def published_aim(
-    compat: Compat | None, encoder: Encoder, target: str | None, attack_branch: str | None
+    compat: Compat | None, encoder: EmbeddingFunction, target: str | None, attack_branch: str | None
 ) -> tuple[str, str | None]:
     """(target, attack_branch) as they are given, or as compat chooses them."""
     if compat == "paper" and attack_branch is None and isinstance(encoder, torch.nn.Module):
@@ -41,7 +41,7 @@ class Aim:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: EmbeddingFunction,
         target: str,
         layer: str,
         *,

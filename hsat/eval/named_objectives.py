@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hsat.attacks import feature_drift, soft_knn
 from hsat.attacks.nearest_vote import SoftKNN
+from hsat.embedding import select_layer
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import select_layer
-from hsat.types import Encoder, HierarchicalBatch, Objective
+from hsat.types import EmbeddingFunction, HierarchicalBatch, Objective
 
 MakeObjective = Callable[[Tensor, HierarchicalBatch], Objective]
 """(images, batch) -> the objective of these images; the batch's labels are indices of the bank's classes."""
@@ -19,7 +19,7 @@ MakeObjective = Callable[[Tensor, HierarchicalBatch], Objective]
 TARGETS = ("knn", "features", "embedding")
 
 
-def objective_named(encoder: Encoder, target: str, layer: str, knn: FittedKNN) -> MakeObjective:
+def objective_named(encoder: EmbeddingFunction, target: str, layer: str, knn: FittedKNN) -> MakeObjective:
     """How to make the objective of a batch: "knn" is the margin of the vote (`soft_knn`), else the drift of a layer."""
     if target != "knn":
         attacked = select_layer(encoder, target)

@@ -124,10 +124,10 @@ def match_classes(table: EmbeddingTable, class_names: Sequence[str]) -> np.ndarr
 
     Raises ValueError naming every class that occurs in the table and is missing from the list.
     """
-    return match_labels(table.label, table.class_names, class_names)
+    return align_labels(table.label, table.class_names, class_names)
 
 
-def match_labels(labels: np.ndarray, own_names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+def align_labels(labels: np.ndarray, own_names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
     """The same for labels (n,) that index `own_names`."""
     position = {name: index for index, name in enumerate(class_names)}
     used = {own_names[index] for index in np.unique(labels)}

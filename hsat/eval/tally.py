@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hsat.eval.embedding import Rows
+from hsat.embedding import EmbeddingBuffer
 from hsat.types import Attack, AttackResult, EmbeddingTable
 
 _SUSPICIOUS_SHARE = 0.01
@@ -20,7 +20,7 @@ _STARTS = {"FFGSM": True, "FGSM": False, "RandomNoise": True}  # attacks whose s
 class Tally:
     """Embeddings and counts of one condition, over the batches."""
 
-    rows: Rows = field(default_factory=Rows)
+    rows: EmbeddingBuffer = field(default_factory=EmbeddingBuffer)
     kept: list[Tensor] = field(default_factory=list)
     images: int = 0
     forwards: int = 0

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from hsat.distributed import shared_world
+from hsat.embedding import LAYERS, Layer
 from hsat.eval.aiming import TARGETS, Aim, published_aim
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.baselines import with_noise
 from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.doubt.doubts import Doubts
-from hsat.eval.embedding import LAYERS, Layer
 from hsat.eval.engine.cache import EmbeddingCache
 from hsat.eval.engine.ensemble_records import ensemble_record
 from hsat.eval.engine.keeping import Bank, cache_key, embedded_bank, journal_of
@@ -30,7 +30,7 @@ from hsat.eval.engine.strongest import Casualties, Strongest
 from hsat.eval.engine.trial import Trial
 from hsat.eval.measuring import Frame, condition_records, evaluation_frame
 from hsat.eval.records import Record
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class WhiteboxResult:
 
 
 def evaluate_whitebox(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: Bank,
     queries: Iterable[HierarchicalBatch],
     attacks: Mapping[str, Attack | Strongest],
@@ -71,7 +71,7 @@ def evaluate_whitebox(
     bootstrap: int = 1000,
     noise: bool = False,
     diagnose: bool | int = False,
-    surrogates: Mapping[str, Encoder] | None = None,
+    surrogates: Mapping[str, EmbeddingFunction] | None = None,
     cache: str | os.PathLike[str] | None = None,
     state: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,

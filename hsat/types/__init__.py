@@ -4,17 +4,32 @@ Only torch and numpy are imported here; every other room may import this one and
 """
 
 from hsat.types.batch import LEVELS, HierarchicalBatch, Levels
-from hsat.types.contracts import Attack, AttackResult, Encoder, Objective, ThreatModel
-from hsat.types.table import EmbeddingTable
+from hsat.types.protocols import (
+    Attack,
+    AttackResult,
+    Classifier,
+    DecisionObjective,
+    EmbeddingFunction,
+    FittedClassifier,
+    MemberStats,
+    Objective,
+    ThreatModel,
+)
+from hsat.types.table import EmbeddingTable, align_labels
 
 __all__ = [
     "LEVELS",
     "Attack",
     "AttackResult",
+    "Classifier",
+    "DecisionObjective",
+    "EmbeddingFunction",
     "EmbeddingTable",
-    "Encoder",
+    "FittedClassifier",
     "HierarchicalBatch",
     "Levels",
+    "MemberStats",
     "Objective",
     "ThreatModel",
+    "align_labels",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ class EmbeddingTable:
     all-zero row stays zero).  Memory-mapped rows may be float16, as `save(path, dtype="float16")` writes them.
     label, patch, slide, patient: (n,) int64.  class_names: label i is class_names[i].
     cohort, split, encoder: fingerprints or names; ids of tables of different cohorts are never compared.
+    norm: (n,) float32, the length of each row before normalisation, which `raw` gives back; None where nobody knows it.
+    It is taken from z where z holds rows of other lengths and no norm is given.
     Raises ValueError naming the field when lengths differ, a label has no class name or a name comes twice, or z is not
     finite; TypeError for other kinds of values.
     """
@@ -37,6 +40,7 @@ class EmbeddingTable:
     cohort: str = ""
     split: str = ""
     encoder: str = ""
+    norm: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.z, np.memmap):
@@ -68,8 +72,25 @@ class EmbeddingTable:
                 f"labels run from {self.label.min()} to {self.label.max()} but there are {len(self.class_names)}"
                 f" class names: {self.class_names}"
             )
+        lengths = self.norm
         if not isinstance(self.z, np.memmap):
-            object.__setattr__(self, "z", _unit_rows(self.z))
+            z, own_lengths = _unit_rows(self.z)
+            object.__setattr__(self, "z", z)
+            lengths = own_lengths if lengths is None else lengths
+        object.__setattr__(self, "norm", None if lengths is None else _checked_norm(lengths, n))
+
+    def raw(self) -> np.ndarray:
+        """The rows as the encoder gave them, (n, d) float32: unit rows times their lengths.
+
+        Raises ValueError if the table does not know the lengths.
+        """
+        if self.norm is None:
+            raise ValueError(
+                "this table holds unit rows and does not know their lengths, which a classifier of raw features needs;"
+                " embed the images again (hsat.embed keeps the lengths), or give EmbeddingTable(norm=...)"
+            )
+        raw: np.ndarray = np.asarray(self.z, dtype=np.float32) * self.norm[:, None]
+        return raw
 
     def __len__(self) -> int:
         return len(self.z)
@@ -86,6 +107,8 @@ class EmbeddingTable:
             np.save(folder / "z.npy", np.asarray(self.z, dtype=dtype), allow_pickle=False)
             for name in _TABLE_IDS:
                 np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            if self.norm is not None:
+                np.save(folder / "norm.npy", self.norm, allow_pickle=False)
             text: dict[str, Any] = {name: getattr(self, name) for name in _TABLE_TEXT}
             text["class_names"] = list(self.class_names)
             (folder / "table.json").write_text(json.dumps(text, indent=1))
@@ -104,11 +127,39 @@ class EmbeddingTable:
         arrays: dict[str, Any] = {}
         for name in ("z", *_TABLE_IDS):
             arrays[name] = load_array(path / f"{name}.npy", memory_map=memory_map and name == "z")
+        if (path / "norm.npy").exists():
+            arrays["norm"] = load_array(path / "norm.npy")
         names = {name: text[name] for name in _TABLE_TEXT}
         try:
             return cls(**arrays, class_names=tuple(text["class_names"]), **names)
         except ValueError as error:
             raise ValueError(f"{path} is no table: {error}") from error
+
+
+def align_labels(labels: np.ndarray, own_names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+    """Labels as indices into another list of class names, matched by name.
+
+    Args:
+        labels: (n,) indices into `own_names`.
+        own_names: The classes of the labels.
+        class_names: The other classes, those of a classifier.
+
+    Returns:
+        (n,) int64 indices into `class_names`.
+
+    Raises:
+        ValueError: Naming every class that occurs in the labels and is missing from `class_names`.
+    """
+    position = {name: index for index, name in enumerate(class_names)}
+    used = {own_names[index] for index in np.unique(labels)}
+    if unknown := sorted(used - position.keys()):
+        raise ValueError(
+            f"the queries hold classes {unknown} that the bank does not know; it knows {list(class_names)}."
+            " Give both cohorts the same class names, or leave those rows out"
+        )
+    lookup = np.array([position.get(name, -1) for name in own_names], dtype=np.int64)
+    aligned: np.ndarray = lookup[labels]
+    return aligned
 
 
 def _read_text(path: Path) -> dict[str, Any]:
@@ -125,16 +176,29 @@ def _read_text(path: Path) -> dict[str, Any]:
     return dict(text)
 
 
-def _unit_rows(z: np.ndarray) -> np.ndarray:
+def _unit_rows(z: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Float32 unit rows, and their lengths before normalisation; None where they were unit rows already."""
     if not np.issubdtype(z.dtype, np.floating):
         raise TypeError(f"z must hold floats, got {z.dtype}")
     z = z.astype(np.float64) if z.dtype.itemsize > np.dtype(np.float64).itemsize else z
-    norms = np.sqrt(np.einsum("ij,ij->i", z, z, dtype=np.float64))
-    finite = np.isfinite(norms)
+    lengths = np.sqrt(np.einsum("ij,ij->i", z, z, dtype=np.float64))
+    finite = np.isfinite(lengths)
     if not finite.all():
         rows = np.flatnonzero(~finite)
         raise ValueError(f"z holds non-finite values in {len(rows)} of {len(z)} rows, first in row {rows[0]}")
-    if np.abs(norms - 1.0).max(initial=0.0) > 1e-5:
-        scale = np.where(norms > 0, norms, 1.0)
-        z = z / scale[:, None]
-    return np.ascontiguousarray(z, dtype=np.float32)
+    if np.abs(lengths - 1.0).max(initial=0.0) <= 1e-5:
+        return np.ascontiguousarray(z, dtype=np.float32), None
+    unit = z / np.where(lengths > 0, lengths, 1.0)[:, None]
+    return np.ascontiguousarray(unit, dtype=np.float32), lengths.astype(np.float32)
+
+
+def _checked_norm(norm: np.ndarray, n: int) -> np.ndarray:
+    norm = np.asarray(norm)
+    if norm.shape != (n,):
+        raise ValueError(f"{n} embeddings but norm has shape {norm.shape}; expected ({n},)")
+    if not np.issubdtype(norm.dtype, np.floating):
+        raise TypeError(f"norm must hold floats, got {norm.dtype}")
+    if not (np.isfinite(norm) & (norm >= 0)).all():
+        row = int(np.flatnonzero(~(np.isfinite(norm) & (norm >= 0)))[0])
+        raise ValueError(f"norm must hold finite lengths of at least 0, got {norm[row]} in row {row}")
+    return norm.astype(np.float32, copy=False)

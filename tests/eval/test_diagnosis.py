@@ -214,7 +214,7 @@ def cut(batch, rows):
         ({"attack": PGD(Linf(0.0), step_size=0.1, steps=1)}, "eps 0 moves nothing"),
         ({"attack": lambda x, objective: x}, "needs an attack with a threat model"),
         ({"images": 0}, "images, the number of queries to look at, must be at least 1; got 0"),
-        ({"target": "head"}, "unknown layer or target 'head'"),
+        ({"target": "head"}, "unknown layer 'head'"),
     ],
 )
 def test_bad_arguments_are_named(options, message, bank, queries):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hsat.attacks import PGD, Linf, feature_drift
+from hsat.embedding import to_device
 from hsat.eval import embed
-from hsat.eval.embedding import sent
 from hsat.types import HierarchicalBatch
 
 ATTACK = PGD(Linf(8 / 255), step_size=2 / 255, steps=3)
@@ -113,7 +113,7 @@ def test_embeddings_that_are_not_finite_name_their_patches(toy_batches):
 @pytest.mark.parametrize("option", ["layer", "target"])
 def test_an_unknown_layer(toy_encoder, toy_batches, option):
     with pytest.raises(
-        ValueError, match=r"unknown layer or target 'pixels'; choose one of \['features', 'embedding'\]"
+        ValueError, match=r"unknown layer 'pixels'; choose one of \['features', 'embedding'\]"
     ):
         embed(toy_encoder, toy_batches(seed=0, sizes=(2,)), **{option: "pixels"})
 
@@ -155,5 +155,5 @@ def test_only_the_way_to_a_gpu_does_not_wait(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, place, **how: asked.append((place.type, how)) or self)
     for name in ("cpu", "cuda:1", "mps"):
-        sent(torch.zeros(1), torch.device(name))
+        to_device(torch.zeros(1), torch.device(name))
     assert asked == [(kind, {"non_blocking": kind == "cuda"}) for kind in ("cpu", "cuda", "mps")]

@@ -250,7 +250,7 @@ def test_the_encoder_comes_back_as_it_was(toy_encoder, bank, queries):
     ("options", "message"),
     [
         (dict(target="pixels"), r"unknown target 'pixels'; choose one of \['features', 'embedding', 'knn'\]"),
-        (dict(layer="pixels"), r"unknown layer or target 'pixels'"),
+        (dict(layer="pixels"), r"unknown layer 'pixels'"),
         (dict(attacks={"clean": PGD8}), "an attack cannot be called 'clean'"),
         (dict(k=()), r"k must be a number of at least 1, or several as in \(200, 20\); got \(\)"),
         (dict(k=(20, 0)), r"k must be a number of at least 1.*got \(20, 0\)"),

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from hsat.attacks import PGD, Linf
-from hsat.eval.gathering import gather_table, own_rows
+from hsat.distributed import row_share
+from hsat.embedding import gather_table
 from hsat.losses import HiDiscLoss
 from hsat.models import convert_to_dual
 from hsat.training import (
@@ -84,7 +85,8 @@ RANK = (
 import sys
 import numpy as np, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from hsat.eval.gathering import gather_table, own_rows
+from hsat.distributed import row_share
+from hsat.embedding import gather_table
 from hsat.training import accumulated_step, of_all_ranks, same_everywhere, split_batch
 from hsat.types import EmbeddingTable
 
@@ -138,7 +140,7 @@ gap = measured(mine, ids)
 inside[0] = False
 answers["gaps"] = of_all_ranks(gap)
 answers["counted"] = dict(counted)
-share = own_rows(5, batch_size=2)
+share = row_share(5, batch_size=2)
 numbers = np.arange(5)
 table = EmbeddingTable(np.eye(5, dtype=np.float32)[share], *[numbers[share] * 0] * 1, *[numbers[share]] * 3,
                        class_names=("a",))
@@ -299,13 +301,13 @@ def test_rows_come_back_in_order_on_all_ranks(ranks):
 
 
 def test_without_a_process_group_all_of_it_is_plain():
-    assert own_rows(5, batch_size=2) == slice(0, 5)
+    assert row_share(5, batch_size=2) == slice(0, 5)
     table = EmbeddingTable(np.eye(2, dtype=np.float32), *[np.zeros(2, np.int64)] * 4, class_names=("a",))
     assert gather_table(table) is table
     with pytest.raises(ValueError, match="no rank"):
         gather_table(None)
     with pytest.raises(ValueError, match="batch_size"):
-        own_rows(3, batch_size=0)
+        row_share(3, batch_size=0)
     same_everywhere(1, "a number")
     assert of_all_ranks([1, 2]) == [[1, 2]]
     norm = nn.BatchNorm1d(2)

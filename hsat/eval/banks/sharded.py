@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier, check_bank, class_scores, cut_k, query_rows
 from hsat.eval.banks.neighbours import Neighbours, best
-from hsat.eval.scoring import match_labels
-from hsat.types import EmbeddingTable
+from hsat.types import EmbeddingTable, align_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,4 +111,4 @@ def _checked(tables: list[EmbeddingTable]) -> tuple[tuple[str, ...], np.ndarray]
         if table.encoder != first.encoder:
             raise ValueError(f"shard {place} was embedded by {table.encoder!r}, shard 0 by {first.encoder!r}")
     names = tuple(dict.fromkeys(name for table in tables for name in table.class_names))
-    return names, np.concatenate([match_labels(table.label, table.class_names, names) for table in tables])
+    return names, np.concatenate([align_labels(table.label, table.class_names, names) for table in tables])

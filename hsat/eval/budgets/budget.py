@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from typing import Literal
 
 import numpy as np
 import torch
 
+from hsat.embedding import (
+    Layer,
+    LoaderInfo,
+    embed,
+    encode,
+    eval_mode,
+    loader_info,
+    require_labels,
+    resolve_device,
+    select_layer,
+    show_progress,
+    to_device,
+)
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.budgets.budget_result import BudgetResult, budget_records
 from hsat.eval.budgets.flipping import ORDERS, Order, altered_counts
 from hsat.eval.conventions import How
-from hsat.eval.embedding import (
-    Layer,
-    describe,
-    device_of,
-    embed,
-    encode,
-    frozen_module,
-    labelled,
-    select_layer,
-    sent,
-    watch,
-)
 from hsat.eval.measuring import evaluation_frame
 from hsat.eval.named_objectives import TARGETS, MakeObjective, objective_named
 from hsat.eval.pooling import pool
-from hsat.eval.scoring import match_labels
 from hsat.eval.tally import Tally
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, align_labels
 
 GroupLevel = Literal["slide", "patient"]
 FRACTIONS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 def evaluate_hierarchical_budget(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: Iterable[HierarchicalBatch] | EmbeddingTable,
     queries: Iterable[HierarchicalBatch],
     attack: Attack,
@@ -86,7 +87,7 @@ def evaluate_hierarchical_budget(
     trial = _Trial(encoder, layer, attack, make, knn=knn, seed=seed)
     clean, attacked = trial.run(queries, model=model, progress=progress, **options)  # type: ignore[arg-type]
     scores = knn.predict_proba(clean), knn.predict_proba(attacked)
-    labels, ids = match_labels(clean.label, clean.class_names, knn.class_names), getattr(clean, level)
+    labels, ids = align_labels(clean.label, clean.class_names, knn.class_names), getattr(clean, level)
     pooled = pool(scores[0], ids, labels, how=how)
     assert pooled.labels is not None  # labels were given
     result = BudgetResult(
@@ -122,7 +123,7 @@ class _Trial:
     """One pass over the queries, clean and attacked."""
 
     def __init__(
-        self, encoder: Encoder, layer: str, attack: Attack, make: MakeObjective, *, knn: FittedKNN, seed: int
+        self, encoder: EmbeddingFunction, layer: str, attack: Attack, make: MakeObjective, *, knn: FittedKNN, seed: int
     ) -> None:
         self.encoder, self.attack, self.make, self.knn, self.seed = encoder, attack, make, knn, seed
         self.scored = select_layer(encoder, layer)
@@ -138,21 +139,21 @@ class _Trial:
         progress: bool,
     ) -> tuple[EmbeddingTable, EmbeddingTable]:
         """The embeddings of all queries as they are and after the attack."""
-        names, cohort, split = describe(queries, class_names, "", "")
-        place = device_of(self.encoder, device)
-        with frozen_module(self.encoder):
-            for batch in watch(queries, progress, "attacking"):
-                matched = match_labels(labelled(batch), names, self.knn.class_names)
-                images = sent(batch.images, place)
+        names, cohort, split = astuple(loader_info(queries, class_names))
+        place = resolve_device(self.encoder, device)
+        with eval_mode(self.encoder):
+            for batch in show_progress(queries, "attacking", shown=progress):
+                matched = align_labels(require_labels(batch), names, self.knn.class_names)
+                images = to_device(batch.images, place)
                 ids = batch.patch, batch.slide, batch.patient
                 objective = self.make(images, HierarchicalBatch(batch.images, *ids, torch.from_numpy(matched)))
                 generator = torch.Generator().manual_seed(self.seed)
                 result = self.attack.run(images, objective, generator=generator, ids=batch.patch)
                 self.tally.count(result, images)
-                self.clean.rows.add(batch, encode(self.scored, images))
-                self.tally.rows.add(batch, encode(self.scored, result.x_adv))
-        text = {"class_names": names, "cohort": cohort, "split": split, "encoder": model}
-        return self.clean.rows.table(**text), self.tally.rows.table(**text)  # type: ignore[arg-type]
+                self.clean.rows.append(batch, encode(self.scored, images))
+                self.tally.rows.append(batch, encode(self.scored, result.x_adv))
+        info = LoaderInfo(class_names=names, cohort=cohort, split=split)
+        return self.clean.rows.table(info, encoder=model), self.tally.rows.table(info, encoder=model)
 
 
 def _check_options(level: str, order: str, target: str, fractions: Sequence[float]) -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from hsat.embedding import (
+    Layer,
+    embed,
+    eval_mode,
+    loader_info,
+    require_labels,
+    resolve_device,
+    select_layer,
+    show_progress,
+)
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.certification.certificates import ABSTAIN, POOLINGS, Certificates, Pooling, group_radius, patch_radius
 from hsat.eval.certification.smoothing import Smoothing, count_votes, gaussian_noise, knn_vote
-from hsat.eval.embedding import Layer, describe, device_of, embed, frozen_module, labelled, select_layer, watch
 from hsat.eval.measuring import measured_record
 from hsat.eval.records import Record, eps_text, software_versions
-from hsat.eval.scoring import match_labels
 from hsat.eval.statistics.bootstrap import bootstrap_intervals
 from hsat.eval.tally import shared_patients
-from hsat.types import LEVELS, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import LEVELS, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, align_labels
 
 RADII = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -47,7 +55,7 @@ class CertificateResult:
 
 
 def certify(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: Iterable[HierarchicalBatch] | EmbeddingTable,
     queries: Iterable[HierarchicalBatch],
     *,
@@ -151,7 +159,7 @@ class _Votes:
 
 
 def _count(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     knn: FittedKNN,
     queries: Iterable[HierarchicalBatch],
     smoothing: Smoothing,
@@ -161,13 +169,13 @@ def _count(
     device: torch.device | str | None,
     progress: bool,
 ) -> _Votes:
-    names, cohort, split = describe(queries, class_names, "", "")
-    place, vote = device_of(encoder, device), knn_vote(select_layer(encoder, layer), knn)
+    names, cohort, split = astuple(loader_info(queries, class_names))
+    place, vote = resolve_device(encoder, device), knn_vote(select_layer(encoder, layer), knn)
     last = smoothing.selection + smoothing.samples
     parts: list[tuple[np.ndarray, ...]] = []
-    with frozen_module(encoder):
-        for batch in watch(queries, progress, "certifying"):
-            label = match_labels(labelled(batch), names, knn.class_names)
+    with eval_mode(encoder):
+        for batch in show_progress(queries, "certifying", shown=progress):
+            label = align_labels(require_labels(batch), names, knn.class_names)
             found = [
                 count_votes(
                     vote,

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.attacks import L2, PGD
+from hsat.embedding import eval_mode, resolve_device, select_layer, show_progress
 from hsat.eval.certification.certificates import ABSTAIN
 from hsat.eval.certification.certifying import CertificateResult
 from hsat.eval.certification.smoothing import count_votes, knn_vote
-from hsat.eval.embedding import device_of, frozen_module, select_layer, watch
 from hsat.eval.statistics.binomial import binomial_tail
-from hsat.types import Encoder, HierarchicalBatch
+from hsat.types import EmbeddingFunction, HierarchicalBatch
 
 _FIRST_DRAW = 10**9  # draws of the test are far from those that made the certificate
 
@@ -43,7 +43,7 @@ class Challenge:
 
 
 def challenge_certificates(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     certified: CertificateResult,
     queries: Iterable[HierarchicalBatch],
     *,
@@ -72,10 +72,10 @@ def challenge_certificates(
     answer = certified.levels["patch"]
     radius_of = dict(zip(answer.groups.tolist(), (answer.radius * share * inflate).tolist(), strict=True))
     class_of = dict(zip(answer.groups.tolist(), answer.prediction.tolist(), strict=True))
-    layer, place = select_layer(encoder, certified.layer), device_of(encoder, device)
+    layer, place = select_layer(encoder, certified.layer), resolve_device(encoder, device)
     vote, tested, changed = knn_vote(layer, certified.knn), 0, 0
-    with frozen_module(encoder):
-        for batch in watch(queries, progress, "challenging"):
+    with eval_mode(encoder):
+        for batch in show_progress(queries, "challenging", shown=progress):
             if unknown := [patch for patch in batch.patch.tolist() if patch not in class_of]:
                 raise ValueError(f"patch {unknown[0]} was not certified; give the queries that certify was given")
             rows = [row for row, patch in enumerate(batch.patch.tolist()) if class_of[patch] != ABSTAIN]
@@ -109,7 +109,7 @@ def challenge_certificates(
 
 
 def _attack(
-    layer: Encoder,
+    layer: EmbeddingFunction,
     certified: CertificateResult,
     images: Tensor,
     label: Tensor,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hsat.attacks.starts import image_seed
+from hsat.embedding import encode
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import encode
-from hsat.types import Encoder
+from hsat.types import EmbeddingFunction
 
 Vote = Callable[[Tensor], np.ndarray]
 """Images (n, c, h, w), any floats -> class indices (n,) int64."""
@@ -89,7 +89,7 @@ def _chunks(n: int, draws: range, chunk: int) -> Iterator[tuple[list[int], list[
         yield rows, parts
 
 
-def knn_vote(layer: Encoder, knn: FittedKNN) -> Vote:
+def knn_vote(layer: EmbeddingFunction, knn: FittedKNN) -> Vote:
     """The hard vote of a fitted kNN on the values of a layer: images -> indices into the bank's class names.
 
     An image whose embedding is not finite (far outside [0, 1] a network may overflow) votes for class 0: any fixed

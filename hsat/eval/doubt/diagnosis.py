@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hsat.attacks import FittedUniversal, RandomNoise, Square, feature_drift
+from hsat.embedding import Layer, embed, eval_mode, loader_info, require_labels, resolve_device, select_layer
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.doubt.probing import MakeObjective, Suspect, probe
 from hsat.eval.doubt.signs import SIGNS, judge
 from hsat.eval.doubt.subset import Handful
-from hsat.eval.embedding import Layer, describe, device_of, embed, frozen_module, labelled, select_layer
 from hsat.eval.records import eps_value
-from hsat.eval.scoring import match_labels
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch, Objective
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective, align_labels
 
 _OF_RIGHT_ONES = ("black_box_fools", "withstands_everything")  # signs that need a decision which was right
 
@@ -37,7 +36,7 @@ class Diagnosis:
 
 
 def diagnose(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: Iterable[HierarchicalBatch] | EmbeddingTable,
     queries: Iterable[HierarchicalBatch],
     *,
@@ -49,7 +48,7 @@ def diagnose(
     k: int = 200,
     temperature: float = 0.07,
     index: str = "flat",
-    surrogates: Sequence[Encoder] = (),
+    surrogates: Sequence[EmbeddingFunction] = (),
     class_names: Sequence[str] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -80,10 +79,10 @@ def diagnose(
     if not isinstance(bank, EmbeddingTable):
         bank = embed(encoder, bank, class_names=class_names, layer=layer, device=device)
     knn = KNNClassifier(k=k, temperature=temperature, index=index).fit(bank)
-    names, _, split = describe(queries, class_names, "", "")
+    names, _, split = astuple(loader_info(queries, class_names))
     handful = Handful(images, seed=seed)
     for batch in queries:
-        handful.see(batch, torch.from_numpy(match_labels(labelled(batch), names, knn.class_names)))
+        handful.see(batch, torch.from_numpy(align_labels(require_labels(batch), names, knn.class_names)))
     batches = handful.batches()
     if not batches:
         raise ValueError(f"the queries gave no batches (split {split!r}): nothing to diagnose")
@@ -92,19 +91,19 @@ def diagnose(
     )
     with ExitStack() as frozen:
         for each in (encoder, *surrogates):
-            frozen.enter_context(frozen_module(each))
-        return examine(suspect, batches, device=device_of(encoder, device))
+            frozen.enter_context(eval_mode(each))
+        return examine(suspect, batches, device=resolve_device(encoder, device))
 
 
 def suspect_of(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     knn: FittedKNN,
     *,
     attack: Attack,
     target: str,
     layer: str,
     objective: MakeObjective | None = None,
-    surrogates: Sequence[Encoder] = (),
+    surrogates: Sequence[EmbeddingFunction] = (),
     seed: int = 0,
 ) -> Suspect:
     """The layers of an encoder, its bank and the attack, as `examine` takes them; see `diagnose`."""
@@ -130,7 +129,7 @@ def examine(suspect: Suspect, batches: Iterable[HierarchicalBatch], *, device: t
     found: list[dict[str, np.ndarray]] = []
     for batch in batches:
         images = batch.images.to(device)
-        found.append(probe(suspect, images, torch.from_numpy(labelled(batch)), batch.patch))
+        found.append(probe(suspect, images, torch.from_numpy(require_labels(batch)), batch.patch))
     seen = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     right = seen["right_clean"]
     measures = {"images": float(len(right)), "images_right": float(right.sum())}

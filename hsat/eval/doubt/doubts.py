@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from hsat.distributed import World
+from hsat.embedding import encode, select_layer, using_branch
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.diagnosis import Diagnosis, check_attack_fits, examine, suspect_of
 from hsat.eval.doubt.subset import Handful
-from hsat.eval.embedding import encode, select_layer, through_branch
 from hsat.eval.engine.identity import key_of
 from hsat.eval.engine.journal import Journal, batch_digest
 from hsat.eval.records import Record
-from hsat.types import Attack, Encoder, HierarchicalBatch, Objective
+from hsat.types import Attack, EmbeddingFunction, HierarchicalBatch, Objective
 
 IMAGES = 32
 """Queries that diagnose=True looks at: enough to see a sign that a third of the images show."""
@@ -33,7 +33,7 @@ class Doubts:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: EmbeddingFunction,
         aim: Aim,
         attacks: Mapping[str, Attack],
         *,
@@ -97,13 +97,13 @@ class Doubts:
 
     def _objective(self, images: Tensor, labels: Tensor) -> Objective:
         clean = encode(select_layer(self._encoder, self._layer), images)
-        with through_branch(self._encoder, self._aim.branch):
+        with using_branch(self._encoder, self._aim.branch):
             objective = self._aim.objective(images, clean, labels.cpu().numpy())
         if self._aim.branch is None:
             return objective
 
         def inside(shown: Tensor) -> Tensor:
-            with through_branch(self._encoder, self._aim.branch):
+            with using_branch(self._encoder, self._aim.branch):
                 return objective(shown)
 
         return inside

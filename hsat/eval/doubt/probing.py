@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, soft_knn
 from hsat.attacks.starts import image_seed
+from hsat.embedding import encode
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import encode
-from hsat.types import Attack, AttackResult, Encoder, Objective
+from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective
 
 POINTS = 20  # random points of the search without gradients, half of them at the border of the ball
 QUERIES = 50  # of the Square attack: a rough search, which a gradient attack on a sound model leaves far behind
@@ -42,11 +42,11 @@ class Suspect:
     """
 
     attack: Attack
-    attacked: Encoder
-    scored: Encoder
+    attacked: EmbeddingFunction
+    scored: EmbeddingFunction
     knn: FittedKNN
     objective: MakeObjective
-    surrogates: tuple[Encoder, ...] = ()
+    surrogates: tuple[EmbeddingFunction, ...] = ()
     seed: int = 0
 
     @property

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import nn
 
-from hsat.eval.embedding import describe
+from hsat.embedding import loader_info
 from hsat.eval.engine.precision import autocast_name, layout_of
-from hsat.types import EmbeddingTable, Encoder
+from hsat.types import EmbeddingFunction, EmbeddingTable
 
 _TABLE = ("z", "label", "patch", "slide", "patient")
 
 
-def encoder_identity(encoder: Encoder, checkpoint: str = "") -> dict[str, str] | None:
+def encoder_identity(encoder: EmbeddingFunction, checkpoint: str = "") -> dict[str, str] | None:
     """What an encoder computes: state, pixels, structure, active branch, and how this machine computes it.
 
     None for callables that are no modules, unless the checkpoint has a name.  The structure is what `repr` says of it:
@@ -54,7 +55,7 @@ def loader_identity(loader: Any) -> dict[str, Any] | None:
     transform = getattr(dataset, "transform", None)
     if transform is not None or type(getattr(loader, "sampler", None)).__name__ != "SequentialSampler":
         return None
-    names, fingerprint, split = describe(loader, None, "", "")
+    names, fingerprint, split = astuple(loader_info(loader, None))
     files = hashlib.sha256()
     for row in rows:
         about = cohort.path(int(row)).stat()

@@ -7,20 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from hsat.distributed import World
+from hsat.embedding import Layer
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.banks.sharded import joined_tables
-from hsat.eval.embedding import Layer
 from hsat.eval.engine.cache import EmbeddingCache
 from hsat.eval.engine.identity import attack_identity, encoder_identity, loader_identity, table_identity
 from hsat.eval.engine.journal import Journal
 from hsat.eval.engine.sharing import shared_embed
-from hsat.types import EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
 
 
 def embedded_bank(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: Bank,
     cache: EmbeddingCache | None,
     world: World,
@@ -53,7 +53,7 @@ def embedded_bank(
     return made
 
 
-def cache_key(encoder: Encoder, loader: Any, layer: str, checkpoint: str) -> dict[str, Any] | None:
+def cache_key(encoder: EmbeddingFunction, loader: Any, layer: str, checkpoint: str) -> dict[str, Any] | None:
     """What decides the embeddings of a loader; None where encoder or loader cannot say."""
     of_encoder, of_loader = encoder_identity(encoder, checkpoint), loader_identity(loader)
     if of_encoder is None or of_loader is None:
@@ -63,7 +63,7 @@ def cache_key(encoder: Encoder, loader: Any, layer: str, checkpoint: str) -> dic
 
 def journal_of(
     state: str | os.PathLike[str] | None,
-    encoders: Mapping[str, Encoder],
+    encoders: Mapping[str, EmbeddingFunction],
     queries: Any,
     attacks: Mapping[str, Any],
     decisive: Mapping[str, Any],

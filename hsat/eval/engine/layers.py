@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hsat.eval.embedding import select_layer
-from hsat.types import Encoder
+from hsat.embedding import select_layer
+from hsat.types import EmbeddingFunction
 
 
 class Remembering:
@@ -17,7 +17,7 @@ class Remembering:
     are never remembered.
     """
 
-    def __init__(self, layer: Encoder) -> None:
+    def __init__(self, layer: EmbeddingFunction) -> None:
         self._layer = layer
         self._images: Tensor | None = None
         self._version = 0
@@ -42,24 +42,24 @@ class Layers:
     Where the embedding is the projection of the features, as in hsat's own encoders, the two share one memory.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: EmbeddingFunction) -> None:
         self._encoder = encoder
         self._features = Remembering(select_layer(encoder, "features"))
         project = _projection(encoder)
         if select_layer(encoder, "features") is encoder:
-            self._embedding: Encoder = self._features
+            self._embedding: EmbeddingFunction = self._features
         elif project is not None:
             self._embedding = lambda images: project(self._features(images))
         else:
             self._embedding = Remembering(encoder)
 
-    def select(self, layer: str) -> Encoder:
+    def select(self, layer: str) -> EmbeddingFunction:
         """The layer "features" or "embedding"; the same object every time.  ValueError for another name."""
         select_layer(self._encoder, layer)
         return self._features if layer == "features" else self._embedding
 
 
-def _projection(encoder: Encoder) -> Encoder | None:
+def _projection(encoder: EmbeddingFunction) -> EmbeddingFunction | None:
     """What makes the embedding from the features, where calling the encoder does exactly that and nothing else."""
     if not isinstance(encoder, torch.nn.Module):
         return None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.eval.embedding import Rows, ids_of
+from hsat.embedding import EmbeddingBuffer, ids_of
 from hsat.eval.engine.journal import Arrays
 from hsat.eval.engine.siege import Fall
 from hsat.eval.engine.strongest import Casualties, MemberCount
@@ -30,7 +30,12 @@ class Seen:
 
     def store(self, name: str, images: Tensor, z: Tensor, tally: Tally, fall: Fall | None = None) -> None:
         """Take in the images of a condition, their embeddings z (n, d), what was counted, and who felled them."""
-        self._found[name] = (images[: self._keep].detach().cpu(), Rows().add(self._batch, z), tally, fall)
+        self._found[name] = (
+            images[: self._keep].detach().cpu(),
+            EmbeddingBuffer().append(self._batch, z)[0],
+            tally,
+            fall,
+        )
 
     def part(self, order: Sequence[str]) -> Part:
         """All conditions, in this order."""

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsat.types import Encoder
+from hsat.types import EmbeddingFunction
 
 
-def unusual_computing(encoder: Encoder) -> dict[str, Any]:
+def unusual_computing(encoder: EmbeddingFunction) -> dict[str, Any]:
     """{"computed": {...}} for a record's settings; nothing for a contiguous float32 encoder as it was built.
 
     memory_format: channels_last weights.  autocast: the dtype of the `torch.autocast` block around the call.

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 
 import torch
 
 from hsat.distributed import ShardedLoader, World
-from hsat.eval.embedding import (
+from hsat.embedding import (
+    EmbeddingBuffer,
     Layer,
-    Rows,
-    describe,
-    device_of,
+    LoaderInfo,
     embed,
     encode,
-    frozen_module,
-    labelled,
+    eval_mode,
+    loader_info,
+    require_labels,
+    resolve_device,
     select_layer,
-    sent,
-    watch,
+    show_progress,
+    to_device,
 )
-from hsat.types import EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 
 
 def shared_embed(
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     loader: Iterable[HierarchicalBatch],
     world: World,
     *,
@@ -38,21 +40,20 @@ def shared_embed(
     if world.size == 1:
         about = {"class_names": class_names, "device": device, "encoder_name": encoder_name, "progress": progress}
         return embed(encoder, loader, layer=layer, **about)  # type: ignore[arg-type]
-    scored, place = select_layer(encoder, layer), device_of(encoder, device)
-    names, cohort, split = describe(loader, class_names, "", "")
+    scored, place = select_layer(encoder, layer), resolve_device(encoder, device)
+    names, cohort, split = astuple(loader_info(loader, class_names))
     share, parts = ShardedLoader(loader, world), {}
-    with frozen_module(encoder):
-        for number, batch in watch(share, progress and world.is_main, "embedding"):
-            labelled(batch)
-            parts[number] = Rows()
-            parts[number].add(batch, encode(scored, sent(batch.images, place)))
+    with eval_mode(encoder):
+        for number, batch in show_progress(share, "embedding", shown=progress and world.is_main):
+            require_labels(batch)
+            parts[number] = EmbeddingBuffer()
+            parts[number].append(batch, encode(scored, to_device(batch.images, place)))
     share.check()
-    return joined_rows(parts, world).table(class_names=names, cohort=cohort, split=split, encoder=encoder_name)
+    return joined_rows(parts, world).table(
+        LoaderInfo(class_names=names, cohort=cohort, split=split), encoder=encoder_name
+    )
 
 
-def joined_rows(parts: Mapping[int, Rows], world: World) -> Rows:
+def joined_rows(parts: Mapping[int, EmbeddingBuffer], world: World) -> EmbeddingBuffer:
     """The rows of all ranks in the order of their batches; parts: this rank's by the batches' numbers."""
-    rows = Rows()
-    for part in world.gather_by_index(parts):
-        rows.extend(part)
-    return rows
+    return EmbeddingBuffer.merge(world.gather_by_index(parts))

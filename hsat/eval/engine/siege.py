@@ -15,12 +15,12 @@ from torch import Tensor
 from hsat.attacks import feature_drift, margin
 from hsat.attacks.nearest_vote import SoftKNN
 from hsat.attacks.starts import image_seed, threat_of
+from hsat.embedding import LAYERS, encode, eval_mode, normalize_rows, select_layer
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import LAYERS, encode, frozen_module, select_layer, unit_rows
 from hsat.eval.engine.layers import Layers
 from hsat.eval.engine.strongest import Member, MemberCount, Strongest
-from hsat.types import Attack, AttackResult, Encoder, Objective
+from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective
 
 CLEAN = "clean"
 
@@ -65,14 +65,14 @@ class Siege:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: EmbeddingFunction,
         layers: Layers,
         aim: Aim,
         *,
         knn: FittedKNN,
         layer: str,
         target: str,
-        surrogates: Mapping[str, Encoder],
+        surrogates: Mapping[str, EmbeddingFunction],
         seed: int,
     ) -> None:
         self.layers, self.aim, self.knn, self.seed, self.target = layers, aim, knn, seed, target
@@ -101,7 +101,7 @@ class Siege:
         field = _Field(self, images, clean, labels, ids)
         with ExitStack() as frozen:
             for other in self.surrogates.values():
-                frozen.enter_context(frozen_module(other))
+                frozen.enter_context(eval_mode(other))
             fitting = {name: each for name, each in tried.items() if _threat(each.attack) == attack.threat}
             for name, each in fitting.items():
                 field.take_over(name, each)
@@ -215,7 +215,7 @@ class _Field:
         """(wrong, margin) of embeddings, both (n,): the decision that scores, and how far the vote leans."""
         ids = self.ids if keep is None else self.ids[keep.to(self.ids.device)]
         knn = self.siege.knn
-        scores = knn.score(knn.neighbours(unit_rows(z, ids)), k=self.siege.aim.k)
+        scores = knn.score(knn.neighbours(normalize_rows(z, ids)[0]), k=self.siege.aim.k)
         wrong = torch.from_numpy(scores.argmax(1) != labels).to(self.x.device)
         with torch.no_grad():
             return wrong, dataclasses.replace(vote, encode=_itself)(z)

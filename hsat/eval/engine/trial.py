@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,28 @@ import torch
 from torch import Tensor
 
 from hsat.distributed import ShardedLoader, World
+from hsat.embedding import (
+    LoaderInfo,
+    encode,
+    eval_mode,
+    loader_info,
+    require_labels,
+    resolve_device,
+    show_progress,
+    to_device,
+    using_branch,
+)
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.doubts import Doubts
-from hsat.eval.embedding import describe, device_of, encode, frozen_module, labelled, sent, through_branch, watch
 from hsat.eval.engine.journal import Arrays, Journal
 from hsat.eval.engine.layers import Layers, Remembering
 from hsat.eval.engine.parts import Falls, Part, Seen, count_fall
 from hsat.eval.engine.references import References
 from hsat.eval.engine.siege import CLEAN, Siege, Tried
 from hsat.eval.engine.strongest import Casualties, MemberCount, Strongest
-from hsat.eval.scoring import match_labels
 from hsat.eval.tally import Tally
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, align_labels
 
 
 class Trial:
@@ -34,7 +44,7 @@ class Trial:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: EmbeddingFunction,
         layers: Layers,
         attacks: Mapping[str, Attack | Strongest],
         *,
@@ -66,15 +76,15 @@ class Trial:
         progress: bool,
     ) -> dict[str, EmbeddingTable]:
         """The embeddings of all queries, by condition; each rank attacks batches of its own, and all get all rows."""
-        names, cohort, split = describe(queries, class_names, "", "")
-        place, share = device_of(self._encoder, device), ShardedLoader(queries, world, finished=journal.finished)
+        names, cohort, split = astuple(loader_info(queries, class_names))
+        place, share = resolve_device(self._encoder, device), ShardedLoader(queries, world, finished=journal.finished)
         parts: dict[int, Part] = {}
-        with frozen_module(self._encoder):
-            for number, batch in watch(share, progress and world.is_main, "attacking"):
-                labels = match_labels(labelled(batch), names, self._bank.class_names)
+        with eval_mode(self._encoder):
+            for number, batch in show_progress(share, "attacking", shown=progress and world.is_main):
+                labels = align_labels(require_labels(batch), names, self._bank.class_names)
                 part = journal.read(number, batch)
                 if part is None:
-                    images = sent(batch.images, place)
+                    images = to_device(batch.images, place)
                     part = self.see(batch, images, self._clean(number, batch, images, references), labels)
                     journal.write(number, batch, *part)
                 parts[number] = part
@@ -87,7 +97,7 @@ class Trial:
         for part in every:
             self._add(*part)
         return {
-            name: tally.rows.table(class_names=names, cohort=cohort, split=split, encoder=model)
+            name: tally.rows.table(LoaderInfo(class_names=names, cohort=cohort, split=split), encoder=model)
             for name, tally in self.tallies.items()
         }
 
@@ -107,14 +117,14 @@ class Trial:
             raise ValueError(f"the bank's embeddings have width {width}, the encoder's {clean.shape[-1]}: not its bank")
         seen = Seen(batch, keep=max(0, self._keep - self._kept))
         seen.store(CLEAN, images, clean, Tally())
-        with through_branch(self._encoder, self._aim.branch):
+        with using_branch(self._encoder, self._aim.branch):
             objective = self._aim.objective(images, clean, labels)
         tried: dict[str, Tried] = {}
         for name, attack in self.attacks.items():
             if isinstance(attack, Strongest):
                 continue
             generator = torch.Generator().manual_seed(self._seed)
-            with through_branch(self._encoder, self._aim.branch):
+            with using_branch(self._encoder, self._aim.branch):
                 result = attack.run(images, objective, generator=generator, ids=batch.patch)
             tally = Tally()
             tally.count(result, images)
@@ -135,7 +145,7 @@ class Trial:
     def _add(self, about: dict[str, Any], arrays: Arrays) -> None:
         """Count a batch, whoever attacked it."""
         for i, (name, tally) in enumerate(self.tallies.items()):
-            tally.rows.add_unit(arrays, arrays[f"z{i}"])
+            tally.rows.append_normalized(arrays, arrays[f"z{i}"], np.ones(len(arrays[f"z{i}"]), dtype=np.float32))
             missing = max(0, self._keep - sum(map(len, tally.kept)))
             kept = torch.from_numpy(arrays[f"kept{i}"][:missing])
             tally.kept.append(kept.to(getattr(torch, about["dtype"])))

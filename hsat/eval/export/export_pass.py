@@ -12,14 +12,13 @@ from torch import Tensor
 
 from hsat.attacks import InSpace, RawChannels
 from hsat.attacks.raw_channels import CHANNELS
+from hsat.embedding import LoaderInfo, encode, require_labels, resolve_device, select_layer
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import device_of, encode, labelled, select_layer
 from hsat.eval.export.adversarial_files import AdversarialFiles
 from hsat.eval.export.on_grid import PNG_GRID, TIFF_GRID, Grid, round_in_ball
 from hsat.eval.named_objectives import objective_named
-from hsat.eval.scoring import match_labels
 from hsat.eval.tally import Tally
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch, ThreatModel
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, ThreatModel, align_labels
 
 if TYPE_CHECKING:
     from hsat.data import Cohort, PatchDataset
@@ -59,7 +58,7 @@ class ExportPass:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: EmbeddingFunction,
         attack: Attack,
         cohort: Cohort,
         *,
@@ -71,7 +70,7 @@ class ExportPass:
     ) -> None:
         self.attack, self.cohort, self.seed, self.knn = attack, cohort, seed, knn
         self.medium = medium_of(cohort, attack)
-        self.scored, self.place = select_layer(encoder, layer), device_of(encoder, device)
+        self.scored, self.place = select_layer(encoder, layer), resolve_device(encoder, device)
         self.make = objective_named(encoder, target, layer, knn)
         self.clean, self.attacked, self.stored = Tally(), Tally(), Tally()
         self._digests: list[str] = []
@@ -85,13 +84,13 @@ class ExportPass:
     def see(self, batch: HierarchicalBatch, files: AdversarialFiles) -> None:
         """Attack a batch, round it, write it."""
         images, channels, grid = batch.images.to(self.place), self.medium.channels, self.medium.grid
-        labels = torch.from_numpy(match_labels(labelled(batch), self.cohort.class_names, self.knn.class_names))
+        labels = torch.from_numpy(align_labels(require_labels(batch), self.cohort.class_names, self.knn.class_names))
         objective = self.make(images, HierarchicalBatch(batch.images, batch.patch, batch.slide, batch.patient, labels))
         generator = torch.Generator().manual_seed(self.seed)
         result = self.attack.run(images, objective, generator=generator, ids=batch.patch)
         self.attacked.count(result, images)
-        self.clean.rows.add(batch, encode(self.scored, images))
-        self.attacked.rows.add(batch, encode(self.scored, result.x_adv))
+        self.clean.rows.append(batch, encode(self.scored, images))
+        self.attacked.rows.append(batch, encode(self.scored, result.x_adv))
         counts = round_in_ball(result.x_adv[:, channels], images[:, channels], self.medium.threat, grid).cpu()
         self._numbers += counts.numel()
         self._changed += int((counts != grid.counts(batch.images[:, channels])).sum())
@@ -107,12 +106,17 @@ class ExportPass:
                 if _digest(one) != self._digests[place]:
                     raise RuntimeError(f"{data.cohort.path(place)} does not read as it was written")
                 place += 1
-            self.stored.rows.add(batch, encode(self.scored, batch.images.to(self.place)))
+            self.stored.rows.append(batch, encode(self.scored, batch.images.to(self.place)))
 
     def tables(self, name: str, text: dict[str, Any], fingerprint: str) -> dict[str, EmbeddingTable]:
         """The embeddings as "clean", name, and "name (files)"; fingerprint: of the files' cohort."""
-        found = {"clean": self.clean.rows.table(**text), name: self.attacked.rows.table(**text)}
-        return found | {f"{name} (files)": self.stored.rows.table(**text | {"cohort": fingerprint})}
+        encoder = text.pop("encoder")
+        info, of_files = LoaderInfo(**text), LoaderInfo(**text | {"cohort": fingerprint})
+        tables = {
+            "clean": self.clean.rows.table(info, encoder=encoder),
+            name: self.attacked.rows.table(info, encoder=encoder),
+        }
+        return tables | {f"{name} (files)": self.stored.rows.table(of_files, encoder=encoder)}
 
 
 def batches_of(data: PatchDataset, batch_size: int) -> Iterator[HierarchicalBatch]:

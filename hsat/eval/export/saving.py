@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hsat.embedding import Layer, embed, eval_mode, show_progress
 from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.conventions import How
-from hsat.eval.embedding import Layer, embed, frozen_module, watch
 from hsat.eval.export.adversarial_files import MANIFEST, AdversarialFiles
 from hsat.eval.export.export_pass import ExportPass, batches_of, medium_of
 from hsat.eval.measuring import Frame, condition_records, evaluation_frame
 from hsat.eval.named_objectives import TARGETS
 from hsat.eval.records import Record, software_versions
-from hsat.eval.scoring import match_labels
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, align_labels
 
 if TYPE_CHECKING:
     from hsat.data import Cohort
@@ -44,7 +43,7 @@ class ExportResult:
 
 def save_adversarial(
     root: str | os.PathLike[str],
-    encoder: Encoder,
+    encoder: EmbeddingFunction,
     bank: Iterable[HierarchicalBatch] | EmbeddingTable,
     cohort: Cohort,
     attack: Attack,
@@ -98,12 +97,12 @@ def save_adversarial(
     if not isinstance(bank, EmbeddingTable):
         bank = embed(encoder, bank, layer=layer, device=device, encoder_name=model, progress=progress)
     knn = KNNClassifier(k=k, temperature=temperature, index=index).fit(bank)
-    match_labels(cohort.label[data.rows], cohort.class_names, knn.class_names)  # before any work is done
+    align_labels(cohort.label[data.rows], cohort.class_names, knn.class_names)  # before any work is done
     passing = ExportPass(encoder, attack, cohort, knn=knn, target=target, layer=layer, seed=seed, device=device)
     about = {"source_cohort": cohort.fingerprint(), "grid": medium.grid.name}
     identity = {"target": target, "seed": seed, "model": model, "checkpoint": checkpoint}
-    with frozen_module(encoder), files:
-        for batch in watch(batches_of(data, batch_size), progress, "attacking"):
+    with eval_mode(encoder), files:
+        for batch in show_progress(batches_of(data, batch_size), "attacking", shown=progress):
             passing.see(batch, files)
         of_attack = {"attack": repr(attack), "name": name, "split": split or "", "versions": software_versions()}
         files.complete(identity | of_attack | about)

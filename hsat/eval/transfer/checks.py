@@ -6,11 +6,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from hsat.distributed import World
+from hsat.embedding import LAYERS, loader_info
 from hsat.eval.banks.knn import KNNClassifier
-from hsat.eval.embedding import LAYERS, describe
 from hsat.eval.transfer.drops import OTHERS
 from hsat.eval.transfer.ledger import Ledger
 from hsat.eval.transfer.lending import Lender
@@ -130,7 +131,7 @@ def open_ledger(state: str | os.PathLike[str] | None, settings: Mapping[str, Any
 
 
 def _of_loader(what: str, loader: Any, reading: Reading) -> dict[str, Any]:
-    names, cohort, split = describe(loader, reading.class_names, "", "")
+    names, cohort, split = astuple(loader_info(loader, reading.class_names))
     dataset = getattr(loader, "dataset", None)
     found: dict[str, Any] = {"classes": list(names), "cohort": cohort, "split": split}
     found["image_size"] = getattr(dataset, "image_size", None)

@@ -13,11 +13,19 @@ import torch
 
 from hsat.attacks import feature_drift
 from hsat.distributed import ShardedLoader, World
-from hsat.eval.embedding import Rows, device_of, encode, labelled, select_layer, through_branch
+from hsat.embedding import (
+    EmbeddingBuffer,
+    LoaderInfo,
+    encode,
+    require_labels,
+    resolve_device,
+    select_layer,
+    using_branch,
+)
 from hsat.eval.engine.sharing import joined_rows
 from hsat.eval.tally import Tally
 from hsat.eval.transfer.lending import Lender
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 
 _COLUMNS = ("images", "patch", "slide", "patient", "label")
 
@@ -42,7 +50,7 @@ class SameQueries:
     def __iter__(self) -> Iterator[tuple[int, HierarchicalBatch]]:
         before, share, seen = len(self.digests), ShardedLoader(self.loader, self._world), {}
         for number, batch in share:
-            labelled(batch)
+            require_labels(batch)
             seen[number] = _digest(batch)
             if before and (number >= before or seen[number] != self.digests[number]):
                 raise ValueError(
@@ -65,7 +73,7 @@ class Source:
 
     def __init__(
         self,
-        surrogate: Encoder,
+        surrogate: EmbeddingFunction,
         attack: Attack,
         queries: Iterable[tuple[int, HierarchicalBatch]],
         *,
@@ -76,14 +84,14 @@ class Source:
     ) -> None:
         self._surrogate, self._branch, self._attacked = surrogate, branch, select_layer(surrogate, target)
         self._attack, self._queries, self._seed = attack, queries, seed
-        self._place = device_of(surrogate, device)
+        self._place = resolve_device(surrogate, device)
         self.tally = Tally()
 
     def __iter__(self) -> Iterator[tuple[int, HierarchicalBatch]]:
         for number, batch in self._queries:
             images = batch.images.to(self._place)
             generator = torch.Generator().manual_seed(self._seed)
-            with through_branch(self._surrogate, self._branch):
+            with using_branch(self._surrogate, self._branch):
                 objective = feature_drift(self._attacked, images, "cosine")
                 result = self._attack.run(images, objective, generator=generator, ids=batch.patch)
             self.tally.count(result, images)
@@ -93,23 +101,27 @@ class Source:
 class Sink:
     """Embeddings of one target, batch after batch, of which each rank has some."""
 
-    def __init__(self, encoder: Encoder, world: World, *, layer: str, device: torch.device | str | None) -> None:
-        self._layer, self._place, self._world = select_layer(encoder, layer), device_of(encoder, device), world
-        self._parts: dict[int, Rows] = {}
+    def __init__(
+        self, encoder: EmbeddingFunction, world: World, *, layer: str, device: torch.device | str | None
+    ) -> None:
+        self._layer, self._place, self._world = select_layer(encoder, layer), resolve_device(encoder, device), world
+        self._parts: dict[int, EmbeddingBuffer] = {}
 
     def add(self, number: int, batch: HierarchicalBatch) -> None:
         """Embed a batch."""
-        self._parts[number] = Rows()
-        self._parts[number].add(batch, encode(self._layer, batch.images.to(self._place)))
+        self._parts[number] = EmbeddingBuffer()
+        self._parts[number].append(batch, encode(self._layer, batch.images.to(self._place)))
 
-    def rows(self) -> Rows:
+    def rows(self) -> EmbeddingBuffer:
         """All ranks' rows in the order of the batches; every rank has to call it."""
         return joined_rows(self._parts, self._world)
 
 
-def table_of(rows: Rows, queries: EmbeddingTable, name: str) -> EmbeddingTable:
+def table_of(rows: EmbeddingBuffer, queries: EmbeddingTable, name: str) -> EmbeddingTable:
     """Embeddings of an encoder of this name, described as the queries are."""
-    return rows.table(class_names=queries.class_names, cohort=queries.cohort, split=queries.split, encoder=name)
+    return rows.table(
+        LoaderInfo(class_names=queries.class_names, cohort=queries.cohort, split=queries.split), encoder=name
+    )
 
 
 def stream(
@@ -168,7 +180,7 @@ def _fill(lender: Lender, surrogate: str, source: Any, folder: Path) -> Tally:
         return made.tally
 
 
-def _embed_from(lender: Lender, name: str, sink: Any, folder: Path) -> Rows:
+def _embed_from(lender: Lender, name: str, sink: Any, folder: Path) -> EmbeddingBuffer:
     with lender.lend(name) as encoder:
         embedded: Sink = sink(encoder)
         for path in sorted(folder.glob("*.safetensors")):

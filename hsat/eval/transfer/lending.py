@@ -9,11 +9,11 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from hsat.eval.embedding import frozen_module
-from hsat.types import Encoder
+from hsat.embedding import eval_mode
+from hsat.types import EmbeddingFunction
 
 Hold = Literal["all", "one"]
-EncoderSource = Encoder | Callable[[], Encoder]
+EncoderSource = EmbeddingFunction | Callable[[], EmbeddingFunction]
 
 
 class Lender:
@@ -26,14 +26,14 @@ class Lender:
 
     def __init__(self, encoders: Mapping[str, EncoderSource], *, checkpoints: Mapping[str, str], hold: Hold) -> None:
         self._encoders, self._checkpoints, self.hold = dict(encoders), dict(checkpoints), hold
-        self._loaded: dict[str, Encoder] = {}
+        self._loaded: dict[str, EmbeddingFunction] = {}
 
     @contextmanager
-    def lend(self, name: str) -> Iterator[Encoder]:
+    def lend(self, name: str) -> Iterator[EmbeddingFunction]:
         """The encoder, in evaluation mode and without parameter gradients inside the block; restored afterwards."""
         encoder = self._get(name)
         try:
-            with frozen_module(encoder):
+            with eval_mode(encoder):
                 yield encoder
         finally:
             if self.hold == "one":
@@ -56,13 +56,13 @@ class Lender:
             branch = active_branch(encoder)
             return (self.checkpoint(name) or state_fingerprint(encoder)) + (f" ({branch})" if branch else "")
 
-    def _get(self, name: str) -> Encoder:
+    def _get(self, name: str) -> EmbeddingFunction:
         if name in self._loaded:
             return self._loaded[name]
         source = self._encoders[name]
         if not is_loader(source):
-            return cast(Encoder, source)
-        encoder = cast(Callable[[], Encoder], source)()
+            return cast(EmbeddingFunction, source)
+        encoder = cast(Callable[[], EmbeddingFunction], source)()
         if not callable(encoder):
             raise TypeError(f"the function for encoder {name!r} gave a {type(encoder).__name__}, which is no encoder")
         self._loaded[name] = encoder

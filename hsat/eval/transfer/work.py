@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from hsat.distributed import World
+from hsat.embedding import Layer, LoaderInfo, loader_info, show_progress
 from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.conventions import Compat
-from hsat.eval.embedding import Layer, describe, watch
 from hsat.eval.engine.sharing import shared_embed
 from hsat.eval.tally import Tally
 from hsat.eval.transfer.crossing import SameQueries, Sink, Source, spill, stream
 from hsat.eval.transfer.ledger import Entry, Ledger
 from hsat.eval.transfer.lending import Lender
 from hsat.eval.whitebox import scores_by_k
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 
 Queries = Iterable[HierarchicalBatch]
 Banks = Iterable[HierarchicalBatch] | Mapping[str, EmbeddingTable]
@@ -56,7 +56,7 @@ class TransferRun:
         reading: Reading,
     ) -> None:
         self._lender, self._ledger, self._world, self._banks, self._reading = lender, ledger, world, banks, reading
-        self._names = describe(queries, reading.class_names, "", "")[0]
+        self._names = astuple(loader_info(queries, reading.class_names))[0]
         self._queries = SameQueries(queries, world, ledger.note("queries") or ())
         self._knn, self._ks = knn, ks
         self._fitted: dict[str, FittedKNN] = {}
@@ -102,11 +102,11 @@ class TransferRun:
     def _cross(self, surrogate: str, name: str, attack: Attack, targets: Sequence[str]) -> Any:
         reading = self._reading
 
-        def source(encoder: Encoder) -> Source:
+        def source(encoder: EmbeddingFunction) -> Source:
             return Source(
                 encoder,
                 attack,
-                watch(self._queries, reading.progress and self._world.is_main, f"{name} on {surrogate}"),
+                show_progress(self._queries, f"{name} on {surrogate}", shown=reading.progress and self._world.is_main),
                 target=reading.target,
                 branch=_branch_of(encoder, reading),
                 seed=reading.seed,
@@ -118,19 +118,21 @@ class TransferRun:
             return stream(self._lender, surrogate, targets, **parts)
         return spill(self._lender, surrogate, targets, folder=self._ledger.scratch, **parts)
 
-    def _sink(self, encoder: Encoder) -> Sink:
+    def _sink(self, encoder: EmbeddingFunction) -> Sink:
         return Sink(encoder, self._world, layer=self._reading.layer, device=self._reading.device)
 
     def _embed_clean(self, name: str) -> EmbeddingTable:
-        names, cohort, split = describe(self._queries, self._names, "", "")
+        names, cohort, split = astuple(loader_info(self._queries, self._names))
         with self._lender.lend(name) as encoder:
             self._make_bank(name, encoder)
             sink = self._sink(encoder)
-            for number, batch in watch(self._queries, self._reading.progress and self._world.is_main, "embedding"):
+            for number, batch in show_progress(
+                self._queries, "embedding", shown=self._reading.progress and self._world.is_main
+            ):
                 sink.add(number, batch)
-        return sink.rows().table(class_names=names, cohort=cohort, split=split, encoder=name)
+        return sink.rows().table(LoaderInfo(class_names=names, cohort=cohort, split=split), encoder=name)
 
-    def _make_bank(self, name: str, encoder: Encoder) -> None:
+    def _make_bank(self, name: str, encoder: EmbeddingFunction) -> None:
         if isinstance(self._banks, Mapping) or self._ledger.table(f"bank {name}") is not None:
             return
         reading = self._reading
@@ -167,7 +169,7 @@ class TransferRun:
         return scores_by_k(self._fitted[name], table, self._ks)
 
 
-def _branch_of(encoder: Encoder, reading: Reading) -> str | None:
+def _branch_of(encoder: EmbeddingFunction, reading: Reading) -> str | None:
     """The BatchNorm branch that an attack on this encoder goes through; None is the one that is active."""
     if reading.compat == "paper" and reading.attack_branch is None and isinstance(encoder, nn.Module):
         from hsat.models import is_dual

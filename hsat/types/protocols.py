@@ -1,0 +1,182 @@
+"""Objectives, threat models, attacks and classifiers: what the parts of hsat need to know of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsat.types.table import EmbeddingTable
+
+Objective = Callable[[Tensor], Tensor]
+"""Images (n, c, h, w) -> a scalar, or one value per image (n,); attacks MAXIMISE it."""
+
+EmbeddingFunction = Callable[[Tensor], Tensor]
+"""Images (n, c, h, w) in [0, 1] -> embeddings (n, d); normalisation of the pixels happens inside."""
+
+
+@runtime_checkable
+class DecisionObjective(Protocol):
+    """An objective of a model's logits: how far each image is from being misclassified.
+
+    Attributes:
+        model: Images (n, c, h, w) -> logits (n, classes).
+        labels: (n,) int64, the true classes.
+    """
+
+    @property
+    def model(self) -> Callable[[Tensor], Tensor]:
+        """Images (n, c, h, w) -> logits (n, classes)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(n,) int64, the true classes."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> values (n,), to be maximised."""
+
+    def select(self, index: Tensor) -> Self:
+        """The same objective for the images `index` of the batch."""
+
+    def success(self, images: Tensor) -> Tensor:
+        """(n,) bool: is the decision on the image wrong?"""
+
+
+@runtime_checkable
+class ThreatModel(Protocol):
+    """What the attacker may do to an image: the only place where eps and the pixel range live."""
+
+    @property
+    def eps(self) -> float | Tensor:
+        """Size of the ball; a float, or a tensor per image (n,) or broadcastable to (n, c, h, w)."""
+
+    def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A random point of the feasible set around x (n, c, h, w)."""
+
+    def ascent(self, grad: Tensor) -> Tensor:
+        """Steepest-ascent direction of unit size in this norm, per image; a zero gradient gives zero."""
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Nearest feasible point to x_adv: inside the ball around x and inside the pixel range."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttackResult:
+    """What an attack did.  All tensors are detached and live on the device of the images.
+
+    x_adv: (n, c, h, w), dtype of x.  value: the objective at x_adv, (n,) for per-image objectives, else ().
+    start_value: the same at the first point the objective saw.  zero_gradient: (n,) int64, number of gradient steps
+    in which the image's gradient was exactly zero.  success: (n,) bool, or None when no `success` test was given.
+    forwards, backwards: how many times the whole batch went through the objective and back.
+    stationary: (n,) bool, images that were given a random start because the clean point was stationary.
+    Ensembles say more.  broken_by: for each image the name of the member that broke it, "clean" where it was wrong
+    before any attack, "" where it withstood all.  members: what each member did, in the order of their turns.
+    never_moved: (n,) bool, images that no member with gradients moved; None where comparing x_adv with x tells.
+    """
+
+    x_adv: Tensor
+    value: Tensor
+    start_value: Tensor
+    zero_gradient: Tensor
+    success: Tensor | None
+    forwards: int
+    backwards: int
+    stationary: Tensor | None = None
+    broken_by: tuple[str, ...] | None = None
+    members: tuple[MemberStats, ...] | None = None
+    never_moved: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberStats:
+    """What one member of an ensemble did.
+
+    Attributes:
+        name: The member's name.
+        attack: Its complete settings.
+        black_box: Whether it has no gradients of the model that is attacked.
+        seen: Images that it was given.
+        newly_broken: Images that it was the first to break.
+        forwards: Forward passes, times images.
+        backwards: Backward passes, times images.
+    """
+
+    name: str
+    attack: str
+    black_box: bool
+    seen: int = 0
+    newly_broken: int = 0
+    forwards: int = 0
+    backwards: int = 0
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A frozen set of numbers that is called on images and any function of images."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Adversarial images: same shape, dtype and device as x; detached."""
+
+    def run(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: Callable[[Tensor], Tensor] | None = None,
+    ) -> AttackResult:
+        """The same, with what is worth knowing about the run."""
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """Frozen settings of a classifier of embeddings."""
+
+    def fit(self, bank: EmbeddingTable) -> FittedClassifier:
+        """A classifier that decides by the rows of this table."""
+
+
+@runtime_checkable
+class FittedClassifier(Protocol):
+    """A classifier of embeddings: differentiable logits, scores, and probabilities of whole tables.
+
+    The decision is the highest logit; ties go to the lower class.  The highest score is the same class.
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of the columns of logits and scores."""
+
+    @property
+    def reads(self) -> Literal["unit", "raw"]:
+        """What it decides from: unit rows, or the embeddings as the encoder gives them."""
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) as the encoder gives them -> (n, classes), finite and differentiable.
+
+        float32; float64 only for float64 z.
+        """
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) -> class scores (n, classes), differentiable; rows sum to one."""
+
+    def predict_proba(self, z: np.ndarray | Tensor | EmbeddingTable) -> np.ndarray:
+        """Class scores (n, classes) float64 of an array, a tensor or a table, in blocks."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same classifier with its tensors on a device."""
