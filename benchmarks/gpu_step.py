@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from attack_cost import EPS, STEP, processor, published_training_attack, separate_hidisc, spread
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import hsat
 from hsat.attacks import PGD, Linf
@@ -130,23 +130,25 @@ def _ours(variant: Variant, model: nn.Module, images: Tensor, shape: tuple[int, 
 
 def operations(step: Callable[[], object]) -> int:
     """Floating-point operations of the convolutions and matrix products of one step, a multiply-add being two."""
-    with _Operations() as counter:
-        step()
-    return counter.total
+    hook = register_module_forward_pre_hook(_without_leaves)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            step()
+    finally:
+        hook.remove()
+    return counter.get_total_flops()
 
 
-class _Operations(TorchDispatchMode):
-    """Adds up; torch's own FlopCounterMode watches modules, too, and so cannot take gradients of the images alone."""
+def _without_leaves(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a module, none of them a leaf that requires grad: a view computes nothing.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += int(flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out))
-        return out
+    The counter watches modules and their inputs, and torch cannot watch leaves while gradients of the images alone
+    are taken.  This hook is registered first, so that it comes before the counter's.
+    """
+    return tuple(
+        value.view_as(value) if isinstance(value, Tensor) and value.is_leaf and value.requires_grad else value
+        for value in inputs
+    )
 
 
 def seconds_of(step: Callable[[], object], steps: int, device: torch.device) -> float:

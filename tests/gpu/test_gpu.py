@@ -1,7 +1,7 @@
 """What must hold on a GPU: `python -m pytest -m gpu`.  Without one the same tests run on the CPU where that is cheap.
 
-The reference is always the CPU.  Reads of the device and device mixing are also looked for without a GPU, in
-tests/training/test_device_reads.py.
+The reference is always the CPU.  What makes the host wait is counted here as torch sees it; reads are also counted
+without a GPU, in tests/training/test_device_reads.py, on the same cases.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from device_cases import COPIES, FREELY, MORE, Place, cases
+from torch import Tensor, nn
 
 from hsat.attacks import (
     APGD,
@@ -178,17 +180,16 @@ def test_steps_in_every_precision_keep_losses_and_perturbations_in_float32(preci
 
 
 @contextmanager
-def counted_waits() -> Iterator[list[str]]:
-    """Every operation inside the block that makes the host wait for the GPU, as torch sees it."""
-    waits: list[str] = []
+def counted_waits() -> Iterator[list[Any]]:
+    """Every operation inside the block that makes the host wait for the GPU, as torch sees it; `clear` forgets."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield waits
+            yield caught
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    caught[:] = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
 
 
 @pytest.mark.gpu
@@ -213,6 +214,42 @@ def test_a_step_waits_for_the_gpu_once(home):
     with counted_waits() as waits:
         float(torch.ones((), device="cuda"))
     assert len(waits) == 1, "the counter itself"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in cases() if name not in FREELY])
+def test_cases_wait_for_the_gpu_no_more_than_is_written_down(name):
+    """Reads and copies that block.  What `MORE` and `COPIES` allow is the most; the rest waits once, a loss never."""
+    place = torch.device("cuda")
+    cases()[name](Place(place))  # libraries are set up at their first call
+    torch.cuda.synchronize()
+    with counted_waits() as waits:
+        cases()[name](Place(place, forget=waits.clear))
+    allowed = MORE.get(name, (0 if name == "loss" else 1, ""))[0] + COPIES.get(name, (0, ""))[0]
+    assert len(waits) <= allowed, waits
+
+
+def numbers_in(value: Any) -> list[Tensor]:
+    """All tensors of a case's result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in (value.values() if isinstance(value, dict) else value) for t in numbers_in(part)]
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("loss", "cpu"), ("step", "cpu"), *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in cases())],
+    indirect=["device"],
+)
+def test_cases_give_the_cpus_numbers_on_the_whole(name, device):
+    """Nothing mixes devices.  Single pixels may take another step: a gradient near zero has another sign there."""
+    here, there = (numbers_in(cases()[name](Place(place))) for place in (torch.device("cpu"), device))
+    assert here
+    for wanted, got in zip(here, there, strict=True):
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype
+        gap, largest = (got.cpu().double() - wanted.double()).abs(), max(1.0, float(wanted.abs().max()))
+        assert bool(got.isfinite().all())
+        assert float(gap.median()) <= (1e-3 if gap.numel() > 100 else 2e-2) * largest
 
 
 @pytest.mark.parametrize("threat", [BALL, BALL_L2], ids=["linf", "l2"])

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # the tests of reads share their counter and their cases
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 

@@ -1,89 +1,138 @@
-"""What would stop a GPU, found without one: on a make-believe device that computes on the CPU and counts.
+"""What would make a GPU wait, found without one: reads by the host, counted on CPU tensors (`host_reads.py`).
 
-`pretend_device.py` is that device.  Here stands what is allowed: an attack reads the device once, a loss never, and no
-copy to the device blocks; the exceptions are written out, each with its reason.
+An attack reads once per call, a loss never, a training step what its attack reads.  Everything else is written out,
+each with its reason: reads that a GPU has, too (MORE, beside the cases); reads that the library makes for CPU tensors
+only; reads of values that lie on the CPU on any machine.  What only a GPU can show is in tests/gpu/test_gpu.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import ast
+import linecache
 
 import pytest
-from torch.utils import backend_registration
+import torch
+from device_cases import FREELY, MORE, Place, cases
+from host_reads import PACKAGE, HostRead, HostReads
 
-HERE = Path(__file__).parent
-ONE_READ = "running.py"  # Run.raise_flags: were the images in range, were all gradients finite?
-MORE = {  # case: (reads at most, why)
-    "from the images: BIM": (2, "is any image stationary at the first step?"),
-    "from the images: FGSM": (2, "the same"),
-    "from the images: MIFGSM": (2, "the same"),
-    "attack: raw channels": (3, "are the images what two channels can make, and in range?"),
-    "attack: stains": (2, "are the images in range?"),
-    "objective: objective_from": (4, "supcon_loss on bare ids looks for a pair at each of three steps"),
-    "objective: soft_knn": (4, "neighbours too close for 32 bits are searched again, at each of three steps"),
-    "level margin": (7, "the same, and the groups' decisions"),
-    "float16 images": (4, "the scale is halved where a gradient overflows, at each of three steps"),
-    "success": (9, "images stop one by one"),
-    "step, parts": (2, "two parts, two attack calls"),
-    "free": (3, "are the images in range, and the gradients finite before each of two moves?"),
-    "worst_of": (2, "two attacks"),
-    "stored patches": (2, "are the values in range? once for each of two pipelines"),
+ONE_READ = "raise_flags"  # were the images in range, were all gradients finite?
+CPU_ONLY = {  # file: (part of the line, why a GPU does without it); the line, or one of two above, asks for the CPU
+    "attacks/ascend.py": ("bool(start.isnan().any())", "the gradient at a start that holds NaN is NaN, and raises"),
+    "attacks/ball_and_box.py": ("bool((new == t).all())", "a GPU goes 24 rounds, the CPU as many as change something"),
+    "attacks/margins.py": ("int(labels.min())", "a label out of range ends in an assertion of the device"),
+    "attacks/pixels.py": ('x.device.type == "cpu" and bool(outside)', "the flag is read at the end of the call"),
+    "attacks/running.py": ("check_finite(bad)", "the same; the CPU raises at the step where it happens"),
+    "attacks/square.py": ("bool(bad.any())", "the same"),
 }
-FREELY = {"evaluation", "warm starts", "safeguard", "universal"}  # between steps, or once per batch
-COPIES = {  # case: copies that block
-    "augmentation: static": (7, "white noise replayed from the CPU; a GPU draws its own"),
-    "augmentation: v0": (7, "the same"),
-    "evaluation": (2, "the images of the bank and the queries"),
+ON_THE_HOST = {  # file: (part of the line, why the value lies on the CPU on any machine)
+    "attacks/floating.py": ("float(next_float(rounded", "the pixel range is two numbers of Python's"),
+    "attacks/radius.py": ("eps.double().aminmax()", "an eps of many values is kept and checked on the CPU"),
+    "attacks/staining.py": (
+        "stain_basis(self.vectors)",
+        "the stains' vectors are numbers of Python's, inverted on the CPU",
+    ),
+    "attacks/starts.py": ("ids.tolist()", "each image's noise has a CPU generator, seeded by its id; ids stay there"),
+    "data/replayed.py": ("", "what an augmentation draws comes from torch's CPU generator, as numbers"),
 }
+OTHER_PATHS = {  # file: what is done otherwise for a GPU, and so not seen here, besides CPU_ONLY
+    "attacks/pixels.py": "noise that a CPU generator draws is page-locked and copied without a wait",
+    "attacks/placing.py": "radii, masks and small tensors of the CPU are, too",
+    "attacks/threat.py": "an eps that the caller put on a GPU is not checked again",
+    "attacks/vote_bank.py": "Apple's GPUs compute votes in float32",
+    "data/batched.py": "128 images at once, and white noise drawn on the device",
+    "data/image_operations.py": "parameters of augmentations are page-locked and copied without a wait",
+    "training/accumulation.py": "the state of the GPU's generator is kept for the second pass",
+    "training/compiling.py": "the GPU's generator is left as it was",
+    "training/devices.py": "synchronised BatchNorm is refused on the CPU",
+    "training/guards.py": "memory is what torch allocated on the GPU",
+}
+
+
+def excused(read: HostRead) -> tuple[str, str] | None:
+    """The entry of CPU_ONLY or ON_THE_HOST that the read falls under, by its innermost two lines of the package."""
+    for line in read.lines[:2]:
+        for table in (CPU_ONLY, ON_THE_HOST):
+            if line.file in table and table[line.file][0] in line.text:
+                return line.file, table[line.file][0]
+    return None
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict]:
-    """What `pretend_cases.py` wrote; in a process of its own, for a device is registered for good."""
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch does not let Python register a device")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "pretend_cases.py")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+def every_read() -> dict[str, HostReads]:
+    """All reads of every case."""
+    reads_of = {}
+    for name, case in cases().items():
+        reads = reads_of[name] = HostReads()
+        place = Place(torch.device("cpu"), forget=reads.clear)
+        with reads:
+            case(place)
+    return reads_of
 
 
-def test_everything_runs_on_a_device_and_gives_the_cpus_numbers(found):
-    errors = {name: case["error"] for name, case in found.items() if "error" in case}
-    assert not errors
-    assert len(found) > 45
-    far = {name: case["difference"] for name, case in found.items() if case["difference"] > 1e-6}
-    assert not far
+@pytest.fixture(scope="module")
+def reads_of(every_read) -> dict[str, list[HostRead]]:
+    """The reads of every case that a GPU would wait for."""
+    return {name: [read for read in reads if excused(read) is None] for name, reads in every_read.items()}
 
 
-def test_an_attack_reads_the_device_once(found):
-    plain = {name: case for name, case in found.items() if name not in MORE and name not in FREELY}
-    for name, case in plain.items():
-        assert len(case["reads"]) <= 1, (name, case["reads"])
-    attacks = [name for name in plain if name.startswith("attack: ")]
-    assert len(attacks) > 15
-    for name in (*attacks, "step", "step, clean and adversarial"):
-        (read,) = found[name]["reads"]
-        assert ONE_READ in read or name == "attack: RandomNoise", (name, read)
-    assert found["loss"]["reads"] == []
+def test_an_attack_reads_the_device_once(reads_of):
+    assert len(reads_of) > 45
+    plain = {name: reads for name, reads in reads_of.items() if name not in MORE and name not in FREELY}
+    for name, reads in plain.items():
+        assert len(reads) <= 1, (name, reads)
+    attacks = [name for name in plain if name.startswith(("attack: ", "objective: "))]
+    assert len(attacks) > 22
+    for name in (*attacks, "ids", "start", "step", "step, clean and adversarial"):
+        (read,) = reads_of[name]
+        assert read.lines[0].function == ONE_READ or name == "attack: RandomNoise", (name, read)
 
 
-def test_the_exceptions_are_those_that_are_written_down(found):
+def test_a_loss_reads_nothing(reads_of):
+    assert reads_of["loss"] == []
+
+
+def test_a_step_reads_what_its_attacks_read(reads_of):
+    assert [read.lines[0].function for read in reads_of["step, parts"]] == [ONE_READ, ONE_READ]
+
+
+def test_the_exceptions_are_those_that_are_written_down(reads_of):
     for name, (most, _) in MORE.items():
-        assert len(found[name]["reads"]) == most, (name, found[name]["reads"])
+        assert len(reads_of[name]) == most, (name, reads_of[name])
 
 
-def test_no_copy_to_the_device_blocks(found):
-    for name, case in found.items():
-        most, _ = COPIES.get(name, (0, ""))
-        assert len(case["copies"]) <= most, (name, case["copies"])
+def test_every_excuse_is_needed(every_read):
+    used = {excused(read) for reads in every_read.values() for read in reads} - {None}
+    assert used == {(file, part) for table in (CPU_ONLY, ON_THE_HOST) for file, (part, _) in table.items()}
+
+
+def test_what_is_read_for_cpu_tensors_only_stands_behind_a_question_for_the_device(every_read):
+    lines = {line for reads in every_read.values() for read in reads for line in read.lines[:2]}
+    asked = [line for line in lines if line.file in CPU_ONLY and CPU_ONLY[line.file][0] in line.text]
+    assert {line.file for line in asked} == set(CPU_ONLY)
+    for line in asked:
+        path = str(PACKAGE / line.file)
+        before = [linecache.getline(path, number) for number in range(line.number - 2, line.number + 1)]
+        assert any('device.type == "cpu"' in text for text in before), line
+
+
+def asks_for_the_device(node: ast.AST) -> bool:
+    """`x.is_cuda`, or `device.type == "cpu"` and the like."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "is_cuda"
+    if not isinstance(node, ast.Compare):
+        return False
+    sides = [node.left, *node.comparators]
+    return any(isinstance(side, ast.Attribute) and side.attr == "type" for side in sides) and any(
+        isinstance(side, ast.Constant) and side.value in ("cpu", "cuda", "mps") for side in sides
+    )
+
+
+def test_code_that_goes_other_ways_on_a_gpu_is_written_down():
+    """In the rooms that a step runs through; what it does there has to be looked at on a GPU."""
+    files = [path for room in ("attacks", "data", "losses", "training") for path in (PACKAGE / room).rglob("*.py")]
+    asking = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in files
+        if any(map(asks_for_the_device, ast.walk(ast.parse(path.read_text()))))
+    }
+    assert asking == set(OTHER_PATHS) | set(CPU_ONLY)

@@ -1,24 +1,18 @@
-"""Runs the library on the CPU and on the make-believe device and writes down, as JSON, what differed and what stopped.
+"""What is run to see where a device is waited for: every attack and objective, losses, steps, an evaluation.
 
-    python tests/training/pretend_cases.py [parts of names, to run these alone]
-
-One object: case -> {"same": largest difference to the CPU's result, "reads": [...], "copies": [...], "error": text}.
+A case is a function of a Place, the device with everything that the case needs already there, and returns tensors.
+test_device_reads.py runs the cases on the CPU and counts reads; tests/gpu/test_gpu.py runs them on a GPU and counts
+what the host waits for.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-import pretend_device as pretend
 
 from hsat.attacks import (
     APGD,
@@ -95,6 +89,28 @@ ATTACKS: dict[str, Any] = {
     "stains": InSpace(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.04, steps=3)),
 }
 
+MORE = {  # case: (reads of the device, why); all others: one for an attack, none for a loss
+    "from the images: BIM": (2, "is any image stationary at the first step?"),
+    "from the images: FGSM": (2, "the same"),
+    "from the images: MIFGSM": (2, "the same"),
+    "attack: raw channels": (3, "are the images what two channels can make, and in range?"),
+    "attack: stains": (2, "are the images in range?"),
+    "objective: objective_from": (4, "supcon_loss on bare ids looks for a pair at each of three steps"),
+    "objective: soft_knn": (4, "neighbours too close for 32 bits are searched again, at each of three steps"),
+    "level margin": (7, "the same, and the groups' decisions"),
+    "float16 images": (4, "the scale is halved where a gradient overflows, at each of three steps"),
+    "success": (9, "images stop one by one"),
+    "step, parts": (2, "two parts, two attack calls"),
+    "free": (3, "are the images in range, and the gradients finite before each of two moves?"),
+    "worst_of": (2, "two attacks"),
+    "stored patches": (2, "are the values in range? once for each of two pipelines"),
+}
+FREELY = {"evaluation", "warm starts", "safeguard", "universal"}  # between steps, or once per batch
+COPIES = {  # case: (copies to the device that block, why)
+    "augmentation: static": (7, "white noise replayed from the CPU; a GPU draws its own"),
+    "augmentation: v0": (7, "the same"),
+}
+
 
 def seeded(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -116,39 +132,21 @@ def sent(batch: HierarchicalBatch, device: torch.device) -> HierarchicalBatch:
 
 
 class Place:
-    """The CPU or the device, with everything that a case needs already there."""
+    """A device with everything that a case needs already there; `forget` is called where its preparation ends."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, forget: Callable[[], None] = lambda: None) -> None:
+        self.device, self.forget = device, forget
         self.on_cpu = batch_of()
-        elsewhere = device.type != "cpu"
-        self.model = pretend.moved(network()) if elsewhere else network()
+        self.model = network().to(device)
         self.batch = sent(self.on_cpu, device)
         self.bank = torch.rand(40, 5, generator=seeded(2)) - 0.5, torch.arange(40) % 3
-        self.labels = (torch.arange(16) % 3).to(device, non_blocking=True)
+        self.labels = (torch.arange(16) % 3).to(device)
 
     def attack(self, attack: Any, make: Callable[[Place], Any], **options: Any) -> Tensor:
         with frozen(self.model):
             objective = make(self)
-            with quiet_so_far(self):
-                return attack(self.batch.images, objective, generator=seeded(), **options)
-
-
-def quiet_so_far(place: Place) -> Any:
-    """What was noted before this point belongs to the preparation, not to the attack."""
-    return _Forget(getattr(place, "watch", None))
-
-
-class _Forget:
-    def __init__(self, watch: Any) -> None:
-        self.watch = watch
-
-    def __enter__(self) -> None:
-        if self.watch is not None:
-            self.watch.stops.clear()
-
-    def __exit__(self, *error: Any) -> None:
-        return None
+            self.forget()
+            return attack(self.batch.images, objective, generator=seeded(), **options)
 
 
 def drift(place: Place) -> Any:
@@ -185,6 +183,7 @@ def step(place: Place, function: Callable[..., Any], *, scale: float = 1.0, **op
 
 def in_parts(place: Place, model: Any, *args: Any, **options: Any) -> Any:
     parts = [sent(part, place.device) for part in split_batch(place.on_cpu, 2)]
+    place.forget()  # the loader's part: batches check their ids where they are made, on the CPU
     args = (*args, parts)
     return accumulated_step(model, *args, ids=image_slots(16, rank=0), **options)
 
@@ -216,8 +215,8 @@ def half(place: Place, dtype: torch.dtype) -> Tensor:
     with frozen(place.model):
         x = place.batch.images.to(dtype)
         objective = lambda v: place.model(v.float()).square().sum(1)
-        with quiet_so_far(place):
-            return ATTACKS["PGD, L2"](x, objective, generator=seeded())
+        place.forget()
+        return ATTACKS["PGD, L2"](x, objective, generator=seeded())
 
 
 def augmented(place: Place, *, name: str) -> Tensor:
@@ -226,7 +225,7 @@ def augmented(place: Place, *, name: str) -> Tensor:
     return augment_batch(patches, pipeline, list(range(16)), source=[i // 2 for i in range(16)], replay_noise=True)
 
 
-def drawn(place: Place) -> Tensor:
+def drawn(place: Place) -> list[Tensor]:
     stored = (place.on_cpu.images[::2] * 255).to(torch.uint8)
     batch = DrawnBatch(
         batch=place.on_cpu.replace(images=torch.zeros(16, 1, 1, 1)),
@@ -247,7 +246,7 @@ def drawn(place: Place) -> Tensor:
 def encoder_of(place: Place) -> nn.Module:
     backbone = network()
     encoder = wrap_encoder(backbone, mean=0.5, std=0.25, head=nn.Linear(5, 4))
-    return encoder if place.device.type == "cpu" else pretend.moved(encoder)
+    return encoder.to(place.device)
 
 
 def evaluated(place: Place) -> list[Any]:
@@ -270,7 +269,7 @@ def warm(place: Place) -> list[Tensor]:
     return [starts.points(place.batch, threat, generator=seeded())]
 
 
-def safeguarded(place: Place) -> list[float]:
+def safeguarded(place: Place) -> list[Tensor]:
     guard = Safeguard(NFGSM(Linf(EPS)), ATTACKS["PGD"], every=1)
     return [torch.tensor(guard.measure(place.model, LOSS, place.batch, generator=seeded()))]
 
@@ -317,36 +316,3 @@ def cases() -> dict[str, Callable[[Place], Any]]:
     found["universal"] = universal
     found["worst_of"] = ensemble
     return found
-
-
-def difference(here: Any, there: Any) -> float:
-    if isinstance(here, Tensor):
-        assert here.shape == there.shape and here.dtype == there.dtype, (here.shape, there.shape)
-        return float((here.double() - there.double()).abs().max())
-    if isinstance(here, dict):
-        here, there = list(here.values()), list(there.values())
-    return max(difference(a, b) for a, b in zip(here, there, strict=True))
-
-
-def compared(case: Callable[[Place], Any], device: torch.device) -> dict[str, Any]:
-    here = case(Place(torch.device("cpu")))
-    with pretend.watched() as watch:
-        place = Place(device)
-        place.watch = watch
-        watch.stops.clear()
-        try:
-            out = case(place)
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}"}
-    there = pretend.brought(out)
-    return {"difference": difference(here, there), "reads": watch.reads, "copies": watch.copies}
-
-
-def main() -> None:
-    device, only = pretend.register(), sys.argv[1:]
-    chosen = {name: case for name, case in cases().items() if not only or any(part in name for part in only)}
-    json.dump({name: compared(case, device) for name, case in chosen.items()}, sys.stdout, indent=1)
-
-
-if __name__ == "__main__":
-    main()
