@@ -3,6 +3,7 @@
 from hsat.attacks.apgd import APGD
 from hsat.attacks.composing import InSpace, Space, through
 from hsat.attacks.composite import worst_of
+from hsat.attacks.ensemble import AttackEnsemble, EnsembleMember
 from hsat.attacks.feature_guide import choose_guides, guide
 from hsat.attacks.level_scores import level_margin
 from hsat.attacks.margins import dlr, margin
@@ -30,6 +31,8 @@ __all__ = [
     "PGD",
     "TIFGSM",
     "VMIFGSM",
+    "AttackEnsemble",
+    "EnsembleMember",
     "FittedUniversal",
     "InSpace",
     "Linf",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -63,10 +63,12 @@ class Ascent(ABC):
         return ascend(x, objective, self._climb(), start=start, generator=generator, ids=ids, success=success)
 
 
-def settings_text(attack: Any) -> str:
+def settings_text(attack: Any, *, leave_out: Sequence[str] = ()) -> str:
     """The complete settings, as they would be typed: step sizes are written as grey levels where that is exact."""
     parts = []
     for option in fields(attack):
+        if option.name in leave_out or option.type == "KW_ONLY":
+            continue
         value = getattr(attack, option.name)
         parts.append(f"{option.name}={radius.text(value) if option.name == 'step_size' and value else repr(value)}")
     return f"{type(attack).__name__}({', '.join(parts)})"

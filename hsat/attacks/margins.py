@@ -24,6 +24,10 @@ class Margin:
         logits = _logits(self.model(images), self.labels, least=2, name="margin")
         return _best_wrong(logits, self.labels) - _of(logits, self.labels)
 
+    def success(self, images: Tensor) -> Tensor:
+        """(n,) bool: is the decision, the highest logit with ties to the lower class, wrong?"""
+        return decision_is_wrong(self.model, self.labels, images)
+
     def select(self, index: Tensor) -> Margin:
         """The same for the images `index` of the batch."""
         return Margin(self.model, self.labels[index])
@@ -62,6 +66,10 @@ class LogitRatio:
             wrong, spread = _of(logits, self.target), top[:, 0] - (top[:, 2] + top[:, 3]) / 2
         return (wrong - _of(logits, self.labels)) / spread.clamp_min(TINY)
 
+    def success(self, images: Tensor) -> Tensor:
+        """(n,) bool: is the decision, the highest logit with ties to the lower class, wrong?"""
+        return decision_is_wrong(self.model, self.labels, images)
+
     def select(self, index: Tensor) -> LogitRatio:
         """The same for the images `index` of the batch."""
         return LogitRatio(self.model, self.labels[index], None if self.target is None else self.target[index])
@@ -85,6 +93,12 @@ def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | N
         if labels.device.type == "cpu" and bool((target == labels).any()):
             raise ValueError("target holds the true class of some images; an attack must aim at another class")
     return LogitRatio(model, labels, target)
+
+
+def decision_is_wrong(model: Callable[[Tensor], Tensor], labels: Tensor, images: Tensor) -> Tensor:
+    """(n,) bool: is the highest logit, ties to the lower class, another class than the label?"""
+    with torch.no_grad():
+        return model(images).argmax(1) != labels
 
 
 def _check_labels(labels: Tensor, name: str) -> None:

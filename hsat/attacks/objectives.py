@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hsat.attacks.margins import decision_is_wrong
 from hsat.types import EmbeddingFunction, HierarchicalBatch, Levels, Objective
 
 Distance = Literal["cosine", "l2", "l1"]
@@ -100,6 +101,10 @@ class Classification:
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(logits, self.labels, reduction="none")
+
+    def success(self, images: Tensor) -> Tensor:
+        """(n,) bool: is the decision, the highest logit with ties to the lower class, wrong?"""
+        return decision_is_wrong(self.model, self.labels, images)
 
     def select(self, index: Tensor) -> Classification:
         """The same for the images `index` of the batch."""

@@ -94,3 +94,19 @@ def digest(eps: Tensor) -> str:
 def key(eps: float | Tensor) -> object:
     """What eps is compared and hashed by."""
     return (tuple(eps.shape), str(eps.dtype), digest(eps)) if isinstance(eps, Tensor) else eps
+
+
+def eps_text(eps: float | Tensor) -> str:
+    """eps as people write it: "8/255" for whole grey levels, else plain digits ("0.5"), "4/255..8/255" for a tensor."""
+    if isinstance(eps, Tensor):
+        low, high = (eps_text(float(edge)) for edge in eps.double().aminmax())
+        return low if low == high else f"{low}..{high}"
+    levels = eps * 255
+    whole = round(levels) > 0 and abs(levels - round(levels)) < 1e-4
+    plain = abs(round(eps, 3) - eps) < 1e-7  # with room for the rounding of float32
+    return f"{round(levels)}/255" if whole and not plain else f"{eps:g}"
+
+
+def eps_value(eps: float | Tensor) -> float:
+    """eps as a number; the largest entry of a tensor."""
+    return float(eps.max()) if isinstance(eps, Tensor) else float(eps)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from hsat.distributed import row_share
+from hsat.classifiers import KNNClassifier, ShardedKNN, fit_shards, load_knn
 from hsat.embedding import embed, gather_table
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
-from hsat.eval.banks.knn_files import load_knn
-from hsat.eval.banks.sharded import ShardedKNN, fit_shards
-from hsat.eval.budgets.budget import evaluate_hierarchical_budget
-from hsat.eval.budgets.budget_result import BudgetResult
-from hsat.eval.certification.certificates import Certificates
-from hsat.eval.certification.certified_curves import plot_certified_accuracy
-from hsat.eval.certification.certifying import CertificateResult, certify
-from hsat.eval.certification.challenge import Challenge, challenge_certificates
-from hsat.eval.certification.smoothing import Smoothing
-from hsat.eval.doubt.diagnosis import Diagnosis, diagnose
+from hsat.eval.budget import BudgetResult, PatchBudget, evaluate_budget
+from hsat.eval.certificates import Certificates
+from hsat.eval.certified_curves import plot_certified_accuracy
+from hsat.eval.certify import (
+    CertificateCheck,
+    CertificateResult,
+    CertifyOptions,
+    CheckOptions,
+    certify,
+    check_certificates,
+)
+from hsat.eval.diagnostics import Diagnosis, diagnose
 from hsat.eval.effects import CONVENTIONS, Convention, conventions_table
-from hsat.eval.engine.cache import EmbeddingCache
-from hsat.eval.engine.strongest import Casualties, MemberCount, Strongest, casualties_table, strongest_attacks
-from hsat.eval.export.saving import ExportResult, save_adversarial
+from hsat.eval.export import ExportOptions, ExportResult, save_adversarial
+from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
+from hsat.eval.outcomes import EnsembleOutcome
+from hsat.eval.paper_attacks import add_noise_baselines, ensemble_attacks, paper_attacks
 from hsat.eval.pooling import PooledScores, pool
-from hsat.eval.published import paper_attacks
-from hsat.eval.records import Record, eps_text, markdown_table, read_records, write_records
+from hsat.eval.records import Record, read_records, write_records
 from hsat.eval.reporting.evidence import Condition, Evidence, read_evidence, write_evidence
 from hsat.eval.reporting.figures import plot_accuracy_vs_eps, plot_patches
 from hsat.eval.reporting.paper_tables import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
@@ -29,54 +30,63 @@ from hsat.eval.reporting.report import write_report
 from hsat.eval.reporting.run_folders import RunFolder, open_runs
 from hsat.eval.rescoring import rescore
 from hsat.eval.scoring import Metrics, match_classes, metrics, score_levels
+from hsat.eval.smoothing import Smoothing
 from hsat.eval.statistics.bootstrap import Interval, bootstrap_intervals
 from hsat.eval.statistics.paired import Difference, compare_models, differences_table, paired_difference
 from hsat.eval.statistics.score_files import ScoreTable, load_scores, save_scores, score_tables
-from hsat.eval.transfer.evaluation import TransferResult, evaluate_transfer
-from hsat.eval.transfer.matrix import plot_transfer, transfer_table
+from hsat.eval.store import EmbeddingCache
+from hsat.eval.tables import markdown_table
+from hsat.eval.transfer import TransferResult, evaluate_transfer
+from hsat.eval.transfer_table import plot_transfer, transfer_table
 from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 
 __all__ = [
     "CONVENTIONS",
+    "PAPER",
     "BudgetResult",
-    "Casualties",
+    "CertificateCheck",
     "CertificateResult",
     "Certificates",
-    "Challenge",
+    "CertifyOptions",
+    "CheckOptions",
     "Condition",
     "Convention",
     "Diagnosis",
     "Difference",
     "EmbeddingCache",
+    "EnsembleOutcome",
     "Evidence",
+    "ExportOptions",
     "ExportResult",
-    "FittedKNN",
     "Interval",
     "KNNClassifier",
-    "MemberCount",
     "Metrics",
     "PaperRow",
     "PaperTable",
+    "PatchBudget",
     "PooledScores",
+    "Provenance",
     "Record",
     "RunFolder",
+    "RunOptions",
     "ScoreTable",
+    "Scoring",
     "ShardedKNN",
     "Smoothing",
-    "Strongest",
+    "Target",
     "TransferResult",
     "WhiteboxResult",
+    "add_noise_baselines",
     "bootstrap_intervals",
-    "casualties_table",
     "certify",
-    "challenge_certificates",
+    "check_certificates",
     "compare_models",
     "conventions_table",
     "diagnose",
     "differences_table",
     "embed",
-    "eps_text",
-    "evaluate_hierarchical_budget",
+    "ensemble_attacks",
+    "evaluate_budget",
     "evaluate_transfer",
     "evaluate_whitebox",
     "fit_shards",
@@ -101,12 +111,10 @@ __all__ = [
     "read_evidence",
     "read_records",
     "rescore",
-    "row_share",
     "save_adversarial",
     "save_scores",
     "score_levels",
     "score_tables",
-    "strongest_attacks",
     "transfer_table",
     "write_evidence",
     "write_records",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -15,19 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from hsat.attacks.radius import eps_text, eps_value
+from hsat.eval.options import Scoring
+from hsat.eval.outcomes import AttackStats
 from hsat.eval.reporting.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields
+from hsat.eval.scoring import METRICS, Metrics, level_scores, metrics
+from hsat.eval.statistics.bootstrap import Interval, bootstrap_intervals
 from hsat.files import read_json_lines, write_json_lines
-from hsat.types import LEVELS
+from hsat.types import EmbeddingTable
 
 _KINDS = dict.fromkeys(
     ("model", "attack", "attack_name", "eps", "target", "level", "metric", "cohort", "split", "checkpoint"), TEXT
 )
 _KINDS |= dict.fromkeys(("eps_value", "value", "low", "high", "temperature", "forwards", "backwards"), NUMBER)
 _KINDS |= {"surrogate": TEXT, "n": COUNT, "k": COUNT, "seed": COUNT}
-_KINDS |= {"flags": TEXTS, "versions": OBJECT, "settings": OBJECT}
+_KINDS |= {"flags": TEXTS, "versions": OBJECT, "settings": OBJECT, "classifier": TEXT, "schema": COUNT}
+_STARTS = {"FFGSM": True, "FGSM": False, "RandomNoise": True}  # attacks whose start is not an option
 _MEASURED = dict.fromkeys(("zero_gradient_share", "never_moved_share", "stationary_share"), NUMBER)
 _MEASURED |= {"bank_rows": COUNT}  # entries of settings that are reckoned with
-_TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
+
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,8 @@ class Record:
     value, low, high: the metric and its interval in [0, 1]; low and high are None where there is no interval.
     n: rows at this level.  forwards, backwards: passes per image that the attack spent.
     surrogate: in a transfer, the encoder that was attacked while `model` was measured; "" otherwise.
-    flags: reasons to distrust the number.  settings: whatever else decides it.
+    flags: reasons to distrust the number.  settings: whatever else decides it.  classifier: what decided; "" in
+    files of schema 1.  schema: the version of these fields; records that are made now have SCHEMA.
     """
 
     model: str
@@ -66,6 +73,8 @@ class Record:
     forwards: float = 0.0
     backwards: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    classifier: str = ""
+    schema: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flags", tuple(self.flags))
@@ -101,22 +110,6 @@ def _as_record(values: dict[str, Any], where: str) -> Record:
     return Record(**values)
 
 
-def eps_text(eps: float | torch.Tensor) -> str:
-    """eps as people write it: "8/255" for whole grey levels, else plain digits ("0.5"), "4/255..8/255" for a tensor."""
-    if isinstance(eps, torch.Tensor):
-        low, high = (eps_text(float(edge)) for edge in eps.double().aminmax())
-        return low if low == high else f"{low}..{high}"
-    levels = eps * 255
-    whole = round(levels) > 0 and abs(levels - round(levels)) < 1e-4
-    plain = abs(round(eps, 3) - eps) < 1e-7  # with room for the rounding of float32
-    return f"{round(levels)}/255" if whole and not plain else f"{eps:g}"
-
-
-def eps_value(eps: float | torch.Tensor) -> float:
-    """eps as a number; the largest entry of a tensor."""
-    return float(eps.max()) if isinstance(eps, torch.Tensor) else float(eps)
-
-
 def software_versions() -> dict[str, str]:
     """Versions of what a number depends on; libraries that are not installed are left out."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -128,82 +121,229 @@ def software_versions() -> dict[str, str]:
     return found
 
 
-def markdown_table(
-    records: Sequence[Record],
-    *,
-    levels: Sequence[str] = LEVELS,
-    metrics: Sequence[str] = ("accuracy", "mca"),
-    intervals: bool = True,
-) -> str:
-    """One Markdown table per level: rows are models, columns are clean and then the attacks as they first occur.
+@dataclass(frozen=True, kw_only=True)
+class AttackFacts:
+    """What records say of one condition, beside its numbers.
 
-    A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
-    cell (seeds, splits) give their mean and standard deviation.  Rows are split by target and k where those differ.
-    Transfers have a row per pair, "surrogate → model"; see `transfer_table` for the matrix.
-    Below the tables stand the notes and flags of the records.  Raises ValueError if no record fits.
+    Attributes:
+        name: The column of a table; "clean" for the queries as they are.
+        attack: The attack; None for the queries as they are.
+        stats: What it did.
+        flags: Further reasons to distrust the numbers.
+        settings: Further settings.
+        surrogate: In a transfer, the encoder that was attacked; "" otherwise.
+        text: What stands for the attack where there is none, as of a certificate.
+        radius: The size of its ball.
+        forwards: Its forward passes per image.
     """
-    wanted = [record for record in records if record.level in levels and record.metric in metrics]
-    if not wanted:
-        raise ValueError(
-            f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
+
+    name: str
+    attack: object = None
+    stats: AttackStats = field(default_factory=AttackStats)
+    flags: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    surrogate: str = ""
+    text: str = ""
+    radius: float = 0.0
+    forwards: float | None = None
+
+    @property
+    def eps(self) -> float | torch.Tensor:
+        """Size of the ball; 0 without an attack, the attack's own where it moves numbers of another space."""
+        if self.attack is None:
+            return self.radius
+        eps: float | torch.Tensor = getattr(getattr(self.attack, "threat", self.attack), "eps", 0.0)
+        return eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierFacts:
+    """What records say of the classifier that made the scores.
+
+    Attributes:
+        name: Its settings, as they would be typed.
+        k: Neighbours that vote; 0 for a classifier without neighbours.
+        temperature: Of the vote; 0 for a classifier without one.
+        attacked: Whether attacks on the decision are against this classifier.
+        settings: Further settings, such as the quality of an approximate index.
+    """
+
+    name: str
+    k: int = 0
+    temperature: float = 0.0
+    attacked: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordTemplate:
+    """What all records of one evaluation have in common; it builds each record once.
+
+    Attributes:
+        target: What the attacks maximised, as records state it.
+        scoring: How scores became numbers.
+        seed: Of noise and bootstrap.
+        model, checkpoint, cohort, split: See `Record`.
+        class_names: Columns of the scores.
+        flags: Reasons to distrust all records.
+        settings: Entries of all records' settings.
+    """
+
+    target: str
+    scoring: Scoring
+    seed: int
+    model: str
+    checkpoint: str
+    cohort: str
+    split: str
+    class_names: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=software_versions)
+
+    def of_files(self, cohort: str, settings: Mapping[str, Any]) -> RecordTemplate:
+        """The template of records that were measured on files of another cohort."""
+        return dataclasses.replace(self, cohort=cohort, settings={**self.settings, **settings, "from_files": True})
+
+    def build(
+        self,
+        facts: AttackFacts,
+        classifier: ClassifierFacts,
+        *,
+        level: str,
+        metric: str,
+        value: float,
+        n: int,
+        interval: Interval,
+        extra: Mapping[str, Any] | None = None,
+        flags: Sequence[str] = (),
+    ) -> Record:
+        """One record.
+
+        Args:
+            facts: The condition.
+            classifier: The classifier.
+            level: "patch", "slide" or "patient".
+            metric: Name of the metric.
+            value: Its value.
+            n: Rows at this level.
+            interval: Its interval; where it is missing or unusual the settings say why.
+            extra: Further settings of this record alone.
+            flags: Further flags of this record alone.
+        """
+        eps, stats = facts.eps, facts.stats
+        settings = {
+            **self.settings,
+            **classifier.settings,
+            **_attack_settings(facts),
+            **facts.settings,
+            **(extra or {}),
+        }
+        if interval.reason:
+            settings["no_interval" if interval.low is None else "interval"] = interval.reason
+        return Record(
+            model=self.model,
+            attack=facts.text if facts.attack is None else repr(facts.attack),
+            attack_name=facts.name,
+            eps=eps_text(eps),
+            eps_value=eps_value(eps),
+            target=self.target,
+            level=level,
+            metric=metric,
+            value=value,
+            low=interval.low,
+            high=interval.high,
+            n=n,
+            k=classifier.k,
+            temperature=classifier.temperature,
+            seed=self.seed,
+            versions=dict(self.versions),
+            cohort=self.cohort,
+            split=self.split,
+            checkpoint=self.checkpoint,
+            surrogate=facts.surrogate,
+            flags=(*self.flags, *stats.masking_flags(eps_value(eps)), *facts.flags, *flags),
+            forwards=stats.fraction("forwards") if facts.forwards is None else facts.forwards,
+            backwards=stats.fraction("backwards"),
+            settings=settings,
+            classifier=classifier.name,
+            schema=SCHEMA,
         )
-    columns = list(dict.fromkeys(record.attack_name for record in wanted))
-    columns.sort(key=lambda name: name != "clean")
-    parts = [_table(level, wanted, columns, metrics, intervals) for level in levels]
-    parts.append(_remarks(wanted))
-    return "\n\n".join(part for part in parts if part) + "\n"
 
+    def measure(
+        self,
+        facts: AttackFacts,
+        classifier: ClassifierFacts,
+        scores: np.ndarray,
+        queries: EmbeddingTable,
+        *,
+        level_flags: Mapping[str, Sequence[str]] | None = None,
+    ) -> list[Record]:
+        """One record per level and metric of a condition.
 
-def _table(
-    level: str, records: Sequence[Record], columns: Sequence[str], metrics: Sequence[str], intervals: bool
-) -> str:
-    here = [record for record in records if record.level == level]
-    if not here:
-        return ""
-    rows = list(dict.fromkeys((_row(record), record.target, record.k) for record in here))
-    sizes = sorted({record.n for record in here})
-    heading = f"**{level.capitalize()} level** ({' / '.join(_TITLES.get(name, name) for name in metrics)}, %;"
-    heading += f" n = {', '.join(map(str, sizes))})"
-    lines = [heading, "", table_row(["model", "target", "k", *columns]), "|" + " --- |" * (len(columns) + 3)]
-    for row in rows:
-        mine = [record for record in here if (_row(record), record.target, record.k) == row]
-        cells = [
-            _cell([record for record in mine if record.attack_name == name], metrics, intervals) for name in columns
+        Args:
+            facts: The condition.
+            classifier: The classifier.
+            scores: (n, classes), one row per query.
+            queries: Ids and labels of the queries.
+            level_flags: Flags of the records of a level.
+        """
+        levels = measure_levels(scores, queries, class_names=self.class_names, scoring=self.scoring, seed=self.seed)
+        return [
+            self.build(
+                facts,
+                classifier,
+                level=level,
+                metric=metric,
+                value=getattr(measured, metric),
+                n=measured.n,
+                interval=intervals[metric],
+                flags=(level_flags or {}).get(level, ()),
+            )
+            for level, (measured, intervals) in levels.items()
+            for metric in METRICS
         ]
-        lines.append(table_row([*(str(value) for value in row), *cells]))
-    return "\n".join(lines)
 
 
-def table_row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table; a bar or a line break inside a cell does not end it."""
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+def measure_levels(
+    scores: np.ndarray, queries: EmbeddingTable, *, class_names: Sequence[str], scoring: Scoring, seed: int
+) -> dict[str, tuple[Metrics, dict[str, Interval]]]:
+    """Metrics and their intervals at each level."""
+    levels = level_scores(scores, queries, class_names=class_names, how=scoring.pooling, keys=scoring.group_by)
+    return {
+        level: (
+            metrics(pooled, labels, absent=scoring.absent_classes),
+            bootstrap_intervals(
+                pooled,
+                labels,
+                patients,
+                generator=np.random.default_rng(seed),
+                resamples=scoring.bootstrap,
+                absent=scoring.absent_classes,
+            ),
+        )
+        for level, (pooled, labels, patients) in levels.items()
+    }
 
 
-def _row(record: Record) -> str:
-    return f"{record.surrogate} → {record.model}" if record.surrogate else record.model
+def shared_patient_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
+    """A flag if bank and queries come from one cohort and have patients in common."""
+    if not bank.cohort or bank.cohort != queries.cohort:
+        return ()
+    shared = np.intersect1d(bank.patient, queries.patient)
+    return (f"bank and queries share {len(shared)} patients",) if len(shared) else ()
 
 
-def _cell(records: Sequence[Record], metrics: Sequence[str], intervals: bool) -> str:
-    parts = []
-    for name in metrics:
-        found = [record for record in records if record.metric == name]
-        if not found:
-            parts.append("–")
-        elif len(found) > 1:
-            values = [100 * record.value for record in found]
-            parts.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} runs)")
-        elif intervals and found[0].low is not None and found[0].high is not None:
-            parts.append(f"{100 * found[0].value:.1f} [{100 * found[0].low:.1f}, {100 * found[0].high:.1f}]")
-        else:
-            parts.append(f"{100 * found[0].value:.1f}")
-    return " / ".join(parts) if any(part != "–" for part in parts) else "–"
-
-
-def _remarks(records: Sequence[Record]) -> str:
-    lines: dict[str, None] = {}
-    for record in records:
-        if note := record.settings.get("note"):
-            lines[f"- {record.attack_name}: {note}"] = None
-        for flag in record.flags:
-            lines[f"- {_row(record)}, {record.attack_name} ({record.target}): {flag}"] = None
-    return "\n".join(lines)
+def _attack_settings(facts: AttackFacts) -> dict[str, Any]:
+    """What goes into a record's settings about an attack and how it went."""
+    attack, stats = facts.attack, facts.stats
+    if attack is None:
+        return {}
+    kind = type(attack).__name__
+    random_start = getattr(attack, "random_start", _STARTS.get(kind))
+    settings: dict[str, Any] = {"random_start": random_start, "stationary_share": stats.fraction("stationary")}
+    settings["zero_gradient_share"] = stats.fraction("zero_gradient")
+    settings["never_moved_share"] = stats.fraction("never_moved")
+    if kind == "BIM" and random_start:
+        settings["note"] = "BIM with a random start is PGD"
+    return settings

@@ -1,51 +1,64 @@
-"""The same attack, other arithmetic: records of an evaluation under another convention, without attacking again."""
+"""The same attack, other arithmetic: records of an evaluation under another scoring, without attacking again."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
-from hsat.eval.conventions import Absent, Compat, How, Keys, resolve_arithmetic
-from hsat.eval.measuring import measure_levels, measured_record
-from hsat.eval.records import Record
+from hsat.eval.options import PAPER, Scoring
+from hsat.eval.records import Record, measure_levels
 from hsat.eval.scoring import METRICS
-
-if TYPE_CHECKING:
-    from hsat.eval.whitebox import WhiteboxResult
+from hsat.eval.whitebox import WhiteboxResult
 
 
-def rescore(
-    result: WhiteboxResult,
-    *,
-    how: How | None = None,
-    absent: Absent | None = None,
-    keys: Keys | None = None,
-    compat: Compat | None = None,
-) -> WhiteboxResult:
+def rescore(result: WhiteboxResult, scoring: Scoring) -> WhiteboxResult:
     """The result with records of another arithmetic; embeddings, scores and examples are the same.
 
-    how, absent, keys, compat: see `score_levels`.  compat="paper" chooses the published arithmetic only: the target
-    that was attacked stays.  Values, intervals (same seed, same resamples) and n are computed anew, and the settings of
-    each record name the arithmetic.  Records of other metrics than those of `metrics` are left out.
+    Values, intervals (same seed, same resamples) and n are computed anew, and the settings of each record name the
+    arithmetic.  Records of other metrics than those of `metrics` are left out.
+
+    Args:
+        result: What `evaluate_whitebox` gave.
+        scoring: The arithmetic; its layer and bootstrap do not apply.
     """
-    arithmetic = resolve_arithmetic(compat, how=how, absent=absent, keys=keys)
-    found = []
-    places: dict[tuple[str, int], dict[str, Record]] = {}
+    published = dataclasses.replace(PAPER.scoring, layer=scoring.layer, bootstrap=scoring.bootstrap) == scoring
+    arithmetic: dict[str, Any] = {
+        "how": scoring.pooling,
+        "absent": scoring.absent_classes,
+        "keys": scoring.group_by,
+        "compat": "paper" if published else "",
+    }
+    records: list[Record] = []
+    heads: dict[tuple[str, str, int], dict[str, Record]] = {}
     for record in result.records:
         if record.metric in METRICS:
-            places.setdefault((record.attack_name, record.k), {})[record.level] = record
-    for (name, k), heads in places.items():
-        first = next(iter(heads.values()))
+            heads.setdefault((record.attack_name, record.classifier, record.k), {})[record.level] = record
+    for (name, classifier, k), by_level in heads.items():
+        first = next(iter(by_level.values()))
+        scores = result.scores[name]
         levels = measure_levels(
-            result.scores[name][k],
+            scores[k] if k in scores else scores[classifier],
             result.tables[name],
             class_names=result.class_names,
-            arithmetic=arithmetic,
-            bootstrap=int(first.settings["bootstrap"]),
+            scoring=dataclasses.replace(scoring, bootstrap=int(first.settings["bootstrap"])),
             seed=first.seed,
         )
         for level, (measured, intervals) in levels.items():
-            settings = heads[level].settings | dataclasses.asdict(arithmetic) | {"compat": compat or ""}
-            head = dataclasses.replace(heads[level], n=measured.n, settings=settings)
-            found += [measured_record(head, metric, getattr(measured, metric), intervals[metric]) for metric in METRICS]
-    return dataclasses.replace(result, records=tuple(found))
+            head = by_level[level]
+            rest = {key: value for key, value in head.settings.items() if key not in ("interval", "no_interval")}
+            for metric in METRICS:
+                interval = intervals[metric]
+                word = "no_interval" if interval.low is None else "interval"
+                settings = rest | arithmetic | ({word: interval.reason} if interval.reason else {})
+                records.append(
+                    dataclasses.replace(
+                        head,
+                        metric=metric,
+                        value=getattr(measured, metric),
+                        low=interval.low,
+                        high=interval.high,
+                        n=measured.n,
+                        settings=settings,
+                    )
+                )
+    return dataclasses.replace(result, records=tuple(records))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from hsat.eval.conventions import Absent, Arithmetic, Compat, How, Keys, resolve_arithmetic
-from hsat.eval.records import table_row
 from hsat.eval.scoring import METRICS, pooled_levels
 from hsat.eval.statistics.bootstrap import check_options, no_interval
 from hsat.eval.statistics.intervals import Interval, Method, interval_around
 from hsat.eval.statistics.resampling import metric_values, patient_draws, without_each
 from hsat.eval.statistics.score_files import ScoreTable
+from hsat.eval.tables import table_row
 from hsat.types import LEVELS
 
 

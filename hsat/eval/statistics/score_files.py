@@ -71,7 +71,7 @@ class _Result(Protocol):
     @property
     def tables(self) -> Mapping[str, EmbeddingTable]: ...
     @property
-    def scores(self) -> Mapping[str, Mapping[int, np.ndarray]]: ...
+    def scores(self) -> Mapping[str, Mapping[int | str, np.ndarray]]: ...
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
@@ -90,7 +90,7 @@ def score_tables(result: _Result) -> tuple[ScoreTable, ...]:
             split=table.split,
             model=table.encoder,
             condition=condition,
-            k=k,
+            k=k if isinstance(k, int) else 0,
         )
         for condition, table in result.tables.items()
         for k, scores in result.scores[condition].items()

@@ -1,0 +1,277 @@
+"""Robustness to an attacker who may alter only some of a slide's or patient's patches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from torch import Tensor
+
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import resolve_device
+from hsat.eval.evaluation import (
+    Bank,
+    classifier_settings,
+    clean_key,
+    embed_bank,
+    evaluation_settings,
+    fit_bank,
+    query_info,
+    record_template,
+)
+from hsat.eval.objectives import ObjectiveFactory
+from hsat.eval.options import Provenance, RunOptions, Scoring, Target
+from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
+from hsat.eval.pooling import pool
+from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
+from hsat.eval.runner import CLEAN, AttackRunner, CleanEmbeddings, open_session, open_world
+from hsat.eval.statistics.bootstrap import bootstrap_intervals, no_interval
+from hsat.eval.statistics.intervals import Interval, interval_around
+from hsat.eval.statistics.resampling import patient_draws
+from hsat.eval.whitebox import check_attacks
+from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective, align_labels
+
+GroupLevel = Literal["slide", "patient"]
+FRACTIONS = (0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchBudget:
+    """How many patches of a group an attacker may alter.
+
+    Attributes:
+        level: The groups that are pooled, "slide" or "patient".
+        fractions: Shares of the patches, in (0, 1]; `floor(fraction * patches)` may be altered.
+        order: "worst": the attacker chooses the patches, and the exact minimum over all choices is computed.  "random":
+            patches are altered in a random order.
+        name: Of the attack; its records are called "name@10%".
+        objective: (images, batch) -> an objective, in place of the target; records say "custom".
+
+    Raises:
+        ValueError: For an unknown level or order, and fractions outside (0, 1].
+    """
+
+    level: GroupLevel = "patient"
+    fractions: Sequence[float] = FRACTIONS
+    order: Order = "worst"
+    name: str = "attack"
+    objective: Callable[[Tensor, HierarchicalBatch], Objective] | None = None
+
+    def __post_init__(self) -> None:
+        if self.level not in get_args(GroupLevel):
+            raise ValueError(f"level must be 'slide' or 'patient', the groups that are pooled; got {self.level!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {list(ORDERS)}, got {self.order!r}")
+        if wrong := [value for value in self.fractions if not 0 < value <= 1]:
+            raise ValueError(f"fractions of the patches lie in (0, 1]; got {wrong[0]}. For 10 % write 0.1")
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetResult:
+    """The result of `evaluate_budget`, one entry per slide or patient in ascending order of its id.
+
+    groups, labels, patients: (g,) ids, true classes (columns of the scores) and patients.  sizes: (g,) patches.
+    needed: (g,) float64, the smallest number of altered patches that makes the decision wrong; 0 where it is wrong as
+    it is, inf where altering all of them would not do.  clean, attacked: embeddings of all patches.
+    records: accuracy at each budget, and the mean smallest fraction.
+    """
+
+    records: tuple[Record, ...]
+    level: str
+    groups: np.ndarray
+    labels: np.ndarray
+    patients: np.ndarray
+    sizes: np.ndarray
+    needed: np.ndarray
+    clean: EmbeddingTable
+    attacked: EmbeddingTable
+
+    @property
+    def smallest_fraction(self) -> np.ndarray:
+        """needed / sizes, (g,); inf where the decision never changes."""
+        fraction: np.ndarray = self.needed / self.sizes
+        return fraction
+
+    def robust_at(self, fraction: float) -> np.ndarray:
+        """(g,) bool: is the decision right whatever floor(fraction * size) patches are altered?"""
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"a fraction of the patches lies in [0, 1]; got {fraction}")
+        right: np.ndarray = self.needed > np.floor(fraction * self.sizes + 1e-9)
+        return right
+
+    def accuracy(self, fraction: float) -> float:
+        """Share of groups that are right although that fraction of their patches is altered; never rises with it."""
+        return float(self.robust_at(fraction).mean())
+
+    def flipped(self, fraction: float) -> float:
+        """Share of the groups that were right and are wrong once that fraction may be altered; NaN if none was."""
+        right = self.needed > 0
+        return float((~self.robust_at(fraction))[right].mean()) if right.any() else float("nan")
+
+
+def evaluate_budget(
+    encoder: EmbeddingFunction,
+    bank: Bank,
+    queries: Iterable[HierarchicalBatch],
+    attack: Attack,
+    *,
+    budget: PatchBudget = PatchBudget(),
+    classifier: Classifier = KNNClassifier(),
+    target: Target | str = "decision",
+    scoring: Scoring = Scoring(),
+    run: RunOptions = RunOptions(),
+    provenance: Provenance = Provenance(),
+) -> BudgetResult:
+    """The smallest share of a patient's (or slide's) patches whose alteration changes the diagnosis.
+
+    Every query patch is attacked by itself; a group's decision then comes from the attacked scores of the patches that
+    the attacker alters and the clean scores of the others, pooled as in `pool`.  The choice of the patches is exact
+    (`min_patches_to_flip`), for the patches as this attack left them: a stronger attack may need fewer.
+
+    Args:
+        encoder, bank, queries, classifier, target, scoring, run, provenance: As for `evaluate_whitebox`; noise,
+            diagnosis and examples do not apply.
+        attack: The attack on each patch.
+        budget: Level, fractions, order, name.
+
+    Raises:
+        ValueError: For unknown options, and what `embed` and the classifier raise.
+    """
+    target = Target.of(target)
+    check_attacks({budget.name: attack})
+    with open_world(run) as (world, cache):
+        table = embed_bank(encoder, bank, layer=scoring.layer, run=run, provenance=provenance, world=world, cache=cache)
+        classifiers = fit_bank(classifier, table)
+        fitted = classifiers[0].fitted
+        info = query_info(queries, provenance, fitted.class_names)
+        factory = ObjectiveFactory(encoder, target, scoring.layer, fitted)
+        if budget.objective is not None:
+            factory = factory.with_custom(budget.objective)
+        run = dataclasses.replace(run, keep_examples=0)
+        named = {"": (encoder, provenance.checkpoint)}
+        settings = evaluation_settings(named, queries, {budget.name: attack}, target=target, scoring=scoring, run=run)
+        session = open_session(run, settings | classifier_settings(classifiers, table), world, cache)
+        runner = AttackRunner(
+            encoder,
+            factory,
+            {"": encoder},
+            layer=scoring.layer,
+            run=run,
+            device=resolve_device(encoder, run.device),
+        )
+        key = clean_key(encoder, queries, layer=scoring.layer, checkpoint=provenance.checkpoint) if cache else None
+        conditions = runner.run(queries, {budget.name: attack}, session, info, clean=CleanEmbeddings(cache, key))
+    tables = {name: dataclasses.replace(one.tables[""], encoder=provenance.model) for name, one in conditions.items()}
+    clean, attacked = tables[CLEAN], tables[budget.name]
+    template = record_template(
+        table,
+        clean,
+        fitted.class_names,
+        target="custom" if budget.objective else target,
+        scoring=scoring,
+        run=run,
+        provenance=provenance,
+        encoder=encoder,
+    )
+    scores = fitted.predict_proba(clean), fitted.predict_proba(attacked)
+    result = _flips(budget, scores, clean, attacked, template)
+    facts = AttackFacts(name=budget.name, attack=attack, stats=conditions[budget.name].stats)
+    of_classifier = classifiers[0].facts(clean, seed=run.seed)
+    return dataclasses.replace(result, records=tuple(_budget_records(result, template, facts, of_classifier, budget)))
+
+
+def _flips(
+    budget: PatchBudget,
+    scores: tuple[np.ndarray, np.ndarray],
+    clean: EmbeddingTable,
+    attacked: EmbeddingTable,
+    template: RecordTemplate,
+) -> BudgetResult:
+    """How many patches every group needs, without records."""
+    how = template.scoring.pooling
+    labels, ids = align_labels(clean.label, clean.class_names, template.class_names), getattr(clean, budget.level)
+    pooled = pool(scores[0], ids, labels, how=how)
+    assert pooled.labels is not None  # labels were given
+    return BudgetResult(
+        records=(),
+        level=budget.level,
+        groups=pooled.groups,
+        labels=pooled.labels,
+        patients=clean.patient[np.unique(ids, return_index=True)[1]],
+        sizes=pooled.sizes,
+        needed=patches_to_flip(*scores, ids, labels, how=how, order=budget.order, seed=template.seed),
+        clean=clean,
+        attacked=attacked,
+    )
+
+
+def _budget_records(
+    result: BudgetResult,
+    template: RecordTemplate,
+    facts: AttackFacts,
+    classifier: ClassifierFacts,
+    budget: PatchBudget,
+) -> list[Record]:
+    """Clean accuracy, accuracy at each budget, and the mean smallest fraction (inf counts as 1)."""
+    n, level = len(result.groups), result.level
+
+    def accuracy(of: AttackFacts, fraction: float) -> Record:
+        return template.build(
+            of,
+            classifier,
+            level=level,
+            metric="accuracy",
+            value=result.accuracy(fraction),
+            n=n,
+            interval=_accuracy_interval(result, fraction, template),
+        )
+
+    counts = {
+        "already_wrong": int((result.needed == 0).sum()),
+        "never_flipped": int(np.isinf(result.needed).sum()),
+        "order": budget.order,
+    }
+    records = [accuracy(AttackFacts(name=CLEAN), 0.0)]
+    for fraction in sorted(set(budget.fractions)):
+        at = dataclasses.replace(
+            facts, name=f"{facts.name}@{100 * fraction:g}%", settings=counts | {"budget_fraction": fraction}
+        )
+        records.append(accuracy(at, fraction))
+    finite = np.minimum(result.smallest_fraction, 1.0)
+    note = {"note": "smallest fraction of patches that changes the decision; never counts as 1"}
+    mean = template.build(
+        dataclasses.replace(facts, settings=counts | note),
+        classifier,
+        level=level,
+        metric="smallest_fraction",
+        value=float(finite.mean()),
+        n=n,
+        interval=_mean_interval(finite, result.patients, seed=template.seed, resamples=template.scoring.bootstrap),
+    )
+    return [*records, mean]
+
+
+def _mean_interval(values: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
+    """The interval of the mean of values in [0, 1], one per group, over resampled patients."""
+    people, member_of = np.unique(patients, return_inverse=True)
+    if reason := no_interval(len(people), resamples):
+        return Interval(None, None, reason)
+    draws = patient_draws(len(people), resamples, np.random.default_rng(seed))[:, member_of]
+    drawn = draws @ values / draws.sum(1)
+    return interval_around(float(values.mean()), drawn, people=len(people), method="t", confidence=0.95)
+
+
+def _accuracy_interval(result: BudgetResult, fraction: float, template: RecordTemplate) -> Interval:
+    """The interval of an accuracy: right and wrong as the two classes of a score."""
+    right = result.robust_at(fraction)
+    return bootstrap_intervals(
+        np.stack((right, ~right), 1).astype(float),
+        np.zeros(len(right), dtype=np.int64),
+        result.patients,
+        generator=np.random.default_rng(template.seed),
+        names=("accuracy",),
+        resamples=template.scoring.bootstrap,
+    )["accuracy"]

@@ -1,1 +1,0 @@
-"""Attackers who may alter only some patches of a slide or patient."""

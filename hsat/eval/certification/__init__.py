@@ -1,1 +1,0 @@
-"""Certified robustness by randomised smoothing."""

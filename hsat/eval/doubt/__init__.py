@@ -1,1 +1,0 @@
-"""Whether an attack failed where a model looks robust: masked gradients and their signs."""

@@ -1,0 +1,294 @@
+"""Adversarial patches as files that open anywhere, and the accuracy on those files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hsat.attacks import InSpace, RawChannels
+from hsat.attacks.raw_channels import CHANNELS
+from hsat.classifiers import KNNClassifier
+from hsat.data import Cohort, PatchDataset, collate
+from hsat.data.samples import Sample
+from hsat.distributed import World
+from hsat.embedding import Embedder, LoaderInfo, resolve_device
+from hsat.eval.adversarial_files import MANIFEST, AdversarialFiles
+from hsat.eval.evaluation import (
+    Bank,
+    classifier_settings,
+    embed_bank,
+    evaluation_settings,
+    fit_bank,
+    record_template,
+    score_queries,
+)
+from hsat.eval.objectives import ObjectiveFactory
+from hsat.eval.options import Provenance, RunOptions, Scoring, Target
+from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
+from hsat.eval.records import Record, software_versions
+from hsat.eval.runner import CLEAN, AttackRunner, Condition, open_session, open_world
+from hsat.eval.whitebox import condition_records
+from hsat.types import (
+    Attack,
+    AttackResult,
+    Classifier,
+    EmbeddingFunction,
+    EmbeddingTable,
+    HierarchicalBatch,
+    ThreatModel,
+    align_labels,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `save_adversarial` writes.
+
+    Attributes:
+        split: The split whose patches are attacked; None for all.
+        batch_size: Patches per batch.
+        name: Of the attack.
+
+    Raises:
+        ValueError: For a batch_size below 1, and the name "clean".
+    """
+
+    split: str | None = "val"
+    batch_size: int = 16
+    name: str = "attack"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.name == CLEAN:
+            raise ValueError("an attack cannot be called 'clean': that is the name of the patches as they are")
+
+
+@dataclass(frozen=True, eq=False)
+class ExportResult:
+    """The result of `save_adversarial`.
+
+    Attributes:
+        root: The folder.
+        cohort: The files in it, read again.
+        records: Of the conditions "clean", name (the attack's own images, in floats) and "name (files)".
+        tables: Embeddings of the three, by the same names.
+        changed: Share of the stored numbers that differ from the clean file's.
+    """
+
+    root: Path
+    cohort: Cohort
+    records: tuple[Record, ...]
+    tables: dict[str, EmbeddingTable]
+    changed: float
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How images become stored numbers: the grid, the stored channels, and the threat model that holds for them."""
+
+    grid: ValueGrid
+    channels: slice
+    threat: ThreatModel
+
+
+def image_format(cohort: Cohort, attack: Attack) -> ImageFormat:
+    """The format of a cohort's files for an attack; TypeError for an attack that they cannot hold, with what to do."""
+    if cohort.kind == "srh":
+        if not (isinstance(attack, InSpace) and isinstance(attack.space, RawChannels)):
+            raise TypeError(
+                "an SRH file holds two channels and encoders see three, so an attack that moves the three cannot be"
+                f" stored. Attack the two: InSpace(RawChannels(srh_to_rgb), PGD(...)); got {attack!r}"
+            )
+        threat, grid, channels = getattr(attack.attack, "threat", None), TIFF_GRID, CHANNELS
+    else:
+        threat, grid, channels = getattr(attack, "threat", None), PNG_GRID, slice(None)
+    if not isinstance(threat, ThreatModel):
+        raise TypeError(
+            "files hold whole counts, which are rounded inside the attack's threat model; this attack has none of"
+            f" pixels (no .threat), so rounding could leave what it may do: {attack!r}"
+        )
+    return ImageFormat(grid, channels, threat)
+
+
+def save_adversarial(
+    root: str | os.PathLike[str],
+    encoder: EmbeddingFunction,
+    bank: Bank,
+    cohort: Cohort,
+    attack: Attack,
+    *,
+    options: ExportOptions = ExportOptions(),
+    classifier: Classifier = KNNClassifier(),
+    target: Target | str = "decision",
+    run: RunOptions = RunOptions(),
+    provenance: Provenance = Provenance(),
+) -> ExportResult:
+    """Attack the patches of a split, write them as files that open anywhere, read these again and score them.
+
+    Files hold whole counts: each number is rounded inside the threat model (`quantize_in_ball`).  Colour patches
+    become 8-bit PNGs, SRH patches 16-bit TIFFs of two planes.  `root` must not exist; it appears whole or not at all,
+    with the patches under their old paths, a manifest.csv, for SRH the OpenSRH meta files, and adversarial.json, which
+    says how it was made.
+
+    Patches are attacked at the size of their files, since a file holds no other; an encoder that wants another size
+    resizes inside (`build_encoder(..., input_size=...)`), and its bank should be read at its files' size as well.
+    An SRH file holds two channels, so only attacks on those two can be stored: InSpace(RawChannels(srh_to_rgb), ...).
+    Attacks without a ball of pixels (stains) are refused: whole counts need not lie in what they may do.
+
+    Args:
+        root: The folder to write.
+        encoder, bank, classifier, target, run, provenance: As for `evaluate_whitebox`; the classifier reads the
+            features.  With `run.resume_dir` an interrupted export goes on from its finished batches.
+        cohort: Where the patches are.
+        attack: The attack.
+        options: Split, batch size, name.
+
+    Raises:
+        FileExistsError: If the root exists.
+        ValueError: For a root inside the cohort's folder, and an unknown target or split.
+        TypeError: For attacks that cannot be stored.
+        RuntimeError: If a file does not read as it was written.
+    """
+    target, scoring, name = Target.of(target), Scoring(), options.name
+    form = image_format(cohort, attack)
+    data = PatchDataset(cohort, options.split)
+    files = AdversarialFiles(root, cohort, data.rows.tolist(), resumable=run.resume_dir is not None)
+    with open_world(run) as (world, cache):
+        table = embed_bank(encoder, bank, layer=scoring.layer, run=run, provenance=provenance, world=world, cache=cache)
+        classifiers = fit_bank(classifier, table)
+        fitted = classifiers[0].fitted
+        align_labels(cohort.label[data.rows], cohort.class_names, fitted.class_names)  # before any work is done
+        run = dataclasses.replace(run, keep_examples=0)
+        named = {"": (encoder, provenance.checkpoint)}
+        queries = ShapeBatches(data, options.batch_size)
+        settings = evaluation_settings(named, queries, {name: attack}, target=target, scoring=scoring, run=run)
+        settings |= {"root": str(files.root), "cohort": cohort.fingerprint(), "batch_size": options.batch_size}
+        session = open_session(run, settings | classifier_settings(classifiers, table), world, cache)
+        info = LoaderInfo(class_names=cohort.class_names, cohort=cohort.fingerprint(), split=options.split or "")
+        device = resolve_device(encoder, run.device)
+        with files:
+            runner = AttackRunner(
+                encoder,
+                ObjectiveFactory(encoder, target, scoring.layer, fitted),
+                {"": encoder},
+                layer=scoring.layer,
+                run=run,
+                device=device,
+                inspect=lambda batch, _, images, result: _write_batch(files, form, batch, images, result),
+                accept=lambda batch, _: all(map(files.has, batch.patch.tolist())),
+            )
+            conditions = runner.run(queries, {name: attack}, session, info)
+            written = conditions[name].inspected
+            about = {"source_cohort": cohort.fingerprint(), "grid": form.grid.name}
+            if world.is_main:
+                identity = {"target": target.objective, "seed": run.seed, "model": provenance.model}
+                identity |= {"checkpoint": provenance.checkpoint, "split": options.split or "", "name": name}
+                files.complete(identity | about | {"attack": repr(attack), "versions": software_versions()})
+            world.gather("written")
+            digests = [digest for part in written for digest in part["digests"]]
+            stored = _embed_files(encoder, files, cohort, form=form, digests=digests, options=options, run=run)
+            if world.is_main:
+                files.publish()
+            world.gather("published")
+    again = _read_files(files.root, cohort)
+    tables = {key: one.tables[""] for key, one in conditions.items()}
+    tables[f"{name} (files)"] = dataclasses.replace(stored, cohort=again.fingerprint())
+    tables = {key: dataclasses.replace(one, encoder=provenance.model) for key, one in tables.items()}
+    template = record_template(
+        table,
+        tables[CLEAN],
+        fitted.class_names,
+        target=target,
+        scoring=scoring,
+        run=run,
+        provenance=provenance,
+        encoder=encoder,
+    )
+    records: list[Record] = []
+    for key, queries_table in tables.items():
+        condition = conditions.get(key) or Condition({"": queries_table}, conditions[name].stats)
+        of_files = key not in conditions
+        base = template.of_files(again.fingerprint(), about) if of_files else template
+        scores = score_queries(classifiers, queries_table)
+        chosen = None if key == CLEAN else attack
+        records += condition_records(
+            key, condition, chosen, queries_table, scores, classifiers=classifiers, template=base
+        )
+    changed = sum(part["changed"] for part in written) / max(1, sum(part["numbers"] for part in written))
+    return ExportResult(files.root, again, tuple(records), tables, changed)
+
+
+def _write_batch(
+    files: AdversarialFiles, form: ImageFormat, batch: HierarchicalBatch, images: Tensor, result: AttackResult
+) -> Mapping[str, Any]:
+    """Round a batch, write its files, and say how many numbers changed."""
+    channels, grid = form.channels, form.grid
+    counts = quantize_in_ball(result.x_adv[:, channels], images[:, channels], form.threat, grid).cpu()
+    for row, one in zip(batch.patch.tolist(), counts, strict=True):
+        files.write(row, one)
+    return {
+        "numbers": counts.numel(),
+        "changed": int((counts != grid.counts(batch.images[:, channels])).sum()),
+        "digests": [_digest(one) for one in counts],
+    }
+
+
+def _embed_files(
+    encoder: EmbeddingFunction,
+    files: AdversarialFiles,
+    cohort: Cohort,
+    *,
+    form: ImageFormat,
+    digests: list[str],
+    options: ExportOptions,
+    run: RunOptions,
+) -> EmbeddingTable:
+    """Embed the files; RuntimeError for one that holds other numbers than were written."""
+    data = PatchDataset(_read_files(files.folder, cohort))
+    place = iter(range(len(digests)))
+
+    def verify(images: Tensor, batch: HierarchicalBatch) -> Tensor:
+        for one in form.grid.counts(batch.images[:, form.channels]):
+            number = next(place)
+            if _digest(one) != digests[number]:
+                raise RuntimeError(f"{data.cohort.path(number)} does not read as it was written")
+        return images
+
+    embedder = Embedder(encoder, layer="features", device=run.device, name="", progress=run.progress)
+    info = LoaderInfo(class_names=cohort.class_names, split=options.split or "")
+    return embedder.run(ShapeBatches(data, options.batch_size), info, World(), change=verify)
+
+
+class ShapeBatches:
+    """Patches in order, in batches of up to batch_size of one shape: files of a cohort may have different sizes."""
+
+    def __init__(self, data: PatchDataset, batch_size: int) -> None:
+        self.dataset, self._batch_size = data, batch_size
+
+    def __iter__(self) -> Iterator[HierarchicalBatch]:
+        waiting: list[Sample] = []
+        for index in range(len(self.dataset)):
+            sample = self.dataset[index]
+            if waiting and (len(waiting) == self._batch_size or sample.images.shape != waiting[0].images.shape):
+                yield collate(waiting)
+                waiting = []
+            waiting.append(sample)
+        if waiting:
+            yield collate(waiting)
+
+
+def _read_files(folder: Path, cohort: Cohort) -> Cohort:
+    """The cohort in a folder of adversarial files, with the classes of its source."""
+    return Cohort.from_csv(folder, MANIFEST, kind=cohort.kind, class_names=cohort.class_names)
+
+
+def _digest(counts: Tensor) -> str:
+    return hashlib.sha256(f"{tuple(counts.shape)}".encode() + counts.contiguous().numpy().tobytes()).hexdigest()

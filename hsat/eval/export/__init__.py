@@ -1,1 +1,0 @@
-"""Adversarial patches as files, and the accuracy on those files."""

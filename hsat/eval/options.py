@@ -1,0 +1,160 @@
+"""Options that the evaluations share: scoring, running, provenance, and what the attacks maximise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from hsat.embedding import LAYERS, Layer
+from hsat.types import EmbeddingFunction
+
+Pooling = Literal["mean", "paper"]
+AbsentClasses = Literal["skip", "zero"]
+GroupBy = Literal["id", "id_and_label"]
+TargetName = Literal["decision", "features", "embedding"]
+PAPER_BRANCH = "paper"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How embeddings become numbers.
+
+    Attributes:
+        layer: What the classifier reads, "features" (backbone) or "embedding" (projected).
+        pooling: How patches' scores become those of a slide or patient: "mean", or "paper", see `pool`.
+        absent_classes: What a class that is predicted and never true does to the mean class accuracy: "skip", or "zero"
+            as the published code has it, see `metrics`.
+        group_by: What makes a slide or patient one group: its "id", or "id_and_label" as the published code has it.
+        bootstrap: Resamples of patients for the intervals; 0 for none.
+
+    Raises:
+        ValueError: For a value that is none of the choices.
+    """
+
+    layer: Layer = "features"
+    pooling: Pooling = "mean"
+    absent_classes: AbsentClasses = "skip"
+    group_by: GroupBy = "id"
+    bootstrap: int = 1000
+
+    def __post_init__(self) -> None:
+        choices = {"layer": LAYERS, "pooling": get_args(Pooling)}
+        choices |= {"absent_classes": get_args(AbsentClasses), "group_by": get_args(GroupBy)}
+        for name, allowed in choices.items():
+            _check_choice(name, getattr(self, name), allowed)
+        _check_count("bootstrap", self.bootstrap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How an evaluation runs; none of it changes a number but the seed.
+
+    Attributes:
+        seed: Of the attacks' noise and of the bootstrap.
+        device: Where images go; None: where the encoder is.
+        cache_dir: A folder that keeps the embeddings of banks and clean queries for the next evaluation, where encoder
+            and loaders can say what they are (modules; unshuffled loaders over a PatchDataset without transform).
+        resume_dir: A folder that keeps every finished batch.  After an interruption, even by kill -9, the same call
+            goes on from there and ends with the same records; a folder of other settings is refused.  It may be
+            resumed with a different number of ranks.
+        noise: Measure one random point of each threat model, too.
+        diagnose: Look for masked gradients on that many queries per attack; 0 for none.
+        keep_examples: Images of each condition to keep in the result.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: For a negative seed, diagnose or keep_examples.
+    """
+
+    seed: int = 0
+    device: torch.device | str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    resume_dir: str | os.PathLike[str] | None = None
+    noise: bool = True
+    diagnose: int = 0
+    keep_examples: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "diagnose", "keep_examples"):
+            _check_count(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What records say of the encoder that is measured.
+
+    Attributes:
+        model: Its name.
+        checkpoint: What identifies its weights, such as the SHA-256 of a file.
+        class_names: Names of the classes, for loaders that do not know theirs.
+    """
+
+    model: str = ""
+    checkpoint: str = ""
+    class_names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the attacks of an evaluation maximise.
+
+    Attributes:
+        objective: "decision": the margin of the classifier that scores, against the true class.  "features" or
+            "embedding": the cosine drift of that layer from its clean value, without labels.
+        branch: For an encoder with dual BatchNorm, the branch that the attacks go through; None is the one that is
+            scored.  "paper" is the published choice: "pgd" for such an encoder, and nothing for others.
+
+    Raises:
+        ValueError: For an unknown objective.
+    """
+
+    objective: TargetName = "decision"
+    branch: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("target", self.objective, get_args(TargetName))
+
+    @classmethod
+    def of(cls, target: Target | str) -> Target:
+        """A target, also from its name alone."""
+        return target if isinstance(target, Target) else cls(target)  # type: ignore[arg-type]  # checked there
+
+    def branch_of(self, encoder: EmbeddingFunction) -> str | None:
+        """The branch of this encoder that attacks go through; None is the one that is active."""
+        if self.branch != PAPER_BRANCH:
+            return self.branch
+        from hsat.models import is_dual
+
+        return "pgd" if isinstance(encoder, nn.Module) and is_dual(encoder) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Options that belong together."""
+
+    target: Target
+    scoring: Scoring
+
+
+PAPER = Preset(
+    target=Target("embedding", branch=PAPER_BRANCH),
+    scoring=Scoring(pooling="paper", absent_classes="zero", group_by="id_and_label"),
+)
+"""The published evaluation: attacks move the projected embedding, and the published arithmetic makes the numbers."""
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")

@@ -1,0 +1,110 @@
+"""What an attack did to the queries, in counts, and which member of an ensemble broke which image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+from torch import Tensor
+
+from hsat.types import AttackResult, MemberStats
+
+_SUSPICIOUS_FRACTION = 0.01
+
+
+@dataclass
+class AttackStats:
+    """What an attack did to the images of all batches, in counts.
+
+    Attributes:
+        images: Images that were attacked.
+        forwards: Forward passes, times images.
+        backwards: Backward passes, times images.
+        zero_gradient: Images whose gradient was exactly zero in some step.
+        never_moved: Images that came out as they went in.
+        stationary: Images that were given a random start because the clean point was stationary.
+    """
+
+    images: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    zero_gradient: int = 0
+    never_moved: int = 0
+    stationary: int = 0
+
+    def add(self, result: AttackResult, images: Tensor) -> None:
+        """Add what an attack reports about a batch of images."""
+        n = len(images)
+        if result.members is None:
+            self.forwards += n * result.forwards
+            self.backwards += n * result.backwards
+        else:  # members see fewer and fewer images
+            self.forwards += sum(member.forwards for member in result.members)
+            self.backwards += sum(member.backwards for member in result.members)
+        still = result.never_moved
+        if still is None:
+            still = (result.x_adv == images).flatten(1).all(1)
+        self.images += n
+        self.zero_gradient += int((result.zero_gradient > 0).sum())
+        self.never_moved += int(still.sum())
+        self.stationary += 0 if result.stationary is None else int(result.stationary.sum())
+
+    def merge(self, counts: Mapping[str, int]) -> None:
+        """Add the counts of other batches, by name."""
+        for name, value in counts.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def counts(self) -> dict[str, int]:
+        """The counts by name."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
+    def fraction(self, name: str) -> float:
+        """A count per image; 0 for clean images, which are not attacked."""
+        return float(getattr(self, name)) / max(1, self.images)
+
+    def masking_flags(self, eps: float) -> tuple[str, ...]:
+        """Reasons to take a number for a failed attack rather than for robustness; none where eps is 0."""
+        if eps == 0:
+            return ()
+        flags = []
+        if (fraction := self.fraction("zero_gradient")) > _SUSPICIOUS_FRACTION:
+            flags.append(f"gradient exactly zero in some step for {fraction:.1%} of the images")
+        if (fraction := self.fraction("never_moved")) > _SUSPICIOUS_FRACTION:
+            flags.append(f"{fraction:.1%} of the images never moved")
+        return tuple(flags)
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleOutcome:
+    """Which member of an ensemble broke which image.
+
+    Attributes:
+        patch: (n,) patch ids in the order of the queries.
+        broken_by: (n,) names of members; "clean" for images that were wrong before any attack, "" for those that
+            withstood all.
+        margin: (n,) float64, margin of the decision at the image that is reported; above 0 where it is wrong.
+        members: What each member did, in the order of their turns, "clean" first.
+    """
+
+    patch: np.ndarray
+    broken_by: np.ndarray
+    margin: np.ndarray
+    members: tuple[MemberStats, ...]
+
+    @property
+    def robust(self) -> np.ndarray:
+        """(n,) bool: no member broke the image."""
+        robust: np.ndarray = self.broken_by == ""
+        return robust
+
+    def to_markdown(self) -> str:
+        """A table: each member, the images it saw, those it newly broke, how many are robust afterwards, its passes."""
+        lines = ["| attack | seen | newly broken | robust | forwards | backwards |", "|" + " --- |" * 6]
+        robust = len(self.patch)
+        for member in self.members:
+            robust -= member.newly_broken
+            left = f"{robust} ({100 * robust / max(1, len(self.patch)):.1f} %)"
+            passes = f"{member.forwards} | {member.backwards}"
+            lines.append(f"| {member.name} | {member.seen} | {member.newly_broken} | {left} | {passes} |")
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,446 @@
+"""The one pass of every evaluation: attack, embed and count the queries, batch by batch.
+
+`run_batches` is the loop: it deals batches out among ranks, takes finished ones from the store, and keeps new ones.
+`AttackRunner` computes a batch of the evaluations that attack; certification computes its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsat.attacks import AttackEnsemble
+from hsat.attacks.ensemble import Candidate
+from hsat.distributed import ShardedLoader, World, shared_world
+from hsat.embedding import (
+    EmbeddingBuffer,
+    LoaderInfo,
+    encode,
+    eval_mode,
+    ids_of,
+    normalize_rows,
+    require_labels,
+    select_layer,
+    show_progress,
+    to_device,
+    using_branch,
+)
+from hsat.eval.objectives import ObjectiveFactory
+from hsat.eval.options import RunOptions
+from hsat.eval.outcomes import AttackStats, EnsembleOutcome
+from hsat.eval.store import EmbeddingCache, ResultStore, StoredResult, open_store
+from hsat.files import Arrays
+from hsat.fingerprints import fingerprint_batch
+from hsat.types import (
+    Attack,
+    AttackResult,
+    EmbeddingFunction,
+    EmbeddingTable,
+    HierarchicalBatch,
+    MemberStats,
+    align_labels,
+)
+
+CLEAN = "clean"
+_BATCH_NAME = re.compile(r"batch-(\d+)-[0-9a-f]+\.arrays$")
+_DIGEST = "batch"  # entry of a stored batch's header: the fingerprint of its images and ids
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one evaluation works with: its processes, its finished results, its cache of clean embeddings.
+
+    Attributes:
+        world: The processes that share it.
+        store: Where finished batches are kept.
+        finished: File names of the results that were there when the store was opened, the same on all ranks.
+        cache: Clean embeddings of earlier evaluations; None for no cache.
+        progress: Show progress bars.
+    """
+
+    world: World
+    store: ResultStore
+    finished: frozenset[str]
+    cache: EmbeddingCache | None
+    progress: bool
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress bars."""
+        return self.progress and self.world.is_main
+
+
+@contextmanager
+def open_world(run: RunOptions) -> Iterator[tuple[World, EmbeddingCache | None]]:
+    """The processes of an evaluation, and its cache."""
+    with shared_world() as world:
+        yield world, None if run.cache_dir is None else EmbeddingCache(run.cache_dir)
+
+
+def open_session(
+    run: RunOptions,
+    settings: Mapping[str, Any],
+    world: World,
+    cache: EmbeddingCache | None,
+    *,
+    growing: Sequence[str] = (),
+) -> Session:
+    """The session of an evaluation with these settings; see `open_store` for what is refused."""
+    store, finished = open_store(run.resume_dir, settings, world, growing=growing, local=("queries.files",))
+    return Session(world, store, finished, cache, run.progress)
+
+
+def run_batches(
+    queries: Iterable[HierarchicalBatch],
+    compute: Callable[[int, HierarchicalBatch], StoredResult],
+    session: Session,
+    *,
+    key: Sequence[str] = (),
+    description: str,
+    visit: Callable[[HierarchicalBatch], None] | None = None,
+    accept: Callable[[HierarchicalBatch, StoredResult], bool] | None = None,
+) -> list[StoredResult]:
+    """Go through the queries once; every rank gets the results of all batches, in order.
+
+    Args:
+        queries: A loader that gives every rank the same batches.
+        compute: (number of the batch, batch) -> its result, for batches that are not in the store yet.
+        session: World and store.
+        key: Beginning of the keys of this pass in the store.
+        description: For the progress bar.
+        visit: Is shown every batch of this rank, stored or not.
+        accept: (batch, stored result) -> whether it can be used; else the batch is computed anew.
+
+    Raises:
+        ValueError: If the ranks see different batches, or a stored batch is another one than the loader gives now.
+    """
+    numbers = _finished_numbers(session.finished, key)
+    shard = ShardedLoader(queries, session.world, finished=numbers)
+    results: dict[int, StoredResult] = {}
+    for number, batch in show_progress(shard, description, shown=session.shows):
+        name = (*key, _batch_key(number))
+        result, digest = session.store.get(*name), fingerprint_batch(batch)
+        if result is not None and result.header.get(_DIGEST) != digest:
+            raise ValueError(
+                f"batch {number} of the queries is not the one that {session.store.folder} knows;"
+                " go on with the same patches, or give a new folder"
+            )
+        if result is None or (accept is not None and not accept(batch, result)):
+            result = compute(number, batch)
+            result = StoredResult({**result.header, _DIGEST: digest}, result.arrays)
+            session.store.put(result, *name)
+        results[number] = result
+        if visit is not None:
+            visit(batch)
+    shard.check()
+    return session.world.gather_by_index(results)
+
+
+def _finished_numbers(finished: frozenset[str], key: Sequence[str]) -> list[int]:
+    """Numbers of the finished batches of a pass, ascending."""
+    numbers = {int(match[1]) for name in finished if (match := _BATCH_NAME.search(name))}
+    return sorted(number for number in numbers if ResultStore.file_name(*key, _batch_key(number)) in finished)
+
+
+def _batch_key(number: int) -> str:
+    return f"batch-{number:06d}"
+
+
+@dataclass(eq=False)
+class Condition:
+    """The queries as they are, or under one attack.
+
+    Attributes:
+        tables: Their embeddings, by the name of the encoder that read them.
+        stats: What the attack did.
+        examples: The first images.
+        outcome: For an ensemble, which member broke which image.
+        inspected: What the runner's `inspect` said of each batch.
+    """
+
+    tables: dict[str, EmbeddingTable]
+    stats: AttackStats
+    examples: list[Tensor] = field(default_factory=list)
+    outcome: EnsembleOutcome | None = None
+    inspected: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, table: EmbeddingTable) -> Condition:
+        """The queries as they are, from their table."""
+        return cls({"": table}, AttackStats())
+
+
+class AttackRunner:
+    """Attacks queries on one encoder and embeds them with one or several.
+
+    Args:
+        encoder: The encoder that is attacked; the caller does not freeze it.
+        objectives: Makes what the attacks maximise.
+        readers: Encoders by name that embed the images; the attacked one among them shares its clean embedding.
+        layer: The layer that the readers give.
+        run: Seed, number of examples.
+        device: Where the images go.
+        include_clean: Embed the clean queries with every reader, as the condition "clean".
+        inspect: Is shown (batch, attack's name, clean images, result) of every attack, on the device; what it
+            returns is stored with the batch.
+        accept: (batch, stored result) -> whether a stored batch can be used.
+    """
+
+    def __init__(
+        self,
+        encoder: EmbeddingFunction,
+        objectives: ObjectiveFactory,
+        readers: Mapping[str, EmbeddingFunction],
+        *,
+        layer: str,
+        run: RunOptions,
+        device: torch.device,
+        include_clean: bool = True,
+        inspect: Callable[[HierarchicalBatch, str, Tensor, AttackResult], Mapping[str, Any]] | None = None,
+        accept: Callable[[HierarchicalBatch, StoredResult], bool] | None = None,
+    ) -> None:
+        self._encoder, self._objectives, self._seed, self._keep = encoder, objectives, run.seed, run.keep_examples
+        self._scored = select_layer(encoder, layer)
+        self._readers = {name: select_layer(reader, layer) for name, reader in readers.items()}
+        self._own = [name for name, reader in readers.items() if reader is encoder]
+        self._modules = (encoder, *readers.values())
+        self._device, self._include_clean, self._inspect, self._accept = device, include_clean, inspect, accept
+        self._kept = 0
+        self.computed = 0  # batches that this process attacked, rather than took from the store
+
+    def run(
+        self,
+        queries: Iterable[HierarchicalBatch],
+        attacks: Mapping[str, Attack],
+        session: Session,
+        info: LoaderInfo,
+        *,
+        key: Sequence[str] = (),
+        clean: CleanEmbeddings | None = None,
+        visit: Callable[[HierarchicalBatch, np.ndarray], None] | None = None,
+        frozen: Sequence[EmbeddingFunction] = (),
+    ) -> dict[str, Condition]:
+        """One pass over the queries; every rank gets all rows.
+
+        Args:
+            queries: A loader that gives every rank the same batches.
+            attacks: By name; ensembles come after the others, whose images they take into account.
+            session: World, store and cache.
+            info: Class names, cohort and split of the queries.
+            key: Beginning of the keys of this pass in the store.
+            clean: The clean embeddings of an earlier evaluation, or on their way into the cache.
+            visit: Is shown every batch of this rank, with its labels as the classifier numbers them.
+            frozen: Further modules to freeze meanwhile, such as surrogates.
+        """
+        ordered = {name: attack for name, attack in attacks.items() if not isinstance(attack, AttackEnsemble)}
+        ordered |= {name: attack for name, attack in attacks.items() if isinstance(attack, AttackEnsemble)}
+        known = clean or CleanEmbeddings(None, None)
+
+        def compute(number: int, batch: HierarchicalBatch) -> StoredResult:
+            return self._attack_batch(number, batch, ordered, info, known)
+
+        def visit_batch(batch: HierarchicalBatch) -> None:
+            self._kept += len(batch)
+            if visit is not None:
+                visit(batch, align_labels(require_labels(batch), info.class_names, self._objectives.class_names))
+
+        with ExitStack() as stack:
+            for module in (*self._modules, *frozen):
+                stack.enter_context(eval_mode(module))
+            results = run_batches(
+                queries,
+                compute,
+                session,
+                key=key,
+                description=" ".join(("attacking", *key)),
+                visit=visit_batch,
+                accept=self._is_complete,
+            )
+        known.close(len(results), session.world)
+        names = [*([CLEAN] if self._include_clean else []), *attacks]
+        return {name: self._merge(name, results, info) for name in names}
+
+    def _is_complete(self, batch: HierarchicalBatch, stored: StoredResult) -> bool:
+        """Whether a stored batch holds what this pass needs: all readers, and whatever the caller asks for."""
+        places = {key.removeprefix("z ") for key in stored.arrays if key.startswith("z ")}
+        complete = all(_place(name, reader) in places for name in stored.header["counts"] for reader in self._readers)
+        return complete and (self._accept is None or self._accept(batch, stored))
+
+    def _attack_batch(
+        self,
+        number: int,
+        batch: HierarchicalBatch,
+        attacks: Mapping[str, Attack],
+        info: LoaderInfo,
+        known: CleanEmbeddings,
+    ) -> StoredResult:
+        """Attack and embed one batch; the clean embedding serves every attack."""
+        self.computed += 1
+        aligned = align_labels(require_labels(batch), info.class_names, self._objectives.class_names)
+        images = to_device(batch.images, self._device)
+        clean = known.get(number, batch, self._device)
+        if clean is None:
+            clean = encode(self._scored, images)
+            known.put(number, batch, clean)
+        record = _BatchRecord(batch, keep=max(0, self._keep - self._kept))
+        if self._include_clean:
+            rows = {
+                name: clean if name in self._own else encode(reader, images) for name, reader in self._readers.items()
+            }
+            record.add(CLEAN, images, rows, AttackStats())
+        labels = torch.from_numpy(aligned).to(self._device)
+        branch = self._objectives.branch
+        with using_branch(self._encoder, branch):
+            objective = self._objectives.objective(images, labels, clean, batch)
+        candidates: dict[str, Candidate] = {}
+        for name, attack in attacks.items():
+            generator = torch.Generator().manual_seed(self._seed)
+            if isinstance(attack, AttackEnsemble):  # it attacks the decision, and so the branch that is scored
+                result = attack.run(
+                    images,
+                    self._objectives.decision(labels),
+                    generator=generator,
+                    ids=batch.patch,
+                    candidates=candidates,
+                )
+            else:
+                with using_branch(self._encoder, branch):
+                    result = attack.run(images, objective, generator=generator, ids=batch.patch)
+                target = "" if branch else self._objectives.target
+                candidates[name] = Candidate(attack, result.x_adv, target, follows_gradient=result.backwards > 0)
+            if self._inspect is not None:
+                record.inspected(name, self._inspect(batch, name, images, result))
+            stats = AttackStats()
+            stats.add(result, images)
+            rows = {reader: encode(layer, result.x_adv) for reader, layer in self._readers.items()}
+            record.add(name, result.x_adv, rows, stats, result if result.members is not None else None)
+        return record.result()
+
+    def _merge(self, name: str, results: Sequence[StoredResult], info: LoaderInfo) -> Condition:
+        """One condition of all batches, of this or another rank."""
+        stats, examples = AttackStats(), list[Tensor]()
+        buffers = {reader: EmbeddingBuffer() for reader in self._readers}
+        for result in results:
+            stats.merge(result.header["counts"][name])
+            for reader, buffer in buffers.items():
+                place = _place(name, reader)
+                buffer.append_normalized(result.arrays, result.arrays[f"z {place}"], result.arrays[f"norm {place}"])
+            missing = max(0, self._keep - sum(map(len, examples)))
+            if missing:
+                kept = torch.from_numpy(result.arrays[f"kept {name}"][:missing])
+                examples.append(kept.to(getattr(torch, result.header["dtype"])))
+        tables = {reader: buffer.table(info, encoder=reader) for reader, buffer in buffers.items()}
+        inspected = [result.header["inspected"].get(name, {}) for result in results]
+        return Condition(tables, stats, examples, _merge_outcomes(name, results), inspected)
+
+
+class _BatchRecord:
+    """One batch under one condition after another, as it is stored."""
+
+    def __init__(self, batch: HierarchicalBatch, *, keep: int) -> None:
+        self._batch, self._keep = batch, keep
+        dtype = str(batch.images.dtype).removeprefix("torch.")
+        self._header: dict[str, Any] = {"dtype": dtype, "counts": {}, "members": {}, "inspected": {}}
+        self._arrays: Arrays = dict(ids_of(batch))
+
+    def add(
+        self,
+        name: str,
+        images: Tensor,
+        rows: Mapping[str, Tensor],
+        stats: AttackStats,
+        ensemble: AttackResult | None = None,
+    ) -> None:
+        """Take in the images of a condition, their embeddings by reader, what was counted, and an ensemble's result."""
+        for reader, z in rows.items():
+            place = _place(name, reader)
+            if z.ndim != 2 or len(z) != len(self._batch):
+                EmbeddingBuffer().append(self._batch, z)  # says what is wrong
+            self._arrays[f"z {place}"], self._arrays[f"norm {place}"] = normalize_rows(z, self._batch.patch)
+        kept = images[: self._keep].detach().cpu()
+        self._arrays[f"kept {name}"] = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()
+        self._header["counts"][name] = stats.counts()
+        if ensemble is not None:
+            assert ensemble.broken_by is not None and ensemble.members is not None  # what makes it an ensemble's
+            self._arrays[f"broken_by {name}"] = np.array(ensemble.broken_by, dtype=str)
+            self._arrays[f"margin {name}"] = ensemble.value.double().cpu().numpy()
+            self._header["members"][name] = [dataclasses.asdict(member) for member in ensemble.members]
+
+    def inspected(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Take in what the caller says of an attack's images."""
+        self._header["inspected"][name] = dict(facts)
+
+    def result(self) -> StoredResult:
+        """The batch under all conditions."""
+        return StoredResult(self._header, self._arrays)
+
+
+class CleanEmbeddings:
+    """What the scored layer says of the clean queries, batch by batch and bit by bit as it was computed.
+
+    Args:
+        cache: Where they are kept; None for nowhere.
+        key: What decides them; None where encoder or loader cannot say.
+    """
+
+    def __init__(self, cache: EmbeddingCache | None, key: Mapping[str, Any] | None) -> None:
+        self._cache = cache if key is not None else None
+        self._key = key or {}
+        stored = None if self._cache is None else self._cache.get(self._key)
+        self._digests: list[str] = [] if stored is None else list(stored.header["batches"])
+        self._known: Arrays = {} if stored is None else stored.arrays
+        self._new: dict[int, tuple[str, np.ndarray]] = {}
+
+    def get(self, number: int, batch: HierarchicalBatch, device: torch.device) -> Tensor | None:
+        """The embeddings of a batch (n, d) on a device; None where they, or those of this very batch, are unknown."""
+        if number >= len(self._digests) or self._digests[number] != fingerprint_batch(batch):
+            return None
+        return torch.from_numpy(self._known[f"z{number}"]).to(device)
+
+    def put(self, number: int, batch: HierarchicalBatch, z: Tensor) -> None:
+        """Take in embeddings that were computed."""
+        if self._cache is not None and z.dtype in (torch.float32, torch.float64):
+            self._new[number] = (fingerprint_batch(batch), z.detach().cpu().numpy())
+
+    def close(self, batches: int, world: World) -> None:
+        """Keep what all ranks took in, if that is all of the batches; the first rank writes it."""
+        if self._cache is None:
+            return
+        new = world.gather_by_index(self._new)
+        if not new or len(new) < batches or not world.is_main:
+            return
+        arrays = {f"z{number}": z for number, (_, z) in enumerate(new)}
+        self._cache.put(self._key, StoredResult({"batches": [digest for digest, _ in new]}, arrays))
+
+
+def _place(name: str, reader: str) -> str:
+    return f"{name} {reader}".strip()
+
+
+def _merge_outcomes(name: str, results: Sequence[StoredResult]) -> EnsembleOutcome | None:
+    """What an ensemble did to all batches; None for other conditions."""
+    if not results or name not in results[0].header["members"]:
+        return None
+    members: list[MemberStats] = []
+    for result in results:
+        batch = [MemberStats(**member) for member in result.header["members"][name]]
+        members = [_sum(old, new) for old, new in zip(members, batch, strict=True)] if members else batch
+    columns = {
+        column: np.concatenate([result.arrays[key] for result in results])
+        for column, key in (("patch", "patch"), ("broken_by", f"broken_by {name}"), ("margin", f"margin {name}"))
+    }
+    return EnsembleOutcome(**columns, members=tuple(members))
+
+
+def _sum(old: MemberStats, new: MemberStats) -> MemberStats:
+    """The counts of both; the rest is the first batch's."""
+    names = ("seen", "newly_broken", "forwards", "backwards")
+    return dataclasses.replace(old, **{name: getattr(old, name) + getattr(new, name) for name in names})

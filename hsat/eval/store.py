@@ -1,0 +1,261 @@
+"""Finished results of an evaluation, in memory or in a folder that a later process goes on from; and a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hsat.distributed import World
+from hsat.embedding import IDS
+from hsat.files import (
+    Arrays,
+    CorruptFileError,
+    PathLike,
+    is_partial,
+    read_arrays,
+    read_json_object,
+    remove_partials,
+    write_arrays,
+    write_file,
+)
+from hsat.fingerprints import fingerprint_settings
+from hsat.types import EmbeddingTable
+
+Settings = Mapping[str, Any]
+_FORMAT = 3  # of what the files hold
+_ENDING = ".arrays"
+_SETTINGS = "settings.json"
+_SCRATCH = "scratch"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredResult:
+    """One finished piece of work: texts and numbers, and arrays."""
+
+    header: dict[str, Any]
+    arrays: Arrays
+
+
+class ResultStore:
+    """Finished results by key; a key is one or several texts.
+
+    Several processes may write into one folder, each its own results.  Files appear whole or not at all, so that a
+    process may be killed at any moment; a damaged file is a warning, and its result is computed anew.
+
+    Args:
+        folder: Where results are kept; None keeps them in memory.
+        settings: All that decides the results, by name.  A folder of other settings is refused.
+        growing: Beginnings of names of settings that later runs may add or leave out, but not change.
+        is_main: Whether this process opens the folder; the others open it after that one has.
+
+    Raises:
+        ValueError: For a folder that was begun under other settings, naming each that differs, and for one that holds
+            something else.
+    """
+
+    def __init__(
+        self, folder: PathLike | None, settings: Settings, *, growing: Sequence[str] = (), is_main: bool = True
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._results: dict[str, StoredResult] = {}
+        if self.folder is not None and is_main:
+            _open_folder(self.folder, json.loads(json.dumps({**settings, "format": _FORMAT})), tuple(growing))
+
+    def get(self, *key: str) -> StoredResult | None:
+        """The result of a key; None where there is none, or with a warning where its file is damaged."""
+        name = _file_name(key)
+        if self.folder is None:
+            return self._results.get(name)
+        try:
+            header, arrays = read_arrays(self.folder / name)
+        except FileNotFoundError:
+            return None
+        except CorruptFileError as error:
+            warnings.warn(f"{error}; computing it anew", stacklevel=2)
+            return None
+        return StoredResult(header, arrays)
+
+    def put(self, result: StoredResult, *key: str) -> None:
+        """Keep a result, in place of one that is there."""
+        if self.folder is None:
+            self._results[_file_name(key)] = result
+        else:
+            write_arrays(self.folder / _file_name(key), result.header, result.arrays)
+
+    def names(self) -> frozenset[str]:
+        """The file names of all results; compare with `file_name`."""
+        if self.folder is None:
+            return frozenset(self._results)
+        return frozenset(path.name for path in self.folder.glob(f"[!.]*{_ENDING}"))
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for work in progress; whatever a killed process left there is removed when the store is opened."""
+        if self.folder is None:
+            raise ValueError("a store in memory has no folder for work in progress; give RunOptions(resume_dir=...)")
+        scratch = self.folder / _SCRATCH
+        scratch.mkdir(exist_ok=True)
+        return scratch
+
+    @staticmethod
+    def file_name(*key: str) -> str:
+        """The file name of a key: readable, and unlike that of any other key, whatever the key holds."""
+        return _file_name(key)
+
+
+def open_store(
+    folder: PathLike | None,
+    settings: Settings,
+    world: World,
+    *,
+    growing: Sequence[str] = (),
+    local: Collection[str] = (),
+) -> tuple[ResultStore, frozenset[str]]:
+    """Open the store of an evaluation on all ranks.
+
+    Args:
+        folder: See `ResultStore`.
+        settings: See `ResultStore`; all ranks must have the same.
+        world: The processes that share the evaluation.
+        growing: See `ResultStore`.
+        local: Names of settings that may differ between ranks, such as the times of files on their own disks.
+
+    Returns:
+        The store, and the file names of the results that the first rank found in it: all ranks have to know the same
+        of what is finished, or they would wait for each other in vain.
+
+    Raises:
+        ValueError: For ranks that were called with different settings, and as `ResultStore` does.
+    """
+    shared = {name: value for name, value in settings.items() if name not in local}
+    world.assert_same(shared | {"resume_dir": None if folder is None else str(folder)})
+    store = ResultStore(folder, settings, growing=growing) if world.is_main else None
+    finished = world.gather(frozenset() if store is None else store.names())[0]
+    return store or ResultStore(folder, settings, growing=growing, is_main=False), finished
+
+
+class EmbeddingCache:
+    """A folder of embeddings that are used again only for the very encoder, images and settings they came from.
+
+    A key is whatever decides the numbers, as texts, numbers, lists and mappings: encoder, layer, patches, their files'
+    times, image size, batch size.  The file's name is the fingerprint of the key, so that another checkpoint or cohort
+    finds nothing out of date.  A file is checked against its key and its checksum whenever it is read; one that fails
+    is made anew, with a UserWarning.  Processes may share a folder.  Files are never removed by the cache; a folder may
+    be deleted at any time.
+
+    Attributes:
+        hits: How often something was found.
+        misses: How often nothing was found.
+
+    Raises:
+        ValueError: If `folder` is a file.
+    """
+
+    def __init__(self, folder: PathLike) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"the cache must be a folder, and {self.folder} is a file")
+        self.hits = self.misses = 0
+
+    def get(self, key: Settings) -> StoredResult | None:
+        """What was kept under a key, or None."""
+        path = self._path(key)
+        try:
+            header, arrays = read_arrays(path)
+            if header.pop("key", None) != json.loads(json.dumps(key)):
+                raise CorruptFileError(f"{path} holds embeddings of something else than its name says")
+        except FileNotFoundError:
+            self.misses += 1
+            return None
+        except (CorruptFileError, OSError) as error:
+            warnings.warn(f"{error}; embedding anew", stacklevel=3)
+            self.misses += 1
+            return None
+        self.hits += 1
+        return StoredResult(header, arrays)
+
+    def put(self, key: Settings, result: StoredResult) -> None:
+        """Keep a result under a key.  A disk that is full or may not be written is a UserWarning, not an error."""
+        try:
+            write_arrays(self._path(key), {**result.header, "key": dict(key)}, result.arrays)
+        except OSError as error:
+            warnings.warn(f"embeddings could not be kept in {self.folder}: {error}", stacklevel=3)
+
+    def get_table(self, key: Settings) -> EmbeddingTable | None:
+        """The table that was kept under a key, or None."""
+        stored = self.get(key)
+        return None if stored is None else table_of(stored)
+
+    def put_table(self, key: Settings, table: EmbeddingTable) -> None:
+        """Keep a table under a key."""
+        self.put(key, result_of(table))
+
+    def _path(self, key: Settings) -> Path:
+        return self.folder / f"{fingerprint_settings(key)}{_ENDING}"
+
+
+def result_of(table: EmbeddingTable) -> StoredResult:
+    """A table as a result that can be stored."""
+    header = {"class_names": list(table.class_names), "cohort": table.cohort, "split": table.split}
+    arrays = {name: np.asarray(getattr(table, name)) for name in ("z", *IDS)}
+    if table.norm is not None:
+        arrays["norm"] = table.norm
+    return StoredResult(header | {"encoder": table.encoder}, arrays)
+
+
+def table_of(stored: StoredResult) -> EmbeddingTable:
+    """The table that `result_of` took in."""
+    text = {name: stored.header[name] for name in ("cohort", "split", "encoder")}
+    columns: dict[str, Any] = dict(stored.arrays)
+    return EmbeddingTable(**columns, **text, class_names=tuple(stored.header["class_names"]))
+
+
+def _file_name(key: Sequence[str]) -> str:
+    digest = hashlib.blake2b(json.dumps(list(key)).encode(), digest_size=6).hexdigest()
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(key))[:80].lstrip(".")
+    return f"{readable}-{digest}{_ENDING}"
+
+
+def _open_folder(folder: Path, settings: dict[str, Any], growing: tuple[str, ...]) -> None:
+    path = folder / _SETTINGS
+    if path.exists():
+        try:
+            before = read_json_object(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete {folder} and begin anew") from error
+        _check_same(folder, before, settings, growing)
+        settings = before | settings
+    elif folder.exists() and (not folder.is_dir() or any(not is_partial(entry) for entry in folder.iterdir())):
+        raise ValueError(f"{folder} holds something else than the results of an evaluation; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+    write_file(path, json.dumps(settings, indent=1, sort_keys=True))
+
+
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any], growing: tuple[str, ...]) -> None:
+    differing = []
+    for name in sorted(before.keys() | now.keys()):
+        may_grow = name.startswith(growing) if growing else False
+        if may_grow and not (name in before and name in now):
+            continue
+        if before.get(name) != now.get(name):
+            differing.append(f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}")
+    if differing:
+        raise ValueError(
+            f"{folder} was begun under other settings: {'; '.join(differing)}. Go on with those, or give a new folder"
+        )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:12] if re.fullmatch(r"[0-9a-f]{32,}", text) else text  # a hash is told apart by its beginning

@@ -1,1 +1,0 @@
-"""Black-box transfer: images attacked on one encoder, measured on others."""
