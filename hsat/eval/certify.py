@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hsat.attacks import L2, PGD, feature_drift, margin
 from hsat.attacks.radius import eps_text
 from hsat.classifiers import DecisionModel, KNNClassifier
-from hsat.embedding import eval_mode, require_labels, resolve_device, select_layer, to_device
+from hsat.embedding import Layer, eval_mode, require_labels, resolve_device, select_layer, to_device
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.evaluation import (
     Queries,
@@ -96,7 +96,7 @@ class CertificateResult:
     records: tuple[Record, ...]
     classifier: FittedClassifier
     smoothing: Smoothing
-    layer: str
+    layer: Layer
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from hsat.attacks import AttackEnsemble, FittedUniversal, RandomNoise, Square
 from hsat.attacks.radius import eps_value
 from hsat.attacks.starts import image_seed
 from hsat.classifiers import DecisionModel, KNNClassifier
-from hsat.embedding import embed, encode, eval_mode, require_labels, resolve_device, select_layer, using_branch
+from hsat.embedding import Layer, embed, encode, eval_mode, require_labels, resolve_device, select_layer, using_branch
 from hsat.eval.evaluation import query_info
 from hsat.eval.masking import CRITERIA, DiagnosisTarget, judge_criterion, probe
 from hsat.eval.objectives import ObjectiveFactory
@@ -113,7 +113,7 @@ def diagnosis_target(
     objectives: ObjectiveFactory,
     attack: Attack,
     *,
-    layer: str,
+    layer: Layer,
     classifier: FittedClassifier,
     seed: int,
 ) -> DiagnosisTarget:
@@ -207,7 +207,7 @@ class DiagnosticsCollector:
         objectives: ObjectiveFactory,
         attacks: Mapping[str, Attack],
         *,
-        layer: str,
+        layer: Layer,
         classifier: FittedClassifier,
         run: RunOptions,
     ) -> None:

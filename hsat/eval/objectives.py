@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hsat.attacks import feature_drift, margin
 from hsat.classifiers import DecisionModel
-from hsat.embedding import encode, select_layer
+from hsat.embedding import Layer, encode, select_layer
 from hsat.eval.options import Target
 from hsat.types import DecisionObjective, EmbeddingFunction, FittedClassifier, HierarchicalBatch, Objective
 
@@ -24,7 +24,7 @@ class ObjectiveFactory:
         classifier: The classifier whose decision is measured; its tensors go to the images' device once.
     """
 
-    def __init__(self, encoder: EmbeddingFunction, target: Target, layer: str, classifier: FittedClassifier) -> None:
+    def __init__(self, encoder: EmbeddingFunction, target: Target, layer: Layer, classifier: FittedClassifier) -> None:
         self.branch = target.branch_of(encoder)
         self.target, self.class_names = target.objective, classifier.class_names
         self._target, self._classifier = target, classifier

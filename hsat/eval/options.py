@@ -21,6 +21,16 @@ TargetName = Literal["decision", "features", "embedding"]
 PAPER_BRANCH = "paper"
 
 
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How embeddings become numbers.
@@ -148,13 +158,3 @@ PAPER = Preset(
     scoring=Scoring(pooling="paper", absent_classes="zero", group_by="id_and_label"),
 )
 """The published evaluation: attacks move the projected embedding, and the published arithmetic makes the numbers."""
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")

@@ -163,6 +163,10 @@ class FittedClassifier(Protocol):
         """The classes, in the order of the columns of logits and scores."""
 
     @property
+    def classes_with_rows(self) -> int:
+        """Number of classes that the classifier was fitted on; with one there is nothing to decide."""
+
+    @property
     def reads(self) -> Literal["unit", "raw"]:
         """What it decides from: unit rows, or the embeddings as the encoder gives them."""
 
