@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
 from cohorts import describe, open_cohort, open_packed
-from compute import out_of_memory
+from compute import go_on_finite, out_of_memory
 from held_out import held_out_accuracy, keep_best
 from hsat.data import BadPatch, Cohort
 from hsat.models import save_encoder
@@ -27,8 +27,8 @@ from hsat.training import is_out_of_memory, parse_memory
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
 from runs import Run, device_named
-from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, read_yaml
-from trainer import Trainer
+from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, listed, read_yaml
+from trainer import Trainer, naming_last_state
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -107,6 +107,9 @@ class TrainHSAT(Settings):
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/hsat"), description="run folder")
     resume: bool = Field(False, description="go on where the run in --out stopped")
+    change: Annotated[list[Literal["train.lr", "train.precision"]], BeforeValidator(listed)] = Field(
+        [], description="with --resume: options that may have other values than the run began with"
+    )
     quiet: bool = Field(False, description="no progress bars")
 
 
@@ -163,7 +166,8 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
     trainer.restore(run)
     per_epoch = trainer.sampler.batches_per_epoch
     silent = settings.quiet or not ranks.first
-    with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=silent) as bar:
+    bar = tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=silent)
+    with naming_last_state(trainer, run), bar:
         while trainer.step < trainer.steps:
             epoch, done = divmod(trainer.step, per_epoch)
             trainer.sampler.set_epoch(epoch, strength=trainer.strength(epoch), start_batch=done)
@@ -172,8 +176,10 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
                 for note in () if silent else trainer.notes():
                     bar.write(note, file=sys.stderr)
                 if tuned and (trainer.step % trainer.eval_every == 0 or trainer.step == trainer.steps):
+                    trainer.check_state()
                     row |= held_out_accuracy(trainer.model, cohort, settings, packed=packed)
-                    keep_best(trainer, run, row, fingerprint)
+                    if trainer.skipped < trainer.step:
+                        keep_best(trainer, run, row, fingerprint)
                 run.log(row)
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
@@ -181,6 +187,9 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
                     trainer.save(run)
                 if trainer.step == trainer.steps:
                     break
+    note = trainer.check_learned(run)
+    if note and ranks.first:
+        print(note, file=sys.stderr)
     final, best = run.out / "final.safetensors", run.out / "best.safetensors"
     if ranks.first:
         save_encoder(trainer.model, final, metadata={"step": trainer.step, "cohort": fingerprint})
@@ -195,7 +204,9 @@ def main(argv: list[str]) -> None:
             path = train(settings, ranks)
             if ranks.first:
                 print(f"encoder: {path}")
-    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
+    except FloatingPointError as error:
+        raise SystemExit(f"error: {error}. {go_on_finite(settings, argv)}") from None
+    except (BadPatch, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

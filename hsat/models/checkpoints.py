@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hsat.models.dual_norm import is_dual
 from hsat.models.encoder import Encoder
 from hsat.models.file_heads import head_in
+from hsat.models.finite import listed_entries, non_finite_entries
 from hsat.models.naming import Naming, best_naming
 from hsat.models.suggestions import alike_names, fitting_names
 from hsat.models.weight_files import SAFETENSORS_KEY, LoadReport, checkpoint_hash, read_weights
@@ -82,7 +83,8 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Ma
 
     metadata: plain values (JSON) kept beside the weights, such as epoch or the cohort's fingerprint.  Encoders of
     `wrap_encoder`, or with a head of the user's, are saved without the rebuilding part: build them yourself, then
-    `load_checkpoint`.  Raises TypeError when metadata is not JSON.
+    `load_checkpoint`.  Raises TypeError when metadata is not JSON, and FloatingPointError, leaving `path` as it was,
+    naming the entries that hold NaN or infinity: `load_checkpoint` would not take them.
     """
     from safetensors.torch import save_file
 
@@ -92,8 +94,10 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Ma
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be plain JSON values: {error}") from error
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().clone().contiguous() for key, value in encoder.state_dict().items()}
+    if entries := non_finite_entries(state):
+        raise FloatingPointError(f"{path} was not written, for the encoder is not finite in {listed_entries(entries)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # One entry only: safetensors writes several in random order, and equal encoders should be equal files.

@@ -13,6 +13,7 @@ from hsat.training.devices import (
     synchronised_norm,
 )
 from hsat.training.free import free_replays
+from hsat.training.gradients import check_gradients, check_state, check_trainable, largest_gradient
 from hsat.training.guards import (
     StepClock,
     is_out_of_memory,
@@ -45,6 +46,9 @@ __all__ = [
     "adversarial_step",
     "augmentation_strength",
     "average_statistics",
+    "check_gradients",
+    "check_state",
+    "check_trainable",
     "cosine_with_warmup",
     "epsilon_schedule",
     "free_replays",
@@ -52,6 +56,7 @@ __all__ = [
     "image_slots",
     "is_out_of_memory",
     "largest_batch",
+    "largest_gradient",
     "load_training_state",
     "memory_text",
     "of_all_ranks",

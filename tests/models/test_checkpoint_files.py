@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 
 import pytest
@@ -114,6 +115,22 @@ def test_a_failed_save_leaves_the_old_file(source, tmp_path, monkeypatch):
 def test_metadata_must_be_json(source, tmp_path):
     with pytest.raises(TypeError, match="plain JSON"):
         save_encoder(source, tmp_path / "e.safetensors", metadata={"x": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_encoder_that_is_not_finite_is_not_saved(tmp_path, value):
+    encoder = encoder_of(1)
+    path = save_encoder(encoder, tmp_path / "e.safetensors")
+    before = path.read_bytes()
+    name, buffer = next((n, b) for n, b in encoder.named_buffers() if b.is_floating_point())
+    buffer.view(-1)[-1] = value
+    with pytest.raises(FloatingPointError) as error:
+        save_encoder(encoder, path)
+    assert f"{name} (1 of {buffer.numel()} values)" in str(error.value) and str(path) in str(error.value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+    with pytest.raises(FloatingPointError):
+        save_encoder(encoder, tmp_path / "new" / "e.safetensors")
+    assert not (tmp_path / "new").exists()
 
 
 def test_wrapped_encoders_save_but_are_rebuilt_by_hand(tmp_path):
