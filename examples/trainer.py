@@ -23,6 +23,8 @@ from hsat.training import (
     TrainingState,
     accumulated_step,
     adversarial_step,
+    assert_ranks_agree,
+    assert_same_on_all_ranks,
     augmentation_strength,
     average_statistics,
     cosine_with_warmup,
@@ -32,7 +34,6 @@ from hsat.training import (
     load_training_state,
     paper_clean_weight,
     peak_memory,
-    same_everywhere,
     save_checkpoint,
     share_of_batch,
     split_batch,
@@ -88,6 +89,7 @@ class Trainer:
         self.model = new_encoder(settings.model, seed=settings.seed)
         if train.sync_norm and self.ranks.size > 1:
             synchronised_norm(self.model, device=self.device)
+        assert_ranks_agree(model=self.model)  # DistributedDataParallel would make them rank 0's in silence
         self.model.to(self.device, memory_format=self.layout)
         self.parallel = in_parallel(self.model, settings) if self.ranks.size > 1 else self.model
         self.autocast = autocast_of(train.precision, self.device)
@@ -242,7 +244,9 @@ class Trainer:
                 raise ValueError(f"{run.last} is damaged ({type(error).__name__}: {error})") from error
             if self.step > self.steps:
                 raise ValueError(f"{run.last} is damaged: it stands at step {self.step} of {self.steps}")
-        same_everywhere(self.step, "the step to go on from")
+        assert_same_on_all_ranks("the step to go on from", self.step)
+        if self.step:
+            assert_ranks_agree(model=self.model, optimizer=self.optimizer)
         run.keep_rows_before(self.step)
 
     def _loaded(self, run: Run) -> TrainingState:
