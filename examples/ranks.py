@@ -64,13 +64,19 @@ def joined(device: str, *, patience: timedelta = SOON) -> Iterator[Ranks]:
     terms = f"device {chosen.type}, torch {torch.__version__}"
     try:
         room = common_room(board, rank=rank, size=size, patience=patience, terms=terms)
+        room.set_timeout(PATIENCE)
+        if rank == 0:
+            room.set("again", str(int(_begun(board))))
+        again = room.get("again") == b"1"
     except ValueError:
         time.sleep(GRACE if rank else 0)  # rank 0 says the same, and torchrun ends all when the first one ends
         raise
-    room.set_timeout(PATIENCE)
-    if rank == 0:
-        room.set("again", str(int(_begun(board))))
-    again = room.get("again") == b"1"
+    except RuntimeError as error:  # torch's own
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"rank {rank} of {size} lost the store at {place.address}:{place.port} ({reason}); whoever kept it, rank 0"
+            " or torchrun, has ended: see what it wrote"
+        ) from None
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=room, rank=rank, world_size=size, timeout=PATIENCE)
     yield Ranks(rank, size, chosen, again, board)

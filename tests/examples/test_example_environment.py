@@ -122,6 +122,30 @@ def test_a_second_rank_0_is_told_about_the_port(environment, root, tmp_path, sto
     assert f"rank 0 cannot listen at 127.0.0.1:{port}" in message and "--master_port" in message
 
 
+def test_rank_0_that_ends_while_others_wait_is_named(environment):
+    """It had met rank 1 and waited for rank 2 in vain; what rank 1 then reads from is gone."""
+    from ranks import joined
+
+    kept = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    environment(RANK=1, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=kept.port)
+    errors = []
+
+    def wait():
+        try:
+            with joined("cpu"):
+                pass
+        except OSError as error:
+            errors.append(str(error))
+
+    kept.set("hsat/call", "a call that nobody confirms")
+    thread = threading.Thread(target=wait)
+    thread.start()
+    kept.get("hsat/a call that nobody confirms/1")  # waits until rank 1 is there
+    del kept
+    thread.join(timeout=20)
+    assert len(errors) == 1 and "rank 1 of 3 lost the store at 127.0.0.1" in errors[0]
+
+
 @pytest.mark.parametrize(("terms", "sizes"), [(("", ""), (2, 3)), (("", ""), (3, 2)), (("cuda", "cpu"), (2, 2))])
 def test_ranks_of_other_terms_are_refused_on_both_sides_at_once(terms, sizes):
     from meeting import common_room
