@@ -23,6 +23,7 @@ MAY_DIFFER = {
     "train.save_every",
     "train.max_memory",
     "device",
+    "rank_timeout",
     "quiet",
     "change",
     "log.tensorboard",
@@ -31,6 +32,18 @@ MAY_DIFFER = {
     "data.root",
 }
 CHANGEABLE = {"train.lr", "train.precision"}  # with --change: what may keep numbers finite
+MAY_DIFFER_BY_RANK = {  # paths, behind which what is read is compared; and what changes no number
+    "data.root",
+    "data.packed",
+    "model.weights",
+    "out",
+    "device",  # its kind is compared when the ranks meet
+    "rank_timeout",
+    "data.workers",
+    "log.tensorboard",
+    "log.wandb",
+    "quiet",
+}
 
 
 def versions() -> dict[str, str]:
@@ -70,6 +83,11 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
+
+
+def same_on_all_ranks(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings, with dotted names, that have to be the same on all ranks of a run."""
+    return {key: value for key, value in flat(settings).items() if key not in MAY_DIFFER_BY_RANK}
 
 
 class Run:

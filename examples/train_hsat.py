@@ -12,6 +12,7 @@ with --resume), final.safetensors and best.safetensors, the latter chosen by rob
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,10 +24,10 @@ from compute import go_on_finite, out_of_memory
 from held_out import held_out_accuracy, keep_best
 from hsat.data import BadPatch, Cohort
 from hsat.models import save_encoder
-from hsat.training import is_out_of_memory, parse_memory
+from hsat.training import assert_ranks_agree, is_out_of_memory, parse_memory
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
-from runs import Run, device_named
+from runs import Run, device_named, same_on_all_ranks
 from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, listed, read_yaml
 from trainer import Trainer, naming_last_state
 
@@ -105,6 +106,7 @@ class TrainHSAT(Settings):
     )
     seed: int = Field(0, ge=0, description="of weights, draws, augmentation and attacks")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(Path("runs/hsat"), description="run folder")
     resume: bool = Field(False, description="go on where the run in --out stopped")
     change: Annotated[list[Literal["train.lr", "train.precision"]], BeforeValidator(listed)] = Field(
@@ -143,10 +145,12 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
     """
     ranks = ranks or Ranks(0, 1, device_named(settings.device))
     tuned = settings.data.tune_fraction > 0
+    assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with one_after_the_first(ranks):  # who may write the synthetic cohort, and pack
         cohort = open_cohort(settings.data, seed=settings.seed)
         cohort = hold_out(cohort, settings) if tuned else cohort
         packed = open_packed(cohort, settings.data, out=settings.out)
+    assert_ranks_agree(cohort=cohort, packed=packed, seed=settings.seed)
     trainer = Trainer(settings, cohort, ranks, packed)
     fingerprint = cohort.fingerprint()
     resume = settings.resume or ranks.again
@@ -200,7 +204,7 @@ def main(argv: list[str]) -> None:
     """Read the options, train, say where the encoder is; what the user can mend ends the program with the reason."""
     settings = load_settings(argv)
     try:
-        with joined(settings.device) as ranks, one_voice(ranks):
+        with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
             path = train(settings, ranks)
             if ranks.first:
                 print(f"encoder: {path}")

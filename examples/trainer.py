@@ -24,6 +24,8 @@ from hsat.training import (
     TrainingState,
     accumulated_step,
     adversarial_step,
+    assert_ranks_agree,
+    assert_same_on_all_ranks,
     augmentation_strength,
     average_statistics,
     check_gradients,
@@ -37,7 +39,6 @@ from hsat.training import (
     load_training_state,
     paper_clean_weight,
     peak_memory,
-    same_everywhere,
     save_checkpoint,
     share_of_batch,
     split_batch,
@@ -95,6 +96,7 @@ class Trainer:
         check_trainable(self.model)
         if train.sync_norm and self.ranks.size > 1:
             synchronised_norm(self.model, device=self.device)
+        assert_ranks_agree(model=self.model)  # DistributedDataParallel would make them rank 0's in silence
         self.model.to(self.device, memory_format=self.layout)
         self.parallel = in_parallel(self.model, settings) if self.ranks.size > 1 else self.model
         self.autocast = autocast_of(train.precision, self.device)
@@ -298,7 +300,9 @@ class Trainer:
             run.note_changes(state.config, self.step)
         else:
             run.note_changes(run.began, 0)
-        same_everywhere(self.step, "the step to go on from")
+        assert_same_on_all_ranks("the step to go on from", self.step)
+        if self.step:
+            assert_ranks_agree(model=self.model, optimizer=self.optimizer)
         run.keep_rows_before(self.step)
 
     def _take_rate(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from hsat.training.accumulation import accumulated_step, split_batch
+from hsat.training.agreement import assert_ranks_agree, assert_same_on_all_ranks
 from hsat.training.compiling import GraphBreaks, graph_breaks
 from hsat.training.devices import (
     average_statistics,
     image_slots,
     of_all_ranks,
-    same_everywhere,
     share_of_batch,
     synchronised_norm,
 )
@@ -44,6 +44,8 @@ __all__ = [
     "WarmStarts",
     "accumulated_step",
     "adversarial_step",
+    "assert_ranks_agree",
+    "assert_same_on_all_ranks",
     "augmentation_strength",
     "average_statistics",
     "check_gradients",
@@ -63,7 +65,6 @@ __all__ = [
     "paper_clean_weight",
     "parse_memory",
     "peak_memory",
-    "same_everywhere",
     "save_checkpoint",
     "share_of_batch",
     "split_batch",
