@@ -36,7 +36,7 @@ def check_header(path: Path, file: IO[bytes], size: int) -> dict[str, str]:
         text = file.read(length).decode()
     except UnicodeDecodeError:
         raise ValueError(f"{where} is not UTF-8") from None
-    header = strict_json(text, where=where, depth=3, containers=3 * MOST_TENSORS + 2)
+    header = strict_json(text, where=where, depth=3, containers=4 * MOST_TENSORS)
     if not isinstance(header, dict):
         raise ValueError(f"{where} is no JSON object")
     texts = header.pop(METADATA, {})

@@ -125,8 +125,18 @@ def _built_to_fit(
     be without values.  Raises ValueError as `load_checkpoint` where the draft does not fit, and where the encoder would
     take far more memory than the file's tensors, which then are parts of each other.
     """
-    with torch.device("meta"):
-        draft = build()
+    try:
+        with torch.device("meta"):
+            draft = build()
+    except (NotImplementedError, RuntimeError) as error:  # no model of timm today; one of the user's own may
+        raise ValueError(
+            f"{path}: its encoder cannot be compared with the file before it is built, because its code reads values of"
+            f" tensors on the way; build it yourself: load_checkpoint(build_encoder(...), {str(path)!r})"
+        ) from error
+    except ValueError as error:
+        if stated is None:
+            raise
+        raise ValueError(f"{path}: encoder.name and the rest do not go together: {error}") from error
     if stated is not None and stated.mean is None and draft.mean is not None:
         raise ValueError(
             f"{path}: encoder.mean is null, which is raw pixels, but {stated.name!r} normalises them; nothing was"

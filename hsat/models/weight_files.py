@@ -106,7 +106,8 @@ def _looks_like(start: bytes) -> str:
     """What a file seems to be, by its beginning, without showing any of it."""
     if start.lstrip()[:1] in {b"{", b"["}:
         return "a JSON text, such as the answer of a server; open it and see"
-    return "some text; open it and see" if start.decode("ascii", "replace").isprintable() else "some other binary file"
+    is_text = all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start)
+    return "some text; open it and see" if is_text else "some other binary file"
 
 
 def _is_safetensors(path: Path, start: bytes) -> bool:
@@ -189,7 +190,7 @@ def _is_state(value: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is made of plain ones, and small: a pickle may hold one list a million times, or inside itself."""
+    """Whether a value is made of plain ones, and small: a pickle may hold a list a million times, or in itself."""
     waiting, seen = [(value, 0)], 0
     while waiting:
         item, depth = waiting.pop()
