@@ -234,7 +234,7 @@ BAD = {
     "html": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is an HTML page, not weights"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
     "empty": (b"", r"is empty \(0 bytes\)"),
-    "noise": (bytes(range(256)) * 4, "is neither a torch nor a safetensors file: it begins with"),
+    "noise": (bytes(range(256)) * 4, "is neither a torch nor a safetensors file; it is some other binary"),
 }
 
 
