@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hsat.models.modes import frozen
 from hsat.models.weight_files import LoadReport
+from hsat.types.row_checks import SQUEEZED, is_squeezed
 
 Features = Callable[[Tensor], Tensor]
 PROBED_SIZES = (224, 96, 64, 32)
@@ -185,9 +186,11 @@ def _as_vectors(out: object, n: int) -> Tensor:
     if out.ndim == 4:
         out = out.mean((2, 3))
     if out.ndim != 2 or len(out) != n:
+        shape = tuple(out.shape)
         tokens = " (tokens?); to take the class token" if out.ndim == 3 else ";"
+        reason = f". {SQUEEZED}; or" if is_squeezed(shape, n) else tokens
         raise ValueError(
-            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {tuple(out.shape)}{tokens}"
+            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {shape}{reason}"
             f" pass features=, such as features=lambda x: module.forward_features(x)[:, 0], to wrap_encoder"
         )
     return out

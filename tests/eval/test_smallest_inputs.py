@@ -1,4 +1,4 @@
-"""One image, one patient, one slide, one class, one row of the bank, one neighbour: numbers without NaN, or a reason."""
+"""One image, patient, slide, class, row of the bank or neighbour: numbers without NaN, or a reason."""
 
 from __future__ import annotations
 
@@ -191,3 +191,45 @@ def test_a_bank_of_one_row_answers_its_class(toy_encoder):
     queries = embed(toy_encoder, loader(COHORTS["one image of each class"]))
     assert knn.predict(queries.z).tolist() == [2, 2, 2]
     np.testing.assert_array_equal(knn.predict_proba(queries.z), [[0, 0, 1]] * 3)
+
+
+@pytest.mark.parametrize("target", ["features", "knn"])
+def test_a_bank_of_one_class_is_flagged(toy_encoder, target):
+    """Every decision is that class, whatever an attack does: a number that must not pass for robustness."""
+    for rows, flagged in ((COHORTS["one class"], True), (BANK, False)):
+        records = whitebox(toy_encoder, bank_of(rows), loader(COHORTS["one patient"]), target=target).records
+        assert all(any("one class only (green)" in flag for flag in record.flags) == flagged for record in records)
+
+
+def test_certificates_refuse_a_bank_of_one_class_by_name(toy_encoder):
+    smoothing = Smoothing(sigma=0.1, selection=1, samples=1)
+    with pytest.raises(ValueError, match=r"'green' of .*at least two classes"):
+        certify(toy_encoder, bank_of(COHORTS["one class"]), loader(BANK), smoothing=smoothing, k=1)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_an_encoder_that_squeezes_is_told_so(images):
+    """Whole batches pass, the last one with a single image does not: the message says what to write."""
+
+    def squeezing(x):
+        return x.mean((2, 3), keepdim=True).squeeze()
+
+    queries = loader([(row, row, row % 3) for row in range(images)])
+    bank = embed(lambda x: x.mean((2, 3)), bank_of(BANK))
+    calls = (
+        lambda: embed(squeezing, queries),
+        lambda: embed(squeezing, queries, attack=ATTACKS["pgd"]),
+        lambda: whitebox(squeezing, bank, queries),
+        lambda: whitebox(squeezing, bank, queries, target="knn"),
+        lambda: evaluate_transfer({"a": squeezing}, {"a": bank}, queries, ATTACKS, k=1, bootstrap=0),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"gave shape \(3,\) for 1 images; expected \(1, d\).*flatten\(1\)"):
+            call()
+
+
+def test_an_encoder_of_one_number_per_image_is_told_so():
+    with pytest.raises(ValueError, match=r"gave shape \(2,\) for 2 images; expected \(2, d\).*unsqueeze\(1\)"):
+        embed(lambda x: x.mean((1, 2, 3)), loader(COHORTS["one patient"]))
+    with pytest.raises(ValueError, match=r"gave shape \(\) for 1 images; expected \(1, d\).*flatten\(1\)"):
+        embed(lambda x: x.mean((1, 2, 3)).squeeze(), loader(COHORTS["one image"]))
