@@ -42,8 +42,8 @@ def split_by_patient(
         held_out.update(in_order[i] for i in order[:wanted])
     if not held_out:
         raise ValueError(
-            f"no class has two patients, so {names[1]!r} would be empty (one patient each: {', '.join(sorted(alone))});"
-            f" add patients, or keep all of them in {names[0]!r} and evaluate on another cohort"
+            f"no class has two patients, so {names[1]!r} would be empty; a split needs more patients than the one each"
+            f" of {', '.join(map(repr, sorted(alone)))}"
         )
     if alone:
         warnings.warn(

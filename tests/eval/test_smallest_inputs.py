@@ -201,6 +201,21 @@ def test_a_bank_of_one_class_is_flagged(toy_encoder, target):
         assert all(any("one class only (green)" in flag for flag in record.flags) == flagged for record in records)
 
 
+@pytest.mark.parametrize("target", ["features", "knn"])
+def test_one_class_in_all(toy_encoder, target):
+    """A cohort that knows one class only: its vote can be attacked in vain, and is."""
+    rows = [(row, row, 0) for row in range(3)]
+    bank, queries = bank_of(rows), loader(rows)
+    options = {"target": target, "k": 1, "bootstrap": 20, "class_names": ("cyan",)}
+    found = (
+        evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, diagnose=True, **options),
+        evaluate_hierarchical_budget(toy_encoder, bank, queries, ATTACKS["pgd"], **options),
+    )
+    for result in found:
+        assert {record.value for record in result.records if record.metric == "accuracy"} == {1.0}
+        assert all(any("one class only (cyan)" in flag for flag in record.flags) for record in result.records)
+
+
 def test_certificates_refuse_a_bank_of_one_class_by_name(toy_encoder):
     smoothing = Smoothing(sigma=0.1, selection=1, samples=1)
     with pytest.raises(ValueError, match=r"'green' of .*at least two classes"):
