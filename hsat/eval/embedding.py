@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hsat.attacks import feature_drift
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types.row_checks import check_rows
 
 Layer = Literal["features", "embedding"]
 LAYERS = ("features", "embedding")
@@ -75,11 +76,7 @@ class Rows:
 
     def add(self, batch: HierarchicalBatch, z: Tensor) -> np.ndarray:
         """Append embeddings z (n, d) of the images of a batch; returns them as they are kept, see `unit_rows`."""
-        if z.ndim != 2 or len(z) != len(batch):
-            raise ValueError(
-                f"the encoder gave shape {tuple(z.shape)} for {len(batch)} images; expected ({len(batch)}, d)."
-                " Wrap a module that gives maps or tokens with hsat.models.wrap_encoder"
-            )
+        check_rows(z, len(batch), "the encoder")
         rows = unit_rows(z, batch.patch)
         self.add_unit(ids_of(batch), rows)
         return rows
@@ -138,9 +135,11 @@ def select_layer(encoder: Encoder, layer: str) -> Encoder:
 
 
 def encode(layer: Encoder, images: Tensor) -> Tensor:
-    """The layer's values without a graph."""
+    """The layer's values (n, d) without a graph; ValueError for any other shape."""
     with torch.no_grad():
-        return layer(images)
+        z = layer(images)
+    check_rows(z, len(images), "the encoder")
+    return z
 
 
 def frozen_module(encoder: Encoder) -> AbstractContextManager[None]:
