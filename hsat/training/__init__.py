@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hsat.training.accumulation import accumulated_step, split_batch
-from hsat.training.compiling import GraphBreaks, graph_breaks
 from hsat.training.devices import (
     average_statistics,
     image_slots,
@@ -35,7 +34,6 @@ from hsat.training.warm_start import WarmStarts
 __all__ = [
     "NFGSM",
     "Gap",
-    "GraphBreaks",
     "Safeguard",
     "StepClock",
     "StepResult",
@@ -48,7 +46,6 @@ __all__ = [
     "cosine_with_warmup",
     "epsilon_schedule",
     "free_replays",
-    "graph_breaks",
     "image_slots",
     "is_out_of_memory",
     "largest_batch",
