@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import feature_drift
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.attacks import FittedUniversal, RandomNoise, feature_drift
+from hsat.attacks.calling import Ascent
+from hsat.types import Attack, AttackResult, EmbeddingTable, Encoder, HierarchicalBatch, Objective
 from hsat.types.row_checks import check_rows
 
 Layer = Literal["features", "embedding"]
@@ -142,17 +143,25 @@ def encode(layer: Encoder, images: Tensor) -> Tensor:
     return z
 
 
-def frozen_module(encoder: Encoder) -> AbstractContextManager[None]:
-    """`hsat.models.frozen` for modules; nothing for other callables.
+def attack_unscored(
+    attack: Attack, images: Tensor, objective: Objective, *, generator: torch.Generator, ids: Tensor
+) -> AttackResult:
+    """`attack.run` without the pass that ends it, for callers who embed the result and do not read `value`.
 
-    Layers keep every bit, but where the last ones have moved already: under autocast, with folded BatchNorm.
+    Attacks that are not hsat's own may not know how to leave it out, and keep it.
     """
+    if isinstance(attack, Ascent | RandomNoise | FittedUniversal):
+        return attack.run(images, objective, generator=generator, ids=ids, score=False)
+    return attack.run(images, objective, generator=generator, ids=ids)
+
+
+def frozen_module(encoder: Encoder) -> AbstractContextManager[None]:
+    """`hsat.models.frozen` for modules; nothing for other callables."""
     if not isinstance(encoder, nn.Module):
         return nullcontext()
     from hsat.models import frozen
 
-    moved = torch.is_autocast_enabled("cpu") or getattr(encoder, "batchnorm_folded", False)
-    return frozen(encoder, layers="fast" if moved else "exact")
+    return frozen(encoder)
 
 
 def through_branch(encoder: Encoder, name: str | None) -> AbstractContextManager[None]:

@@ -99,7 +99,7 @@ def attacked(
 ) -> Tensor:
     """The adversarial images of a batch; `how` is handed to the attack."""
     encoder = unwrapped(model)
-    with statistics_of(encoder, "pgd"), frozen(encoder, layers="fast"), autocast():
+    with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
         return attack(batch.images, hierarchical(encoder, loss, batch), **how)
 
 

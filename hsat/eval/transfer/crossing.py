@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hsat.attacks import feature_drift
-from hsat.eval.embedding import Rows, device_of, encode, labelled, select_layer, through_branch
+from hsat.eval.embedding import Rows, attack_unscored, device_of, encode, labelled, select_layer, through_branch
 from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.dealing import Share
 from hsat.eval.engine.sharing import joined_rows
@@ -87,7 +87,7 @@ class Source:
             generator = torch.Generator().manual_seed(self._seed)
             with through_branch(self._surrogate, self._branch):
                 objective = feature_drift(self._attacked, images, "cosine")
-                result = self._attack.run(images, objective, generator=generator, ids=batch.patch)
+                result = attack_unscored(self._attack, images, objective, generator=generator, ids=batch.patch)
             self.tally.count(result, images)
             yield number, batch.replace(images=result.x_adv.contiguous())
 
