@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("hsat", "examples", "tests", "benchmarks") for path in (ROOT / room).rglob("*.py"))
 EXEMPT = {
     "tests/test_private_names.py",  # holds wrong lines itself
-    "tests/training/pretend_device.py",  # until the make-believe device is gone
-    "benchmarks/gpu_step.py",  # the same
 }
 LIBRARIES = ("torch", "torchvision")
 SETTERS = ("setattr", "__setattr__", "delattr", "object", "pop")  # object: of unittest.mock.patch
