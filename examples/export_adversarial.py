@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from hsat.eval.export.export_pass import batches_of
 from pydantic import Field
 
 from cohorts import describe, open_cohort
 from evaluate_whitebox import load_named
 from hsat.data import BadPatch, Cohort, PatchDataset
 from hsat.eval import ExportResult, embed, markdown_table, save_adversarial, write_records
-from hsat.eval.export.export_pass import batches_of
 from runs import device_named, versions, write_json
 from settings import DataSettings, Names, Pixels, Settings, StoredModelSettings
 from threats import Lengths, attacks_under, check_radii, check_threat
