@@ -125,7 +125,7 @@ def evaluate_whitebox(
         fitted = classifiers[0].fitted
         settings = evaluation.settings(queries, chosen) | classifier_settings(classifiers, table)
         for name, other in others.items():
-            settings |= encoder_settings(f"encoder.{name}", other)
+            settings |= encoder_settings(f"encoder.{name}", other, Provenance())
         session = open_session(run, settings, world, cache)
         objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
         diagnostics = DiagnosticsCollector(encoder, objectives, chosen, layer=scoring.layer, classifier=fitted, run=run)
