@@ -328,17 +328,6 @@ def test_only_own_images_are_read_of_a_loader_in_order():
     assert isinstance(ShardedLoader(own_order, Third(0)), ShardedLoader) and not read  # read whole, so not refused
 
 
-def test_handfuls_of_several_are_one(toy_batches):
-    batches = toy_batches(seed=0, sizes=(5, 9, 4, 6))
-    whole, parts = Handful(7, seed=3), [Handful(7, seed=3) for _ in range(2)]
-    for number, batch in enumerate(batches):
-        for each in (whole, parts[number % 2]):
-            each.see(batch, batch.label)
-    parts[1].join(parts)
-    for one, other in zip(whole.batches(), parts[1].batches(), strict=True):
-        assert torch.equal(one.patch, other.patch) and torch.equal(one.images, other.images)
-
-
 def test_alone_is_as_before():
     with shared_world() as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
