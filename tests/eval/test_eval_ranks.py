@@ -356,10 +356,3 @@ def test_a_bank_in_several_tables(toy_encoder, toy_batches):
         evaluate_whitebox(toy_encoder, [parts[0], other], queries, attacks, k=7)
     with pytest.raises(TypeError, match="the bank must be an EmbeddingTable"):
         evaluate_whitebox(toy_encoder, [parts[0], toy_batches(seed=1, sizes=(3,))[0]], queries, attacks, k=7)
-
-
-def test_counts_of_all_ranks_are_added():
-    ours, theirs = Tally(images=3, forwards=30, never_moved=1), Tally(images=2, forwards=20, zero_gradient=2)
-    total = ours.over(lambda counts: [counts, theirs.counts()])
-    assert total == Tally(images=5, forwards=50, never_moved=1, zero_gradient=2, rows=total.rows)
-    assert ours.images == 3
