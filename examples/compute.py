@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +84,45 @@ def out_of_memory(error: BaseException, settings: TrainHSAT) -> str:
         f" --data.patches ({data.patches}), --data.views ({data.views}) or --data.image_size ({data.image_size});"
         f" --train.precision bf16 halves the activations (now {train.precision})"
     )
+
+
+def go_on_finite(settings: TrainHSAT, argv: list[str]) -> str:
+    """After a number that was not finite: what to change, and the command that goes on so.
+
+    argv: the options of the run.  The same ones would compute the same numbers and end in the same place.
+    """
+    if settings.train.precision == "16":
+        reason, changed = "bf16 has the range of float32, which float16 lacks", {"train.precision": "bf16"}
+    else:
+        reason, changed = "a lower learning rate may avoid it", {"train.lr": f"{settings.train.lr / 10:g}"}
+    names = {**dict.fromkeys(settings.change), **changed}
+    values = {f"--{name}": value for name, value in changed.items()} | {"--change": ",".join(names)}
+    words = _without(argv, {*values, "--resume"})
+    words = [*words, "--resume", *(word for pair in values.items() for word in pair)]
+    command = shlex.join([*_launcher(), os.path.relpath(Path(__file__).with_name("train_hsat.py")), *words])
+    return f"The same options would come to the same step again; {reason}. To go on:\n  {command}"
+
+
+def _without(argv: list[str], names: set[str]) -> list[str]:
+    """The options but for these and their values."""
+    kept, drop = [], False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if name in names:
+            drop = not equals
+        elif word.startswith("--") or not drop:
+            kept.append(word)
+            drop = False
+    return kept
+
+
+def _launcher() -> list[str]:
+    """The words before the script's name."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python"]
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    several = [] if machines == "1" else [f"--nnodes={machines}", "..."]
+    return ["torchrun", *several, f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
 
 
 def check_memory(settings: TrainHSAT, ranks: Ranks, *, before: int) -> str | None:

@@ -22,6 +22,7 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,9 +43,10 @@ from hsat.eval import (
 )
 from hsat.eval.engine.crew import RankStoppedError
 from hsat.models import active_branch
+from hsat.training import assert_ranks_agree
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
-from runs import device_named, versions, write_json
+from runs import device_named, same_on_all_ranks, versions, write_json
 from settings import Counts, DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
 
 
@@ -74,6 +76,7 @@ class EvaluateTransfer(Settings):
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(Path("runs/transfer"), description="folder for the results and the state")
     resume: bool = Field(False, description="go on with what is finished in the folder of --out")
     quiet: bool = Field(False, description="no progress bars")
@@ -161,6 +164,7 @@ def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferRe
 
 def opened(settings: EvaluateTransfer, ranks: Ranks) -> Cohort:
     """The cohort, after the first rank has made the folder for the results and found it free."""
+    assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with one_after_the_first(ranks):  # which may write the synthetic cohort
         if ranks.first and (settings.out / "state").exists() and not (settings.resume or ranks.again):
             raise ValueError(
@@ -170,6 +174,7 @@ def opened(settings: EvaluateTransfer, ranks: Ranks) -> Cohort:
         if ranks.first:
             print(describe(cohort), file=sys.stderr)
             settings.out.mkdir(parents=True, exist_ok=True)
+    assert_ranks_agree(cohort=cohort, seed=settings.seed)
     return cohort
 
 
@@ -179,7 +184,7 @@ def main(argv: list[str]) -> None:
     if not settings.checkpoint:
         raise SystemExit("error: give --checkpoint a=FILE,b=FILE,...; train_hsat.py writes best.safetensors")
     try:
-        with joined(settings.device) as ranks, one_voice(ranks):
+        with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
             cohort = opened(settings, ranks)
             ranks.begin()
             result = evaluate(settings, cohort, ranks)

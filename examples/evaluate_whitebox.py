@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,9 +38,10 @@ from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
 from hsat.eval import WhiteboxResult, evaluate_whitebox
 from hsat.eval.engine.crew import RankStoppedError
 from hsat.models import build_encoder, checkpoint_hash, is_dual, set_branch
+from hsat.training import assert_ranks_agree
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
-from runs import device_named
+from runs import device_named, same_on_all_ranks
 from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings, listed
 from threats import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, strongest_under
 from whitebox_files import STATE, write_results
@@ -78,6 +80,7 @@ class EvaluateWhitebox(Settings):
     gallery: int = Field(6, ge=0, description="patches in the picture of perturbations")
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     compute: Annotated[list[Way], BeforeValidator(listed)] = Field(
         [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
     )
@@ -203,6 +206,7 @@ def attacks_of(settings: EvaluateWhitebox) -> dict[str, Any]:
 
 def opened(settings: EvaluateWhitebox, ranks: Ranks) -> Cohort:
     """The cohort, after the first rank has made the folder for the results and found it free."""
+    assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with one_after_the_first(ranks):  # which may write the synthetic cohort
         cohort = open_cohort(settings.data, seed=settings.seed)
         if ranks.first:
@@ -213,6 +217,7 @@ def opened(settings: EvaluateWhitebox, ranks: Ranks) -> Cohort:
                     f"{settings.out} holds an interrupted run; add --resume to go on with it, or delete"
                     f" {settings.out / STATE} to begin anew"
                 )
+    assert_ranks_agree(cohort=cohort, seed=settings.seed)
     return cohort
 
 
@@ -222,7 +227,7 @@ def main(argv: list[str]) -> None:
     if not settings.checkpoint:
         raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
     try:
-        with joined(settings.device) as ranks, one_voice(ranks):
+        with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
             cohort = opened(settings, ranks)
             results = evaluate(settings, cohort, ranks)
         if not ranks.first:

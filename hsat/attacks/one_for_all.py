@@ -17,6 +17,7 @@ from hsat.attacks.composing import Success
 from hsat.attacks.gradient import check_value
 from hsat.attacks.threat import L2, Linf
 from hsat.types import AttackResult, Objective
+from hsat.types.untrusted import check_regular, strict_json
 
 FORMAT = "hsat universal perturbation 1"
 
@@ -126,15 +127,14 @@ class FittedUniversal:
         """Read what `save` wrote.  Raises FileNotFoundError, or ValueError naming the file for anything else."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist; `save` writes a universal perturbation")
+        check_regular(path, kind="universal perturbation")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, wanted {FORMAT!r}")
-            about: dict[str, Any] = json.loads(metadata["about"])
+            about: dict[str, Any] = strict_json(metadata["about"], where="about", depth=3, containers=10)
             kinds: dict[str, type[Linf | L2]] = {"Linf": Linf, "L2": L2}
             eps = tensors["eps"] if about["eps"] is None else about["eps"]
             return cls(

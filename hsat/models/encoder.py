@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsat.models.modes import frozen
-from hsat.models.weight_files import LoadReport
+
+if TYPE_CHECKING:
+    from hsat.models.weight_files import LoadReport
 
 Features = Callable[[Tensor], Tensor]
 PROBED_SIZES = (224, 96, 64, 32)

@@ -84,11 +84,3 @@ def of_all_ranks(value: Any) -> list[Any]:
     if ranks > 1:
         dist.all_gather_object(every, value)
     return every
-
-
-def same_everywhere(value: Any, name: str) -> None:
-    """Raise ValueError, on every rank, unless all ranks hold an equal value."""
-    every = of_all_ranks(value)
-    if any(other != every[0] for other in every):
-        shown = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(every))
-        raise ValueError(f"the ranks disagree about {name} ({shown}); all of them need the same files and options")

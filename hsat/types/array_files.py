@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 import os
 import threading
+import zipfile
 from typing import IO, Any
 
 import numpy as np
+
+from hsat.types.untrusted import open_regular
+
+MOST_GROWTH, SMALL = 64, 256 << 20  # of a compressed archive; up to this many bytes it may grow as it likes
 
 # numpy parses a file's header with ast.literal_eval, whose recursion counter CPython 3.11 shares between threads
 # (python/cpython#106905): two headers read at the same time can end in SystemError.
@@ -34,7 +39,7 @@ def load_array(path: str | os.PathLike[str], *, memory_map: bool = False) -> np.
 
 def _check_length(path: str | os.PathLike[str]) -> None:
     """Raise ValueError where the header of a .npy file promises more than the file holds."""
-    with open(path, "rb") as file:
+    with open_regular(path, kind="array") as file:
         if file.read(2) == b"PK":
             return  # an archive, which np.load reads as one
         file.seek(0)
@@ -52,12 +57,26 @@ def _check_length(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{shape} values of {dtype} end at byte {wanted}, and the file has {size}")
 
 
+def _check_unpacked(file: IO[bytes]) -> None:
+    """Raise ValueError for an archive that a few bytes unpack to gigabytes."""
+    begin = file.tell()
+    if zipfile.is_zipfile(file):
+        packed = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > max(SMALL, MOST_GROWTH * packed):
+            raise ValueError(f"its {packed} bytes unpack to {unpacked}, which is more than arrays of ours ever do")
+    file.seek(begin)
+
+
 def load_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
     """All arrays of one .npz file by name.
 
-    Raises ValueError where it is not such an archive, or holds anything but plain values; OSError, EOFError,
+    Raises ValueError where it is not such an archive, holds anything but plain values, or would take more than 64 times
+    its own length (and more than 256 MiB) in memory; OSError, EOFError,
     zipfile.BadZipFile and zlib.error where it is damaged.
     """
+    _check_unpacked(file)
     with _one_header_at_a_time:
         found: Any = np.load(file, allow_pickle=False)
         if isinstance(found, np.ndarray):

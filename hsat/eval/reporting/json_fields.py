@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hsat.types.untrusted import open_regular
+
 
 def read_text(path: Path) -> str:
     """The text of a file; ValueError naming it for what is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path, kind="text file") as file:
+            return file.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from error
 

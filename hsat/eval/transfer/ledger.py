@@ -174,9 +174,9 @@ def _read_entry(path: Path) -> Entry:
         scores: Scores = {}
         for i, (target, k) in enumerate(about["columns"]):
             scores.setdefault(target, {})[int(k)] = arrays[f"scores{i}"]
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        return Entry(scores, Tally(**about["counts"]))
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and it will be made anew") from error
-    return Entry(scores, Tally(**about["counts"]))
 
 
 def _counts(tally: Tally) -> dict[str, int]:
