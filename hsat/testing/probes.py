@@ -99,6 +99,16 @@ def bumpy() -> Probe:
     return Probe(lambda v, w: (v * w * 400).sin().flatten(1).cumsum(1)[:, -1])
 
 
+def lottery(sign: float) -> Probe:
+    """A value without gradient that differs from point to point; of two points, one sign prefers the other."""
+
+    def values(v: Tensor, w: Tensor) -> Tensor:
+        drawn = (v.detach() * w * 1000).flatten(1).cumsum(1)[:, -1].sin()
+        return sign * drawn + (v * 0.0).sum((1, 2, 3))
+
+    return Probe(values)
+
+
 def peak(top: Tensor) -> Probe:
     """Zero, with gradient zero, but one at `top` (n, 3, 5, 4): whoever begins there has nowhere better to go."""
 

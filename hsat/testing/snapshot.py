@@ -72,11 +72,14 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and bool(((one == other) | (one.isnan() & other.isnan())).all())  # NaN is the same as NaN
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return np.array_equal(one, other)
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+    if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     return type(one) is type(other) and bool(one == other)
 
 
@@ -155,7 +158,7 @@ SETTINGS: dict[str, Place] = {
 """What holds for the whole process, or thread.  `_ignore`: torch sets the one by leaving a context, the other once."""
 
 RANDOM_STATES: dict[str, Place] = {
-    "numpy's": (np.random.get_state, np.random.set_state),
+    "numpy's": (lambda: np.random.get_state(legacy=False), np.random.set_state),
     "Python's": (random.getstate, random.setstate),
     "torch's": (torch.get_rng_state, torch.set_rng_state),
     "torch's on CUDA": (_read_cuda_states, torch.cuda.set_rng_state_all),
