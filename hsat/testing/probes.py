@@ -124,13 +124,15 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]):  # layers are made with random weights
             convolution = nn.Conv2d(3, 2, 3, dtype=torch.float32)
         dropout = nn.Dropout(0.0)
         self.layers = nn.Sequential(convolution, nn.BatchNorm2d(2, dtype=torch.float32), nn.ReLU(), dropout)
         self.eval()
         dropout.train()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in convolution.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) / 5
         convolution.weight.requires_grad_(False)
         _fill_gradients(self)
 

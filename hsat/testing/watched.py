@@ -127,7 +127,7 @@ class Watched:
                 values = before.changed_values()
                 before.restore_process()
                 if not isinstance(error, WatchedLawBroken):
-                    when = "" if error is None else " when its objective raised"
+                    when = "" if error is None else " when an error passed through it"
                     for law, changed in ((SETTINGS, settings), (RANDOM_STATES, random_states), (UNTOUCHED, values)):
                         self._watch(law, not changed, f"the attack changed {', '.join(changed)}{when}")
 

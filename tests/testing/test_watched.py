@@ -225,3 +225,13 @@ def test_a_law_that_is_skipped_is_not_watched_either():
         (silences_numpy, SETTINGS),
     ):
         assert law not in check_attack(Own(Linf(8 / 255), search), skip=(law,))
+
+
+@pytest.mark.gpu
+def test_draws_from_the_global_generator_of_a_gpu_are_seen_and_set_back():
+    def search(threat, x, objective, options):
+        torch.rand(1, device="cuda")
+        return pgd(threat, x, objective, options)
+
+    torch.rand(1, device="cuda")
+    hold(search, RANDOM_STATES)
