@@ -6,7 +6,6 @@ import inspect
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsat.models import DualBatchNorm, Encoder
-from hsat.training import graph_breaks, largest_batch, memory_text, parse_memory, peak_memory
+from hsat.training import largest_batch, memory_text, parse_memory, peak_memory
 from ranks import Ranks
 
 if TYPE_CHECKING:
@@ -60,16 +59,14 @@ def in_parallel(model: Encoder, settings: TrainHSAT) -> DistributedDataParallel:
     return DistributedDataParallel(model, **{name: False})
 
 
-def compile_in_place(model: nn.Module, images: Tensor, *, loud: bool) -> None:
-    """Compile calls of the model, for outer and inner passes, and say where its graph breaks.
+def compile_in_place(model: nn.Module, device: torch.device) -> None:
+    """Compile calls of the model, for outer and inner passes; keys of the state dict stay.
 
-    Keys of the state dict stay.  ValueError without a compiler for C++, which torch.compile needs on the CPU.
+    Where its graph breaks, torch says itself under TORCH_LOGS=graph_breaks.  ValueError without a compiler for C++,
+    which torch.compile needs on the CPU.
     """
-    if images.device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise ValueError("--train.compile needs a compiler for C++ (g++ or clang++), and none is in the PATH")
-    for kind, found in graph_breaks(model, images).items():
-        if loud:
-            print(f"compile, {kind} pass: {found}", file=sys.stderr)
     model.compile()
 
 

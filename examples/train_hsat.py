@@ -67,7 +67,10 @@ class TrainSettings(Section):
     precision: Literal["32", "bf16", "16"] = Field(
         "32", description="of the passes through the encoder; bf16 is autocast, 16 is float16 with a scaled loss"
     )
-    compile: bool = Field(False, description="torch.compile the encoder; its graph breaks are shown")
+    compile: bool = Field(
+        False,
+        description="torch.compile the encoder; TORCH_LOGS=graph_breaks shows where its graph breaks",
+    )
     global_negatives: bool = Field(True, description="under torchrun: negatives of all ranks, not of each by itself")
     sync_norm: bool = Field(False, description="under torchrun: BatchNorm over the batch of all ranks (GPUs only)")
     max_memory: str | None = Field(None, description="such as 8GB: say after the first step what would fit into it")

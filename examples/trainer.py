@@ -141,8 +141,7 @@ class Trainer:
         attack = self.attack(epoch)
         self.parallel.train()
         if not self.compiled:
-            with self.autocast():
-                compile_in_place(self.model, (parts or [batch])[0].images, loud=self.ranks.first)
+            compile_in_place(self.model, self.device)
             self.compiled = True
         try:
             for result in self._results(batch, parts, attack, clean_weight=weight, generator=generator):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsat.attacks import radius, starts
 from hsat.attacks.composing import Success
-from hsat.attacks.gradient import check_value
+from hsat.attacks.named import unguided_result
 from hsat.attacks.threat import L2, Linf
 from hsat.types import AttackResult, Objective
 from hsat.types.untrusted import check_regular, strict_json
@@ -85,15 +85,11 @@ class FittedUniversal:
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
         success: Success | None = None,
+        score: bool = True,
     ) -> AttackResult:
-        """The same with the objective's value at the images and at the perturbed images."""
+        """The same with the objective's value at the images and at the perturbed images; see `unguided_result`."""
         x_adv = self(x, objective, start=start, ids=ids)
-        with torch.no_grad():
-            start_value, value = objective(x).detach(), objective(x_adv).detach()
-        check_value(value, len(x))
-        zero = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        found = None if success is None else success(x_adv)
-        return AttackResult(x_adv, value, start_value, zero, found, forwards=2, backwards=0)
+        return unguided_result(x_adv, x, objective, success=success, score=score)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write delta and everything about it as safetensors; the file appears whole or not at all."""

@@ -13,7 +13,6 @@ from hsat.attacks.nearest_vote import SoftKNN
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.conventions import Compat
 from hsat.eval.embedding import LAYERS, encode, select_layer
-from hsat.eval.engine.layers import Layers
 from hsat.eval.records import Record
 from hsat.types import Encoder, Objective
 
@@ -31,12 +30,43 @@ def published_aim(
     return target or ("embedding" if compat == "paper" else "features"), attack_branch
 
 
+class CleanLayers:
+    """What the layers of an encoder say of clean images whose scored layer is known already.
+
+    The embedding of `hsat.models.Encoder` is the projection of its features, which costs no pass through the backbone.
+    Whether that holds for this encoder (somebody may have given it hooks or another forward) is looked at in the first
+    batch, where both are computed and have to agree in every bit; where they do not, every batch is encoded.
+    """
+
+    def __init__(self, encoder: Encoder, scored: str) -> None:
+        self._encoder, self._scored = encoder, scored
+        self._projected: bool | None = None  # not yet known
+
+    def value(self, layer: str, images: Tensor, clean: Tensor) -> Tensor:
+        """The layer at images (n, c, h, w); clean: (n, d), the scored layer there."""
+        wanted = select_layer(self._encoder, layer)
+        if wanted == select_layer(self._encoder, self._scored):
+            return clean
+        projected = None if self._projected is False or layer != "embedding" else _projection(self._encoder, clean)
+        if projected is not None and self._projected:
+            return projected
+        value = encode(wanted, images)
+        self._projected = projected is not None and torch.equal(projected, value)
+        return value
+
+
+def _projection(encoder: Encoder, features: Tensor) -> Tensor | None:
+    """The embedding that hsat's own encoder makes of its features; None for other encoders."""
+    from hsat.models import Encoder as OwnEncoder
+
+    return encode(encoder.project, features) if isinstance(encoder, OwnEncoder) else None
+
+
 class Aim:
     """The objective of each batch: the cosine drift of a layer, or the kNN vote on the layer that is scored.
 
     target: the layer, or "knn".  layer: what kNN reads.  k: neighbours of the vote under attack, cut to the bank.
-    branch: of a dual encoder, the one that attacks go through; None is the one that is scored.  layers: the encoder's,
-    where an evaluation shares what they remember; not used for another branch than the scored one.
+    branch: of a dual encoder, the one that attacks go through; None is the one that is scored.
     """
 
     def __init__(
@@ -48,21 +78,19 @@ class Aim:
         knn: FittedKNN,
         k: int,
         branch: str | None,
-        layers: Layers | None = None,
     ) -> None:
         self._target, self._knn, self.k, self.branch = target, knn, min(k, knn.k), branch
-        names = (layer if target == "knn" else target, layer)
-        if layers is None or branch is not None:
-            self._attacked, self._scored = (select_layer(encoder, name) for name in names)
-        else:
-            self._attacked, self._scored = map(layers.select, names)
-        self._reuse = target == layer and branch is None
+        self._attacked = select_layer(encoder, layer if target == "knn" else target)
+        self._scored, self.clean = select_layer(encoder, layer), CleanLayers(encoder, layer)
         self._vote: SoftKNN | None = None
 
     def objective(self, images: Tensor, clean: Tensor, labels: np.ndarray) -> Objective:
         """clean: (n, d), what the scored layer says of these images (n, c, h, w).  labels: (n,), the bank's classes."""
         if self._target != "knn":
-            reference = clean if self._reuse else encode(self._attacked, images)
+            if self.branch is None:
+                reference = self.clean.value(self._target, images, clean)
+            else:
+                reference = encode(self._attacked, images)
             return feature_drift(self._attacked, images, "cosine", reference=reference)
         return self.vote(torch.from_numpy(labels).to(images.device))
 

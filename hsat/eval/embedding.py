@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import feature_drift
-from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.attacks import FittedUniversal, RandomNoise, feature_drift
+from hsat.attacks.calling import Ascent
+from hsat.types import Attack, AttackResult, EmbeddingTable, Encoder, HierarchicalBatch, Objective
+from hsat.types.row_checks import check_rows
 
 Layer = Literal["features", "embedding"]
 LAYERS = ("features", "embedding")
@@ -75,11 +77,7 @@ class Rows:
 
     def add(self, batch: HierarchicalBatch, z: Tensor) -> np.ndarray:
         """Append embeddings z (n, d) of the images of a batch; returns them as they are kept, see `unit_rows`."""
-        if z.ndim != 2 or len(z) != len(batch):
-            raise ValueError(
-                f"the encoder gave shape {tuple(z.shape)} for {len(batch)} images; expected ({len(batch)}, d)."
-                " Wrap a module that gives maps or tokens with hsat.models.wrap_encoder"
-            )
+        check_rows(z, len(batch), "the encoder")
         rows = unit_rows(z, batch.patch)
         self.add_unit(ids_of(batch), rows)
         return rows
@@ -138,22 +136,32 @@ def select_layer(encoder: Encoder, layer: str) -> Encoder:
 
 
 def encode(layer: Encoder, images: Tensor) -> Tensor:
-    """The layer's values without a graph."""
+    """The layer's values (n, d) without a graph; ValueError for any other shape."""
     with torch.no_grad():
-        return layer(images)
+        z = layer(images)
+    check_rows(z, len(images), "the encoder")
+    return z
+
+
+def attack_unscored(
+    attack: Attack, images: Tensor, objective: Objective, *, generator: torch.Generator, ids: Tensor
+) -> AttackResult:
+    """`attack.run` without the pass that ends it, for callers who embed the result and do not read `value`.
+
+    Attacks that are not hsat's own may not know how to leave it out, and keep it.
+    """
+    if isinstance(attack, Ascent | RandomNoise | FittedUniversal):
+        return attack.run(images, objective, generator=generator, ids=ids, score=False)
+    return attack.run(images, objective, generator=generator, ids=ids)
 
 
 def frozen_module(encoder: Encoder) -> AbstractContextManager[None]:
-    """`hsat.models.frozen` for modules; nothing for other callables.
-
-    Layers keep every bit, but where the last ones have moved already: under autocast, with folded BatchNorm.
-    """
+    """`hsat.models.frozen` for modules; nothing for other callables."""
     if not isinstance(encoder, nn.Module):
         return nullcontext()
     from hsat.models import frozen
 
-    moved = torch.is_autocast_enabled("cpu") or getattr(encoder, "batchnorm_folded", False)
-    return frozen(encoder, layers="fast" if moved else "exact")
+    return frozen(encoder)
 
 
 def through_branch(encoder: Encoder, name: str | None) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from hsat.eval.conventions import Absent, Arithmetic, Compat, How, Keys, resolve
 from hsat.eval.records import Record, eps_text, eps_value, software_versions
 from hsat.eval.scoring import METRICS, Metrics, level_scores, metrics
 from hsat.eval.statistics.bootstrap import Interval, bootstrap_intervals
-from hsat.eval.tally import Tally, attack_settings, shared_patients, suspicions
+from hsat.eval.tally import Tally, attack_settings, bank_flags, suspicions
 from hsat.types import Attack, EmbeddingTable
 
 
@@ -77,7 +77,7 @@ def evaluation_frame(
             "bank_cohort": bank.cohort,
             "bank_split": bank.split,
         },
-        flags=shared_patients(bank, queries),
+        flags=bank_flags(bank, queries),
         class_names=knn.class_names,
         arithmetic=arithmetic,
         bootstrap=bootstrap,

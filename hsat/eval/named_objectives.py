@@ -30,8 +30,14 @@ def objective_named(encoder: Encoder, target: str, layer: str, knn: FittedKNN) -
         assert batch.label is not None  # the trial has matched the labels to the bank's classes
         labels = batch.label.to(images.device)
         if images.device not in prepared:  # the bank goes to the device once
-            temperature = knn.settings.temperature
-            prepared[images.device] = soft_knn(scored, knn.table, labels, k=knn.k, temperature=temperature)
+            prepared[images.device] = soft_knn(
+                scored,
+                knn.table,
+                labels,
+                k=knn.k,
+                temperature=knn.settings.temperature,
+                classes=max(2, len(knn.class_names)),  # a bank of one class is flagged in the records, not refused
+            )
         return prepared[images.device].relabel(labels)
 
     return on_the_vote

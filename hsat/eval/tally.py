@@ -84,6 +84,18 @@ def suspicions(tally: Tally, eps: float) -> tuple[str, ...]:
     return tuple(flags)
 
 
+def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
+    """Reasons to distrust every number that a bank gives: shared patients, and a single class that always wins."""
+    only = np.unique(bank.label)
+    if len(only) > 1:
+        return shared_patients(bank, queries)
+    name = bank.class_names[int(only[0])]
+    return (
+        *shared_patients(bank, queries),
+        f"the bank holds one class only ({name}): no attack can change a decision",
+    )
+
+
 def shared_patients(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
     """A flag if bank and queries come from one cohort and have patients in common."""
     if not bank.cohort or bank.cohort != queries.cohort:

@@ -22,7 +22,6 @@ from hsat.eval.engine.cache import EmbeddingCache
 from hsat.eval.engine.crew import crew_of_ranks
 from hsat.eval.engine.ensemble_records import ensemble_record
 from hsat.eval.engine.keeping import Bank, cache_key, embedded_bank, journal_of
-from hsat.eval.engine.layers import Layers
 from hsat.eval.engine.precision import unusual_computing
 from hsat.eval.engine.references import References
 from hsat.eval.engine.siege import CLEAN, Siege
@@ -136,12 +135,12 @@ def evaluate_whitebox(
         bank = embedded_bank(encoder, bank, kept, crew, model=model, checkpoint=checkpoint, progress=progress, **read)
         knn = KNNClassifier(k=max(ks), temperature=temperature, index=index).fit(bank)
         chosen: dict[str, Any] = with_noise(attacks) if noise else dict(attacks)  # type: ignore[arg-type]
-        layers, others = Layers(encoder), dict(surrogates or {})
-        aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch, layers=layers)
+        others = dict(surrogates or {})
+        aim = Aim(encoder, target, layer, knn=knn, k=ks[0], branch=attack_branch)
         seen: dict[str, Any] = {"knn": knn, "layer": layer, "seed": seed}
         doubts = Doubts(encoder, aim, chosen, images=diagnose, **seen)
-        siege = Siege(encoder, layers, aim, target=target, surrogates=others, **seen)
-        trial = Trial(encoder, layers, chosen, aim=aim, siege=siege, doubts=doubts, keep=keep_examples, **seen)
+        siege = Siege(encoder, aim, target=target, surrogates=others, **seen)
+        trial = Trial(encoder, chosen, aim=aim, siege=siege, doubts=doubts, keep=keep_examples, **seen)
         decisive = {"target": target, "k": list(ks), "attack_branch": attack_branch, "keep_examples": keep_examples}
         known = ({"": encoder, **others}, queries, chosen, decisive | seen)
         tables = trial.run(

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +22,7 @@ from hsat.models.naming import Naming, best_naming
 from hsat.models.suggestions import alike_names, fitting_names
 from hsat.models.weight_files import SAFETENSORS_KEY, LoadReport, WeightFile, checkpoint_hash, read_weights
 from hsat.models.zoo import PAPER_NAMES
+from hsat.types.tensor_bytes import tensor_bytes
 
 CLASSIFIERS = ("fc.", "head.", "head.fc.", "classifier.", "proj.", "projector.")
 NORMALISERS = ("0.mean", "0.std", "normalize.", "normalizer.", "normalise.", "normalization.")
@@ -144,8 +144,7 @@ def state_fingerprint(encoder: nn.Module) -> str:
         digest.update(repr((encoder.mean, encoder.std, encoder.input_size)).encode())
     for key, value in sorted(encoder.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsat.models.modes import frozen
+from hsat.types.row_checks import SQUEEZED, is_squeezed
 
 if TYPE_CHECKING:
     from hsat.models.weight_files import LoadReport
@@ -187,9 +188,11 @@ def _as_vectors(out: object, n: int) -> Tensor:
     if out.ndim == 4:
         out = out.mean((2, 3))
     if out.ndim != 2 or len(out) != n:
+        shape = tuple(out.shape)
         tokens = " (tokens?); to take the class token" if out.ndim == 3 else ";"
+        reason = f". {SQUEEZED}; or" if is_squeezed(shape, n) else tokens
         raise ValueError(
-            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {tuple(out.shape)}{tokens}"
+            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {shape}{reason}"
             f" pass features=, such as features=lambda x: module.forward_features(x)[:, 0], to wrap_encoder"
         )
     return out

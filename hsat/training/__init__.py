@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hsat.training.accumulation import accumulated_step, split_batch
 from hsat.training.agreement import assert_ranks_agree, assert_same_on_all_ranks
-from hsat.training.compiling import GraphBreaks, graph_breaks
 from hsat.training.devices import (
     average_statistics,
     image_slots,
@@ -36,7 +35,6 @@ from hsat.training.warm_start import WarmStarts
 __all__ = [
     "NFGSM",
     "Gap",
-    "GraphBreaks",
     "Safeguard",
     "StepClock",
     "StepResult",
@@ -54,7 +52,6 @@ __all__ = [
     "cosine_with_warmup",
     "epsilon_schedule",
     "free_replays",
-    "graph_breaks",
     "image_slots",
     "is_out_of_memory",
     "largest_batch",

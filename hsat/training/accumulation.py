@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsat.training.gradients import check_trainable
-from hsat.training.step import Loss, StepResult, attacked, local_loss, statistics_of, total_of, unwrapped
+from hsat.training.step import Loss, StepResult, attacked, embedded, local_loss, statistics_of, total_of, unwrapped
 from hsat.types import Attack, HierarchicalBatch
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -125,7 +125,7 @@ def _embeddings(
             for place, part in enumerate(images):
                 states.take((name, place))
                 with statistics_of(encoder, name), autocast():
-                    rows.append(encoder(part))
+                    rows.append(embedded(encoder, part))
             found[name] = torch.cat(rows).requires_grad_()
     return found
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from hsat.models.dual_norm import BatchNorm
 
 
 def ranks_here() -> tuple[int, int]:
@@ -65,12 +66,12 @@ def synchronised_norm(module: nn.Module, *, device: torch.device) -> nn.Module:
     """
     if device.type == "cpu":
         raise ValueError("synchronised BatchNorm needs GPUs: torch has none for the CPU; leave it off here")
-    if not any(isinstance(part, _BatchNorm) for part in module.modules()):
+    if not any(isinstance(part, BatchNorm) for part in module.modules()):
         raise ValueError(f"{type(module).__name__} has no BatchNorm layer to synchronise")
     from timm.layers import convert_sync_batchnorm
 
     converted: nn.Module = convert_sync_batchnorm(module)
-    assert any(isinstance(part, SyncBatchNorm) for part in converted.modules())
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in converted.modules())
     return converted
 
 

@@ -15,6 +15,7 @@ from hsat.eval.budgets.flipping import ORDERS, Order, altered_counts
 from hsat.eval.conventions import How
 from hsat.eval.embedding import (
     Layer,
+    attack_unscored,
     describe,
     device_of,
     embed,
@@ -147,7 +148,7 @@ class _Trial:
                 ids = batch.patch, batch.slide, batch.patient
                 objective = self.make(images, HierarchicalBatch(batch.images, *ids, torch.from_numpy(matched)))
                 generator = torch.Generator().manual_seed(self.seed)
-                result = self.attack.run(images, objective, generator=generator, ids=batch.patch)
+                result = attack_unscored(self.attack, images, objective, generator=generator, ids=batch.patch)
                 self.tally.count(result, images)
                 self.clean.rows.add(batch, encode(self.scored, images))
                 self.tally.rows.add(batch, encode(self.scored, result.x_adv))

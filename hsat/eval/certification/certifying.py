@@ -90,7 +90,11 @@ def certify(
             encoder, images, class_names=class_names, layer=layer, device=device, encoder_name=model, progress=progress
         )
     if len(np.unique(bank.label)) == 1:
-        raise ValueError(f"the bank holds one class only, of {bank.class_names}: there is no decision to certify")
+        only = bank.class_names[int(bank.label[0])]
+        raise ValueError(
+            f"the bank holds one class only, {only!r} of {bank.class_names}: there is no decision to certify;"
+            " give a bank with images of at least two classes"
+        )
     knn = KNNClassifier(k=k, temperature=temperature, index=index).fit(bank)
     votes = _count(
         encoder, knn, queries, smoothing, layer=layer, class_names=class_names, device=device, progress=progress

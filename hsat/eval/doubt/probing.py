@@ -15,7 +15,7 @@ from torch import Tensor
 from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, soft_knn
 from hsat.attacks.starts import image_seed
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import encode
+from hsat.eval.embedding import attack_unscored, encode
 from hsat.types import Attack, AttackResult, Encoder, Objective
 
 POINTS = 20  # random points of the search without gradients, half of them at the border of the ball
@@ -98,7 +98,7 @@ class _Look:
     def attacked(self, attack: Attack, objective: Objective | None = None, *, seed: int | None = None) -> AttackResult:
         seed = self.suspect.seed if seed is None else seed
         generator = torch.Generator().manual_seed(seed)
-        return attack.run(self.images, objective or self.objective, generator=generator, ids=self.ids)
+        return attack_unscored(attack, self.images, objective or self.objective, generator=generator, ids=self.ids)
 
     def value(self, images: Tensor) -> Tensor:
         """The objective, (n,); a scalar objective counts for every image."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from hsat.eval.engine.storing import DamagedFileError, read_arrays, write_arrays, write_whole
 from hsat.types import HierarchicalBatch
+from hsat.types.tensor_bytes import tensor_bytes
 
 Arrays = dict[str, np.ndarray]
 _FORMAT = 2  # of what a batch's file holds; 1 had sums over all batches so far
@@ -134,7 +134,6 @@ def batch_digest(batch: HierarchicalBatch) -> str:
     for name in ("images", "patch", "slide", "patient", "label"):
         column = getattr(batch, name)
         if column is not None:
-            column = column.detach().cpu().contiguous()
             digest.update(f"{name} {column.dtype} {tuple(column.shape)}\n".encode())
-            digest.update(column.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(column))
     return digest.hexdigest()

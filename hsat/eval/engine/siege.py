@@ -17,8 +17,7 @@ from hsat.attacks.nearest_vote import SoftKNN
 from hsat.attacks.starts import image_seed, threat_of
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import LAYERS, encode, frozen_module, select_layer, unit_rows
-from hsat.eval.engine.layers import Layers
+from hsat.eval.embedding import LAYERS, attack_unscored, encode, frozen_module, select_layer, unit_rows
 from hsat.eval.engine.strongest import Member, MemberCount, Strongest
 from hsat.types import Attack, AttackResult, Encoder, Objective
 
@@ -66,7 +65,6 @@ class Siege:
     def __init__(
         self,
         encoder: Encoder,
-        layers: Layers,
         aim: Aim,
         *,
         knn: FittedKNN,
@@ -75,8 +73,8 @@ class Siege:
         surrogates: Mapping[str, Encoder],
         seed: int,
     ) -> None:
-        self.layers, self.aim, self.knn, self.seed, self.target = layers, aim, knn, seed, target
-        self.scored, self.surrogates = layers.select(layer), dict(surrogates)
+        self.encoder, self.aim, self.knn, self.seed, self.target = encoder, aim, knn, seed, target
+        self.layer, self.scored, self.surrogates = layer, select_layer(encoder, layer), dict(surrogates)
         own = select_layer(encoder, "features") is not encoder
         self.names = LAYERS if own else ("features",)  # without features of its own the call is both
 
@@ -125,7 +123,7 @@ class _Field:
         self.siege, self.x, self.labels, self.ids = siege, images, labels, ids
         self.own = torch.from_numpy(labels).to(images.device)
         self.vote = siege.aim.vote(self.own)
-        self.references: dict[str, Tensor] = {}
+        self.clean, self.references = clean, {siege.layer: clean}
         self.best, self.z = images.clone(), clean.clone()
         self.fallen, self.margin = self._judge(clean, self.vote, labels)
         self.felled_by = np.where(self.fallen.cpu().numpy(), CLEAN, "").astype(object)
@@ -178,16 +176,16 @@ class _Field:
         attack: Any = member.attack
         if (narrowed := threat_of(attack.threat, keep)) is not attack.threat:
             attack = dataclasses.replace(attack, threat=narrowed)
-        return attack.run(x, objective, generator=self.siege.generator(member), ids=ids), extra
+        return attack_unscored(attack, x, objective, generator=self.siege.generator(member), ids=ids), extra
 
     def _objective(self, member: Member, x: Tensor, keep: Tensor) -> tuple[Objective, int]:
         if member.surrogate:
             return feature_drift(select_layer(self.siege.surrogates[member.surrogate], "features"), x), 1
         if member.climbs in LAYERS:
-            layer = self.siege.layers.select(member.climbs)
+            layer = select_layer(self.siege.encoder, member.climbs)
             fresh = member.climbs not in self.references
             if fresh:  # of the whole batch, as the evaluation of single attacks has it
-                self.references[member.climbs] = encode(layer, self.x)
+                self.references[member.climbs] = self.siege.aim.clean.value(member.climbs, self.x, self.clean)
             return feature_drift(layer, x, reference=self.references[member.climbs][keep]), int(fresh)
         vote = self.vote.select(keep)
         if member.climbs == "scores":

@@ -12,11 +12,21 @@ from torch import Tensor
 from hsat.eval.aiming import Aim
 from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.doubts import Doubts
-from hsat.eval.embedding import describe, device_of, encode, frozen_module, labelled, sent, through_branch, watch
+from hsat.eval.embedding import (
+    attack_unscored,
+    describe,
+    device_of,
+    encode,
+    frozen_module,
+    labelled,
+    select_layer,
+    sent,
+    through_branch,
+    watch,
+)
 from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.dealing import Share
 from hsat.eval.engine.journal import Arrays, Journal
-from hsat.eval.engine.layers import Layers, Remembering
 from hsat.eval.engine.parts import Falls, Part, Seen, count_fall
 from hsat.eval.engine.references import References
 from hsat.eval.engine.siege import CLEAN, Siege, Tried
@@ -36,7 +46,6 @@ class Trial:
     def __init__(
         self,
         encoder: Encoder,
-        layers: Layers,
         attacks: Mapping[str, Attack | Strongest],
         *,
         aim: Aim,
@@ -48,7 +57,7 @@ class Trial:
         keep: int,
     ) -> None:
         self._encoder, self._bank, self._seed, self._keep = encoder, knn.table, seed, keep
-        self._aim, self._siege, self._doubts, self._scored = aim, siege, doubts, layers.select(layer)
+        self._aim, self._siege, self._doubts, self._scored = aim, siege, doubts, select_layer(encoder, layer)
         self.attacks: dict[str, Any] = dict(attacks)
         self.tallies = {name: Tally() for name in (CLEAN, *attacks)}
         self._falls = {name: Falls() for name, attack in attacks.items() if isinstance(attack, Strongest)}
@@ -98,8 +107,6 @@ class Trial:
         if clean is None:
             clean = encode(self._scored, images)
             references.note(number, batch, clean)
-        elif isinstance(self._scored, Remembering):
-            self._scored.recall(images, clean)
         return clean
 
     def see(self, batch: HierarchicalBatch, images: Tensor, clean: Tensor, labels: np.ndarray) -> Part:
@@ -116,7 +123,7 @@ class Trial:
                 continue
             generator = torch.Generator().manual_seed(self._seed)
             with through_branch(self._encoder, self._aim.branch):
-                result = attack.run(images, objective, generator=generator, ids=batch.patch)
+                result = attack_unscored(attack, images, objective, generator=generator, ids=batch.patch)
             tally = Tally()
             tally.count(result, images)
             z = encode(self._scored, result.x_adv)

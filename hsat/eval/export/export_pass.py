@@ -13,7 +13,7 @@ from torch import Tensor
 from hsat.attacks import InSpace, RawChannels
 from hsat.attacks.raw_channels import CHANNELS
 from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.embedding import device_of, encode, labelled, select_layer
+from hsat.eval.embedding import attack_unscored, device_of, encode, labelled, select_layer
 from hsat.eval.export.adversarial_files import AdversarialFiles
 from hsat.eval.export.on_grid import PNG_GRID, TIFF_GRID, Grid, round_in_ball
 from hsat.eval.named_objectives import objective_named
@@ -88,7 +88,7 @@ class ExportPass:
         labels = torch.from_numpy(match_labels(labelled(batch), self.cohort.class_names, self.knn.class_names))
         objective = self.make(images, HierarchicalBatch(batch.images, batch.patch, batch.slide, batch.patient, labels))
         generator = torch.Generator().manual_seed(self.seed)
-        result = self.attack.run(images, objective, generator=generator, ids=batch.patch)
+        result = attack_unscored(self.attack, images, objective, generator=generator, ids=batch.patch)
         self.attacked.count(result, images)
         self.clean.rows.add(batch, encode(self.scored, images))
         self.attacked.rows.add(batch, encode(self.scored, result.x_adv))

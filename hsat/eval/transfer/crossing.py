@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from hsat.attacks import feature_drift
-from hsat.eval.embedding import Rows, device_of, encode, labelled, select_layer, through_branch
+from hsat.eval.embedding import Rows, attack_unscored, device_of, encode, labelled, select_layer, through_branch
 from hsat.eval.engine.crew import Crew
 from hsat.eval.engine.dealing import Share
 from hsat.eval.engine.sharing import joined_rows
 from hsat.eval.tally import Tally
 from hsat.eval.transfer.lending import Lender
 from hsat.types import Attack, EmbeddingTable, Encoder, HierarchicalBatch
+from hsat.types.tensor_bytes import tensor_bytes
 
 _COLUMNS = ("images", "patch", "slide", "patient", "label")
 
@@ -86,7 +87,7 @@ class Source:
             generator = torch.Generator().manual_seed(self._seed)
             with through_branch(self._surrogate, self._branch):
                 objective = feature_drift(self._attacked, images, "cosine")
-                result = self._attack.run(images, objective, generator=generator, ids=batch.patch)
+                result = attack_unscored(self._attack, images, objective, generator=generator, ids=batch.patch)
             self.tally.count(result, images)
             yield number, batch.replace(images=result.x_adv.contiguous())
 
@@ -190,7 +191,9 @@ def _emptied(folder: Path) -> Iterator[Path]:
 def _write_batch(path: Path, batch: HierarchicalBatch) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: getattr(batch, name).detach().cpu().contiguous() for name in _COLUMNS}, path)
+    columns = {name: getattr(batch, name).detach().cpu() for name in _COLUMNS}
+    # Copies: columns that share their memory (views of one table of ids, one tensor in two roles) are refused.
+    save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in columns.items()}, path)
 
 
 def _read_batch(path: Path) -> HierarchicalBatch:
@@ -204,7 +207,7 @@ def _digest(batch: HierarchicalBatch) -> str:
     """16 hexadecimal digits over the images and ids of a batch."""
     found = hashlib.blake2b(digest_size=8)
     for name in _COLUMNS:
-        value = getattr(batch, name).detach().cpu().contiguous()
+        value = getattr(batch, name)
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor_bytes(value))
     return found.hexdigest()
