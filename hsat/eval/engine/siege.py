@@ -152,8 +152,8 @@ class _Field:
             self.zero[keep] |= result.zero_gradient > 0
             if result.backwards and not member.surrogate:
                 self._watch(keep, result.x_adv)
-            n, forwards = len(keep), result.forwards + extra + 1  # the last one is the judge's
-            about = dataclasses.replace(about, seen=n, felled=felled, forwards=n * forwards)
+            n, forwards = len(keep), len(keep) * (result.forwards + 1) + extra  # the last pass is the judge's
+            about = dataclasses.replace(about, seen=n, felled=felled, forwards=forwards)
             about = dataclasses.replace(about, backwards=n * result.backwards)
         self.members.append(about)
 
@@ -170,7 +170,7 @@ class _Field:
         )
 
     def _run(self, member: Member, keep: Tensor) -> tuple[AttackResult, int]:
-        """The member's result on some of the images, and the passes that its objective cost besides."""
+        """The member's result on some of the images, and the images that its objective sent through besides."""
         x, ids = self.x[keep], self.ids[keep.to(self.ids.device)]
         objective, extra = self._objective(member, x, keep)
         attack: Any = member.attack
@@ -180,13 +180,13 @@ class _Field:
 
     def _objective(self, member: Member, x: Tensor, keep: Tensor) -> tuple[Objective, int]:
         if member.surrogate:
-            return feature_drift(select_layer(self.siege.surrogates[member.surrogate], "features"), x), 1
+            return feature_drift(select_layer(self.siege.surrogates[member.surrogate], "features"), x), len(x)
         if member.climbs in LAYERS:
             layer = select_layer(self.siege.encoder, member.climbs)
             fresh = member.climbs not in self.references
             if fresh:  # of the whole batch, as the evaluation of single attacks has it
                 self.references[member.climbs] = self.siege.aim.clean.value(member.climbs, self.x, self.clean)
-            return feature_drift(layer, x, reference=self.references[member.climbs][keep]), int(fresh)
+            return feature_drift(layer, x, reference=self.references[member.climbs][keep]), len(self.x) * fresh
         vote = self.vote.select(keep)
         if member.climbs == "scores":
             return margin(_scores_of(vote), self.own[keep]), 0
