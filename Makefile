@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed*
 	$(PIP) --upgrade pip setuptools
-	$(PIP) --upgrade --upgrade-strategy eager --no-build-isolation torch torchvision -e ".[dev]"
+	$(PIP) --upgrade --upgrade-strategy eager --no-warn-conflicts --no-build-isolation torch torchvision -e ".[dev]"
 	$(PIP) --upgrade --no-deps torchattacks
 	touch $(STAMP)
 
