@@ -17,11 +17,22 @@ from commands import LAYOUT, Command
 from editions import Edition, edition_of
 
 HERE = Path(__file__).parent
-SOURCES = ("hsat", "examples")  # what the commands run; a change elsewhere makes no result stale
-PROBE = """
-import json, sys, hsat, numpy, torch
-print(json.dumps({"hsat": hsat.__file__, "python": sys.version.split()[0], "torch": torch.__version__,
-                  "numpy": numpy.__version__}))
+SOURCES = (
+    "hsat",
+    "examples",
+    "tests/regression/small_runs.py",
+)  # what the commands run; a change elsewhere makes no result stale
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "faiss-cpu", "scipy", "scikit-learn", "pillow", "tifffile")
+PROBE = f"""
+import json, platform, hsat
+from importlib import metadata
+versions = dict(hsat=hsat.__file__, python=platform.python_version())
+for name in {LIBRARIES}:
+    try:
+        versions[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(versions))
 """
 
 
@@ -33,8 +44,8 @@ class CommandFailedError(Exception):
 class Checkout:
     """One side of the comparison.
 
-    side: "old" or "new".  sources: digest of the committed sources, None where they are changed or not under git, so
-    that no result is reused.
+    side: "old" or "new".  versions: of Python and of the libraries that decide numbers.  sources: digest of the
+    committed sources, None where they are changed or not under git, so that no result is reused.
     """
 
     side: str
@@ -65,7 +76,7 @@ class Checkout:
 
     def describe(self) -> str:
         """One line for people."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        versions = ", ".join(f"{name} {self.versions.get(name)}" for name in ("python", "torch", "numpy"))
         state = f"sources {self.sources[:12]}" if self.sources else "changed sources, nothing is reused"
         return f"{self.side}: {self.folder} ({state}; {versions})"
 
@@ -142,8 +153,7 @@ class Workshop:
         paths = {name: Path(name) for name in inputs}  # the same words wherever the folders are
         words = self._words(command, checkout, paths)[1:]
         decisive = [checkout.side, str(checkout.folder), checkout.sources, checkout.versions, words, digests]
-        if command.program == "cohort":
-            decisive.append((HERE / "cohort.py").read_text())
+        decisive += [Path(word).read_text() for word in words if word.startswith(str(HERE))]
         key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / "results" / f"{command.name}-{checkout.side}-{key}"
 

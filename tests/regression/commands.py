@@ -181,7 +181,12 @@ EVALUATIONS = (
     ),
 )
 
-COMMANDS: tuple[Command, ...] = (Command("cohort", "cohort"), *TRAININGS, *EVALUATIONS)
+COMMANDS: tuple[Command, ...] = (
+    Command("cohort", "cohort"),
+    Command("small-runs", "small-runs"),
+    *TRAININGS,
+    *EVALUATIONS,
+)
 LAYOUT = {SRH: {"data.layout": "opensrh"}, COLOUR: {"data.layout": "folders", "data.val_fraction": "0.3"}}
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +51,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "regression", help="folder for the results")
     parser.add_argument("--fresh", action="store_true", help="run everything again, also what has not changed")
     parser.add_argument("--jobs", type=int, default=2, help="commands at the same time, of one thread each")
-    parser.add_argument("--lines", type=int, default=12, help="differences shown per file; the others are counted")
+    parser.add_argument("--lines", type=int, default=8, help="differences shown per file; the others are counted")
     parser.add_argument("--renames", type=Path, default=TABLE, help="the table of renamed things")
     options = parser.parse_args(argv)
     if not options.list and options.new is None:
@@ -122,19 +121,21 @@ def _outcome(command: Command, sides: Mapping[Checkout, Future[Path]], workshop:
     return Outcome((seconds[0], seconds[1]), differences, [], values=count_values(results[0], ignored))
 
 
-def listed(outcomes: Mapping[str, Outcome], *, lines: int) -> str:
-    """Failures and differences for people: at most so many lines per file, then how many more."""
+def listed(outcomes: Mapping[str, Outcome], *, lines: int, files: int) -> str:
+    """Failures and differences for people, those of records and columns first; what is left out is counted."""
     parts: list[str] = []
-    for outcome in outcomes.values():
+    for name, outcome in outcomes.items():
         parts += outcome.failures
-        shown: Counter[str] = Counter()
-        totals = Counter(difference.file for difference in outcome.differences)
+        by_file: dict[str, list[Difference]] = {}
         for difference in outcome.differences:
-            shown[difference.file] += 1
-            if shown[difference.file] <= lines:
-                parts.append(str(difference))
-            elif shown[difference.file] == lines + 1:
-                parts.append(f"{difference.command}: {difference.file}: and {totals[difference.file] - lines} more")
+            by_file.setdefault(difference.file, []).append(difference)
+        ordered = sorted(by_file, key=lambda file: (not file.endswith((".jsonl", ".csv")), file.count("/")))
+        for file in ordered[:files]:
+            parts += [str(difference) for difference in by_file[file][:lines]]
+            if left := len(by_file[file]) - lines:
+                parts += [f"{name}: {file}: and {left} more"] if left > 0 else []
+        if left := sum(len(by_file[file]) for file in ordered[files:]):
+            parts.append(f"{name}: and {left} more in {len(ordered) - files} other files, from {ordered[files]} on")
     return "\n".join(parts)
 
 
@@ -158,8 +159,8 @@ def main(argv: Sequence[str]) -> int:
     workshop = Workshop(options.work.resolve(), fresh=options.fresh)
     outcomes = compare(old, new, commands, workshop=workshop, ignored=ignored_of(table), jobs=options.jobs)
     whole = workshop.folder / "differences.txt"
-    whole.write_text(listed(outcomes, lines=sys.maxsize) + "\n")
-    if text := listed(outcomes, lines=options.lines):
+    whole.write_text(listed(outcomes, lines=sys.maxsize, files=sys.maxsize) + "\n")
+    if text := listed(outcomes, lines=options.lines, files=6):
         print(f"\n{text}\n\nall of them: {whole}")
     failed = sum(bool(outcome.failures) for outcome in outcomes.values())
     differing = sum(bool(outcome.differences) for outcome in outcomes.values())

@@ -109,7 +109,7 @@ def _described(old: Any, new: Any) -> tuple[str, str]:
         with np.errstate(all="ignore"):
             gap = np.nanmax(np.abs(old.astype(np.float64) - new.astype(np.float64)))
         share += f", by at most {gap:.3g}"
-    return f"{old[place]!r} at {list(place)}", f"{new[place]!r} ({share})"
+    return f"{old[place]} at {list(place)}", f"{new[place]} ({share})"
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,33 +94,30 @@ def _records(lines: list[str], file: str, edition: Edition) -> Content:
 
 def _tables(text: str, file: str, edition: Edition) -> Content:
     """Cells of Markdown tables by heading and row (what stands before the numbers); other lines in their order."""
-    content: Content = {}
-    heading, columns = "", [""]
-    other = 0
+    content: Content = {"": {}}
+    heading = ""
+    columns: list[str] = []
     for line in text.splitlines():
-        cells = [edition.old_value(cell.strip(), "", file) for cell in line.strip().strip("|").split(" | ")]
         if not line.startswith("|"):
-            columns = [""]
-            if line.startswith(("**", "#")):
-                heading = edition.old_value(line, "", file)
+            columns = []
             if line.strip():
-                other += 1
-                content.setdefault("", {})[f"line {other}"] = edition.old_value(line, "", file)
-        elif set(line) <= set("|- :"):
+                content[""][f"line {len(content['']) + 1}"] = said = edition.old_value(line, "", file)
+                heading = said if line.startswith(("**", "#")) else heading
             continue
-        elif columns == [""]:
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        if not columns:
             columns = [edition.old_field(cell, file) for cell in cells]
-        else:
-            row = " ".join(cell for cell in _before_the_numbers(cells))
-            entry, count = f"{heading} {row}".strip(), 1
-            while entry in content:
-                count += 1
-                entry = f"{heading} {row} ({count})".strip()
-            content[entry] = dict(zip(columns, cells, strict=False))
+        elif set(line) - set("|- :"):
+            fields = {
+                column: edition.old_value(cell, column, file) for column, cell in zip(columns, cells, strict=False)
+            }
+            name = f"{heading} {' '.join(_before_the_numbers(fields.values()))}".strip()
+            same = sum(entry == name or entry.startswith(f"{name} (") for entry in content)
+            content[f"{name} ({same + 1})" if same else name] = fields
     return content
 
 
-def _before_the_numbers(cells: list[str]) -> Iterator[str]:
+def _before_the_numbers(cells: Iterable[str]) -> Iterator[str]:
     for cell in cells:
         if re.search(r"\d\.\d|%|–", cell):
             return
