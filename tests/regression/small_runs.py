@@ -38,6 +38,7 @@ from hsat.eval import (
     evaluate_transfer,
     evaluate_whitebox,
     paper_attacks,
+    pool,
 )
 from hsat.losses import HiDiscLoss
 from hsat.models import build_encoder, set_branch
@@ -192,7 +193,11 @@ class Evaluations:
         self.note(title, result.records)
         for condition, table in result.tables.items():
             self.arrays[f"{title} / {name} / {condition} / z"] = np.asarray(table.z)
-            self.arrays[f"{title} / {name} / {condition} / scores"] = next(iter(result.scores[condition].values()))
+            scores = next(iter(result.scores[condition].values()))
+            self.arrays[f"{title} / {name} / {condition} / scores"] = scores
+            for how in ("mean", "paper"):
+                pooled = pool(scores, table.patient, table.label, how=how).scores
+                self.arrays[f"{title} / {name} / {condition} / {how} of patients"] = pooled
 
     def transfer(self) -> None:
         """Between two encoders."""
