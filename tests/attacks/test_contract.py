@@ -120,6 +120,27 @@ def test_settings_are_frozen_complete_and_replaceable(attack):
     assert dataclasses.replace(attack, threat=Linf(0.1)) != attack
 
 
+@pytest.mark.parametrize("attack", [*ALL_ATTACKS[:10], *SEARCHES[:7], RandomNoise(Linf(0.1))], ids=repr)
+def test_without_the_last_value_the_images_are_the_same(attack):
+    x, asked = torch.rand(3, 3, 5, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def objective(v):
+        asked.append(len(v))
+        return v.sin().flatten(1).cumsum(1)[:, -1]
+
+    def run(**options):
+        asked.clear()
+        return attack.run(x, objective, generator=torch.Generator().manual_seed(1), ids=torch.arange(3), **options)
+
+    whole = run()
+    assert whole.forwards == len(asked) and torch.equal(whole.value, objective(whole.x_adv))
+    short = run(score=False)
+    assert short.forwards == len(asked) and torch.equal(short.x_adv, whole.x_adv)
+    known = getattr(attack, "restarts", 1) > 1 or isinstance(attack, APGD | Square)  # values that the search needs
+    saved = 2 if isinstance(attack, RandomNoise) else int(not known)
+    assert (short.forwards, short.backwards) == (whole.forwards - saved, whole.backwards)
+
+
 def test_seeds_of_images_differ_in_every_argument():
     seeds = {image_seed(s, i, r) for s in range(10) for i in range(-5, 20) for r in range(3)}
     assert len(seeds) == 10 * 25 * 3

@@ -126,6 +126,8 @@ def test_run_says_what_it_did(fitted):
     torch.testing.assert_close(result.value, result.x_adv.mean((1, 2, 3)))
     assert torch.equal(result.success, result.value > 0.5)
     assert (result.forwards, result.backwards, fitted.random_start) == (2, 0, False)
+    short = fitted.run(x, torch.sum, score=False)
+    assert torch.equal(short.x_adv, result.x_adv) and short.forwards == 0
 
 
 @pytest.mark.parametrize("threat", [Linf(8 / 255), L2(0.5), Linf(torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1))])
