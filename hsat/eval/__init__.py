@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from hsat.classifiers import FittedKNN, KNNClassifier, ShardedKNN, fit_shards, load_knn
 from hsat.distributed import row_share
 from hsat.embedding import embed, gather_table
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
-from hsat.eval.banks.knn_files import load_knn
-from hsat.eval.banks.sharded import ShardedKNN, fit_shards
 from hsat.eval.budgets.budget import evaluate_hierarchical_budget
 from hsat.eval.budgets.budget_result import BudgetResult
 from hsat.eval.certification.certificates import Certificates

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hsat.attacks import feature_drift, soft_knn
 from hsat.attacks.nearest_vote import SoftKNN
+from hsat.classifiers import FittedKNN
 from hsat.embedding import LAYERS, encode, select_layer
-from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.conventions import Compat
 from hsat.eval.engine.layers import Layers
 from hsat.eval.records import Record

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hsat.eval.banks.index_quality import index_quality
-from hsat.eval.banks.knn import FittedKNN
+from hsat.classifiers import FittedKNN
 from hsat.eval.conventions import Absent, Arithmetic, Compat, How, Keys, resolve_arithmetic
 from hsat.eval.records import Record, eps_text, eps_value, software_versions
 from hsat.eval.scoring import METRICS, Metrics, level_scores, metrics
@@ -106,7 +105,7 @@ def condition_records(
         forwards=tally.share("forwards"),
         backwards=tally.share("backwards"),
         settings=frame.settings
-        | index_quality(frame.knn, table, seed=frame.identity["seed"])
+        | frame.knn.index_quality(table, seed=frame.identity["seed"])
         | attack_settings(attack, tally),
         level="",
         metric="",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hsat.attacks import feature_drift, soft_knn
 from hsat.attacks.nearest_vote import SoftKNN
+from hsat.classifiers import FittedKNN
 from hsat.embedding import select_layer
-from hsat.eval.banks.knn import FittedKNN
 from hsat.types import EmbeddingFunction, HierarchicalBatch, Objective
 
 MakeObjective = Callable[[Tensor, HierarchicalBatch], Objective]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.classifiers import FittedKNN, KNNClassifier
 from hsat.distributed import shared_world
 from hsat.embedding import LAYERS, Layer
 from hsat.eval.aiming import TARGETS, Aim, published_aim
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.baselines import with_noise
 from hsat.eval.conventions import Absent, Compat, How, Keys
 from hsat.eval.doubt.doubts import Doubts

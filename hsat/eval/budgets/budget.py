@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from hsat.classifiers import FittedKNN, KNNClassifier
 from hsat.embedding import (
     Layer,
     LoaderInfo,
@@ -23,7 +24,6 @@ from hsat.embedding import (
     show_progress,
     to_device,
 )
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.budgets.budget_result import BudgetResult, budget_records
 from hsat.eval.budgets.flipping import ORDERS, Order, altered_counts
 from hsat.eval.conventions import How

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hsat.classifiers import FittedKNN, KNNClassifier
 from hsat.embedding import (
     Layer,
     embed,
@@ -19,7 +20,6 @@ from hsat.embedding import (
     select_layer,
     show_progress,
 )
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.certification.certificates import ABSTAIN, POOLINGS, Certificates, Pooling, group_radius, patch_radius
 from hsat.eval.certification.smoothing import Smoothing, count_votes, gaussian_noise, knn_vote
 from hsat.eval.measuring import measured_record

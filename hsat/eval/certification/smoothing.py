@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hsat.attacks.starts import image_seed
+from hsat.classifiers import FittedKNN
 from hsat.embedding import encode
-from hsat.eval.banks.knn import FittedKNN
 from hsat.types import EmbeddingFunction
 
 Vote = Callable[[Tensor], np.ndarray]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hsat.attacks import FittedUniversal, RandomNoise, Square, feature_drift
+from hsat.classifiers import FittedKNN, KNNClassifier
 from hsat.embedding import Layer, embed, eval_mode, loader_info, require_labels, resolve_device, select_layer
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.doubt.probing import MakeObjective, Suspect, probe
 from hsat.eval.doubt.signs import SIGNS, judge
 from hsat.eval.doubt.subset import Handful

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.classifiers import FittedKNN
 from hsat.distributed import World
 from hsat.embedding import encode, select_layer, using_branch
 from hsat.eval.aiming import Aim
-from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.diagnosis import Diagnosis, check_attack_fits, examine, suspect_of
 from hsat.eval.doubt.subset import Handful
 from hsat.eval.engine.identity import key_of

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, soft_knn
 from hsat.attacks.starts import image_seed
+from hsat.classifiers import FittedKNN
 from hsat.embedding import encode
-from hsat.eval.banks.knn import FittedKNN
 from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective
 
 POINTS = 20  # random points of the search without gradients, half of them at the border of the ball

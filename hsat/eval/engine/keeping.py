@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from hsat.classifiers import FittedKNN, concat_tables
 from hsat.distributed import World
 from hsat.embedding import Layer
-from hsat.eval.banks.knn import FittedKNN
-from hsat.eval.banks.sharded import joined_tables
 from hsat.eval.engine.cache import EmbeddingCache
 from hsat.eval.engine.identity import attack_identity, encoder_identity, loader_identity, table_identity
 from hsat.eval.engine.journal import Journal
@@ -37,7 +36,7 @@ def embedded_bank(
     if isinstance(bank, EmbeddingTable):
         return bank
     if isinstance(bank, Sequence) and any(isinstance(each, EmbeddingTable) for each in bank):
-        return joined_tables(cast(Sequence[EmbeddingTable], bank))
+        return concat_tables(cast(Sequence[EmbeddingTable], bank))
     bank = cast(Iterable[HierarchicalBatch], bank)
     key = None if cache is None else cache_key(encoder, bank, layer, checkpoint)
     if cache is None or key is None:

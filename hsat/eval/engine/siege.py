@@ -15,9 +15,9 @@ from torch import Tensor
 from hsat.attacks import feature_drift, margin
 from hsat.attacks.nearest_vote import SoftKNN
 from hsat.attacks.starts import image_seed, threat_of
+from hsat.classifiers import FittedKNN
 from hsat.embedding import LAYERS, encode, eval_mode, normalize_rows, select_layer
 from hsat.eval.aiming import Aim
-from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.engine.layers import Layers
 from hsat.eval.engine.strongest import Member, MemberCount, Strongest
 from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective

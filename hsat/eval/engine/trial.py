@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.classifiers import FittedKNN
 from hsat.distributed import ShardedLoader, World
 from hsat.embedding import (
     LoaderInfo,
@@ -23,7 +24,6 @@ from hsat.embedding import (
     using_branch,
 )
 from hsat.eval.aiming import Aim
-from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.doubt.doubts import Doubts
 from hsat.eval.engine.journal import Arrays, Journal
 from hsat.eval.engine.layers import Layers, Remembering

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hsat.attacks import InSpace, RawChannels
 from hsat.attacks.raw_channels import CHANNELS
+from hsat.classifiers import FittedKNN
 from hsat.embedding import LoaderInfo, encode, require_labels, resolve_device, select_layer
-from hsat.eval.banks.knn import FittedKNN
 from hsat.eval.export.adversarial_files import AdversarialFiles
 from hsat.eval.export.on_grid import PNG_GRID, TIFF_GRID, Grid, round_in_ball
 from hsat.eval.named_objectives import objective_named

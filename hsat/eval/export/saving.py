@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hsat.classifiers import KNNClassifier
 from hsat.embedding import Layer, embed, eval_mode, show_progress
-from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.conventions import How
 from hsat.eval.export.adversarial_files import MANIFEST, AdversarialFiles
 from hsat.eval.export.export_pass import ExportPass, batches_of, medium_of

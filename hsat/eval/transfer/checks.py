@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
+from hsat.classifiers import KNNClassifier
 from hsat.distributed import World
 from hsat.embedding import LAYERS, loader_info
-from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.transfer.drops import OTHERS
 from hsat.eval.transfer.ledger import Ledger
 from hsat.eval.transfer.lending import Lender

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hsat.classifiers import KNNClassifier
 from hsat.distributed import shared_world
 from hsat.embedding import Layer
-from hsat.eval.banks.knn import KNNClassifier
 from hsat.eval.conventions import Absent, Compat, How, Keys, resolve_arithmetic
 from hsat.eval.records import Record
 from hsat.eval.transfer.checks import check_hold, check_layer, check_names, identity, open_ledger

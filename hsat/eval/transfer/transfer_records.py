@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hsat.eval.banks.knn import FittedKNN
+from hsat.classifiers import FittedKNN
 from hsat.eval.measuring import condition_records, evaluation_frame
 from hsat.eval.records import Record
 from hsat.eval.tally import Tally

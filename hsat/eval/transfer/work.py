@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from hsat.classifiers import FittedKNN, KNNClassifier
 from hsat.distributed import World
 from hsat.embedding import Layer, LoaderInfo, loader_info, show_progress
-from hsat.eval.banks.knn import FittedKNN, KNNClassifier
 from hsat.eval.conventions import Compat
 from hsat.eval.engine.sharing import shared_embed
 from hsat.eval.tally import Tally
@@ -97,7 +97,7 @@ class TransferRun:
     def classifier(self, name: str) -> FittedKNN:
         """A target's classifier as records describe it; its index is built when it has to answer."""
         bank = self._bank(name)
-        return FittedKNN(settings=self._knn, table=bank, k=min(self._knn.k, len(bank)), _index=None)
+        return FittedKNN(settings=self._knn, table=bank, k=min(self._knn.k, len(bank)))
 
     def _cross(self, surrogate: str, name: str, attack: Attack, targets: Sequence[str]) -> Any:
         reading = self._reading

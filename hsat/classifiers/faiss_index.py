@@ -1,16 +1,14 @@
-"""What proposes neighbours: FAISS over the bank in place, a stream of blocks, or an index from a factory string."""
+"""Approximate indexes of a bank, built by FAISS from a factory string."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import numpy as np
-import torch
 
-from hsat.eval.banks.neighbours import blocks
+from hsat.classifiers.search import iter_blocks
 
 EXACT = ("flat", "stream", "torch")
 EXAMPLES = "'IVF1024,Flat;nprobe=32' (lists), 'HNSW32' (graph), 'SQfp16' (all rows, float16 copies)"
@@ -19,54 +17,11 @@ _PER_LIST = 64  # rows per list of an inverted file that train its centre
 _GRAPHS = re.compile(r"HNSW|NSG|NNDescent")
 _LEAST_LINKS = 4  # per node of a graph: with fewer, FAISS ended the process or did not come back
 
-Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-"""(queries (n, d) float32, wanted) -> (products (n, wanted), bank rows (n, wanted), -1 for none), best first."""
-
 
 def split_factory(index: str) -> tuple[str, str]:
     """Factory string and search parameters of "IVF64,Flat;nprobe=8"; the latter may be missing."""
     name, _, parameters = index.partition(";")
     return name.strip(), parameters.strip()
-
-
-def flat_search(bank: np.ndarray) -> Search:
-    """FAISS's exact products with all rows, read where they are: no copy of the bank is made."""
-    faiss = load_faiss("flat")
-
-    def search(queries: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        products, rows = faiss.knn(queries, bank, wanted, metric=faiss.METRIC_INNER_PRODUCT)
-        return products, rows
-
-    return search
-
-
-def stream_search(bank: np.ndarray, device: str | None = None) -> Search:
-    """Exact products in plain torch: one pass over the bank in blocks, the best so far kept for each query."""
-    place = torch.device(device or "cpu")
-
-    def search(queries: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        query = torch.from_numpy(queries).to(place)
-        value = torch.empty(len(query), 0, device=place)
-        row = torch.empty(len(query), 0, dtype=torch.int64, device=place)
-        for part in blocks(bank, columns=len(queries)):
-            block = torch.from_numpy(np.array(bank[part], dtype=np.float32)).to(place)
-            product, at = (query @ block.T).topk(min(wanted, len(block)), dim=1)
-            value, row = torch.cat((value, product), 1), torch.cat((row, at + part.start), 1)
-            value, at = value.topk(min(wanted, value.shape[1]), dim=1)
-            row = row.gather(1, at)
-        return value.cpu().numpy(), row.cpu().numpy()
-
-    return search
-
-
-def index_search(index: Any) -> Search:
-    """What a FAISS index proposes."""
-
-    def search(queries: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        products, rows = index.search(queries, wanted)
-        return products, rows
-
-    return search
 
 
 def build_index(bank: np.ndarray, factory: str, parameters: str, *, seed: int) -> Any:
@@ -77,12 +32,12 @@ def build_index(bank: np.ndarray, factory: str, parameters: str, *, seed: int) -
     not fit, with examples.
     """
     faiss = load_faiss(factory)
-    links = [int(found) for found in re.findall(r"(?:HNSW|NSG|NNDescent)(\d+)", factory)]
+    links = [int(number) for number in re.findall(r"(?:HNSW|NSG|NNDescent)(\d+)", factory)]
     if links and min(links) < _LEAST_LINKS:
         raise ValueError(
             f"index {factory!r} is a graph of {min(links)} links per row; give it 16 or 32, as in 'HNSW32'"
         )
-    lists = [int(found) for found in re.findall(r"IVF(\d+)", factory)]
+    lists = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
     if lists and max(lists) > len(bank):
         raise ValueError(
             f"index {factory!r} has {max(lists)} lists, more than the {len(bank)} rows of the bank; about 4 sqrt(rows)"
@@ -97,7 +52,7 @@ def build_index(bank: np.ndarray, factory: str, parameters: str, *, seed: int) -
         _reserve(faiss, index, len(bank))
         if _GRAPHS.search(factory):
             faiss.omp_set_num_threads(1)
-        for part in blocks(bank):
+        for part in iter_blocks(bank):
             index.add(np.ascontiguousarray(bank[part], dtype=np.float32))
         index.search(np.ascontiguousarray(bank[:1], dtype=np.float32), 1)  # nprobe=0, for one, is refused only here
     except RuntimeError as error:

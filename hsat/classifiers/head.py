@@ -1,0 +1,83 @@
+"""A trained head as a classifier: any module from features to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hsat.classifiers.base import LogitClassifier, logits_dtype
+from hsat.types import EmbeddingTable
+
+
+class Head(LogitClassifier, nn.Module):
+    """A module that maps embeddings, as the encoder gives them, to logits: a classifier that needs no bank.
+
+    The module is put into evaluation mode and keeps its parameters; nothing is trained or frozen here.  What you pass
+    is held and not copied: `train()` on the head, or on a `DecisionModel` that holds it, reaches your module.
+
+    Args:
+        module: Embeddings (n, d) of any length -> logits (n, classes).
+        class_names: The classes, in the order of the logits.
+
+    Raises:
+        ValueError: If names are missing or come twice.
+    """
+
+    def __init__(self, module: nn.Module, class_names: Sequence[str]) -> None:
+        super().__init__()
+        if isinstance(class_names, str) or not class_names or len(set(class_names)) < len(class_names):
+            raise ValueError(f"class_names must be names that differ, got {class_names!r}")
+        self.module = module
+        self.class_names = tuple(class_names)
+        self.eval()
+
+    @property
+    def reads(self) -> Literal["unit", "raw"]:
+        """Embeddings as the encoder gives them."""
+        return "raw"
+
+    @property
+    def classes_with_rows(self) -> int:
+        """Number of classes: a head can decide for each."""
+        return len(self.class_names)
+
+    def fit(self, bank: EmbeddingTable) -> Head:
+        """The head itself; it was trained elsewhere, and the bank only has to be of its classes.
+
+        Raises:
+            ValueError: If the bank's classes are other ones.
+        """
+        if tuple(bank.class_names) != self.class_names:
+            raise ValueError(f"the head has classes {self.class_names}, the bank {tuple(bank.class_names)}")
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's first parameter is; the CPU for a module without any."""
+        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Logits of the module.
+
+        Args:
+            z: (n, d) embeddings as the encoder gives them, of any dtype, on the module's device.
+
+        Returns:
+            (n, classes), float32 (float64 for float64 z).
+
+        Raises:
+            ValueError: If the module gives another shape, or values that are not finite.
+        """
+        weight = next((p for p in self.parameters() if p.dtype.is_floating_point), None)
+        logits: Tensor = self.module(z if weight is None else z.to(weight.dtype))
+        if not isinstance(logits, Tensor) or logits.shape != (len(z), len(self.class_names)):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the head must give logits ({len(z)}, {len(self.class_names)}), one per class; got {got}")
+        return logits.to(logits_dtype(z))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The logits; see `logits`."""
+        return self.logits(z)

@@ -1,0 +1,242 @@
+"""The vote of the nearest neighbours: class scores, the decision, and logits with gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hsat.classifiers.base import Queries, chunks, logits_dtype, raise_winner, unit_rows, widest_dtype
+from hsat.classifiers.search import BLOCK_BYTES, Neighbours
+
+
+class VoteRows(NamedTuple):
+    """The rows that logits are made of.
+
+    Attributes:
+        neighbours: The k nearest rows.
+        class_row: (n, classes) int64, the nearest row of each class, -1 for a class without rows.
+        class_similarity: (n, classes) float64, their cosine similarity.
+    """
+
+    neighbours: Neighbours
+    class_row: np.ndarray
+    class_similarity: np.ndarray
+
+
+class NeighbourVote(ABC):
+    """What banks of one and of several tables have in common: their k nearest rows vote.
+
+    Attributes:
+        k: Number of neighbours in use.
+    """
+
+    k: int
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of the bank, in the order of the columns of the scores."""
+
+    @property
+    @abstractmethod
+    def temperature(self) -> float:
+        """Temperature of the vote's weights."""
+
+    @property
+    @abstractmethod
+    def label(self) -> np.ndarray:
+        """(m,) int64, the class of each row of the bank."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width d of the embeddings."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the embeddings of `logits` and `scores` have to be."""
+
+    @abstractmethod
+    def neighbours(self, z: Queries) -> Neighbours:
+        """The k nearest bank rows of each query, measured in float64."""
+
+    @abstractmethod
+    def vote_rows(self, unit: np.ndarray) -> VoteRows:
+        """Neighbours and the nearest row of each class, of float64 unit rows (n, d)."""
+
+    @abstractmethod
+    def gather(self, row: Tensor) -> Tensor:
+        """Bank rows (..., d) float32 with these indices, on the device of `row`."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Itself: nothing in it changes, and a bank is large."""
+        return self
+
+    @property
+    def reads(self) -> Literal["unit", "raw"]:
+        """Unit rows: embeddings of any length are normalised first."""
+        return "unit"
+
+    @property
+    def classes_with_rows(self) -> int:
+        """Number of classes that have rows in the bank."""
+        return len(np.unique(self.label))
+
+    def predict_proba(self, z: Queries) -> np.ndarray:
+        """Class scores (n, classes) float64; rows sum to one.
+
+        Args:
+            z: (n, d) embeddings of any length (normalised here), or a table, whose classes must be known to the bank by
+                name (ids are not compared, so that it may come from another cohort).
+        """
+        return self.score(self.neighbours(z))
+
+    def predict(self, z: Queries) -> np.ndarray:
+        """Index of the highest score among `class_names`, (n,) int64; ties go to the lower index."""
+        winner: np.ndarray = self.predict_proba(z).argmax(1)
+        return winner
+
+    def score(self, neighbours: Neighbours, *, k: int | None = None) -> np.ndarray:
+        """Class scores (n, classes) from neighbours that were searched before, or from the nearest k of them."""
+        return class_scores(
+            neighbours,
+            self.label[neighbours.row],
+            classes=len(self.class_names),
+            temperature=self.temperature,
+            k=self.k if k is None else k,
+        )
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Log votes of the classes, with gradients to the embeddings.
+
+        V_c = log sum over the neighbours j of class c of exp(s_j / temperature), s_j the cosine similarity.  A class
+        that none of the k neighbours has is stood in for by its nearest row in the whole bank, V_c = s / temperature
+        (a class without any row: -1 / temperature).  That row is no nearer than the k-th neighbour, so it never
+        outvotes a class with neighbours, and V is nowhere flat.  Neighbours are searched at every call; gradients flow
+        through their similarities and not through their choice.
+
+        Args:
+            z: (n, d) embeddings of any length, on the bank's device.
+
+        Returns:
+            (n, classes), float32 (float64 for float64 z), finite.  The highest is the decision of `predict`: where
+            rounding would tie it with another class or put it behind, it is raised by one float.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            rows, similarity, class_similarity = self._measured(z)
+            label = torch.from_numpy(self.label[rows.neighbours.row]).to(z.device)
+            has_rows = torch.from_numpy(rows.class_row >= 0).to(z.device)
+            votes = log_votes(similarity, label, class_similarity, has_rows, temperature=self.temperature)
+            winner = torch.from_numpy(self.score(rows.neighbours).argmax(1)).to(z.device)
+            return raise_winner(votes.to(logits_dtype(z)), winner)
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Class scores (n, classes) with gradients, float64: the values of `predict_proba`."""
+        with torch.autocast(z.device.type, enabled=False):
+            rows, similarity, _ = self._measured(z)
+            label = torch.from_numpy(self.label[rows.neighbours.row]).to(z.device)
+            member = F.one_hot(label, len(self.class_names)).to(similarity.dtype)
+            weight = ((similarity - similarity.detach()[:, :1]) / self.temperature).softmax(1)
+            shares = (weight[:, :, None] * member).sum(1)
+            value = torch.from_numpy(self.score(rows.neighbours)).to(shares)
+            return value + (shares - shares.detach())
+
+    def _measured(self, z: Tensor) -> tuple[VoteRows, Tensor, Tensor]:
+        """The rows, and with gradients the similarities of the neighbours (n, k) and of each class (n, classes)."""
+        if z.ndim != 2 or z.shape[1] != self.width:
+            raise ValueError(
+                f"the encoder gave embeddings {tuple(z.shape)}, the bank's have width {self.width}: not its bank"
+            )
+        if z.device != self.device:
+            raise ValueError(
+                f"embeddings on {z.device}, the bank on {self.device};"
+                f" move the classifier with .to({str(z.device)!r}), or the DecisionModel that holds it"
+            )
+        unit = unit_rows(z.detach().cpu().double().numpy())
+        rows = self.vote_rows(unit)
+        row = np.concatenate((rows.neighbours.row, rows.class_row), 1)
+        value = np.concatenate((rows.neighbours.similarity, rows.class_similarity), 1)
+        missing = (row < 0) | np.isneginf(value)
+        similarity = _CosineSimilarity.apply(
+            z,
+            torch.from_numpy(value).to(z.device, widest_dtype(z.device)),
+            torch.from_numpy(unit).to(z.device, widest_dtype(z.device)),
+            torch.from_numpy(np.where(missing, -1, row)).to(z.device),
+            self.gather,
+        )
+        neighbours, of_class = similarity.split([rows.neighbours.row.shape[1], rows.class_row.shape[1]], dim=1)
+        return rows, neighbours, of_class
+
+
+def class_scores(neighbours: Neighbours, labels: np.ndarray, *, classes: int, temperature: float, k: int) -> np.ndarray:
+    """Class scores (n, classes) of the nearest k neighbours, whose labels (n, at least k) are given."""
+    if not 1 <= k <= neighbours.similarity.shape[1]:
+        raise ValueError(f"k must lie in [1, {neighbours.similarity.shape[1]}], the neighbours found; got {k}")
+    similarity = neighbours.similarity[:, :k]
+    weights = np.exp((similarity - similarity[:, :1]) / temperature)
+    weights /= weights.sum(1, keepdims=True)
+    scores = np.zeros((len(similarity), classes))
+    np.add.at(scores, (np.arange(len(scores))[:, None], labels[:, :k]), weights)
+    return scores
+
+
+def log_votes(
+    similarity: Tensor, label: Tensor, class_similarity: Tensor, has_rows: Tensor, *, temperature: float
+) -> Tensor:
+    """V_c of `NeighbourVote.logits`.
+
+    Args:
+        similarity: (n, k) of the neighbours, -inf for missing ones.
+        label: (n, k) int64, their classes.
+        class_similarity: (n, classes) of the nearest row of each class.
+        has_rows: (n, classes) bool, whether the class has rows.
+        temperature: Of the weights.
+    """
+    present = similarity.isfinite()
+    member = F.one_hot(label, class_similarity.shape[1]).bool() & present[:, :, None]
+    last = torch.where(present, similarity.detach(), torch.inf).amin(1, keepdim=True)
+    excess = (class_similarity.detach() - last).clamp_min(0)  # of a row that an approximate index did not find
+    stand_in = torch.where(has_rows, class_similarity - excess, -1.0)
+    vote = torch.where(member, similarity[:, :, None] / temperature, -torch.inf)
+    stand_in = torch.where(member.any(1), -torch.inf, stand_in / temperature)
+    return torch.cat((vote, stand_in[:, None]), 1).logsumexp(1)
+
+
+class _CosineSimilarity(torch.autograd.Function):
+    """Similarities that are known already, with their gradient to the embeddings.
+
+    Neither pass holds (n, rows, d) numbers at once.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any, z: Tensor, similarity: Tensor, unit: Tensor, row: Tensor, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """z (n, d); similarity (n, m) to the bank rows (n, m), -1 for none; unit rows of z; bank rows by index."""
+        ctx.save_for_backward(z, unit, row)
+        ctx.gather = gather
+        return similarity.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The gradient of cosine similarity; a zero embedding has that of the product."""
+        z, unit, row = ctx.saved_tensors
+        grad = torch.where(row < 0, 0.0, grads[0])
+        sums = []
+        for part in chunks(len(row), max(1, BLOCK_BYTES // max(1, 8 * row.shape[1] * unit.shape[1]))):
+            rows = ctx.gather(row[part].clamp_min(0)).to(unit.dtype)
+            length = torch.linalg.vector_norm(rows, dim=2)
+            weight = grad[part] / torch.where(length > 0, length, 1.0)
+            sums.append(torch.bmm(weight[:, None], rows)[:, 0])
+        total = torch.cat(sums) if sums else torch.zeros_like(unit)
+        length = torch.linalg.vector_norm(z.to(unit.dtype), dim=1, keepdim=True)
+        total = (total - (total * unit).sum(1, keepdim=True) * unit) / torch.where(length > 0, length, 1.0)
+        return total.to(z.dtype), None, None, None, None

@@ -1,1 +1,0 @@
-"""Classification by the nearest embeddings: exact and approximate, in one table or several."""
