@@ -113,6 +113,51 @@ class NeighbourVote(ABC):
             k=self.k if k is None else k,
         )
 
+    def certain_winner(
+        self, product: np.ndarray, row: np.ndarray, *, error: float, whole: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The decision (n,) by products that are known to within an error, and whether it is certain (n,).
+
+        Args:
+            product: (n, count) float64, the highest products, falling; count is at least k.
+            row: (n, count), their bank rows.
+            error: How far a product may be from the cosine similarity.
+            whole: Whether these are all rows of the bank.
+        """
+        k = self.k
+        after = product[:, k : k + 1] if product.shape[1] > k else np.full((len(product), 1), -np.inf)
+        inside = product > after + 2 * error  # at most k rows can be as near as such a row
+        possible = product >= product[:, k - 1 : k] - 2 * error
+        weight = np.exp((product - product[:, :1]) / self.temperature)
+        label, line = self.label[row], np.arange(len(row))[:, None]
+        low, high = np.zeros((len(row), len(self.class_names))), np.zeros((len(row), len(self.class_names)))
+        np.add.at(low, (line, label), np.where(inside, weight, 0.0))
+        np.add.at(high, (line, label), np.where(possible, weight, 0.0))
+        winner = low.argmax(1)
+        others = high.copy()
+        others[line[:, 0], winner] = 0.0
+        spread = 2 * error / self.temperature
+        if spread > 300:  # weights could underflow and seem certain
+            return winner, np.zeros(len(row), dtype=bool)
+        certain = low.max(1) > others.max(1) * np.exp(spread) * (1 + 1e-9)
+        if not whole:
+            certain &= ~possible[:, -1]  # else a row that was not proposed may be a neighbour
+        return winner, certain
+
+    def doubtful_queries(self, nearest: Neighbours) -> np.ndarray:
+        """Queries, by index, whose neighbours or winner could be others if the last digits of similarities were.
+
+        Args:
+            nearest: Neighbours as a device measured them, one more than k where the bank has one more.
+        """
+        if self.device.type == "mps" or self.temperature < 1e-4:
+            return np.arange(len(nearest.row))
+        scores = np.sort(self.score(Neighbours(nearest.similarity[:, : self.k], nearest.row[:, : self.k])), axis=1)
+        doubtful = scores[:, -1] - scores[:, -2:-1].max(1, initial=-1.0) < 1e-9
+        if nearest.row.shape[1] > self.k:
+            doubtful |= ~(nearest.similarity[:, self.k - 1] - nearest.similarity[:, self.k] > 1e-11)
+        return np.flatnonzero(doubtful)
+
     def logits(self, z: Tensor) -> Tensor:
         """Log votes of the classes, with gradients to the embeddings.
 
