@@ -174,6 +174,7 @@ class NeighbourVote(ABC):
             (n, classes), float32 (float64 for float64 z), finite.  The highest is the decision of `predict`: where
             rounding would tie it with another class or put it behind, it is raised by one float.
         """
+        self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             rows, similarity, class_similarity = self._measured(z)
             label = torch.from_numpy(self.label[rows.neighbours.row]).to(z.device)
@@ -184,6 +185,7 @@ class NeighbourVote(ABC):
 
     def scores(self, z: Tensor) -> Tensor:
         """Class scores (n, classes) with gradients, float64: the values of `predict_proba`."""
+        self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             rows, similarity, _ = self._measured(z)
             label = torch.from_numpy(self.label[rows.neighbours.row]).to(z.device)
@@ -193,8 +195,8 @@ class NeighbourVote(ABC):
             value = torch.from_numpy(self.score(rows.neighbours)).to(shares)
             return value + (shares - shares.detach())
 
-    def _measured(self, z: Tensor) -> tuple[VoteRows, Tensor, Tensor]:
-        """The rows, and with gradients the similarities of the neighbours (n, k) and of each class (n, classes)."""
+    def _check(self, z: Tensor) -> None:
+        """Raise ValueError for embeddings of another width, or on another device."""
         if z.ndim != 2 or z.shape[1] != self.width:
             raise ValueError(
                 f"the encoder gave embeddings {tuple(z.shape)}, the bank's have width {self.width}: not its bank"
@@ -204,6 +206,9 @@ class NeighbourVote(ABC):
                 f"embeddings on {z.device}, the bank on {self.device};"
                 f" move the classifier with .to({str(z.device)!r}), or the DecisionModel that holds it"
             )
+
+    def _measured(self, z: Tensor) -> tuple[VoteRows, Tensor, Tensor]:
+        """The rows, and with gradients the similarities of the neighbours (n, k) and of each class (n, classes)."""
         unit = unit_rows(z.detach().cpu().double().numpy())
         rows = self.vote_rows(unit)
         row = np.concatenate((rows.neighbours.row, rows.class_row), 1)

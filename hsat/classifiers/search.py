@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.classifiers.base import chunks, widest_dtype
+from hsat.classifiers.base import chunks, row_products, widest_dtype
 from hsat.types import EmbeddingTable
 
 BLOCK_BYTES = 64 * 2**20  # a slice of the bank, of products, or of gathered rows: what a search holds beside the bank
@@ -215,8 +215,9 @@ def _measure(
             rows = buffer[: own.size * d].reshape(*own.shape, d)
             rows[...] = bank[own]
             lengths = _lengths(rows) if length is None else length[own]
-            products = np.einsum("nkd,nd->nk", rows, unit[line])
-            similarity[line, column] = products / np.where(lengths > 0, lengths, 1.0)
+            similarity[line, column] = row_products("nkd,nd->nk", rows, unit[line]) / np.where(
+                lengths > 0, lengths, 1.0
+            )
 
 
 class _ClassMaximum:
@@ -269,7 +270,7 @@ def row_lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
-    lengths: np.ndarray = np.sqrt(np.einsum("nkd,nkd->nk", rows, rows))
+    lengths: np.ndarray = np.sqrt(row_products("nkd,nkd->nk", rows, rows))
     return lengths
 
 
