@@ -190,7 +190,7 @@ class FittedKNN(NeighbourVote):
             product, row = proposals.product.cpu().numpy().astype(np.float64), proposals.row.cpu().numpy()
             best, certain = self.certain_winner(product, row, error=error, whole=row.shape[1] == len(self._bank))
             if not certain.all():
-                best[~certain] = super().predict(unit[~certain])
+                best[~certain] = super().predict(np.asarray(rows[part])[~certain])
             winner[part] = best
         return winner
 

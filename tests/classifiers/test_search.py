@@ -155,7 +155,7 @@ def test_very_long_rows_do_not_depend_on_what_is_measured_together_either(table)
     noise=st.sampled_from([0.0, 1e-7, 1e-3, 1.0]),
     k=st.integers(1, 70),
     temperature=st.sampled_from([1e-9, 0.003, 0.07, 10.0]),
-    d=st.integers(1, 6),
+    d=st.sampled_from([1, 2, 5, 33, 700]),
 )
 @pytest.mark.filterwarnings("ignore:k=")
 def test_predict_is_the_highest_score_also_where_products_cannot_tell(
@@ -205,3 +205,13 @@ def test_a_bank_that_cannot_be_written_is_searched_in_place_and_without_a_warnin
     knn = KNNClassifier(k=3).fit(bank)
     assert knn.tensors()["rows"].data_ptr() == bank.z.ctypes.data == z.ctypes.data
     assert knn.predict(z).shape == (100,) and not recwarn.list
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_predict_is_the_highest_score_in_crowds_of_wide_rows(table, k):
+    """Undecided queries are normalised once, as those of `predict_proba`: the last digits decide among such rows."""
+    rng = np.random.default_rng(4)
+    few = rng.standard_normal((60, 2048))
+    rows = few[rng.integers(0, 60, 900)] + 1e-7 * rng.standard_normal((900, 2048))
+    knn = KNNClassifier(k=k).fit(table(rows, rng.integers(0, 5, 900), classes=5))
+    np.testing.assert_array_equal(knn.predict(few), knn.predict_proba(few).argmax(1))
