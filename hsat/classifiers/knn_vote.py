@@ -214,13 +214,9 @@ class NeighbourVote(ABC):
         row = np.concatenate((rows.neighbours.row, rows.class_row), 1)
         value = np.concatenate((rows.neighbours.similarity, rows.class_similarity), 1)
         missing = (row < 0) | np.isneginf(value)
-        similarity = _CosineSimilarity.apply(
-            z,
-            torch.from_numpy(value).to(z.device, widest_dtype(z.device)),
-            torch.from_numpy(unit).to(z.device, widest_dtype(z.device)),
-            torch.from_numpy(np.where(missing, -1, row)).to(z.device),
-            self.gather,
-        )
+        dtype, known = widest_dtype(z.device), torch.from_numpy(np.where(missing, -1, row)).to(z.device)
+        gathered = _GatheredRows(torch.from_numpy(unit).to(z.device, dtype), known, self.gather)
+        similarity = _CosineSimilarity.apply(z, torch.from_numpy(value).to(z.device, dtype), gathered)
         neighbours, of_class = similarity.split([rows.neighbours.row.shape[1], rows.class_row.shape[1]], dim=1)
         return rows, neighbours, of_class
 
@@ -259,6 +255,14 @@ def log_votes(
     return torch.cat((vote, stand_in[:, None]), 1).logsumexp(1)
 
 
+class _GatheredRows(NamedTuple):
+    """Unit rows (n, d) of embeddings, bank rows (n, m) by index (-1 for none), and what reads bank rows by index."""
+
+    unit: Tensor
+    row: Tensor
+    gather: Callable[[Tensor], Tensor]
+
+
 class _CosineSimilarity(torch.autograd.Function):
     """Similarities that are known already, with their gradient to the embeddings.
 
@@ -266,17 +270,15 @@ class _CosineSimilarity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917
-        ctx: Any, z: Tensor, similarity: Tensor, unit: Tensor, row: Tensor, gather: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """z (n, d); similarity (n, m) to the bank rows (n, m), -1 for none; unit rows of z; bank rows by index."""
-        ctx.save_for_backward(z, unit, row)
-        ctx.gather = gather
+    def forward(ctx: Any, z: Tensor, similarity: Tensor, gathered: _GatheredRows) -> Tensor:
+        """Embeddings z (n, d) and their similarities (n, m) to the rows that are gathered."""
+        ctx.save_for_backward(z, gathered.unit, gathered.row)
+        ctx.gather = gathered.gather
         return similarity.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of cosine similarity; a zero embedding has that of the product."""
         z, unit, row = ctx.saved_tensors
         grad = torch.where(row < 0, 0.0, grads[0])
@@ -289,4 +291,4 @@ class _CosineSimilarity(torch.autograd.Function):
         total = torch.cat(sums) if sums else torch.zeros_like(unit)
         length = torch.linalg.vector_norm(z.to(unit.dtype), dim=1, keepdim=True)
         total = (total - (total * unit).sum(1, keepdim=True) * unit) / torch.where(length > 0, length, 1.0)
-        return total.to(z.dtype), None, None, None, None
+        return total.to(z.dtype), None, None
