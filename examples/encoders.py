@@ -83,7 +83,6 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
         title, file = ("", text) if Path(text).exists() or "=" not in text else text.split("=", 1)
         path = Path(file)
         title = title or (path.parent.name if path.stem in ("best", "final", "last") else path.stem)
-        check_titles([*(one.title for one in encoders), title])
         try:
             encoder = stored_encoder(model, path, alone=len(checkpoints) < 2)
         except OSError as error:
@@ -92,6 +91,7 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
             set_branch(encoder, "normal")
             print(f"{path}: --compat paper scores branch normal; the attacks go through pgd", file=sys.stderr)
         encoders.append(NamedEncoder(title, encoder, checkpoint_hash(path)))
+        check_titles(one.title for one in encoders)
     return encoders
 
 

@@ -76,7 +76,9 @@ def run_evaluation(
     write: (settings, cohort, result) -> the table that is printed.
     """
     if not settings.checkpoint:
-        raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
+        raise SystemExit(
+            "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; train_hsat.py writes best.safetensors"
+        )
     try:
         with joined(settings.device) as ranks, one_voice(ranks):
             cohort = open_run(settings, ranks)

@@ -114,7 +114,7 @@ def test_a_run_is_not_overwritten_and_others_are_refused(copied, argv, files, st
         assert text in message, message
     swapped = f"a={files['b']},b={files['a']},c={files['c']}"
     message = stops(transfer, ["--checkpoint", swapped, *again[2:]])
-    assert "encoder.a was" in message and "encoder.b was" in message and "encoder.c" not in message
+    assert "encoder.a.weights was" in message and "encoder.b.weights was" in message and "encoder.c" not in message
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 
