@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsat.models import DualBatchNorm, Encoder
-from hsat.training import graph_breaks, largest_batch, memory_text, parse_memory, peak_memory
+from hsat.training import largest_batch, memory_text, parse_memory, peak_memory
 from ranks import Ranks
 
 if TYPE_CHECKING:
@@ -57,16 +59,14 @@ def in_parallel(model: Encoder, settings: TrainHSAT) -> DistributedDataParallel:
     return DistributedDataParallel(model, **{name: False})
 
 
-def compile_in_place(model: nn.Module, images: Tensor, *, loud: bool) -> None:
-    """Compile calls of the model, for outer and inner passes, and say where its graph breaks.
+def compile_in_place(model: nn.Module, device: torch.device) -> None:
+    """Compile calls of the model, for outer and inner passes; keys of the state dict stay.
 
-    Keys of the state dict stay.  ValueError without a compiler for C++, which torch.compile needs on the CPU.
+    Where its graph breaks, torch says itself under TORCH_LOGS=graph_breaks.  ValueError without a compiler for C++,
+    which torch.compile needs on the CPU.
     """
-    if images.device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise ValueError("--train.compile needs a compiler for C++ (g++ or clang++), and none is in the PATH")
-    for kind, found in graph_breaks(model, images).items():
-        if loud:
-            print(f"compile, {kind} pass: {found}", file=sys.stderr)
     model.compile()
 
 
@@ -81,6 +81,45 @@ def out_of_memory(error: BaseException, settings: TrainHSAT) -> str:
         f" --data.patches ({data.patches}), --data.views ({data.views}) or --data.image_size ({data.image_size});"
         f" --train.precision bf16 halves the activations (now {train.precision})"
     )
+
+
+def go_on_finite(settings: TrainHSAT, argv: list[str]) -> str:
+    """After a number that was not finite: what to change, and the command that goes on so.
+
+    argv: the options of the run.  The same ones would compute the same numbers and end in the same place.
+    """
+    if settings.train.precision == "16":
+        reason, changed = "bf16 has the range of float32, which float16 lacks", {"train.precision": "bf16"}
+    else:
+        reason, changed = "a lower learning rate may avoid it", {"train.lr": f"{settings.train.lr / 10:g}"}
+    names = {**dict.fromkeys(settings.change), **changed}
+    values = {f"--{name}": value for name, value in changed.items()} | {"--change": ",".join(names)}
+    words = _without(argv, {*values, "--resume"})
+    words = [*words, "--resume", *(word for pair in values.items() for word in pair)]
+    command = shlex.join([*_launcher(), os.path.relpath(Path(__file__).with_name("train_hsat.py")), *words])
+    return f"The same options would come to the same step again; {reason}. To go on:\n  {command}"
+
+
+def _without(argv: list[str], names: set[str]) -> list[str]:
+    """The options but for these and their values."""
+    kept, drop = [], False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if name in names:
+            drop = not equals
+        elif word.startswith("--") or not drop:
+            kept.append(word)
+            drop = False
+    return kept
+
+
+def _launcher() -> list[str]:
+    """The words before the script's name."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python"]
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    several = [] if machines == "1" else [f"--nnodes={machines}", "..."]
+    return ["torchrun", *several, f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
 
 
 def check_memory(settings: TrainHSAT, ranks: Ranks, *, before: int) -> str | None:

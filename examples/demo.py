@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
     demo = Demo.load(argv)
     try:
         run(demo)
-    except (OSError, ValueError) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +16,10 @@ from pydantic import Field
 from cohorts import describe, open_cohort
 from hsat.data import BadPatch, Cohort
 from hsat.distributed import RankFailedError
+from hsat.training import assert_ranks_agree
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
+from runs import same_on_all_ranks
 from settings import DataSettings, Names, Settings, StoredModelSettings
 
 
@@ -28,6 +31,7 @@ class EvaluationSettings(Settings):
     model: StoredModelSettings = StoredModelSettings()
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(Path("runs/evaluation"), description="folder for the results")
     resume: bool = Field(False, description="go on with the finished batches of an interrupted run in --out")
     quiet: bool = Field(False, description="no progress bars")
@@ -49,6 +53,7 @@ Result = TypeVar("Result")
 
 def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
     """The cohort, after the first rank has found the folder for the results free and made it."""
+    assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with one_after_the_first(ranks):  # which may write the synthetic cohort
         if ranks.first and settings.state.exists() and not (settings.resume or ranks.again):
             raise ValueError(
@@ -59,6 +64,7 @@ def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
         if ranks.first:
             print(describe(cohort), file=sys.stderr)
             settings.out.mkdir(parents=True, exist_ok=True)
+    assert_ranks_agree(cohort=cohort, seed=settings.seed)
     return cohort
 
 
@@ -80,7 +86,7 @@ def run_evaluation(
             "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; train_hsat.py writes best.safetensors"
         )
     try:
-        with joined(settings.device) as ranks, one_voice(ranks):
+        with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
             cohort = open_run(settings, ranks)
             result = evaluate(settings, cohort, ranks)
         if not ranks.first:

@@ -12,7 +12,9 @@ SOON = timedelta(minutes=5)
 PAUSE = 0.02
 
 
-def common_room(store: dist.Store, *, rank: int, size: int, patience: timedelta = SOON) -> dist.PrefixStore:
+def common_room(
+    store: dist.Store, *, rank: int, size: int, patience: timedelta = SOON, terms: str = ""
+) -> dist.PrefixStore:
     """A part of the store for the `size` processes that call this now; no earlier process ever wrote into it.
 
     torchrun keeps one store for all restarts, and torch writes the addresses of an attempt under the keys of the
@@ -23,15 +25,18 @@ def common_room(store: dist.Store, *, rank: int, size: int, patience: timedelta 
     So rank 0 calls with a new word; each other rank answers under that word, with a new word of its own; and rank 0
     confirms the answer.  The call of an earlier attempt is answered, too, but nobody confirms it.
 
-    patience: how long to wait for the others.  Raises TimeoutError naming the ranks that did not come.
+    patience: how long to wait for the others.  terms: a text that has to be the same on all ranks, beside `size`; it
+    travels with the words.  Raises TimeoutError naming the ranks that did not come, ValueError naming both terms.
     """
     word, end = secrets.token_hex(8), time.monotonic() + patience.total_seconds()
+    word += f" WORLD_SIZE={size}{terms and ', '}{terms}"
     room, missing = _called(store, word, size=size, end=end) if rank == 0 else _answered(store, word, rank, end=end)
     if missing:
         raise TimeoutError(
             f"rank {rank} of {size} waited {patience.total_seconds():g} s in vain for rank(s)"
-            f" {', '.join(map(str, missing))}, which ended or never started: see what they wrote, then start the same"
-            " command again; with --resume it goes on from the last checkpoint"
+            f" {', '.join(map(str, missing))}, which ended or never started, or whose number was given twice: see what"
+            " they wrote, then start the same command again on all ranks; with --resume it goes on from the last"
+            " checkpoint"
         )
     return dist.PrefixStore(f"hsat/{room}/room", store)
 
@@ -45,6 +50,7 @@ def _called(store: dist.Store, word: str, *, size: int, end: float) -> tuple[str
             answer = store.get(f"hsat/{word}/{rank}").decode()
             store.set(f"hsat/{word}/{rank}/{answer}", "seen")
             missing.remove(rank)
+            _compare_terms(rank, answer, word)
         if not missing or time.monotonic() > end:
             return word, missing
         time.sleep(PAUSE)
@@ -58,7 +64,18 @@ def _answered(store: dist.Store, word: str, rank: int, *, end: float) -> tuple[s
             call = heard
             store.set(f"hsat/{call}/{rank}", word)
         if call and store.check([f"hsat/{call}/{rank}/{word}"]):
+            _compare_terms(rank, word, call)
             return call, []
         if time.monotonic() > end:
             return call, [0]
         time.sleep(PAUSE)
+
+
+def _compare_terms(rank: int, word: str, call: str) -> None:
+    """Raise ValueError unless a rank was started on the terms of rank 0; both follow the random part of a word."""
+    terms, wanted = (text.partition(" ")[2] for text in (word, call))
+    if terms != wanted:
+        raise ValueError(
+            f"rank {rank} was started with {terms}, and rank 0 with {wanted}; start all ranks by one torchrun command"
+            " and in one environment"
+        )

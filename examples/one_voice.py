@@ -12,9 +12,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from hsat.distributed import RankFailedError
-from ranks import Ranks
-
-GRACE = 5.0  # seconds for a rank that failed to say why, before another one says that it did
+from ranks import GRACE, Ranks
 
 
 @contextmanager
@@ -34,10 +32,23 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
         with contextlib.nullcontext() if ranks.first else contextlib.redirect_stderr(io.StringIO()):
             yield
     except (Exception, SystemExit) as error:
-        end = time.monotonic() + GRACE
-        while isinstance(error, RankFailedError) and time.monotonic() < end and not ranks.board.check([failed]):
-            time.sleep(0.05)
-        if ranks.board.add(failed, 1) > 1:
+        if _another_spoke(ranks.board, failed, error):
             time.sleep(GRACE)  # torchrun ends all when the first one ends, which has to speak before
             raise SystemExit(1) from None
         raise
+
+
+def _another_spoke(board: dist.Store, failed: str, error: BaseException) -> bool:
+    """Whether another rank failed before this one, and so says why.
+
+    Where the store is gone, rank 0 kept it and has ended: an error of the connection tells no more than that.
+    """
+    try:
+        end = time.monotonic() + GRACE
+        while isinstance(error, RankFailedError) and time.monotonic() < end and not board.check([failed]):
+            time.sleep(0.05)
+        return board.add(failed, 1) > 1
+    except RuntimeError:
+        if not isinstance(error, RuntimeError):
+            return False
+        raise SystemExit("error: rank 0 has ended or cannot be reached; its own message says why") from None

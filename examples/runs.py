@@ -23,11 +23,26 @@ MAY_DIFFER = {
     "train.save_every",
     "train.max_memory",
     "device",
+    "rank_timeout",
     "quiet",
+    "change",
     "log.tensorboard",
     "log.wandb",
     "out",
     "data.root",
+}
+CHANGEABLE = {"train.lr", "train.precision"}  # with --change: what may keep numbers finite
+MAY_DIFFER_BY_RANK = {  # paths, behind which what is read is compared; and what changes no number
+    "data.root",
+    "data.packed",
+    "model.weights",
+    "out",
+    "device",  # its kind is compared when the ranks meet
+    "rank_timeout",
+    "data.workers",
+    "log.tensorboard",
+    "log.wandb",
+    "quiet",
 }
 
 
@@ -70,6 +85,11 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def same_on_all_ranks(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings, with dotted names, that have to be the same on all ranks of a run."""
+    return {key: value for key, value in flat(settings).items() if key not in MAY_DIFFER_BY_RANK}
+
+
 class Run:
     """The folder `out` of one training: run.json, train.csv, last.pt, best and final encoder.
 
@@ -90,6 +110,7 @@ class Run:
     ) -> None:
         self.out, self.settings, self.cohort = out, settings, cohort
         self.last, self.writes = out / "last.pt", writes
+        self._changeable, self.began = set(settings.get("change", ())), settings
         self._defaults = flat(json.loads(json.dumps(defaults or {}, default=str)))
         if not writes:
             return
@@ -112,6 +133,7 @@ class Run:
             earlier = json.loads(path.read_text())
             before, cohort = earlier["settings"], str(earlier["cohort"])
             self.check_settings(before, "the run began with")
+            self.began = before
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SystemExit(
                 f"error: {path} is damaged ({type(error).__name__}: {error}); --resume needs it, or take another --out"
@@ -124,14 +146,34 @@ class Run:
 
     def check_settings(self, earlier: dict[str, Any], whose: str) -> None:
         """End the program where these differ from the settings of now, but for those that may."""
+        refused = {key: pair for key, pair in self._differing(earlier).items() if key not in self._changeable}
+        if refused:
+            listed = "; ".join(f"{key} was {before}, now {now}" for key, (before, now) in refused.items())
+            hint = f"; or add --change {','.join(refused)}" if refused.keys() <= CHANGEABLE else ""
+            raise SystemExit(f"error: --resume needs the settings {whose}: {listed}{hint}")
+
+    def _differing(self, earlier: dict[str, Any]) -> dict[str, list[Any]]:
+        """Settings that are others now, as [then, now], but for those that change no number."""
         before = self._defaults | flat(json.loads(json.dumps(earlier, default=str)))
         now = flat(json.loads(json.dumps(self.settings, default=str)))
-        differing = [
-            key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in MAY_DIFFER
-        ]
-        if differing:
-            listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in sorted(differing))
-            raise SystemExit(f"error: --resume needs the settings {whose}: {listed}")
+        return {
+            key: [before.get(key), now.get(key)]
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key not in MAY_DIFFER
+        }
+
+    def note_changes(self, earlier: dict[str, Any], step: int) -> None:
+        """Say, and write into run.json, which settings are others from this step on (--change)."""
+        changes = self._differing(earlier)
+        if not (self.writes and changes):
+            return
+        for key, (before, now) in changes.items():
+            print(f"note: from step {step} on {key} is {now}; it was {before}", file=sys.stderr)
+        path = self.out / "run.json"
+        about, entry = json.loads(path.read_text()), {"step": step, "settings": changes}
+        if entry not in (noted := about.setdefault("changes", [])):
+            noted.append(entry)
+            write_json(path, about)
 
     def keep_rows_before(self, step: int) -> None:
         """After a resume: drop what was logged behind the checkpoint, it will be logged again."""

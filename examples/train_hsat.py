@@ -12,23 +12,24 @@ with --resume), final.safetensors and best.safetensors, the latter chosen by rob
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
 from cohorts import describe, open_cohort, open_packed
-from compute import out_of_memory
+from compute import go_on_finite, out_of_memory
 from held_out import held_out_accuracy, keep_best
 from hsat.data import BadPatch, Cohort
 from hsat.models import save_encoder
-from hsat.training import is_out_of_memory, parse_memory
+from hsat.training import assert_ranks_agree, is_out_of_memory, parse_memory
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
-from runs import Run, device_named
-from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, read_yaml
-from trainer import Trainer
+from runs import Run, device_named, same_on_all_ranks
+from settings import DataSettings, LoggerSettings, ModelSettings, Pixels, Section, Settings, explain, listed, read_yaml
+from trainer import Trainer, naming_last_state
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -66,7 +67,10 @@ class TrainSettings(Section):
     precision: Literal["32", "bf16", "16"] = Field(
         "32", description="of the passes through the encoder; bf16 is autocast, 16 is float16 with a scaled loss"
     )
-    compile: bool = Field(False, description="torch.compile the encoder; its graph breaks are shown")
+    compile: bool = Field(
+        False,
+        description="torch.compile the encoder; TORCH_LOGS=graph_breaks shows where its graph breaks",
+    )
     global_negatives: bool = Field(True, description="under torchrun: negatives of all ranks, not of each by itself")
     sync_norm: bool = Field(False, description="under torchrun: BatchNorm over the batch of all ranks (GPUs only)")
     max_memory: str | None = Field(None, description="such as 8GB: say after the first step what would fit into it")
@@ -105,8 +109,12 @@ class TrainHSAT(Settings):
     )
     seed: int = Field(0, ge=0, description="of weights, draws, augmentation and attacks")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(Path("runs/hsat"), description="run folder")
     resume: bool = Field(False, description="go on where the run in --out stopped")
+    change: Annotated[list[Literal["train.lr", "train.precision"]], BeforeValidator(listed)] = Field(
+        [], description="with --resume: options that may have other values than the run began with"
+    )
     quiet: bool = Field(False, description="no progress bars")
 
 
@@ -140,10 +148,12 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
     """
     ranks = ranks or Ranks(0, 1, device_named(settings.device))
     tuned = settings.data.tune_fraction > 0
+    assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with one_after_the_first(ranks):  # who may write the synthetic cohort, and pack
         cohort = open_cohort(settings.data, seed=settings.seed)
         cohort = hold_out(cohort, settings) if tuned else cohort
         packed = open_packed(cohort, settings.data, out=settings.out)
+    assert_ranks_agree(cohort=cohort, packed=packed, seed=settings.seed)
     trainer = Trainer(settings, cohort, ranks, packed)
     fingerprint = cohort.fingerprint()
     resume = settings.resume or ranks.again
@@ -163,7 +173,8 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
     trainer.restore(run)
     per_epoch = trainer.sampler.batches_per_epoch
     silent = settings.quiet or not ranks.first
-    with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=silent) as bar:
+    bar = tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=silent)
+    with naming_last_state(trainer, run), bar:
         while trainer.step < trainer.steps:
             epoch, done = divmod(trainer.step, per_epoch)
             trainer.sampler.set_epoch(epoch, strength=trainer.strength(epoch), start_batch=done)
@@ -172,8 +183,10 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
                 for note in () if silent else trainer.notes():
                     bar.write(note, file=sys.stderr)
                 if tuned and (trainer.step % trainer.eval_every == 0 or trainer.step == trainer.steps):
+                    trainer.check_state()
                     row |= held_out_accuracy(trainer.model, cohort, settings, packed=packed)
-                    keep_best(trainer, run, row, fingerprint)
+                    if trainer.skipped < trainer.step:
+                        keep_best(trainer, run, row, fingerprint)
                 run.log(row)
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
@@ -181,6 +194,9 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
                     trainer.save(run)
                 if trainer.step == trainer.steps:
                     break
+    note = trainer.check_learned(run)
+    if note and ranks.first:
+        print(note, file=sys.stderr)
     final, best = run.out / "final.safetensors", run.out / "best.safetensors"
     if ranks.first:
         save_encoder(trainer.model, final, metadata={"step": trainer.step, "cohort": fingerprint})
@@ -191,11 +207,13 @@ def main(argv: list[str]) -> None:
     """Read the options, train, say where the encoder is; what the user can mend ends the program with the reason."""
     settings = load_settings(argv)
     try:
-        with joined(settings.device) as ranks, one_voice(ranks):
+        with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
             path = train(settings, ranks)
             if ranks.first:
                 print(f"encoder: {path}")
-    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
+    except FloatingPointError as error:
+        raise SystemExit(f"error: {error}. {go_on_finite(settings, argv)}") from None
+    except (BadPatch, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

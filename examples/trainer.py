@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,21 +24,27 @@ from hsat.training import (
     TrainingState,
     accumulated_step,
     adversarial_step,
+    assert_ranks_agree,
+    assert_same_on_all_ranks,
     augmentation_strength,
     average_statistics,
+    check_gradients,
+    check_state,
+    check_trainable,
     cosine_with_warmup,
     epsilon_schedule,
     free_replays,
     image_slots,
+    largest_gradient,
     load_training_state,
     paper_clean_weight,
     peak_memory,
-    same_everywhere,
     save_checkpoint,
     share_of_batch,
     split_batch,
     synchronised_norm,
 )
+from hsat.training.gradients import non_finite_gradients
 from hsat.types import LEVELS, HierarchicalBatch
 from inner import Inner
 from ranks import Ranks
@@ -86,8 +93,10 @@ class Trainer:
         self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
         self.layout = torch.channels_last if train.channels_last else torch.preserve_format
         self.model = new_encoder(settings.model, seed=settings.seed)
+        check_trainable(self.model)
         if train.sync_norm and self.ranks.size > 1:
             synchronised_norm(self.model, device=self.device)
+        assert_ranks_agree(model=self.model)  # DistributedDataParallel would make them rank 0's in silence
         self.model.to(self.device, memory_format=self.layout)
         self.parallel = in_parallel(self.model, settings) if self.ranks.size > 1 else self.model
         self.autocast = autocast_of(train.precision, self.device)
@@ -99,6 +108,8 @@ class Trainer:
         warmup = int(train.warmup * self.steps)
         self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=self.steps, warmup=warmup))
         self.step, self.best = 0, -1.0
+        self.saved: int | None = None  # steps in last.pt
+        self.skipped = 0  # steps that float16 left out
         self.clock, self.memory_before, self.compiled = StepClock(), peak_memory(self.device), not train.compile
 
     def attack(self, epoch: int) -> PGD | None:
@@ -117,7 +128,8 @@ class Trainer:
     def train_step(self, batch: Any, epoch: int) -> dict[str, float]:
         """One batch, with one optimiser step (free: several); returns what is logged of the last.
 
-        Raises FloatingPointError before a bad loss is stepped on.
+        Raises FloatingPointError before a loss or a gradient that is not finite is stepped on, and ValueError where no
+        parameter got a gradient.
         """
         count = self.settings.train.accumulate
         parts = split_batch(batch, count) if count > 1 else []  # on the CPU, where ids are counted
@@ -129,16 +141,16 @@ class Trainer:
         attack = self.attack(epoch)
         self.parallel.train()
         if not self.compiled:
-            with self.autocast():
-                compile_in_place(self.model, (parts or [batch])[0].images, loud=self.ranks.first)
+            compile_in_place(self.model, self.device)
             self.compiled = True
         try:
             for result in self._results(batch, parts, attack, clean_weight=weight, generator=generator):
-                values = self._descend(result)
+                values = self._descend(result, has_gradients=bool(parts))
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {self.step}: {error}; or try a lower --train.lr") from error
+            raise FloatingPointError(f"step {self.step}: {error}") from error
         self.inner.keep(batch, result.x_adv)
-        row = {"step": self.step, "epoch": epoch, "loss": values.pop("loss"), "lr": self.schedule.get_last_lr()[0]}
+        row = {"step": self.step, "epoch": epoch, "loss": values.pop("loss")}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
         row |= values
         with warnings.catch_warnings():  # float16: a first step that overflows is left out, as it should be
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
@@ -196,22 +208,60 @@ class Trainer:
         else:
             yield adversarial_step(self.parallel, self.loss, attack, batch, start=start, **common)
 
-    def _descend(self, result: StepResult) -> dict[str, float]:
-        """One optimiser step; the loss and its terms as numbers, read at once while the device works on backward."""
+    def _descend(self, result: StepResult, *, has_gradients: bool) -> dict[str, float]:
+        """One optimiser step; the loss and its terms as numbers, read in one go with the largest gradient.
+
+        has_gradients: whether backward was called already.
+        """
         named = {"loss": result.loss.detach()}
         for name, terms in (("clean", result.clean), ("adversarial", result.adversarial)):
             if terms is not None:
                 named |= {f"{name}_{level}": getattr(terms, level).detach() for level in LEVELS}
-        if result.loss.requires_grad:  # accumulated_step has gone backward already
+        if not has_gradients:
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(result.loss).backward()
+            if result.loss.requires_grad:  # else nothing has a gradient, which largest_gradient says
+                self.scaler.scale(result.loss).backward()
+        named["gradient"] = largest_gradient(self.model).to(result.loss.dtype)
         values = dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']}")
-        self.scaler.step(self.optimizer)
+        overflow = not math.isfinite(values.pop("gradient"))
+        if overflow and not self.scaler.is_enabled():
+            check_gradients(self.model)  # raises, naming parameters
+        self.scaler.step(self.optimizer)  # which leaves out a step whose gradients overflow
         self.scaler.update()
+        if self.scaler.is_enabled():
+            self._count_skipped(overflow)
+            values["skipped"] = float(overflow)
         average_statistics(self.model)
         return values
+
+    def _count_skipped(self, overflow: bool) -> None:
+        """Raise FloatingPointError where float16 gradients overflow although the loss is not scaled up any more."""
+        self.skipped += overflow
+        if overflow and (scale := self.scaler.get_scale()) < 1:
+            raise FloatingPointError(
+                f"float16 gradients overflow although the loss is no longer scaled up (scale {scale:g};"
+                f" {self.skipped} of {self.step + 1} steps were skipped): {non_finite_gradients(self.model)}"
+            )
+
+    def check_state(self) -> None:
+        """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state."""
+        try:
+            check_state(self.model, self.optimizer)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"after step {self.step - 1}: {error}") from error
+
+    def check_learned(self, run: Run) -> str | None:
+        """At the end: a sentence on skipped steps, or None without any.  Raises ValueError if every one was skipped."""
+        if self.skipped < self.step or not self.step:
+            text = f"note: {self.skipped} of {self.step} steps were skipped, for float16 gradients overflowed"
+            return text if self.skipped else None
+        raise ValueError(
+            f"every one of the {self.step} steps was skipped, for float16 gradients overflowed: nothing was trained,"
+            f" and {run.out} holds an encoder as it began. Take another --out with --train.precision bf16; or with more"
+            f" steps, as each one halves the scale of the loss, now {self.scaler.get_scale():g}"
+        )
 
     def save(self, run: Run) -> None:
         """The checkpoint to resume from; all ranks call this, the first one writes."""
@@ -224,8 +274,9 @@ class Trainer:
             step=self.step,
             config=run.settings,
             extra={"best": self.best, "encoder": self.model.spec, "inner": self.inner.state()}
-            | ({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}),
+            | ({"scaler": self.scaler.state_dict(), "skipped": self.skipped} if self.scaler.is_enabled() else {}),
         )
+        self.saved = self.step
 
     def restore(self, run: Run) -> None:
         """Go on from the last checkpoint, if there is one."""
@@ -238,12 +289,29 @@ class Trainer:
                     self.inner.restore(state.extra["inner"])
                 if "scaler" in state.extra:
                     self.scaler.load_state_dict(state.extra["scaler"])
+                self.skipped = int(state.extra.get("skipped", 0))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{run.last} is damaged ({type(error).__name__}: {error})") from error
             if self.step > self.steps:
                 raise ValueError(f"{run.last} is damaged: it stands at step {self.step} of {self.steps}")
-        same_everywhere(self.step, "the step to go on from")
+            self.saved = self.step
+            self._take_rate()
+            run.note_changes(state.config, self.step)
+        else:
+            run.note_changes(run.began, 0)
+        assert_same_on_all_ranks("the step to go on from", self.step)
+        if self.step:
+            assert_ranks_agree(model=self.model, optimizer=self.optimizer)
         run.keep_rows_before(self.step)
+
+    def _take_rate(self) -> None:
+        """The learning rate of the settings, where a checkpoint of another one was loaded (--change train.lr)."""
+        rate = self.settings.train.lr
+        if self.schedule.base_lrs == [rate] * len(self.schedule.base_lrs):
+            return
+        self.schedule.base_lrs = [rate] * len(self.schedule.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.schedule.last_epoch)
 
     def _loaded(self, run: Run) -> TrainingState:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.schedule}
@@ -255,6 +323,25 @@ class Trainer:
         if self.ranks.first:
             print("note: resuming with another number of ranks; dropout, if any, draws afresh", file=sys.stderr)
         return load_training_state(run.last, restore_random=False, **parts)
+
+
+@contextmanager
+def naming_last_state(trainer: Trainer, run: Run) -> Iterator[None]:
+    """Where a number is not finite inside the block, the error says which state is kept.
+
+    The state in memory is not saved then.  Its weights are those before the bad step, but BatchNorm's statistics have
+    moved, and free training may have taken a part of the step; and the nearer a state is to the failure, the less room
+    there is to steer clear of it.  last.pt is a state that the run passed through.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        kept = (
+            f"nothing was saved before it (--train.save_every {trainer.settings.train.save_every})"
+            if trainer.saved is None
+            else f"the last good state, after {trainer.saved} steps, is in {run.last}"
+        )
+        raise FloatingPointError(f"{error}; {kept}") from error
 
 
 def _or(value: int | None, default: int) -> int:

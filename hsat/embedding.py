@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import feature_drift
+from hsat.attacks import FittedUniversal, RandomNoise, feature_drift
+from hsat.attacks.calling import Ascent
 from hsat.distributed import ShardedLoader, World, gather_objects
-from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
+from hsat.types import Attack, AttackResult, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective
+from hsat.types.row_checks import check_rows
 
 Layer = Literal["features", "embedding"]
 LAYERS = ("features", "embedding")
@@ -157,11 +159,7 @@ class EmbeddingBuffer:
 
     def append(self, batch: HierarchicalBatch, z: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Append embeddings z (n, d) of the images of a batch; returns unit rows and lengths, as they are kept."""
-        if z.ndim != 2 or len(z) != len(batch):
-            raise ValueError(
-                f"the encoder gave shape {tuple(z.shape)} for {len(batch)} images; expected ({len(batch)}, d)."
-                " Wrap a module that gives maps or tokens with hsat.models.wrap_encoder"
-            )
+        check_rows(z, len(batch), "the encoder")
         rows, norms = normalize_rows(z, batch.patch)
         self.append_normalized(ids_of(batch), rows, norms)
         return rows, norms
@@ -220,9 +218,23 @@ def select_layer(encoder: EmbeddingFunction, layer: str) -> EmbeddingFunction:
 
 
 def encode(layer: EmbeddingFunction, images: Tensor) -> Tensor:
-    """The layer's values (n, d) without a graph."""
+    """The layer's values (n, d) without a graph; ValueError for any other shape."""
     with torch.no_grad():
-        return layer(images)
+        z = layer(images)
+    check_rows(z, len(images), "the encoder")
+    return z
+
+
+def attack_unscored(
+    attack: Attack, images: Tensor, objective: Objective, *, generator: torch.Generator, ids: Tensor
+) -> AttackResult:
+    """`attack.run` without the pass that ends it, for callers who embed the result and do not read `value`.
+
+    Attacks that are not hsat's own may not know how to leave it out, and keep it.
+    """
+    if isinstance(attack, Ascent | RandomNoise | FittedUniversal):
+        return attack.run(images, objective, generator=generator, ids=ids, score=False)
+    return attack.run(images, objective, generator=generator, ids=ids)
 
 
 def eval_mode(encoder: EmbeddingFunction) -> AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, arrays without pickle and with checksums, and JSON that is checked when read.
 
-This is the ground floor: it imports nothing of hsat.
+This is the ground floor, beside `untrusted`: it imports nothing else of hsat.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from hsat.untrusted import open_regular
+
 Arrays = dict[str, np.ndarray]
 PathLike = str | os.PathLike[str]
 
+MOST_GROWTH, SMALL = 64, 256 << 20  # of a compressed archive; up to this many bytes it may grow as it likes
 _PARTIAL = ".partial"
 _LONGEST_HEADER = 1 << 24  # bytes; no first line that `write_arrays` makes is longer
 _CHUNK = 1 << 20
@@ -192,9 +195,11 @@ def load_arrays(file: IO[bytes]) -> Arrays:
     """Load all arrays of an open .npz file by name, from any thread, without ever unpickling.
 
     Raises:
-        ValueError: If it is no such archive or holds anything but plain values.
+        ValueError: If it is no such archive, holds anything but plain values, or would take more than 64 times its own
+            length (and more than 256 MiB) in memory.
         OSError, EOFError, zipfile.BadZipFile, zlib.error: If it is damaged.
     """
+    _check_unpacked(file)
     with _header_lock:
         archive: Any = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
@@ -203,9 +208,21 @@ def load_arrays(file: IO[bytes]) -> Arrays:
             return {name: archive[name] for name in archive.files}
 
 
+def _check_unpacked(file: IO[bytes]) -> None:
+    """Raise ValueError for an archive that a few bytes unpack to gigabytes."""
+    begin = file.tell()
+    if zipfile.is_zipfile(file):
+        packed = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > max(SMALL, MOST_GROWTH * packed):
+            raise ValueError(f"its {packed} bytes unpack to {unpacked}, which is more than arrays of ours ever do")
+    file.seek(begin)
+
+
 def _check_length(path: PathLike) -> None:
     """Raise ValueError where the header of a .npy file promises more than the file holds."""
-    with open(path, "rb") as file:
+    with open_regular(path, kind="array") as file:
         if file.read(2) == b"PK":
             return  # an archive, which np.load reads as one
         file.seek(0)
@@ -226,7 +243,8 @@ def _check_length(path: PathLike) -> None:
 def read_text(path: PathLike) -> str:
     """The text of a file; ValueError, naming the file, for what is not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open_regular(path, kind="text file") as file:
+            return file.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from error
 

@@ -42,7 +42,7 @@ def fingerprint_state(module: nn.Module, prefix: str = "") -> str:
     digest = hashlib.sha256(prefix.encode())
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(_bytes_of(value))
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 
@@ -181,13 +181,17 @@ def fingerprint_batch(batch: HierarchicalBatch) -> str:
     for name, column in columns.items():
         if column is not None:
             digest.update(f"{name} {column.dtype} {tuple(column.shape)}\n".encode())
-            digest.update(_bytes_of(column))
+            digest.update(tensor_bytes(column))
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The values of a tensor, row by row, as they lie in memory; any shape, strides, dtype and device.
+
+    The last axis is made for the view as bytes: torch wants a stride of 1 there, which `contiguous` does not promise
+    (one number out of a column of a table is contiguous with the stride of its row).
+    """
+    return tensor.detach().cpu().reshape(-1).unsqueeze(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _without_addresses(text: str) -> str:

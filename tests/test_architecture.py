@@ -14,10 +14,12 @@ import hsat
 ROOT = Path(hsat.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LOWER = {"attacks", "losses", "data", "models"}
-GROUND = {"files", "types", "distributed", "fingerprints"}
+GROUND = {"files", "untrusted", "torch_files", "types", "distributed", "fingerprints"}
 MAY_IMPORT = {room: GROUND for room in LOWER} | {
-    "files": set(),
+    "files": {"untrusted"},
     "embedding": LOWER | GROUND,
+    "untrusted": set(),
+    "torch_files": {"untrusted"},
     "types": {"files"},
     "distributed": {"types", "files"},
     "fingerprints": {"types", "files"},

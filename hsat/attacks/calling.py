@@ -52,15 +52,18 @@ class Ascent(ABC):
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
         success: Success | None = None,
+        score: bool = True,
     ) -> AttackResult:
         """The attack with its record.
 
         x: (n, c, h, w) floats in the threat model's range.  objective: images -> scalar or (n,), maximised.
         start: (n, c, h, w), replaces the first restart's start and is projected first.  generator: source of random
         starts (torch's global one if None).  ids: (n,) ints that make each image's noise its own.  success:
-        (x_adv) -> (n,) bool, stops images early.
+        (x_adv) -> (n,) bool, stops images early.  score=False saves the last forward pass of a single restart, and
+        `value` is then not the value at x_adv.
         """
-        return ascend(x, objective, self._climb(), start=start, generator=generator, ids=ids, success=success)
+        climb = self._climb()
+        return ascend(x, objective, climb, start=start, generator=generator, ids=ids, success=success, score=score)
 
 
 def settings_text(attack: Any, *, leave_out: Sequence[str] = ()) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -320,13 +320,14 @@ class _EnsembleState:
         if len(keep):
             x, ids = self.x[keep], None if self.ids is None else self.ids[keep.to(self.ids.device)]
             objective, extra = self._member_objective(member, x, keep)
-            attack = _narrow(member.attack, keep)
-            result = attack.run(
+            attack: Any = _narrow(member.attack, keep)
+            result: AttackResult = attack.run(
                 x,
                 objective,
                 start=None if start is None else start[keep],
                 generator=_member_generator(member, self.generator, self.ids),
                 ids=ids,
+                score=False,  # the judge sees the images anyway
             )
             newly = self._update_best(member.name, keep, result.x_adv)
             self.zero[keep] += result.zero_gradient

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hsat.attacks.bank_rows import check_labels
 from hsat.types import EmbeddingFunction, EmbeddingTable
+from hsat.types.row_checks import check_rows
 
 Which = Literal["nearest", "farthest"]
 
@@ -27,6 +28,7 @@ class Guide:
         """Images (n, c, h, w) -> similarities (n,) in [-1, 1], float32 or wider."""
         z = self.encode(images)
         if z.shape != self.targets.shape:
+            check_rows(z, len(images), "the encoder")
             raise ValueError(
                 f"the encoder gave embeddings {tuple(z.shape)}, the targets are {tuple(self.targets.shape)}"
             )

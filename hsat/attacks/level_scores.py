@@ -11,6 +11,7 @@ from hsat.attacks.bank_rows import BankLike, check_labels
 from hsat.attacks.nearest_vote import lead, signed
 from hsat.attacks.vote_bank import Vote, VoteBank, vote_bank
 from hsat.types import EmbeddingFunction
+from hsat.types.row_checks import check_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,7 @@ class LevelMargin:
 
     def _vote(self, images: Tensor) -> Vote:
         z = self.encode(images)
+        check_rows(z, len(images), "the encoder")
         if len(z) != len(self.member_of):
             raise ValueError(f"groups for {len(self.member_of)} images, but {len(z)} embeddings")
         return self.bank.vote(z)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hsat.types.row_checks import check_rows
+
 TINY = 1e-12
 """Floor of the denominator of the logit ratio, as in the published code."""
 
@@ -109,8 +111,7 @@ def _check_labels(labels: Tensor, name: str) -> None:
 
 def _logits(logits: Tensor, labels: Tensor, *, least: int, name: str) -> Tensor:
     """The logits in float32 or wider, checked against labels and the number of classes that is needed."""
-    if logits.ndim != 2 or len(logits) != len(labels):
-        raise ValueError(f"the model must give logits ({len(labels)}, classes), got {tuple(logits.shape)}")
+    check_rows(logits, len(labels), "the model", columns="classes")
     classes = logits.shape[1]
     if classes < least:
         hint = "" if name == "margin" else "; use `margin`, which needs two"

@@ -5,27 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hsat.attacks.placing import beside
+from hsat.attacks.radius import kept, read_only
 from hsat.attacks.starts import shortcut, threat_of
 from hsat.types import ThreatModel
-
-
-class _Mask:
-    """Descriptor of the field `mask`: (1 or n, 1 or c, h, w) bool, of which only copies are handed out."""
-
-    def __get__(self, obj: Any, owner: type | None = None) -> Tensor:
-        if obj is None:
-            raise AttributeError("mask")  # dataclasses then treat the field as having no default
-        value: Tensor = obj.__dict__["mask"]
-        return value.clone()
-
-    def __set__(self, obj: Any, value: Tensor) -> None:
-        obj.__dict__["mask"] = _checked(value)
 
 
 def _checked(mask: Tensor) -> Tensor:
@@ -33,12 +20,13 @@ def _checked(mask: Tensor) -> Tensor:
         raise TypeError(f"mask must be a tensor of bools or of 0 and 1, got {type(mask).__name__}")
     if mask.ndim not in (2, 4) or mask.numel() == 0:
         raise ValueError(f"mask must be (h, w), (1, 1, h, w) or (n, 1, h, w); got shape {tuple(mask.shape)}")
-    kept = mask.detach() != 0
-    if mask.dtype != torch.bool and not bool((mask.detach() == kept).all()):
+    allowed = mask.detach() != 0
+    if mask.dtype != torch.bool and not bool((mask.detach() == allowed).all()):
         raise ValueError("mask must hold bools, or nothing but 0 and 1: a pixel may change or it may not")
-    return kept.clone() if mask.ndim == 4 else kept[None, None].clone()
+    return allowed.clone() if mask.ndim == 4 else allowed[None, None].clone()
 
 
+@read_only("mask", _checked)
 @dataclass(frozen=True, repr=False, eq=False)
 class Masked:
     """Only the pixels where the mask is true may change; those follow another threat model.
@@ -56,7 +44,7 @@ class Masked:
     """
 
     threat: ThreatModel
-    mask: _Mask = _Mask()
+    mask: Tensor
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, ThreatModel):
@@ -108,7 +96,7 @@ class Masked:
 
     def select(self, index: Tensor) -> Masked:
         """The threat model of the images `index` of a batch."""
-        mask = self.__dict__["mask"]
+        mask = kept(self, "mask")
         return Masked(threat_of(self.threat, index), mask[index.to(mask.device)] if len(mask) > 1 else mask)
 
     def _confine(self, x_adv: Tensor, x: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
@@ -117,7 +105,7 @@ class Masked:
         return torch.where(allowed, project(torch.where(allowed, x_adv.to(dtype), x.to(dtype))), x.to(dtype))
 
     def _fitted(self, x: Tensor) -> Tensor:
-        mask: Tensor = self.__dict__["mask"]
+        mask: Tensor = kept(self, "mask")
         own, wanted = mask.shape, x.shape
         if x.ndim != 4 or own[0] not in (1, len(x)) or own[1] not in (1, wanted[1]) or own[2:] != wanted[2:]:
             raise ValueError(
@@ -127,7 +115,7 @@ class Masked:
         return beside(mask, x)
 
     def _key(self) -> tuple[object, ...]:
-        mask = self.__dict__["mask"]
+        mask = kept(self, "mask")
         return (self.threat, tuple(mask.shape), _digest(mask))
 
     def __eq__(self, other: object) -> bool:
@@ -137,7 +125,7 @@ class Masked:
         return hash(self._key())
 
     def __repr__(self) -> str:
-        mask = self.__dict__["mask"]
+        mask = kept(self, "mask")
         share = float(mask.double().mean())
         text = f"tensor(shape={tuple(mask.shape)}, share={share:.4g}, sha256={_digest(mask)[:8]})"
         return f"Masked(threat={self.threat!r}, mask={text})"

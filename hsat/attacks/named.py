@@ -166,12 +166,31 @@ class RandomNoise:
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
         success: Success | None = None,
+        score: bool = True,
     ) -> AttackResult:
-        """The same with the objective's value at the images and at the noisy images."""
+        """The same with the objective's value at the images and at the noisy images; see `unguided_result`."""
         x_adv = self(x, objective, start=start, generator=generator, ids=ids)
+        return unguided_result(x_adv, x, objective, success=success, score=score)
+
+
+def unguided_result(
+    x_adv: Tensor, x: Tensor, objective: Objective, *, success: Success | None, score: bool
+) -> AttackResult:
+    """The result of an attack that asked the objective nothing on its way.
+
+    score=False does not ask it for the values at x and x_adv either: both are then 0, after no forward pass.
+    """
+    start_value = value = torch.zeros((), device=x.device)
+    if score:
         with torch.no_grad():
             start_value, value = objective(x).detach(), objective(x_adv).detach()
         check_value(value, len(x))
-        zero = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        found = None if success is None else success(x_adv)
-        return AttackResult(x_adv, value, start_value, zero, found, forwards=2, backwards=0)
+    return AttackResult(
+        x_adv=x_adv,
+        value=value,
+        start_value=start_value,
+        zero_gradient=torch.zeros(len(x), dtype=torch.int64, device=x.device),
+        success=None if success is None else success(x_adv),
+        forwards=2 if score else 0,
+        backwards=0,
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from hsat.attacks.bank_rows import BankLike, check_labels
 from hsat.attacks.vote_bank import Vote, VoteBank, vote_bank
 from hsat.types import EmbeddingFunction
+from hsat.types.row_checks import check_rows
 
 VoteLoss = Literal["margin", "ce"]
 VOTE_LOSSES = ("margin", "ce")
@@ -38,6 +39,7 @@ class SoftKNN:
     def vote(self, images: Tensor) -> Vote:
         """The vote itself, with gradients: `.scores` (n, classes) and `.log_vote`."""
         z = self.encode(images)
+        check_rows(z, len(images), "the encoder")
         if len(z) != len(self.labels):
             raise ValueError(f"{len(self.labels)} labels for {len(z)} embeddings; give one label per image")
         return self.bank.vote(z)

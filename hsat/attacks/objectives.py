@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hsat.attacks.margins import decision_is_wrong
 from hsat.types import EmbeddingFunction, HierarchicalBatch, Levels, Objective
+from hsat.types.row_checks import check_rows
 
 Distance = Literal["cosine", "l2", "l1"]
 DISTANCES = ("cosine", "l2", "l1")
@@ -34,6 +35,7 @@ class FeatureDrift:
         """Images (n, c, h, w) -> distances (n,), float32 or wider."""
         z = self.encode(images)
         if z.shape != self.reference.shape:
+            check_rows(z, len(images), "the encoder")
             raise ValueError(
                 f"the encoder gave embeddings {tuple(z.shape)}, the reference has {tuple(self.reference.shape)}"
             )
@@ -65,6 +67,7 @@ def feature_drift(
     if reference is None:
         with torch.no_grad():
             reference = encode(x)
+        check_rows(reference, len(x), "the encoder")
     if reference.ndim != 2 or len(reference) != len(x):
         raise ValueError(f"the reference must be ({len(x)}, d), one row per image; got {tuple(reference.shape)}")
     return FeatureDrift(encode, reference.detach().to(torch.promote_types(reference.dtype, torch.float32)), distance)
@@ -98,6 +101,7 @@ class Classification:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) -> cross-entropy (n,)."""
         logits = self.model(images)
+        check_rows(logits, len(images), "the model", columns="classes")
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(logits, self.labels, reduction="none")

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hsat.attacks import radius, starts
 from hsat.attacks.composing import Success
-from hsat.attacks.gradient import check_value
+from hsat.attacks.named import unguided_result
 from hsat.attacks.threat import L2, Linf
 from hsat.files import write_file
 from hsat.types import AttackResult, Objective
+from hsat.untrusted import check_regular, strict_json
 
 FORMAT = "hsat universal perturbation 1"
 
@@ -79,15 +80,11 @@ class FittedUniversal:
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
         success: Success | None = None,
+        score: bool = True,
     ) -> AttackResult:
-        """The same with the objective's value at the images and at the perturbed images."""
+        """The same with the objective's value at the images and at the perturbed images; see `unguided_result`."""
         x_adv = self(x, objective, start=start, ids=ids)
-        with torch.no_grad():
-            start_value, value = objective(x).detach(), objective(x_adv).detach()
-        check_value(value, len(x))
-        zero = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        found = None if success is None else success(x_adv)
-        return AttackResult(x_adv, value, start_value, zero, found, forwards=2, backwards=0)
+        return unguided_result(x_adv, x, objective, success=success, score=score)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write delta and everything about it as safetensors; the file appears whole or not at all."""
@@ -111,15 +108,14 @@ class FittedUniversal:
         """Read what `save` wrote.  Raises FileNotFoundError, or ValueError naming the file for anything else."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist; `save` writes a universal perturbation")
+        check_regular(path, kind="universal perturbation")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, wanted {FORMAT!r}")
-            about: dict[str, Any] = json.loads(metadata["about"])
+            about: dict[str, Any] = strict_json(metadata["about"], where="about", depth=3, containers=10)
             kinds: dict[str, type[Linf | L2]] = {"Linf": Linf, "L2": L2}
             eps = tensors["eps"] if about["eps"] is None else about["eps"]
             return cls(

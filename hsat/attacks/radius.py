@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hsat.attacks.placing import beside
 
-
-class Radius:
-    """Descriptor of a dataclass field that holds eps: a float, or a tensor of which only copies are handed out."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, obj: Any, owner: type | None = None) -> float | Tensor:
-        if obj is None:
-            raise AttributeError(self._name)  # dataclasses then treat the field as having no default
-        value: float | Tensor = obj.__dict__[self._name]
-        return value.clone() if isinstance(value, Tensor) else value
-
-    def __set__(self, obj: Any, value: float | Tensor) -> None:
-        obj.__dict__[self._name] = _plain(value)
+_Class = TypeVar("_Class")
 
 
-def _plain(value: float | Tensor) -> float | Tensor:
+def read_only(name: str, convert: Callable[[Any], Any]) -> Callable[[type[_Class]], type[_Class]]:
+    """Class decorator: a field of a frozen dataclass keeps convert(value), and reading it gives a copy of a tensor.
+
+    So nobody changes in place what an attack was made with.  The class itself reads the tensor with `kept`.
+    """
+
+    def decorate(owner: type[_Class]) -> type[_Class]:
+        def read(self: Any) -> Any:
+            value = kept(self, name)
+            return value.clone() if isinstance(value, Tensor) else value
+
+        def write(self: Any, value: Any) -> None:
+            object.__setattr__(self, f"_{name}", convert(value))
+
+        setattr(owner, name, property(read, write))  # written once, by __init__; a frozen dataclass refuses the rest
+        return owner
+
+    return decorate
+
+
+def kept(owner: Any, name: str) -> Any:
+    """What a `read_only` field keeps, and no copy of it: not to be changed."""
+    return getattr(owner, f"_{name}")
+
+
+def plain_radius(value: float | Tensor) -> float | Tensor:
+    """eps as a float, or as a copy of a tensor of floats; TypeError for anything else."""
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise TypeError(f"a tensor eps must hold floats, got {value.dtype}")

@@ -71,7 +71,7 @@ def estimate_stains(images: Tensor, *, least: float = 0.15, percentile: float = 
     images: (n, 3, h, w) in [0, 1].  Macenko et al. 2009: pixels with optical density above `least` in every channel;
     the plane of the two strongest directions of their covariance; the extreme angles in it, `percentile` % from either
     end.  Of the two, haematoxylin is the one with more red density.  Raises ValueError where fewer than 100 pixels are
-    stained.
+    stained, or all of them have one hue.
     """
     _check_colour(images)
     density = optical_density(images.detach().double().cpu()).movedim(1, -1).reshape(-1, 3)
@@ -85,6 +85,11 @@ def estimate_stains(images: Tensor, *, least: float = 0.15, percentile: float = 
     plane = plane * torch.where(plane.sum(0) < 0, -1.0, 1.0)
     angle = torch.atan2(density @ plane[:, 0], density @ plane[:, 1]).sort().values
     ends = [angle[round((len(angle) - 1) * share)] for share in (percentile / 100, 1 - percentile / 100)]
+    if float(ends[1] - ends[0]) < 1e-3:  # radians
+        raise ValueError(
+            f"the {len(density)} stained pixels have one hue only, which is one stain at most; estimate stains from"
+            " images that show both, or give vectors= yourself"
+        )
     found = [plane[:, 0] * end.sin() + plane[:, 1] * end.cos() for end in ends]
     found.sort(key=lambda row: -float(row[0]))
     return tuple(tuple(float(value) for value in row) for row in found)

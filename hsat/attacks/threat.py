@@ -15,24 +15,25 @@ from hsat.attacks import radius
 from hsat.attacks.ball_and_box import nearest_in_ball_and_box, norm
 from hsat.attacks.floating import next_float, round_inside
 from hsat.attacks.pixels import admit, admitted, check_range, draw
-from hsat.attacks.radius import Radius
+from hsat.attacks.radius import kept, plain_radius, read_only
 
 _T = TypeVar("_T", bound="Linf | L2")
 
 
 def _select(threat: _T, index: Tensor) -> _T:
-    eps = radius.select(threat.__dict__["eps"], index)
-    return threat if eps is threat.__dict__["eps"] else dataclasses.replace(threat, eps=eps)
+    eps = radius.select(kept(threat, "eps"), index)
+    return threat if eps is kept(threat, "eps") else dataclasses.replace(threat, eps=eps)
 
 
 def _key(threat: Linf | L2) -> tuple[object, ...]:
-    return (type(threat), radius.key(threat.__dict__["eps"]), threat.low, threat.high)
+    return (type(threat), radius.key(kept(threat, "eps")), threat.low, threat.high)
 
 
 def _text(threat: Linf | L2) -> str:
-    return f"{type(threat).__name__}(eps={radius.text(threat.__dict__['eps'])}, low={threat.low}, high={threat.high})"
+    return f"{type(threat).__name__}(eps={radius.text(kept(threat, 'eps'))}, low={threat.low}, high={threat.high})"
 
 
+@read_only("eps", plain_radius)
 @dataclass(frozen=True, repr=False, eq=False)
 class Linf:
     """Every pixel may move by at most eps and stays inside [low, high].
@@ -45,7 +46,7 @@ class Linf:
     [low, high] by more than 1e-6 (less is clamped, and everything above refers to the clamped images).
     """
 
-    eps: Radius = Radius()
+    eps: float | Tensor
     low: float = 0.0
     high: float = 1.0
 
@@ -60,7 +61,7 @@ class Linf:
 
     def start_inside(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """`start` for an x that is already inside [low, high]: nothing is read from the device."""
-        noise = (draw(x, generator, torch.rand) * 2 - 1) * radius.broadcast(self.__dict__["eps"], x)
+        noise = (draw(x, generator, torch.rand) * 2 - 1) * radius.broadcast(kept(self, "eps"), x)
         return self.around(x)((x + noise).to(x.dtype))
 
     def ascent(self, grad: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Linf:
         return project
 
     def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        eps, exact = radius.broadcast(self.__dict__["eps"], x), x.double()
+        eps, exact = radius.broadcast(kept(self, "eps"), x), x.double()
 
         def edge(*, up: bool) -> Tensor:
             def inside(t: Tensor) -> Tensor:
@@ -116,6 +117,7 @@ class Linf:
         return _text(self)
 
 
+@read_only("eps", plain_radius)
 @dataclass(frozen=True, repr=False, eq=False)
 class L2:
     """The whole image may move by at most eps in Euclidean norm and stays inside [low, high].
@@ -128,7 +130,7 @@ class L2:
     Raises ValueError as Linf does.
     """
 
-    eps: Radius = Radius()
+    eps: float | Tensor
     low: float = 0.0
     high: float = 1.0
 
@@ -144,7 +146,7 @@ class L2:
         """`start` for an x that is already inside [low, high]: nothing is read from the device."""
         direction = self.ascent(draw(x, generator, torch.randn))
         reach = draw(x[:, :1, :1, :1], generator, torch.rand) ** (1.0 / max(1, x[0].numel() if len(x) else 1))
-        return self.around(x)((x + direction * reach * self._eps(x)).to(x.dtype))
+        return self.around(x)((x + direction * reach * self._radius(x)).to(x.dtype))
 
     def ascent(self, grad: Tensor) -> Tensor:
         """grad / |grad| per image; zero stays zero, and tiny gradients do not underflow."""
@@ -159,7 +161,7 @@ class L2:
 
     def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """`project` for a fixed x that is already inside [low, high]."""
-        eps, exact = self._eps(x), x.double()
+        eps, exact = self._radius(x), x.double()
 
         def project(x_adv: Tensor) -> Tensor:
             dtype = torch.promote_types(x_adv.dtype, x.dtype)
@@ -177,8 +179,8 @@ class L2:
 
         return project
 
-    def _eps(self, x: Tensor) -> float | Tensor:
-        eps = self.__dict__["eps"]
+    def _radius(self, x: Tensor) -> float | Tensor:
+        eps = kept(self, "eps")
         if isinstance(eps, Tensor) and eps.ndim == 4 and eps.shape[1:] != (1, 1, 1):
             raise ValueError(f"an L2 ball has one eps per image; got eps of shape {tuple(eps.shape)}")
         largest = (self.high - self.low) * math.sqrt(x[0].numel()) if len(x) else math.inf

@@ -29,6 +29,24 @@ def cohort_fingerprint(cohort: Cohort, *, verify: bool = False) -> str:
     return digest.hexdigest()
 
 
+def patient_digests(cohort: Cohort) -> dict[str, str]:
+    """What each patient has, in order of first appearance: number of patches and a digest of their rows and sizes.
+
+    Ids play no part, so that a patient who is missing leaves the others as they are; the last entry is the order.
+    """
+    sizes = file_sizes(cohort.root, (row.path for row in cohort.records), map(cohort.path, range(len(cohort))))
+    rows_of: dict[str, list[int]] = {}
+    for i, record in enumerate(cohort.records):
+        rows_of.setdefault(record.patient, []).append(i)
+    found = {}
+    for patient, rows in rows_of.items():
+        lines = sorted(json.dumps([*cohort.records[i], sizes[i]]) for i in rows)
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        found[f"patient {patient!r}"] = f"{digest[:12]} ({len(rows)} patches)"
+    paths = "\n".join(record.path for record in cohort.records)
+    return found | {"the order of the patches": hashlib.sha256(paths.encode()).hexdigest()[:12]}
+
+
 def _contents(path: str) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

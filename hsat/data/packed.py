@@ -135,6 +135,11 @@ class PackedPatches:
         if changed:
             raise ValueError(f"{self.folder / 'images.npy'} is damaged at {shortened(changed)}; pack it anew")
 
+    def content_digest(self) -> str:
+        """SHA-256 (hex) of what is packed of the cohort: the checksum of every patch, in the cohort's order."""
+        checksums = load_array(self.folder / "checksums.npy")[self._places, 0]
+        return hashlib.sha256(np.ascontiguousarray(checksums).data).hexdigest()
+
     def check_sources(self, cohort: Cohort, *, verify: bool = False) -> None:
         """Compare the cohort's files with what was packed, see `open`; ValueError names those that changed."""
         sizes = file_sizes(cohort.root, self._paths, map(cohort.path, range(len(self))))

@@ -200,10 +200,11 @@ class PatientBatchSampler:
         self.epoch, self.strength, self.start_batch = 0, 1.0, 0
         together = batch_patients * world_size
         if drop_last and together > self.draws_per_epoch:
+            most = self.draws_per_epoch // world_size
+            advice = f"batch_patients={most} or fewer" if most else f"at most {self.draws_per_epoch} rank(s)"
             raise ValueError(
                 f"batch_patients={batch_patients} on {world_size} rank(s) asks for {together} patients at once, but an"
-                f" epoch of split {split!r} has {self.draws_per_epoch} (balance={balance});"
-                f" use batch_patients={max(1, self.draws_per_epoch // world_size)} or fewer"
+                f" epoch of split {split!r} has {self.draws_per_epoch} (balance={balance}); use {advice}"
             )
 
     def __repr__(self) -> str:

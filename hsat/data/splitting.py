@@ -41,7 +41,10 @@ def split_by_patient(
         in_order = sorted(patients)
         held_out.update(in_order[i] for i in order[:wanted])
     if not held_out:
-        raise ValueError(f"no class has two patients, so {names[1]!r} would be empty; a split needs more patients")
+        raise ValueError(
+            f"no class has two patients, so {names[1]!r} would be empty; a split needs more patients than the one each"
+            f" of {', '.join(map(repr, sorted(alone)))}"
+        )
     if alone:
         warnings.warn(
             f"class {', '.join(map(repr, alone))} has a single patient, which stays in {names[0]!r}:"

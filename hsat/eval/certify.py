@@ -26,7 +26,7 @@ from hsat.eval.evaluation import (
     query_info,
 )
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
-from hsat.eval.records import AttackFacts, Record, RecordTemplate, shared_patient_flags
+from hsat.eval.records import AttackFacts, Record, RecordTemplate, bank_flags
 from hsat.eval.runner import open_session, open_world, run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.statistics.binomial import binomial_tail
@@ -143,7 +143,11 @@ def certify(
             encoder, images, layer=scoring.layer, run=run, provenance=provenance, world=world, cache=cache
         )
         if len(np.unique(table.label)) == 1:
-            raise ValueError(f"the bank holds one class only, of {table.class_names}: there is no decision to certify")
+            only = table.class_names[int(table.label[0])]
+            raise ValueError(
+                f"the bank holds one class only, {only!r} of {table.class_names}: there is no decision to certify;"
+                " give a bank with images of at least two classes"
+            )
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
         named = {"": (encoder, provenance.checkpoint)}
@@ -261,7 +265,7 @@ def _template(
         cohort=queries.cohort,
         split=queries.split,
         class_names=queries.class_names,
-        flags=shared_patient_flags(bank, queries),
+        flags=bank_flags(bank, queries),
         settings={
             "layer": scoring.layer,
             "how": options.pooling,

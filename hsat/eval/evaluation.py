@@ -12,7 +12,7 @@ from hsat.classifiers import FittedKNN, concat_tables, fit_classifiers, predict_
 from hsat.distributed import World
 from hsat.embedding import Embedder, LoaderInfo, loader_info
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
-from hsat.eval.records import ClassifierFacts, RecordTemplate, shared_patient_flags
+from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
 from hsat.eval.store import EmbeddingCache
 from hsat.fingerprints import (
     fingerprint_attack,
@@ -243,6 +243,6 @@ def record_template(
         cohort=queries.cohort,
         split=queries.split,
         class_names=tuple(class_names),
-        flags=shared_patient_flags(bank, queries),
+        flags=bank_flags(bank, queries),
         settings=settings,
     )

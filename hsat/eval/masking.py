@@ -20,7 +20,7 @@ from torch import Tensor
 from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, margin
 from hsat.attacks.starts import image_seed
 from hsat.classifiers import DecisionModel
-from hsat.embedding import encode
+from hsat.embedding import attack_unscored, encode
 from hsat.eval.statistics.binomial import binomial_tail
 from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective
 
@@ -161,7 +161,7 @@ class _Checks:
     def attacked(self, attack: Attack, objective: Objective | None = None, *, seed: int | None = None) -> AttackResult:
         seed = self.subject.seed if seed is None else seed
         generator = torch.Generator().manual_seed(seed)
-        return attack.run(self.images, objective or self.objective, generator=generator, ids=self.ids)
+        return attack_unscored(attack, self.images, objective or self.objective, generator=generator, ids=self.ids)
 
     def value(self, images: Tensor) -> Tensor:
         """The objective, (n,); a scalar objective counts for every image."""

@@ -326,12 +326,17 @@ def measure_levels(
     }
 
 
-def shared_patient_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
-    """A flag if bank and queries come from one cohort and have patients in common."""
-    if not bank.cohort or bank.cohort != queries.cohort:
-        return ()
-    shared = np.intersect1d(bank.patient, queries.patient)
-    return (f"bank and queries share {len(shared)} patients",) if len(shared) else ()
+def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
+    """Reasons to distrust every number that a bank gives: shared patients, and a single class that always wins."""
+    flags = []
+    if bank.cohort and bank.cohort == queries.cohort:
+        shared = np.intersect1d(bank.patient, queries.patient)
+        flags += [f"bank and queries share {len(shared)} patients"] if len(shared) else []
+    classes = np.unique(bank.label)
+    if len(classes) == 1:
+        name = bank.class_names[int(classes[0])]
+        flags.append(f"the bank holds one class only ({name}): no attack can change a decision")
+    return tuple(flags)
 
 
 def _attack_settings(facts: AttackFacts) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hsat.distributed import ShardedLoader, World, shared_world
 from hsat.embedding import (
     EmbeddingBuffer,
     LoaderInfo,
+    attack_unscored,
     encode,
     eval_mode,
     ids_of,
@@ -313,7 +314,7 @@ class AttackRunner:
                 )
             else:
                 with using_branch(self._encoder, branch):
-                    result = attack.run(images, objective, generator=generator, ids=batch.patch)
+                    result = attack_unscored(attack, images, objective, generator=generator, ids=batch.patch)
                 target = "" if branch else self._objectives.target
                 candidates[name] = Candidate(attack, result.x_adv, target, follows_gradient=result.backwards > 0)
             if self._inspect is not None:
@@ -362,8 +363,6 @@ class _BatchRecord:
         """Take in the images of a condition, their embeddings by reader, what was counted, and an ensemble's result."""
         for reader, z in rows.items():
             place = _place(name, reader)
-            if z.ndim != 2 or len(z) != len(self._batch):
-                EmbeddingBuffer().append(self._batch, z)  # says what is wrong
             self._arrays[f"z {place}"], self._arrays[f"norm {place}"] = normalize_rows(z, self._batch.patch)
         kept = images[: self._keep].detach().cpu()
         self._arrays[f"kept {name}"] = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()

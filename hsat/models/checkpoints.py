@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,16 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hsat.fingerprints import fingerprint_state
 from hsat.models.dual_norm import is_dual
 from hsat.models.encoder import Encoder
 from hsat.models.file_heads import head_in
+from hsat.models.finite import listed_entries, non_finite_entries
+from hsat.models.metadata import parse_metadata
 from hsat.models.naming import Naming, best_naming
 from hsat.models.suggestions import alike_names, fitting_names
-from hsat.models.weight_files import SAFETENSORS_KEY, LoadReport, checkpoint_hash, read_weights
+from hsat.models.weight_files import SAFETENSORS_KEY, LoadReport, WeightFile, checkpoint_hash, read_weights
 from hsat.models.zoo import PAPER_NAMES
 
 CLASSIFIERS = ("fc.", "head.", "head.fc.", "classifier.", "proj.", "projector.")
@@ -39,24 +40,30 @@ def load_checkpoint(encoder: nn.Module, path: str | os.PathLike[str]) -> LoadRep
     much, shapes that differ, values that are not finite; names of the paper that the file would fit are listed with
     them.  Also for files that hold no weights (see `read_weights`), and for a published file whose names say that its
     encoder normalised pixels where this one does not, or the reverse.
+    What a file says about building its encoder is not asked here: the encoder is the caller's.
     Published training resumes with strict=False, and can load nothing and go on; this cannot.
     """
-    return load_state(encoder, path, *read_weights(path))
+    return load_state(encoder, path, read_weights(path))
 
 
-def load_state(
-    encoder: nn.Module, path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, Any]
-) -> LoadReport:
+def load_state(encoder: nn.Module, path: str | os.PathLike[str], content: WeightFile) -> LoadReport:
     """`load_checkpoint` with what `read_weights(path)` gave."""
     encoder = encoder.module if isinstance(encoder, DistributedDataParallel) else encoder
+    naming = check_state(encoder, path, content)
     target = encoder.state_dict()
-    naming = best_naming(state, target)
-    fits = {naming(key): value for key, value in state.items() if naming(key) in target}
-    _check_fit(path, naming, target, state)
+    fits = {naming(key): value for key, value in content.state.items() if naming(key) in target}
+    encoder.load_state_dict(fits, strict=True)
+    return LoadReport(str(path), checkpoint_hash(path), str(naming), len(fits), metadata=content.metadata)
+
+
+def check_state(encoder: nn.Module, path: str | os.PathLike[str], content: WeightFile) -> Naming:
+    """How the file's names are read, where all of it fits; the encoder may be without storage (on the meta device)."""
+    target = encoder.state_dict()
+    naming = best_naming(content.state, target)
+    _check_fit(path, naming, target, content.state)
     if isinstance(encoder, Encoder):
         _check_pixels(path, encoder, naming.layout)
-    encoder.load_state_dict(fits, strict=True)
-    return LoadReport(str(path), checkpoint_hash(path), str(naming), len(fits), metadata=metadata)
+    return naming
 
 
 def load_backbone(encoder: Encoder, path: str | os.PathLike[str]) -> LoadReport:
@@ -65,35 +72,53 @@ def load_backbone(encoder: Encoder, path: str | os.PathLike[str]) -> LoadReport:
     Entries left out are the classifier or projector, and pixel normalisation; `dropped` lists them.  Any other entry
     without a place, and any of the backbone's own that is absent, is an error as in `load_checkpoint`.
     """
-    state, metadata = read_weights(path)
+    content = read_weights(path)
+    naming, dropped = check_backbone(encoder, path, content)
+    target = encoder.backbone.state_dict()
+    places = {key: naming(key).removeprefix("backbone.") for key in content.state if key not in dropped}
+    fits = {place: content.state[key] for key, place in places.items() if place in target}
+    encoder.backbone.load_state_dict(fits, strict=True)
+    return LoadReport(str(path), checkpoint_hash(path), str(naming), len(fits), dropped, content.metadata)
+
+
+def check_backbone(
+    encoder: Encoder, path: str | os.PathLike[str], content: WeightFile
+) -> tuple[Naming, tuple[str, ...]]:
+    """How the file's names are read, where it fits the backbone, and which of its entries are left out."""
     target = {f"backbone.{key}": value for key, value in encoder.backbone.state_dict().items()}
-    naming = best_naming(state, target)
-    fits = {naming(key): value for key, value in state.items() if naming(key) in target}
-    others = [key for key in state if naming(key) not in target]
-    dropped = [key for key in others if any(map(_is_left_out, naming.shortened(key)))]
-    _check_fit(path, naming, target, {key: value for key, value in state.items() if key not in dropped})
+    naming = best_naming(content.state, target)
+    others = [key for key in content.state if naming(key) not in target]
+    dropped = dict.fromkeys(key for key in others if any(map(_is_left_out, naming.shortened(key))))
+    _check_fit(path, naming, target, {key: value for key, value in content.state.items() if key not in dropped})
     _check_pixels(path, encoder, naming.layout)
-    encoder.backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in fits.items()}, strict=True)
-    return LoadReport(str(path), checkpoint_hash(path), str(naming), len(fits), tuple(dropped), metadata)
+    return naming, tuple(dropped)
 
 
 def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write weights and what is needed to rebuild the encoder as one safetensors file, whole or not at all.
 
-    metadata: plain values (JSON) kept beside the weights, such as epoch or the cohort's fingerprint.  Encoders of
-    `wrap_encoder`, or with a head of the user's, are saved without the rebuilding part: build them yourself, then
-    `load_checkpoint`.  Raises TypeError when metadata is not JSON.
+    metadata: plain values (JSON) kept beside the weights, such as epoch or the cohort's fingerprint; "training" has
+    keys of its own, see `check_training`.  Encoders of `wrap_encoder`, or with a head of the user's, are saved without
+    the rebuilding part: build them yourself, then `load_checkpoint`.
+    Raises TypeError when metadata is not JSON; ValueError, before anything is written, for the name "encoder" in it,
+    which is the rebuilding part, and for metadata that no reader would take; FloatingPointError, leaving `path` as it
+    was, naming the entries that hold NaN or infinity: `load_checkpoint` would not take them.
     """
     from safetensors.torch import save_file
 
+    if "encoder" in (metadata or {}):
+        raise ValueError("metadata has the key 'encoder', under which the file says how to build it; take another one")
     spec = None if encoder.spec is None else {**encoder.spec, "dual_norm": is_dual(encoder.backbone)}
     try:
         text = json.dumps({**(metadata or {}), "encoder": spec}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be plain JSON values: {error}") from error
+    parse_metadata(text, path)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().clone().contiguous() for key, value in encoder.state_dict().items()}
+    if entries := non_finite_entries(state):
+        raise FloatingPointError(f"{path} was not written, for the encoder is not finite in {listed_entries(entries)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # One entry only: safetensors writes several in random order, and equal encoders should be equal files.
@@ -113,14 +138,8 @@ def state_fingerprint(encoder: nn.Module) -> str:
 
     The same for the same weights on any device and in any file; different when a single bit differs.
     """
-    digest = hashlib.sha256()
-    if isinstance(encoder, Encoder):
-        digest.update(repr((encoder.mean, encoder.std, encoder.input_size)).encode())
-    for key, value in sorted(encoder.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    pixels = repr((encoder.mean, encoder.std, encoder.input_size)) if isinstance(encoder, Encoder) else ""
+    return fingerprint_state(encoder, pixels)
 
 
 def _is_left_out(name: str) -> bool:
@@ -138,8 +157,8 @@ def _check_fit(
         for key, value in fits.items()
         if value.shape != target[key].shape
     ]
-    kinds = [key for key, value in fits.items() if value.is_floating_point() != target[key].is_floating_point()]
-    broken = [key for key, value in fits.items() if value.is_floating_point() and not value.isfinite().all()]
+    kinds = [key for key, value in fits.items() if _kind(value) != _kind(target[key])]
+    broken = [key for key, value in fits.items() if value.shape == target[key].shape and not _is_finite(value)]
     problems = [
         f"{len(keys)} {what}: {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}"
         for what, keys in (
@@ -155,6 +174,17 @@ def _check_fit(
         return
     hint = _hint(missing, extra, shapes, state) if missing or extra or shapes else ""
     raise ValueError(f"{path} does not fit (read as {naming}); nothing was loaded. {'. '.join(problems)}{hint}")
+
+
+def _kind(value: Tensor) -> tuple[bool, bool]:
+    return value.is_floating_point(), value.is_complex()
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    wide = value.float() if value.element_size() == 1 else value  # torch has no isfinite for 8-bit floats
+    return bool(wide.isfinite().all())
 
 
 def _hint(missing: list[str], extra: list[str], shapes: list[str], state: Mapping[str, Tensor]) -> str:

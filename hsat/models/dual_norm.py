@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 BRANCHES = ("normal", "pgd")
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+"""Every BatchNorm of torch; those of timm, which carry an activation, are subclasses."""
 
 
 class DualBatchNorm(nn.Module):
@@ -20,7 +21,7 @@ class DualBatchNorm(nn.Module):
     dict; use `branch` to choose.  Key names are those of the published `resnet50_multi_bn` checkpoints.
     """
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: BatchNorm) -> None:
         super().__init__()
         self.bn_list = nn.ModuleList([norm, copy.deepcopy(norm)])
         self.active = BRANCHES[0]
@@ -46,9 +47,9 @@ def convert_to_dual(module: nn.Module) -> nn.Module:
     Layers that are dual already stay as they are.  Raises ValueError if there is no BatchNorm to replace.  Call it
     before the optimiser is built: the "pgd" copies are new parameters.
     """
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BatchNorm):
         return DualBatchNorm(module)
-    if not any(isinstance(part, _BatchNorm) for part in module.modules()):
+    if not any(isinstance(part, BatchNorm) for part in module.modules()):
         raise ValueError(f"{type(module).__name__} has no BatchNorm layer, so there is nothing to double")
     _convert_children(module)
     return module
@@ -58,7 +59,7 @@ def _convert_children(module: nn.Module) -> None:
     if isinstance(module, DualBatchNorm):
         return
     for name, child in list(module.named_children()):
-        if isinstance(child, _BatchNorm):
+        if isinstance(child, BatchNorm):
             setattr(module, name, DualBatchNorm(child))
         else:
             _convert_children(child)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsat.fingerprints import fingerprint_state
 from hsat.models.modes import frozen
-from hsat.models.weight_files import LoadReport
+from hsat.types.row_checks import SQUEEZED, is_squeezed
+
+if TYPE_CHECKING:
+    from hsat.models.weight_files import LoadReport
 
 Features = Callable[[Tensor], Tensor]
 PROBED_SIZES = (224, 96, 64, 32)
@@ -64,6 +68,10 @@ class Encoder(nn.Module):
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             buffer = None if values is None else torch.tensor(values).view(1, -1, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights and over what the encoder does to pixels; see `hsat.fingerprints`."""
+        return fingerprint_state(self, repr((self.mean, self.std, self.input_size)))
 
     def attach_head(self, head: nn.Module, *, embedding_dim: int) -> None:
         """Put another head (n, feature_dim) -> (n, embedding_dim) in place of the present one."""
@@ -185,9 +193,11 @@ def _as_vectors(out: object, n: int) -> Tensor:
     if out.ndim == 4:
         out = out.mean((2, 3))
     if out.ndim != 2 or len(out) != n:
+        shape = tuple(out.shape)
         tokens = " (tokens?); to take the class token" if out.ndim == 3 else ";"
+        reason = f". {SQUEEZED}; or" if is_squeezed(shape, n) else tokens
         raise ValueError(
-            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {tuple(out.shape)}{tokens}"
+            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {shape}{reason}"
             f" pass features=, such as features=lambda x: module.forward_features(x)[:, 0], to wrap_encoder"
         )
     return out

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Literal
+from contextlib import contextmanager
 
 from torch import nn
 
-from hsat.models.constant.swapping import constant_layers
-
 
 @contextmanager
-def frozen(*modules: nn.Module, layers: Literal["exact", "fast", "plain"] = "exact") -> Iterator[None]:
+def frozen(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside the block; everything restored after it.
 
     Inside, every submodule has `training == False` and every parameter `requires_grad == False`; gradients with
@@ -24,24 +21,15 @@ def frozen(*modules: nn.Module, layers: Literal["exact", "fast", "plain"] = "exa
     set flags (merging low-rank weights, say) does not do it here.  Submodules and parameters shared by several modules
     are handled once.
 
-    layers: how those on CPU are computed while their weights are constant.  "exact": convolutions on images in
-    channels_last keep their weights in the layout that oneDNN computes with, instead of arranging them anew in each
-    pass: the same bits in less time, for up to twice the weights' memory.  "fast": with other last bits, also the
-    gradient that strided convolutions on up to 4 channels give the images is one dense convolution (so it is under
-    "exact" in bfloat16), and BatchNorm is one factor and one summand, in any layout.  "plain": as torch does, and what
-    torch.jit.script needs inside the block.  Compiled models are always plain.
-
     Several threads may run a model inside one block.  Blocks of two threads on one model would undo each other's flags.
 
-    Raises TypeError for what is not a torch.nn.Module, ValueError for another word, before anything is changed.
+    Raises TypeError for what is not a torch.nn.Module, before anything is changed.
 
         with frozen(encoder):
             x_adv = attack(x, feature_drift(encoder.features, x))
     """
     for module in modules:
         _check_is_module(module)
-    if layers not in ("exact", "fast", "plain"):
-        raise ValueError(f"layers must be 'exact', 'fast' or 'plain', got {layers!r}")
     flags = {id(part): (part, part.training) for module in modules for part in module.modules()}
     wanted = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
     try:
@@ -49,10 +37,7 @@ def frozen(*modules: nn.Module, layers: Literal["exact", "fast", "plain"] = "exa
             part.training = False
         for parameter, _ in wanted.values():
             parameter.requires_grad_(False)
-        with ExitStack() as stack:
-            if layers != "plain":
-                stack.enter_context(constant_layers((part for part, _ in flags.values()), fast=layers == "fast"))
-            yield
+        yield
     finally:
         for part, training in flags.values():
             part.training = training

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from hsat.training.accumulation import accumulated_step, split_batch
-from hsat.training.compiling import GraphBreaks, graph_breaks
+from hsat.training.agreement import assert_ranks_agree, assert_same_on_all_ranks
 from hsat.training.devices import (
     average_statistics,
     image_slots,
     of_all_ranks,
-    same_everywhere,
     share_of_batch,
     synchronised_norm,
 )
 from hsat.training.free import free_replays
+from hsat.training.gradients import check_gradients, check_state, check_trainable, largest_gradient
 from hsat.training.guards import (
     StepClock,
     is_out_of_memory,
@@ -35,7 +35,6 @@ from hsat.training.warm_start import WarmStarts
 __all__ = [
     "NFGSM",
     "Gap",
-    "GraphBreaks",
     "Safeguard",
     "StepClock",
     "StepResult",
@@ -43,22 +42,26 @@ __all__ = [
     "WarmStarts",
     "accumulated_step",
     "adversarial_step",
+    "assert_ranks_agree",
+    "assert_same_on_all_ranks",
     "augmentation_strength",
     "average_statistics",
+    "check_gradients",
+    "check_state",
+    "check_trainable",
     "cosine_with_warmup",
     "epsilon_schedule",
     "free_replays",
-    "graph_breaks",
     "image_slots",
     "is_out_of_memory",
     "largest_batch",
+    "largest_gradient",
     "load_training_state",
     "memory_text",
     "of_all_ranks",
     "paper_clean_weight",
     "parse_memory",
     "peak_memory",
-    "same_everywhere",
     "save_checkpoint",
     "share_of_batch",
     "split_batch",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hsat.training.step import Loss, StepResult, attacked, local_loss, statistics_of, total_of, unwrapped
+from hsat.training.gradients import check_trainable
+from hsat.training.step import Loss, StepResult, attacked, embedded, local_loss, statistics_of, total_of, unwrapped
 from hsat.types import Attack, HierarchicalBatch
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -67,7 +68,8 @@ def accumulated_step(
     with the last part alone.  scale: what is applied to the loss before backward, such as GradScaler.scale.
     ids: (n,) for the whole batch.  The rest is as in `adversarial_step`.
 
-    Raises ValueError if the parts are not the batch, the model is in eval mode or clean_weight lies outside [0, 1].
+    Raises ValueError if the parts are not the batch, the model is in eval mode, its embeddings have no gradient, or
+    clean_weight lies outside [0, 1].
     """
     if not 0 <= clean_weight <= 1:
         raise ValueError(f"clean_weight is the share of the clean loss and must lie in [0, 1], got {clean_weight}")
@@ -123,7 +125,7 @@ def _embeddings(
             for place, part in enumerate(images):
                 states.take((name, place))
                 with statistics_of(encoder, name), autocast():
-                    rows.append(encoder(part))
+                    rows.append(embedded(encoder, part))
             found[name] = torch.cat(rows).requires_grad_()
     return found
 
@@ -148,6 +150,12 @@ def _second_pass(
                 states.give((name, place))
                 with statistics_of(encoder, name), autocast():
                     z = model(images[place])
+                if not z.requires_grad:
+                    check_trainable(encoder)
+                    raise ValueError(
+                        f"the embeddings of {type(encoder).__name__} have no gradient, so a step would train nothing:"
+                        " is its output detached, or computed under torch.no_grad()?"
+                    )
                 sums.append((z * grads[name][place].to(z.dtype)).sum())
             torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
         moved.add()

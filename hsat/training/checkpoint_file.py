@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from typing import IO, Any
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hsat.torch_files import UNREADABLE, check_archive, reason_of
+from hsat.untrusted import open_regular
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -39,29 +43,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     The checksums in the file are compared with its contents, which torch itself does not do.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the checkpoint in it")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path, kind="checkpoint") as file:
+        size = os.fstat(file.fileno()).st_size
         _refuse_text(path, size, file.read(256))
-    try:
-        _compare_checksums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: {_first(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, BadZipFile) as error:
-        raise ValueError(f"{path} ({size} bytes) is truncated, damaged or no checkpoint: {_first(error)}") from error
+        content = _loaded(path, file, size)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, and a checkpoint is a dict")
     return content
 
 
-def _compare_checksums(path: Path) -> None:
+def _loaded(path: Path, file: IO[bytes], size: int) -> Any:
+    try:
+        check_archive(file, size)
+        _compare_checksums(file)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values, or is damaged{_refused(error)}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{path} ({size} bytes) is truncated, damaged or no checkpoint: {reason_of(error)}") from error
+
+
+def _compare_checksums(file: IO[bytes]) -> None:
     """Raise BadZipFile or ValueError where a file of today's format was damaged; older formats have no checksums."""
-    if is_zipfile(path):
-        with ZipFile(path) as archive:
+    if is_zipfile(file):
+        with ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} in it is another")
 
@@ -111,5 +117,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _refused(error: Exception) -> str:
+    """What would have run; nothing else of the file is shown."""
+    match = re.search(r"GLOBAL (\w+(?:\.\w+)*)", str(error))
+    return f": {match[1]}" if match else ""

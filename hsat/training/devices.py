@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from hsat.models.dual_norm import BatchNorm
 
 
 def ranks_here() -> tuple[int, int]:
@@ -65,12 +66,12 @@ def synchronised_norm(module: nn.Module, *, device: torch.device) -> nn.Module:
     """
     if device.type == "cpu":
         raise ValueError("synchronised BatchNorm needs GPUs: torch has none for the CPU; leave it off here")
-    if not any(isinstance(part, _BatchNorm) for part in module.modules()):
+    if not any(isinstance(part, BatchNorm) for part in module.modules()):
         raise ValueError(f"{type(module).__name__} has no BatchNorm layer to synchronise")
     from timm.layers import convert_sync_batchnorm
 
     converted: nn.Module = convert_sync_batchnorm(module)
-    assert any(isinstance(part, SyncBatchNorm) for part in converted.modules())
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in converted.modules())
     return converted
 
 
@@ -84,11 +85,3 @@ def of_all_ranks(value: Any) -> list[Any]:
     if ranks > 1:
         dist.all_gather_object(every, value)
     return every
-
-
-def same_everywhere(value: Any, name: str) -> None:
-    """Raise ValueError, on every rank, unless all ranks hold an equal value."""
-    every = of_all_ranks(value)
-    if any(other != every[0] for other in every):
-        shown = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(every))
-        raise ValueError(f"the ranks disagree about {name} ({shown}); all of them need the same files and options")

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hsat.models.finite import listed_entries
 from hsat.training.checkpoint_file import read_checkpoint, write_checkpoint
+from hsat.training.gradients import non_finite_state
 
 FORMAT = "hsat training 1"
 LISTED = 8
@@ -60,15 +62,31 @@ def save_checkpoint(
     The file appears under its name when it is complete and on the disk: a process killed at any moment, or a full disk,
     leaves the previous checkpoint as it was, and at most a file named `.<name>.partial` beside it, which the next save
     overwrites.  With several ranks all of them call this, as each has random states of its own; rank 0 writes.
+
+    A state that is not finite is not written, for it would take the place of the last one that a run can go on from:
+    FloatingPointError, on all ranks, names the entries of model and optimizer that hold NaN or infinity.  (A constant
+    mask of -inf belongs into a buffer with persistent=False.)
     Raises TypeError naming the entry that is neither a tensor nor a plain value.
     """
     path = Path(path)
     parts = {"optimizer": optimizer, "scheduler": scheduler}
+    ranks = _of_all_ranks(
+        {
+            "random": _random_states(generators or {}),
+            "not finite": non_finite_state(_unwrapped(model), optimizer),
+        }
+    )
+    for rank, values in enumerate(ranks):
+        if entries := values["not finite"]:
+            raise FloatingPointError(
+                f"{path} was not written{' and is as it was before' if path.exists() else ''}, for the state"
+                f"{f' of rank {rank}' if len(ranks) > 1 else ''} is not finite in {listed_entries(entries)}"
+            )
     content = {
         "format": FORMAT,
         "model": _unwrapped(model).state_dict(),
         **{name: part.state_dict() for name, part in parts.items() if part is not None},
-        "random": _of_all_ranks(_random_states(generators or {})),
+        "random": [values["random"] for values in ranks],
         "epoch": epoch,
         "step": step,
         "config": config,

@@ -178,7 +178,7 @@ class Safeguard:
         """
         encoder, x = unwrapped(model), batch.images
         how: dict[str, Any] = {"generator": generator} | ({} if ids is None else {"ids": ids})
-        with statistics_of(encoder, "pgd"), frozen(encoder, layers="fast"), autocast():
+        with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
             objective = hierarchical(encoder, local_loss(loss), batch)
             fast = self.strong.threat.project(self.fast(x, objective, **how), x)
             strong = self.strong(x, objective, **how)

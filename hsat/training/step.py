@@ -17,6 +17,7 @@ from hsat.models import branch, frozen, is_dual
 from hsat.types import Attack, HierarchicalBatch
 
 Loss = Callable[[Tensor, HierarchicalBatch], HiDiscTerms | Tensor]
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StepResult(NamedTuple):
@@ -98,7 +99,7 @@ def attacked(
 ) -> Tensor:
     """The adversarial images of a batch; `how` is handed to the attack."""
     encoder = unwrapped(model)
-    with statistics_of(encoder, "pgd"), frozen(encoder, layers="fast"), autocast():
+    with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
         return attack(batch.images, hierarchical(encoder, loss, batch), **how)
 
 
@@ -112,7 +113,24 @@ def outer_terms(
 ) -> HiDiscTerms | Tensor:
     """What the loss gives for a batch in a pass with gradients to everything; `statistics` is the BatchNorm branch."""
     with statistics_of(unwrapped(model), statistics), autocast():
-        return loss(model(batch.images), batch)
+        return loss(embedded(model, batch.images), batch)
+
+
+def embedded(model: nn.Module, images: Tensor) -> Tensor:
+    """`model(images)` in train mode; ValueError, naming the layers, where BatchNorm cannot take statistics of them."""
+    try:
+        z: Tensor = model(images)
+    except ValueError as error:
+        names = [name for name, layer in model.named_modules() if isinstance(layer, _BATCH_NORMS) and layer.training]
+        if not names or "more than 1 value per channel" not in str(error):  # torch's words for it
+            raise
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ValueError(
+            f"BatchNorm ({shown}) is in train mode and takes mean and variance over the images of a pass; a pass of"
+            f" {len(images)} image(s) leaves it one value per channel. Give at least two images at a time (a larger"
+            " batch, fewer parts), or put those layers in eval mode"
+        ) from error
+    return z
 
 
 def total_of(terms: HiDiscTerms | Tensor) -> Tensor:

@@ -311,6 +311,7 @@ def test_the_repr_is_the_configuration():
         ({"batch_patients": 7}, r"asks for 7 patients.*'train' has 6 \(balance=True\).*batch_patients=6 or fewer"),
         ({"batch_patients": 5, "balance": False}, r"has 4 \(balance=False\).*batch_patients=4 or fewer"),
         ({"batch_patients": 4, "world_size": 2}, r"on 2 rank\(s\) asks for 8.*batch_patients=3 or fewer"),
+        ({"batch_patients": 1, "world_size": 7}, r"on 7 rank\(s\) asks for 7.*at most 6 rank\(s\)"),
         ({"batch_patients": 1, "split": "test"}, "test"),
     ],
 )

@@ -6,6 +6,7 @@ without a GPU, in tests/training/test_device_reads.py, on the same cases.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from hsat.data import augment_batch, build_transform
 from hsat.eval import KNNClassifier, embed, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
-from hsat.training import adversarial_step, load_training_state, save_checkpoint
+from hsat.training import adversarial_step, check_gradients, largest_gradient, load_training_state, save_checkpoint
 from hsat.types import HierarchicalBatch
 
 LOSS = HiDiscLoss()
@@ -179,6 +180,19 @@ def test_steps_in_every_precision_keep_losses_and_perturbations_in_float32(preci
     assert bool(model[0].weight.isfinite().all()) and not torch.equal(model[0].weight, before)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_gradient_is_found_in_every_parameter(value, device):
+    model, batch = network(device).train(), batch_on(device)
+    adversarial_step(model, LOSS, None, batch).loss.backward()
+    assert check_gradients(model) == max(float(parameter.grad.abs().max()) for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        kept = parameter.grad.clone()
+        parameter.grad.view(-1)[-1] = value
+        with pytest.raises(FloatingPointError, match=f"in 1 of 6 parameters: {name} "):
+            check_gradients(model)
+        parameter.grad.copy_(kept)
+
+
 @contextmanager
 def counted_waits() -> Iterator[list[Any]]:
     """Every operation inside the block that makes the host wait for the GPU, as torch sees it; `clear` forgets."""
@@ -195,7 +209,9 @@ def counted_waits() -> Iterator[list[Any]]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
 def test_a_step_waits_for_the_gpu_once(home):
-    """The attack's own check of its flags; not the copy of the batch, the losses, backward or the optimiser."""
+    """The attack's own check of its flags; not the copy of the batch, the losses, backward, the largest gradient or the
+    optimiser.
+    """
     model, on_cpu = network("cuda").train(), batch_on().pin_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
@@ -204,6 +220,7 @@ def test_a_step_waits_for_the_gpu_once(home):
         result = adversarial_step(model, LOSS, PGD(BALL, **STEPS), batch, generator=seeded(device=home))
         optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
+        largest_gradient(model)
         optimizer.step()
 
     step()  # libraries are set up at their first call

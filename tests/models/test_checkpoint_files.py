@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 
 import pytest
@@ -116,6 +117,22 @@ def test_metadata_must_be_json(source, tmp_path):
         save_encoder(source, tmp_path / "e.safetensors", metadata={"x": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_encoder_that_is_not_finite_is_not_saved(tmp_path, value):
+    encoder = encoder_of(1)
+    path = save_encoder(encoder, tmp_path / "e.safetensors")
+    before = path.read_bytes()
+    name, buffer = next((n, b) for n, b in encoder.named_buffers() if b.is_floating_point())
+    buffer.view(-1)[-1] = value
+    with pytest.raises(FloatingPointError) as error:
+        save_encoder(encoder, path)
+    assert f"{name} (1 of {buffer.numel()} values)" in str(error.value) and str(path) in str(error.value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+    with pytest.raises(FloatingPointError):
+        save_encoder(encoder, tmp_path / "new" / "e.safetensors")
+    assert not (tmp_path / "new").exists()
+
+
 def test_wrapped_encoders_save_but_are_rebuilt_by_hand(tmp_path):
     encoder = wrap_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), head=3, input_size=2)
     path = save_encoder(encoder, tmp_path / "e.safetensors")
@@ -217,7 +234,7 @@ BAD = {
     "html": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is an HTML page, not weights"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
     "empty": (b"", r"is empty \(0 bytes\)"),
-    "noise": (bytes(range(256)) * 4, "is neither a torch nor a safetensors file: it begins with"),
+    "noise": (bytes(range(256)) * 4, "is neither a torch nor a safetensors file; it is some other binary"),
 }
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from hsat.models import build_encoder, convert_to_dual, fold_batchnorm, wrap_encoder
+from hsat.models.dual_norm import BatchNorm
 
 
 def trained(encoder, side=32):
     """An encoder whose BatchNorm layers have statistics, weights and biases of their own."""
     generator = torch.Generator().manual_seed(3)
     for part in encoder.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, BatchNorm):
             for value in (part.running_mean, part.weight.data, part.bias.data):
                 value.add_(0.3 * torch.randn(value.shape, generator=generator))
             part.eps = 0.01  # so that forgetting it shows
@@ -24,7 +25,7 @@ def trained(encoder, side=32):
 
 
 def norms(encoder):
-    return [part for part in encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return [part for part in encoder.modules() if isinstance(part, BatchNorm)]
 
 
 class Small(nn.Module):
@@ -108,8 +109,91 @@ def test_what_cannot_be_folded_is_refused():
         fold_batchnorm(outside)
 
 
-def test_a_layer_that_is_read_before_its_batchnorm_is_found_by_the_check():
-    encoder = trained(wrap_encoder(Peeking(), mean=None, std=None))
+def test_a_layer_that_somebody_else_reads_too_is_left_alone():
+    encoder, x = trained(wrap_encoder(Peeking(), mean=None, std=None)), torch.rand(2, 3, 9, 9)
     encoder.backbone.twice = nn.Identity()
+    folded = fold_batchnorm(encoder)
+    assert [type(part).__name__ for part in folded.backbone.norm] == ["Scaled"]
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), encoder(x))
+
+
+class TwoWays(Small):
+    """The method that gives the features reads what forward, which is traced, does not."""
+
+    def forward_features(self, x):
+        x = self.conv(self.first(x))
+        return (self.after(self.second(self.norm(x))) + self.twice(x)).mean((2, 3)) + x.mean((2, 3))
+
+
+def test_a_read_that_the_trace_does_not_show_is_found_by_the_check():
+    encoder = trained(wrap_encoder(TwoWays(), mean=None, std=None, features="forward_features"))
     with pytest.raises(ValueError, match=r"folding changes the output by .* before its BatchNorm"):
         fold_batchnorm(encoder)
+
+
+def test_batchnorm_goes_into_every_convolution_of_a_resnet():
+    folded = fold_batchnorm(trained(build_encoder("resnet18", embedding_dim=8, seed=0)))
+    assert not [name for name, part in folded.named_modules() if type(part).__name__ == "Scaled"]
+    assert all(part.bias is not None for part in folded.modules() if isinstance(part, nn.Conv2d))
+
+
+class Idle(nn.Module):
+    """What stands between convolution and BatchNorm may change every value, some of them, or none."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.conv, self.between, self.norm = nn.Conv2d(3, 4, 3), between, nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.between(self.conv(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(("between", "absorbed"), [(nn.Identity(), True), (nn.ReLU(inplace=True), False)])
+def test_what_stands_between_convolution_and_batchnorm_decides(between, absorbed):
+    encoder = trained(wrap_encoder(Idle(between), mean=None, std=None))
+    with torch.no_grad():
+        encoder.backbone.conv.bias += 9.0  # the ReLU changes no value here, and would elsewhere
+    folded = fold_batchnorm(encoder)
+    assert [type(part).__name__ for part in folded.backbone.norm.children()] == ([] if absorbed else ["Scaled"])
+    x = torch.rand(2, 3, 8, 8) - 40
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), encoder(x))
+
+
+class Written(Small):
+    """Changes what the convolution gave in place, in a step of its own."""
+
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        x.clamp_(min=0)
+        return self.twice(self.after(self.second(self.norm(x)))).mean((2, 3))
+
+
+def test_a_change_in_place_between_convolution_and_batchnorm_is_seen():
+    folded = fold_batchnorm(trained(wrap_encoder(Written(), mean=None, std=None)))
+    assert [type(part).__name__ for part in folded.backbone.norm] == ["Scaled"]
+    assert not list(folded.backbone.after.children())
+
+
+class Deciding(nn.Module):
+    """Asks for a value, so that it cannot be traced; its part can."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm(self.conv(self.inner(x)))
+        return (x if bool((x < 1e9).all()) else -x).mean((2, 3))
+
+
+def test_what_cannot_be_traced_is_said_and_gives_the_same():
+    encoder, x = trained(wrap_encoder(Deciding(), mean=None, std=None)), torch.rand(2, 3, 9, 9)
+    with pytest.warns(UserWarning, match=r"cannot trace backbone \(.*scale and a shift"):
+        folded = fold_batchnorm(encoder)
+    assert [type(part).__name__ for part in folded.backbone.norm] == ["Scaled"]
+    assert not list(folded.backbone.inner[1].children()) and not norms(folded)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), encoder(x))

@@ -58,8 +58,8 @@ def test_normalisers_and_classifiers_beside_a_backbone_are_left_out(source, tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"Not found", "is neither a torch nor a safetensors file: it begins with b'Not found'"),
-        (b'{"message": "Bad credentials"}', "neither a torch nor a safetensors file: it begins with .*Bad cred"),
+        (b"Not found", "neither a torch nor a safetensors file; it is some text; open it"),
+        (b'{"message": "Bad credentials"}', "neither a torch nor a safetensors file; it is a JSON text"),
         (b"<!-- saved from -->\n<html></html>", "is an HTML page, not weights"),
         (pickle.dumps(Command(), protocol=4), "holds Python objects .* a pickle that torch.save did not write"),
     ],

@@ -42,7 +42,6 @@ OTHER_PATHS = {  # file: what is done otherwise for a GPU, and so not seen here,
     "data/batched.py": "128 images at once, and white noise drawn on the device",
     "data/image_operations.py": "parameters of augmentations are page-locked and copied without a wait",
     "training/accumulation.py": "the state of the GPU's generator is kept for the second pass",
-    "training/compiling.py": "the GPU's generator is left as it was",
     "training/devices.py": "synchronised BatchNorm is refused on the CPU",
     "training/guards.py": "memory is what torch allocated on the GPU",
 }

@@ -22,10 +22,10 @@ from hsat.training import (
     Gap,
     accumulated_step,
     adversarial_step,
+    assert_same_on_all_ranks,
     average_statistics,
     image_slots,
     of_all_ranks,
-    same_everywhere,
     share_of_batch,
     split_batch,
     synchronised_norm,
@@ -87,7 +87,7 @@ import numpy as np, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from hsat.distributed import row_share
 from hsat.embedding import gather_table
-from hsat.training import accumulated_step, of_all_ranks, same_everywhere, split_batch
+from hsat.training import accumulated_step, assert_same_on_all_ranks, of_all_ranks, split_batch
 from hsat.types import EmbeddingTable
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -147,10 +147,10 @@ table = EmbeddingTable(np.eye(5, dtype=np.float32)[share], *[numbers[share] * 0]
 answers["table"] = torch.from_numpy(gather_table(table).patch)
 answers["lone"] = torch.from_numpy(gather_table(table if rank else None).patch)
 try:
-    same_everywhere(rank, "the number")
+    assert_same_on_all_ranks("the number", rank)
 except ValueError as error:
     answers["differs"] = str(error)
-same_everywhere("equal", "the word")
+assert_same_on_all_ranks("the word", "equal")
 torch.save(answers, f"{out}/rank{rank}.pt")
 dist.destroy_process_group()
 """
@@ -297,7 +297,7 @@ def test_rows_come_back_in_order_on_all_ranks(ranks):
     for answers in ranks:
         assert answers["table"].tolist() == [0, 1, 2, 3, 4]
         assert answers["lone"].tolist() == [2, 3, 4]
-        assert "the number (rank 0: 0, rank 1: 1)" in answers["differs"]
+        assert "rank 1 disagrees with rank 0 about the number: 1, not 0" in answers["differs"]
 
 
 def test_without_a_process_group_all_of_it_is_plain():
@@ -307,8 +307,9 @@ def test_without_a_process_group_all_of_it_is_plain():
     with pytest.raises(ValueError, match="no rank"):
         gather_table(None)
     with pytest.raises(ValueError, match="batch_size"):
-        row_share(3, batch_size=0)
-    same_everywhere(1, "a number")
+from hsat.distributed import row_share
+from hsat.embedding import gather_table
+from hsat.training import accumulated_step, assert_same_on_all_ranks, of_all_ranks, split_batch
     assert of_all_ranks([1, 2]) == [[1, 2]]
     norm = nn.BatchNorm1d(2)
     before = copy.deepcopy(norm.state_dict())

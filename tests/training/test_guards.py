@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from hsat.training import (
     StepClock,
-    graph_breaks,
     is_out_of_memory,
     largest_batch,
     memory_text,
@@ -70,25 +68,3 @@ def test_the_clock_speaks_once_and_leaves_out_the_first_step(monkeypatch):
     assert clock.tick(9) is None and clock.tick(8) is None
     assert clock.tick(60) == "2 s per step (over 2 steps), about 2 min for 60 more steps"
     assert clock.tick(59) is None
-
-
-class Breaking(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, x):
-        x = self.norm(x)
-        torch._dynamo.graph_break()
-        return x.sum()
-
-
-def test_graph_breaks_are_counted_explained_and_leave_the_model_alone():
-    model = Breaking()
-    found = graph_breaks(model, torch.rand(4, 3))
-    assert found.keys() == {"outer", "inner"}
-    for told in found.values():
-        assert told.graphs == 2 and len(told.reasons) == 1
-        assert "1 graph break(s): " in str(told) and "graph_break" in str(told)
-    assert int(model.norm.num_batches_tracked) == 0 and model.training and model.norm.weight.grad is None
-    assert str(graph_breaks(nn.Linear(3, 2), torch.rand(4, 3))["outer"]) == "1 graph(s), no graph break"

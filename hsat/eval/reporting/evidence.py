@@ -33,6 +33,7 @@ from hsat.eval.reporting.projection import Plane, fit_plane, share_of_movement
 from hsat.eval.scoring import Compat, level_scores
 from hsat.files import load_arrays, parse_json, read_text
 from hsat.types import LEVELS, EmbeddingTable
+from hsat.untrusted import open_regular
 
 CLEAN = "clean"
 
@@ -170,7 +171,7 @@ def _read_model(about: Path) -> Evidence:
 
 def _read_condition(path: Path, *, classes: int) -> Condition:
     try:
-        with path.open("rb") as file:
+        with open_regular(path, kind="evidence file") as file:
             arrays = load_arrays(file)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged ({error}); evaluate again") from error

@@ -16,6 +16,7 @@ from hsat.eval.pooling import check_scores
 from hsat.eval.scoring import match_classes
 from hsat.files import atomic_path, load_arrays
 from hsat.types import EmbeddingTable
+from hsat.untrusted import open_regular
 
 _IDS = ("label", "patch", "slide", "patient")
 _TEXT = ("cohort", "split", "model", "condition")
@@ -114,13 +115,13 @@ def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> P
 def load_scores(path: str | os.PathLike[str]) -> tuple[ScoreTable, ...]:
     """Read what `save_scores` wrote; never unpickles.  Raises ValueError for any other or damaged file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, kind="file of scores") as file:
             arrays = load_arrays(file)
         about = json.loads(str(arrays["about"]))
         return tuple(_table(arrays, number, text) for number, text in enumerate(about))
     except FileNotFoundError:
         raise
-    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{os.fspath(path)}: no file of scores as save_scores writes it ({error})") from error
 
 

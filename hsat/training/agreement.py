@@ -1,0 +1,216 @@
+"""Whether all ranks of a run have the same data, pixels, weights, settings and software, compared before it begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hsat.data import BadPatch, Cohort, PackedPatches
+from hsat.data.fingerprint import patient_digests
+from hsat.data.readers import read_stored
+from hsat.training.devices import of_all_ranks, ranks_here
+
+PACKAGES = ("hsat", "torch", "torchvision", "timm", "numpy")
+"""Packages whose version decides what a training step computes; other ones show in the pixels that are compared."""
+
+_DIGITS = 12  # of a SHA-256 in a message
+_NAMED = 3  # differing entries in a message
+_LONGEST = 120  # characters of a value in a message
+
+
+def assert_same_on_all_ranks(
+    name: str, value: Any, *, details: Callable[[], Mapping[str, Any]] | None = None, named: int = _NAMED
+) -> None:
+    """Raise ValueError, with the same message on every rank, unless all ranks hold an equal value.
+
+    Every rank has to call it, in the same order.  Without several ranks nothing happens.  Only a digest travels while
+    the values are equal.
+
+    Args:
+        name: what the value is, with its article, for the message: "the step to go on from".
+        value: texts, numbers, None, and lists and dicts of them.  Of dicts the entries that differ are named.
+        details: makes a finer dict that is compared only where the values differ, to name the first entry that does.
+        named: how many differing entries of `value` a message names at most.
+
+    Raises:
+        ValueError: the ranks disagree; names them, the thing and both values.
+        TypeError: the value holds something else, such as a tensor.
+    """
+    rank, ranks = ranks_here()
+    text = _text(value, name)
+    if ranks == 1:
+        return
+    digests = of_all_ranks(hashlib.sha256(text.encode()).hexdigest())
+    differing = [other for other in range(ranks) if digests[other] != digests[0]]
+    if not differing:
+        return
+    first = differing[0]
+    values = of_all_ranks(json.loads(json.dumps(value)) if rank in (0, first) else None)
+    shown = _difference(values[first], values[0], named=named)
+    if details is not None:
+        finer = of_all_ranks(json.loads(json.dumps(details())) if rank in (0, first) else None)
+        if found := _difference(finer[first], finer[0], named=1):
+            shown += f"; first difference: {found}"
+    who = f"rank {first}" if len(differing) == 1 else f"ranks {', '.join(map(str, differing))}"
+    shown = shown if len(differing) == 1 else f"on rank {first} {shown}"
+    verb = "disagrees" if len(differing) == 1 else "disagree"
+    raise ValueError(f"{who} {verb} with rank 0 about {name}: {shown}. All ranks need the same files and options")
+
+
+def assert_ranks_agree(
+    *,
+    settings: Mapping[str, Any] | None = None,
+    cohort: Cohort | None = None,
+    packed: PackedPatches | None = None,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    seed: int = 0,
+    patches: int = 64,
+) -> None:
+    """Raise ValueError on every rank, naming the first that differs from rank 0 and what differs, unless all agree.
+
+    Call it on every rank with the same arguments before the first step (and before DistributedDataParallel, which
+    overwrites the other ranks' weights with those of rank 0).  It may be called several times, as things come to be.
+    Without several ranks nothing happens.
+
+    Always compared are the versions of hsat, torch, torchvision, timm and numpy.
+
+    Args:
+        settings: texts, numbers, lists and dicts; leave out what may differ, such as paths.
+        cohort: its fingerprint (paths, sizes, classes, patients, slides, splits, ids), then the stored pixels of some
+            patches, since files of one size may hold different images.  The root may differ.
+        packed: where the pixels are read in place of the files; what it holds of the cohort is compared as a whole.
+        model: every parameter and buffer, bit for bit.
+        optimizer: every number in its state, after a resume.
+        seed: chooses the patches whose pixels are compared.
+        patches: how many of them; 0 compares none.
+
+    Raises:
+        ValueError: the ranks disagree.
+    """
+    if ranks_here()[1] == 1:
+        return
+    assert_same_on_all_ranks("the versions of packages", package_versions(), named=len(PACKAGES))
+    if settings is not None:
+        assert_same_on_all_ranks("the settings", dict(settings), named=10)
+    if cohort is not None:
+        assert_same_on_all_ranks("the cohort", _summary(cohort), details=lambda: patient_digests(cohort))
+        content = "not packed" if packed is None else packed.content_digest()[:_DIGITS]
+        assert_same_on_all_ranks("the packed patches", content)
+        pixels = stored_digests(cohort, packed=packed, seed=seed, patches=patches)
+        assert_same_on_all_ranks("the pixels of patches", pixels, named=1)
+    if model is not None:
+        assert_same_on_all_ranks("the weights", tensor_digests(model.state_dict()), named=1)
+    if optimizer is not None:
+        assert_same_on_all_ranks("the state of the optimiser", tensor_digests(optimizer.state_dict()), named=1)
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of `PACKAGES`, as they are installed."""
+    found = dict.fromkeys(PACKAGES, "not installed")
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def stored_digests(cohort: Cohort, *, packed: PackedPatches | None, seed: int, patches: int) -> dict[str, str]:
+    """A digest of the stored integers of some patches by path, chosen by the seed; read as training reads them.
+
+    A patch that cannot be read is "unreadable" here: what to do about it is for the training to say.
+    """
+    count = min(patches, len(cohort))
+    rows = np.sort(np.random.default_rng(seed).choice(len(cohort), count, replace=False))
+    found = {}
+    for row in map(int, rows):
+        path = cohort.records[row].path
+        try:
+            values = packed.stored(row) if packed is not None else read_stored(cohort.path(row), kind=cohort.kind)
+        except BadPatch:
+            found[path] = "unreadable"
+            continue
+        found[path] = _digest(f"{values.dtype.name}{values.shape}".encode(), np.ascontiguousarray(values).data)
+    return found
+
+
+def tensor_digests(state: Any, prefix: str = "") -> dict[str, str]:
+    """A digest of every tensor in nested dicts and lists by its dotted name; other values as they are written."""
+    if isinstance(state, Mapping):
+        entries = [(str(key), value) for key, value in state.items()]
+    elif isinstance(state, list | tuple):
+        entries = [(str(number), value) for number, value in enumerate(state)]
+    elif isinstance(state, Tensor):
+        flat = state.detach().cpu().contiguous().flatten()
+        return {prefix: _digest(f"{state.dtype}{tuple(state.shape)}".encode(), _bytes_of(flat))}
+    else:
+        return {prefix: repr(state)}
+    return {
+        name: digest
+        for key, value in entries
+        for name, digest in tensor_digests(value, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _summary(cohort: Cohort) -> dict[str, Any]:
+    return {
+        "patients": len(cohort.patient_names),
+        "patches": len(cohort),
+        "patches by split": {name: len(cohort.rows(name)) for name in cohort.splits},
+        "classes": list(cohort.class_names),
+        "kind": cohort.kind,
+        "fingerprint": cohort.fingerprint()[:_DIGITS],
+    }
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:_DIGITS]
+
+
+def _text(value: Any, name: str) -> str:
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} cannot be compared between ranks ({error}); give texts, numbers, lists, dicts"
+        ) from None
+
+
+def _difference(value: Any, reference: Any, *, named: int) -> str:
+    """In words what differs, in the order of the reference; "" where nothing does."""
+    if not (isinstance(value, dict) and isinstance(reference, dict)):
+        return "" if json.dumps(value) == json.dumps(reference) else f"{_shown(value)}, not {_shown(reference)}"
+    keys = [
+        key
+        for key in {**reference, **value}
+        if key not in value or key not in reference or json.dumps(value[key]) != json.dumps(reference[key])
+    ]
+    missing = "absent"
+    told = [
+        f"{key} is {_shown(value[key]) if key in value else missing},"
+        f" not {_shown(reference[key]) if key in reference else missing}"
+        for key in keys[:named]
+    ]
+    more = [f"and {len(keys) - named} more"] if len(keys) > named else []
+    return "; ".join([*told, *more])
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
