@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hsat.eval.engine.ensemble_records import black_box_flag
+from hsat.eval.engine.strongest import Casualties, Member
 from torch import nn
 
 from hsat.attacks import PGD, Linf
@@ -21,8 +23,6 @@ from hsat.eval import (
     paper_attacks,
     strongest_attacks,
 )
-from hsat.eval.engine.ensemble_records import black_box_flag
-from hsat.eval.engine.strongest import Casualties, Member
 from hsat.testing import check_feasible
 from hsat.types import AttackResult
 
