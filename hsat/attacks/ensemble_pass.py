@@ -202,24 +202,25 @@ class EnsemblePass:
             self.zero[keep] += result.zero_gradient
             if result.backwards and member.surrogate is None:
                 self._count_moved(keep, result.x_adv)
-            n, forwards = len(keep), result.forwards + extra + 1  # the last one is the judge's
-            self.forwards, self.backwards = self.forwards + forwards, self.backwards + result.backwards
+            n, forwards = len(keep), result.forwards + 1  # the last one is the judge's
+            self.forwards += forwards + (extra > 0)
+            self.backwards += result.backwards
             stats = dataclasses.replace(
-                stats, seen=n, newly_broken=newly, forwards=n * forwards, backwards=n * result.backwards
+                stats, seen=n, newly_broken=newly, forwards=extra + n * forwards, backwards=n * result.backwards
             )
         self.stats.append(stats)
 
     def _member_objective(self, member: EnsembleMember, x: Tensor, keep: Tensor) -> tuple[Objective, int]:
-        """The member's objective, and the passes that it cost to make."""
+        """The member's objective, and how many images had to be encoded to make it."""
         model, labels = self.objective.model, self.objective.labels[keep]
         if member.surrogate is not None:
-            return feature_drift(member.surrogate, x), 1
+            return feature_drift(member.surrogate, x), len(x)
         if member.objective in LAYERS:
             layer, fresh = self.layers[member.objective], member.objective not in self.references
             if fresh:  # of the whole batch, as an evaluation of single attacks has it
                 with torch.no_grad():
                     self.references[member.objective] = layer(self.x)
-            return feature_drift(layer, x, reference=self.references[member.objective][keep]), int(fresh)
+            return feature_drift(layer, x, reference=self.references[member.objective][keep]), len(self.x) * fresh
         if member.objective == "scores":
             scores: Callable[[Tensor], Tensor] = (
                 model.scores if isinstance(model, LayeredModel) else lambda images: F.softmax(model(images), dim=1)
