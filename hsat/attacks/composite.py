@@ -102,7 +102,7 @@ class _Turn:
             result = self._judged(result, keep)
         if keep is not None and self.best is not None:
             result = _spread(result, keep, self.best)
-        self.best = result if self.best is None else _stronger(self.best, result)
+        self.best = result if self.best is None else stronger(self.best, result)
 
     def _standing(self, attack: Attack, objective: Objective) -> Tensor | None:
         """The images to attack, or None for all: some have fallen, and objective, judge and attack can be narrowed."""
@@ -209,7 +209,7 @@ def _spread(part: AttackResult, keep: Tensor, whole: AttackResult) -> AttackResu
     )
 
 
-def _stronger(old: AttackResult, new: AttackResult) -> AttackResult:
+def stronger(old: AttackResult, new: AttackResult) -> AttackResult:
     """The stronger of the two per image, or as a whole where values are scalars; what is counted is added."""
     value = new.value.to(old.value.dtype)
     better, success = value > old.value, None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hsat.attacks.apgd import APGD
 from hsat.attacks.calling import Success, check_counts, check_number, check_threat, settings_text
+from hsat.attacks.composite import stronger
 from hsat.attacks.margins import margin
 from hsat.attacks.named import MIFGSM, PGD
 from hsat.attacks.objectives import classification, feature_drift
@@ -154,25 +155,23 @@ class AttackEnsemble:
         momentum = MIFGSM(self.threat, step_size=size, steps=self.steps, random_start=True)
         apgd = APGD(self.threat, steps=self.decision_steps)
         square = Square(self.threat, queries=self.queries, area=self.area)
-        drift = [
-            EnsembleMember(name=f"{kind} {layer}", attack=attack, objective=layer, common_start=True)  # type: ignore[arg-type]
-            for kind, attack in (("PGD", pgd), ("MIFGSM", momentum))
-            for layer in layers
-        ]
-        decision = [
-            EnsembleMember(name=f"APGD vote {number + 1}", attack=apgd, objective="margin")
-            for number in range(self.restarts)
-        ]
-        transfer = [
-            EnsembleMember(name=f"transfer from {name}", attack=momentum, objective="features", surrogate=name)
-            for name in self.surrogates
-        ]
+        member = EnsembleMember
         return (
-            *drift,
-            *decision,
-            EnsembleMember(name="APGD vote-ce", attack=apgd, objective="cross-entropy"),
-            *transfer,
-            EnsembleMember(name="Square", attack=square, objective="scores"),
+            *(
+                member(name=f"{kind} {layer}", attack=attack, objective=layer, common_start=True)  # type: ignore[arg-type]
+                for kind, attack in (("PGD", pgd), ("MIFGSM", momentum))
+                for layer in layers
+            ),
+            *(
+                member(name=f"APGD vote {number + 1}", attack=apgd, objective="margin")
+                for number in range(self.restarts)
+            ),
+            member(name="APGD vote-ce", attack=apgd, objective="cross-entropy"),
+            *(
+                member(name=f"transfer from {name}", attack=momentum, objective="features", surrogate=name)
+                for name in self.surrogates
+            ),
+            member(name="Square", attack=square, objective="scores"),
         )
 
     def __call__(
@@ -213,21 +212,12 @@ class AttackEnsemble:
         Returns:
             The result; `value` is the margin of the decision for a `DecisionObjective`.
         """
+        options = _Options(generator, ids, success)
         if not isinstance(objective, DecisionObjective):
-            return self._climb(x, objective, start=start, generator=generator, ids=ids, success=success)
-        pass_ = _EnsembleState(self, x, objective, generator=generator, ids=ids, success=success)
-        return pass_.attack(start, candidates or {})
+            return self._climb(x, objective, start=start, options=options)
+        return _EnsembleState(self, x, objective, options).attack(start, candidates or {})
 
-    def _climb(
-        self,
-        x: Tensor,
-        objective: Objective,
-        *,
-        start: Tensor | None,
-        generator: torch.Generator | None,
-        ids: Tensor | None,
-        success: Success | None,
-    ) -> AttackResult:
+    def _climb(self, x: Tensor, objective: Objective, *, start: Tensor | None, options: _Options) -> AttackResult:
         """All members on one objective that is no decision; the highest value is kept, per image where it can be."""
         best: AttackResult | None = None
         for member in self.members(layers=("features",)):
@@ -237,30 +227,30 @@ class AttackEnsemble:
                 x,
                 objective,
                 start=start if best is None else None,
-                generator=_member_generator(member, generator, ids),
-                ids=ids,
-                success=success,
+                generator=_member_generator(member, options.generator, options.ids),
+                ids=options.ids,
+                success=options.success,
             )
-            best = result if best is None else _keep_worst(best, result)
+            best = result if best is None else stronger(best, result)
         assert best is not None  # PGD is always a member
         return best
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a call gives to every member."""
+
+    generator: torch.Generator | None
+    ids: Tensor | None
+    success: Success | None
 
 
 class _EnsembleState:
     """One batch: which images are robust so far, and the strongest images of all members so far."""
 
-    def __init__(
-        self,
-        ensemble: AttackEnsemble,
-        x: Tensor,
-        objective: DecisionObjective,
-        *,
-        generator: torch.Generator | None,
-        ids: Tensor | None,
-        success: Success | None,
-    ) -> None:
-        self.ensemble, self.objective, self.generator, self.ids = ensemble, objective, generator, ids
-        self.success = success
+    def __init__(self, ensemble: AttackEnsemble, x: Tensor, objective: DecisionObjective, options: _Options) -> None:
+        self.ensemble, self.objective = ensemble, objective
+        self.generator, self.ids, self.success = options.generator, options.ids, options.success
         self.x = admitted_to(x.detach(), ensemble.threat)
         self.layers: dict[str, EmbeddingFunction] = {}
         if isinstance(objective.model, LayeredModel):
@@ -404,34 +394,3 @@ def _narrow(attack: Attack, keep: Tensor) -> Attack:
     threat: ThreatModel = attack.threat  # type: ignore[attr-defined]  # all members have one
     narrowed = threat_of(threat, keep)
     return attack if narrowed is threat else dataclasses.replace(attack, threat=narrowed)  # type: ignore[type-var]
-
-
-def _keep_worst(old: AttackResult, new: AttackResult) -> AttackResult:
-    """The better of two results for the attacker: per image where values are per image, else one whole batch."""
-    old_value, new_value = (torch.nan_to_num(result.value, nan=-torch.inf) for result in (old, new))
-    better = new_value > old_value
-    success = None
-    if old.success is not None and new.success is not None:
-        better = ~old.success & (new.success | better)
-        success = old.success | new.success
-    pick = better[:, None, None, None] if better.ndim else better
-    return AttackResult(
-        x_adv=torch.where(pick, new.x_adv, old.x_adv),
-        value=torch.where(better, new.value, old.value),
-        start_value=old.start_value,
-        zero_gradient=old.zero_gradient + new.zero_gradient,
-        success=success,
-        forwards=old.forwards + new.forwards,
-        backwards=old.backwards + new.backwards,
-        stationary=old.stationary
-        if new.stationary is None
-        else new.stationary
-        if old.stationary is None
-        else old.stationary | new.stationary,
-    )
-
-
-def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one | other

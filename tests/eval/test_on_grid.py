@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hsat.eval.export.on_grid import PNG_GRID, TIFF_GRID, round_in_ball
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.attacks import L2, Linf, Masked, RandomNoise
-from hsat.eval.export.on_grid import PNG_GRID, TIFF_GRID, round_in_ball
 
 seeds = st.integers(0, 10_000)
 
