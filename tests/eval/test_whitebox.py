@@ -310,5 +310,5 @@ def test_noise_of_two_norms_with_one_eps_is_kept_apart(toy_encoder, bank, querie
 def test_the_bank_of_another_encoder(toy_encoder, bank, queries):
     table = embed(toy_encoder, bank, layer="embedding")
     for target in ("features", "decision"):
-        with pytest.raises(ValueError, match="width 3.*4.*another encoder or layer"):
+        with pytest.raises(ValueError, match=r"width 3.*4.*another encoder or layer"):
             evaluate_whitebox(toy_encoder, table, queries, {"never": Never()}, **FAST | dict(target=target))
