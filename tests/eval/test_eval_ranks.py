@@ -12,9 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hsat.eval.doubt.subset import Handful
 from hsat.eval.engine.journal import Journal
-from hsat.eval.tally import Tally
 from torch.utils.data import DataLoader
 
 from hsat.attacks import PGD, Linf

@@ -22,7 +22,6 @@ from hsat.training import (
     Gap,
     accumulated_step,
     adversarial_step,
-    assert_same_on_all_ranks,
     average_statistics,
     image_slots,
     of_all_ranks,
