@@ -191,9 +191,8 @@ def save_adversarial(
             stored = _embed_files(evaluation, files, cohort, form=form, digests=digests, options=options, world=world)
             files.publish(world)
     again = _read_files(files.root, cohort)
-    conditions[f"{name} (files)"] = Condition(
-        {"": dataclasses.replace(stored, cohort=again.fingerprint())}, conditions[name].stats
-    )
+    attacked, stored = conditions[name], dataclasses.replace(stored, cohort=again.fingerprint())
+    conditions[f"{name} (files)"] = Condition({"": stored}, attacked.stats, outcome=attacked.outcome)
     tables = {key: dataclasses.replace(one.tables[""], encoder=provenance.model) for key, one in conditions.items()}
     template = evaluation.template(table, tables[CLEAN], fitted.class_names)
     templates = dict.fromkeys(tables, template) | {f"{name} (files)": template.of_files(again.fingerprint(), about)}
