@@ -12,9 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hsat.eval.doubt.subset import Handful
 from hsat.eval.engine.journal import Journal
-from hsat.eval.tally import Tally
 from torch.utils.data import DataLoader
 
 from hsat.attacks import PGD, Linf
@@ -328,17 +326,6 @@ def test_only_own_images_are_read_of_a_loader_in_order():
     assert isinstance(ShardedLoader(own_order, Third(0)), ShardedLoader) and not read  # read whole, so not refused
 
 
-def test_handfuls_of_several_are_one(toy_batches):
-    batches = toy_batches(seed=0, sizes=(5, 9, 4, 6))
-    whole, parts = Handful(7, seed=3), [Handful(7, seed=3) for _ in range(2)]
-    for number, batch in enumerate(batches):
-        for each in (whole, parts[number % 2]):
-            each.see(batch, batch.label)
-    parts[1].join(parts)
-    for one, other in zip(whole.batches(), parts[1].batches(), strict=True):
-        assert torch.equal(one.patch, other.patch) and torch.equal(one.images, other.images)
-
-
 def test_alone_is_as_before():
     with shared_world() as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
@@ -367,10 +354,3 @@ def test_a_bank_in_several_tables(toy_encoder, toy_batches):
         evaluate_whitebox(toy_encoder, [parts[0], other], queries, attacks, k=7)
     with pytest.raises(TypeError, match="the bank must be an EmbeddingTable"):
         evaluate_whitebox(toy_encoder, [parts[0], toy_batches(seed=1, sizes=(3,))[0]], queries, attacks, k=7)
-
-
-def test_counts_of_all_ranks_are_added():
-    ours, theirs = Tally(images=3, forwards=30, never_moved=1), Tally(images=2, forwards=20, zero_gradient=2)
-    total = ours.over(lambda counts: [counts, theirs.counts()])
-    assert total == Tally(images=5, forwards=50, never_moved=1, zero_gradient=2, rows=total.rows)
-    assert ours.images == 3

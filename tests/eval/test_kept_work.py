@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hsat.eval.aiming import CleanLayers
 from hsat.eval.doubt import doubts
 from hsat.eval.engine.identity import encoder_identity, loader_identity
 from hsat.eval.engine.precision import unusual_computing
 
-from hsat.attacks import MIFGSM, PGD, Linf, RandomNoise
+from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
-from hsat.eval import EmbeddingCache, Strongest, embed, evaluate_whitebox
+from hsat.eval import EmbeddingCache, Strongest, evaluate_whitebox
 from hsat.files import CorruptFileError, read_arrays, write_arrays
 from hsat.models import build_encoder
 
@@ -237,47 +236,6 @@ def test_files_notice_a_single_bit(tmp_path):
         path.write_bytes(changed)
         with pytest.raises(CorruptFileError):
             read_arrays(path)
-
-
-STEPS = 3
-CLIMBERS = {
-    "noise-4": (RandomNoise(Linf(4 / 255)), 0),
-    "PGD-4": (PGD(Linf(4 / 255), step_size=1 / 255, steps=STEPS), STEPS),
-    "MIFGSM-4": (MIFGSM(Linf(4 / 255), step_size=1 / 255, steps=STEPS, random_start=True), STEPS),
-}
-
-
-@pytest.mark.parametrize(("target", "extra"), [("features", 0), ("embedding", 1), ("knn", 0)])
-def test_no_pass_through_the_encoder_is_made_twice(toy_batches, target, extra):
-    """Per batch: the clean images, each step of each attack, what each attack gave; and once the whole encoder."""
-    encoder = build_encoder("test_byobnet", embedding_dim=8, seed=0).eval()
-    bank, queries = toy_batches(seed=0, sizes=(18,)), toy_batches(seed=1, sizes=(6, 6), first_id=500)
-    passes = []
-    table = embed(encoder, bank)
-    handle = encoder.backbone.register_forward_hook(lambda *_: passes.append(1))
-    attacks = {name: attack for name, (attack, _) in CLIMBERS.items()}
-    options = dict(k=5, bootstrap=0, target=target, noise=False)
-    result = evaluate_whitebox(encoder, table, queries, attacks, **options)
-    handle.remove()
-    assert len(passes) == len(queries) * (1 + sum(steps + 1 for _, steps in CLIMBERS.values())) + extra
-    spent = {r.attack_name: (r.forwards, r.backwards) for r in result.records if r.attack}
-    assert spent == {name: (steps, steps) for name, (_, steps) in CLIMBERS.items()}
-
-
-def test_references_of_an_embedding_that_is_no_projection_are_encoded(toy_batches):
-    """A hook changes what the call gives, so that the projection of the features is not the embedding."""
-    encoder = build_encoder("test_byobnet", embedding_dim=8, seed=0).eval()
-    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        features, embedding = encoder.features(x), encoder(x)
-        plain = CleanLayers(encoder, "features")
-        assert plain.value("features", x, features) is features
-        for _ in range(2):
-            assert torch.equal(plain.value("embedding", x, features), embedding)
-        encoder.register_forward_hook(lambda module, inputs, output: output.flip(1))
-        hooked = CleanLayers(encoder, "features")
-        for _ in range(2):
-            assert torch.equal(hooked.value("embedding", x, features), encoder(x))
 
 
 def test_the_page_runs(tmp_path):

@@ -22,7 +22,6 @@ from hsat.training import (
     Gap,
     accumulated_step,
     adversarial_step,
-    assert_same_on_all_ranks,
     average_statistics,
     image_slots,
     of_all_ranks,
@@ -307,9 +306,7 @@ def test_without_a_process_group_all_of_it_is_plain():
     with pytest.raises(ValueError, match="no rank"):
         gather_table(None)
     with pytest.raises(ValueError, match="batch_size"):
-from hsat.distributed import row_share
-from hsat.embedding import gather_table
-from hsat.training import accumulated_step, assert_same_on_all_ranks, of_all_ranks, split_batch
+        row_share(3, batch_size=0)
     assert of_all_ranks([1, 2]) == [[1, 2]]
     norm = nn.BatchNorm1d(2)
     before = copy.deepcopy(norm.state_dict())
