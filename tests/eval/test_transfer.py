@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from hsat.attacks import PGD, Linf
+from hsat.attacks.calling import Ascent
 from hsat.eval import (
     KNNClassifier,
     embed,
@@ -62,8 +63,8 @@ def colours():
     }
 
 
-class Watched:
-    """An attack that notes on how many images it ran."""
+class Watched(Ascent):
+    """An attack that notes on how many images it ran, and leaves out its last value where the attack does."""
 
     def __init__(self, attack, fails_at=None):
         self.attack, self.threat, self.calls, self.fails_at = attack, attack.threat, [], fails_at
@@ -71,6 +72,9 @@ class Watched:
 
     def __repr__(self):
         return repr(self.attack)
+
+    def _climb(self):
+        return self.attack._climb()
 
     def run(self, x, objective, **options):
         self.calls.append(len(x))
@@ -175,7 +179,7 @@ def test_drops_and_their_averages(full):
             assert record.settings["surrogates"] == others
             assert record.backwards == 2 * PGD8.steps
         else:
-            assert record.backwards == PGD8.steps < record.forwards
+            assert record.forwards == record.backwards == PGD8.steps
     levels, drops = 3, 2
     assert len(full.records) == 3 * (levels * 5 + 3 * 2 * levels * (5 + drops) + 2 * levels * drops)
     assert len(pick(full.records, surrogate="others")) == 3 * 2 * levels * drops
