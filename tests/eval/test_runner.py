@@ -97,6 +97,7 @@ RANK = (
 import os, signal, sys, warnings
 import torch.distributed as dist
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "builtin type [sS]w")  # as in pyproject.toml; FAISS before 1.14 falls over the error
 rank, store, root, out = int(sys.argv[1]), *sys.argv[2:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
