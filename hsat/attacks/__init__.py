@@ -3,7 +3,8 @@
 from hsat.attacks.apgd import APGD
 from hsat.attacks.composing import InSpace, Space, through
 from hsat.attacks.composite import worst_of
-from hsat.attacks.ensemble import AttackEnsemble, EnsembleMember
+from hsat.attacks.ensemble import AttackEnsemble
+from hsat.attacks.ensemble_pass import EnsembleMember
 from hsat.attacks.feature_guide import choose_guides, guide
 from hsat.attacks.level_scores import level_margin
 from hsat.attacks.margins import dlr, margin

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from hsat.types import (
     Attack,
     DecisionObjective,
     EmbeddingFunction,
+    EmbeddingTable,
     FittedClassifier,
     HierarchicalBatch,
     Objective,
@@ -70,22 +73,49 @@ def _projection(encoder: EmbeddingFunction, features: Tensor) -> Tensor | None:
     return encode(encoder.project, features) if isinstance(encoder, Encoder) else None
 
 
-class OneClassModel(DecisionModel):
-    """A decision model that knows one class only, beside a rival that never wins, so that it has a margin."""
+@dataclass(frozen=True, eq=False)
+class WithRival:
+    """A fitted classifier of one class, beside a rival that never wins, so that its decision has a margin."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> logits (n, 2)."""
-        return F.pad(super().forward(images), (0, 1), value=_NEVER_WINS)
+    classifier: FittedClassifier
 
-    def scores(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> class scores (n, 2); rows sum to one."""
-        return F.pad(super().scores(images), (0, 1))
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class, and the rival's empty name."""
+        return (*self.classifier.class_names, "")
+
+    @property
+    def classes_with_rows(self) -> int:
+        """One."""
+        return self.classifier.classes_with_rows
+
+    @property
+    def reads(self) -> Literal["unit", "raw"]:
+        """What it decides from."""
+        return self.classifier.reads
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) -> logits (n, 2)."""
+        return F.pad(self.classifier.logits(z), (0, 1), value=_NEVER_WINS)
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) -> scores (n, 2); rows sum to one."""
+        return F.pad(self.classifier.scores(z), (0, 1))
+
+    def predict_proba(self, z: np.ndarray | Tensor | EmbeddingTable) -> np.ndarray:
+        """Scores (n, 2) float64."""
+        proba: np.ndarray = np.pad(self.classifier.predict_proba(z), ((0, 0), (0, 1)))
+        return proba
+
+    def to(self, device: torch.device | str) -> WithRival:
+        """The same on a device."""
+        return WithRival(self.classifier.to(device))
 
 
 def decision_model(encoder: EmbeddingFunction, classifier: FittedClassifier, layer: Layer) -> DecisionModel:
     """Images -> logits of at least two classes."""
-    kind = OneClassModel if len(classifier.class_names) == 1 else DecisionModel
-    return kind(encoder, classifier, layer=layer)
+    rivals = classifier if len(classifier.class_names) > 1 else WithRival(classifier)
+    return DecisionModel(encoder, rivals, layer=layer)
 
 
 class ObjectiveFactory:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hsat.attacks import AttackEnsemble
-from hsat.attacks.ensemble import Candidate
+from hsat.attacks.ensemble_pass import Candidate
 from hsat.distributed import ShardedLoader
 from hsat.embedding import (
     EmbeddingBuffer,
@@ -267,17 +267,30 @@ class AttackRunner:
                     generator=generator,
                     ids=batch.patch,
                     candidates=candidates,
+                    clean=clean,
                 )
             else:
                 with using_branch(self._encoder, branch):
                     result = attack_unscored(attack, images, objective, generator=generator, ids=batch.patch)
-                target = "" if branch else self._objectives.target
-                candidates[name] = Candidate(attack, result.x_adv, target, follows_gradient=result.backwards > 0)
+            rows = {
+                name: encode(layer, result.x_adv)
+                for name, layer in self._readers.items()
+                if result.embedding is None or name not in self._own
+            }
+            if result.embedding is not None:
+                rows |= dict.fromkeys(self._own, result.embedding)
+            if not isinstance(attack, AttackEnsemble):
+                candidates[name] = Candidate(
+                    attack,
+                    result.x_adv,
+                    objective="" if branch else self._objectives.target,
+                    follows_gradient=result.backwards > 0,
+                    embedding=next((rows[own] for own in self._own), None),
+                )
             if self._inspect is not None:
                 record.inspected(name, self._inspect(batch, name, images, result))
             stats = AttackStats()
             stats.add(result, images)
-            rows = {reader: encode(layer, result.x_adv) for reader, layer in self._readers.items()}
             record.add(name, result.x_adv, rows, stats, result if result.members is not None else None)
         return record.result()
 

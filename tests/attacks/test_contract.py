@@ -19,6 +19,7 @@ from hsat.attacks import (
     PGD,
     TIFGSM,
     VMIFGSM,
+    AttackEnsemble,
     FittedUniversal,
     Linf,
     Masked,
@@ -67,7 +68,11 @@ def attacks_of(threat):
 def ensembles_of(threat):
     step = float(torch.as_tensor(threat.eps).max()) / 4
     pgd = PGD(threat, step_size=step, steps=4)
-    return [worst_of(RandomNoise(threat), pgd), worst_of(FGSM(threat), APGD(threat, steps=3))]
+    return [
+        worst_of(RandomNoise(threat), pgd),
+        worst_of(FGSM(threat), APGD(threat, steps=3)),
+        AttackEnsemble(threat, steps=3, decision_steps=4, restarts=2, queries=5),
+    ]
 
 
 def universal(threat):

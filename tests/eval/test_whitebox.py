@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from hsat.attacks import BIM, L2, PGD, Linf
+from hsat.attacks import BIM, L2, PGD, AttackEnsemble, Linf
 from hsat.eval import (
     PAPER,
+    EnsembleOutcome,
     Interval,
     KNNClassifier,
     Provenance,
@@ -23,7 +25,8 @@ from hsat.eval import (
     write_records,
 )
 from hsat.eval.scoring import level_scores
-from hsat.types import AttackResult, HierarchicalBatch
+from hsat.eval.whitebox import black_box_flags
+from hsat.types import AttackResult, HierarchicalBatch, MemberStats
 
 PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=6)
 QUIET = RunOptions(noise=False)
@@ -312,3 +315,122 @@ def test_the_bank_of_another_encoder(toy_encoder, bank, queries):
     for target in ("features", "decision"):
         with pytest.raises(ValueError, match=r"width 3.*4.*another encoder or layer"):
             evaluate_whitebox(toy_encoder, table, queries, {"never": Never()}, **FAST | dict(target=target))
+
+
+# --- ensembles ----------------------------------------------------------------------------------------------------
+
+EPS = 2.2 / 255
+SMALL = AttackEnsemble(Linf(EPS), steps=4, step_size=1 / 255, decision_steps=5, restarts=2, queries=6)
+BARE = FAST | dict(scoring=Scoring(bootstrap=0))
+
+
+def right(result, name, k=15):
+    """(n,) bool: patches that are classified as what they are."""
+    return result.scores[name][k].argmax(1) == result.tables[name].label
+
+
+@pytest.fixture
+def ensemble(toy_encoder, bank, queries):
+    run = RunOptions(noise=False, keep_examples=36)
+    return evaluate_whitebox(toy_encoder, bank, queries, {"ensemble": SMALL}, **BARE | dict(run=run))
+
+
+def test_no_image_is_robust_that_a_paper_attack_breaks(toy_encoder, bank, queries, ensemble):
+    ours = right(ensemble, "ensemble")
+    for target in ("features", "embedding"):
+        attacks = paper_attacks((EPS,), steps=4, step_size=1 / 255)
+        single = evaluate_whitebox(toy_encoder, bank, queries, attacks, **BARE | dict(target=target))
+        for name in attacks:
+            assert not (ours & ~right(single, name)).any(), (target, name)
+            assert ours.mean() < right(single, name).mean() < right(ensemble, "clean").mean()
+
+
+def test_outcomes_are_those_of_the_scores(toy_encoder, bank, ensemble):
+    outcome = ensemble.outcomes["ensemble"]
+    np.testing.assert_array_equal(outcome.robust, right(ensemble, "ensemble"))
+    np.testing.assert_array_equal(outcome.broken_by == "clean", ~right(ensemble, "clean"))
+    np.testing.assert_array_equal(outcome.margin > 0, ~outcome.robust)
+    np.testing.assert_array_equal(outcome.patch, ensemble.tables["ensemble"].patch)
+    assert outcome.members[0].seen == 36 and sum(one.newly_broken for one in outcome.members) == (~outcome.robust).sum()
+    toy_encoder.eval()
+    z = toy_encoder.features(ensemble.examples["ensemble"]).detach()
+    knn = KNNClassifier(k=15).fit(embed(toy_encoder, bank))
+    np.testing.assert_array_equal(knn.predict(z) == ensemble.tables["ensemble"].label, outcome.robust)
+
+
+def test_every_pass_of_an_ensemble_is_counted(toy_encoder, bank, queries, monkeypatch):
+    table, images, plain = embed(toy_encoder, bank), [], toy_encoder.features
+    monkeypatch.setattr(toy_encoder, "features", lambda x: images.append(len(x)) or plain(x))
+    result = evaluate_whitebox(toy_encoder, table, queries, {"ensemble": SMALL}, **BARE)
+    outcome, record = result.outcomes["ensemble"], result.records[-1]
+    spent = sum(member.forwards for member in outcome.members)
+    assert sum(images) - len(outcome.patch) == spent  # the clean batch is what is measured, not what is attacked
+    assert record.forwards == pytest.approx(spent / 36)
+    assert record.settings["members"]["Square"]["seen"] == outcome.members[-1].seen
+    assert record.settings["robust"] == outcome.robust.sum()
+
+
+def test_attacks_of_the_same_call_are_members(toy_encoder, bank, queries, ensemble):
+    pgd = PGD(SMALL.threat, step_size=1 / 255, steps=4)
+    attacks = {"s": SMALL, "PGD": pgd, "PGD-8": PGD8}
+    both = evaluate_whitebox(toy_encoder, bank, queries, attacks, **BARE | dict(run=RunOptions()))
+    members = {member.name: member for member in both.outcomes["s"].members}
+    assert list(both.tables)[-3:] == ["s", "PGD", "PGD-8"]  # the order that was asked for
+    assert "PGD" in members and "PGD features" not in members and "PGD-8" not in members
+    assert members["PGD"].forwards == members["PGD"].backwards == 0
+    assert not (right(both, "s") & ~right(both, "PGD")).any()
+    assert right(both, "s").sum() == right(ensemble, "ensemble").sum()
+
+
+class Stepped(nn.Module):
+    """The toy encoder behind a staircase of half grey levels: it sees nearly the same, and has no gradients."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def features(self, images):
+        flat = (images * 510).round() / 510
+        return self.inner.features(flat + 0 * images)
+
+    def forward(self, images):
+        return self.features(images)
+
+
+def test_masked_gradients_are_found_by_transfer_and_flagged(toy_encoder, bank, queries):
+    masked = Stepped(toy_encoder)
+    attacks = {"s": AttackEnsemble(Linf(3 / 255), steps=4, step_size=1 / 255, decision_steps=3, restarts=1, queries=4)}
+    alone = evaluate_whitebox(masked, bank, queries, attacks, **BARE)
+    helped = evaluate_whitebox(masked, bank, queries, attacks, surrogates={"smooth": toy_encoder}, **BARE)
+    broken = {member.name: member.newly_broken for member in helped.outcomes["s"].members}
+    assert broken["transfer from smooth"] >= 5
+    assert right(helped, "s").mean() < right(alone, "s").mean()
+    flags = [flag for record in helped.records if record.attack_name == "s" for flag in record.flags]
+    assert any("black box beats white box" in flag for flag in flags)
+    assert any("gradient exactly zero" in flag for flag in flags)
+    with pytest.raises(TypeError, match=r"\['b'\]"):
+        evaluate_whitebox(masked, bank, queries, attacks, surrogates={"b": 3}, **BARE)
+
+
+def test_a_sound_encoder_gets_no_flag_at_patch_level_and_pools_are_bounds(ensemble):
+    ours = [record for record in ensemble.records if record.attack_name == "ensemble"]
+    assert all(record.flags == () for record in ours if record.level == "patch")
+    assert all("an attack on the pool may do more" in record.flags[-1] for record in ours if record.level != "patch")
+    assert all(record.attack == repr(SMALL) and "APGD vote 1" in record.settings["member_attacks"] for record in ours)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reached", "flagged"), [(0, 0, False), (1, 3, False), (5, 100, False), (5, 9, True)]
+)
+def test_the_flag_wants_more_than_luck(broken, reached, flagged):
+    square = MemberStats(name="Square", attack="Square()", black_box=True, seen=reached, newly_broken=broken)
+    outcome = EnsembleOutcome(np.arange(2), np.array(["", "Square"]), np.zeros(2), (square,))
+    assert bool(black_box_flags(outcome)) == flagged
+
+
+def test_several_classifiers_are_flagged_and_the_first_decides(toy_encoder, bank, queries):
+    several = [KNNClassifier(k=15), KNNClassifier(k=3)]
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"s": SMALL}, **BARE | dict(classifier=several))
+    np.testing.assert_array_equal(result.outcomes["s"].robust, right(result, "s", 15))
+    flags = {record.k: record.flags for record in result.records if record.attack_name == "s"}
+    assert any("k=15" in flag and "k=3" in flag for flag in flags[3])
