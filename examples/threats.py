@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from hsat.attacks import L2, InSpace, Linf, RawChannels, Stains
+from hsat.attacks import L2, Linf, RawChannels, Reparametrized, Stains
 from hsat.data import Cohort, srh_to_rgb
 from hsat.eval import Strongest, eps_text, paper_attacks, strongest_attacks
 from hsat.types import Attack
@@ -81,10 +81,10 @@ def strongest_under(
 
 def _in_space(threat: Threat, attack: Any) -> Attack:
     if threat == "raw_srh":
-        return InSpace(RawChannels(srh_to_rgb), attack)
+        return Reparametrized(RawChannels(srh_to_rgb), attack)
     if threat == "l2":
         return attack  # type: ignore[no-any-return]
-    return InSpace(Stains(per_pixel=threat == "stain"), attack)
+    return Reparametrized(Stains(per_pixel=threat == "stain"), attack)
 
 
 def check_threat(threat: Threat, cohort: Cohort) -> None:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.attacks.apgd import APGD
-from hsat.attacks.calling import Success, check_counts, check_number, check_threat, settings_text
+from hsat.attacks.base import check_counts, check_number, settings_text
+from hsat.attacks.initialization import image_seed
 from hsat.attacks.margins import margin
-from hsat.attacks.named import MIFGSM, PGD
 from hsat.attacks.objectives import classification, feature_drift
-from hsat.attacks.pixels import admitted_to
-from hsat.attacks.radius import eps_value
+from hsat.attacks.pgd import MIFGSM, PGD
 from hsat.attacks.square import Square
-from hsat.attacks.starts import image_seed, threat_of
+from hsat.attacks.threat import check_threat, eps_value, require_images
+from hsat.attacks.worst_case import keep_worst, with_threat
 from hsat.types import (
     Attack,
     AttackResult,
@@ -27,6 +27,7 @@ from hsat.types import (
     EmbeddingFunction,
     MemberStats,
     Objective,
+    SuccessTest,
     ThreatModel,
 )
 
@@ -183,7 +184,7 @@ class AttackEnsemble:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> Tensor:
         """Adversarial images: same shape, dtype and device as x; detached."""
         return self.run(x, objective, start=start, generator=generator, ids=ids, success=success).x_adv
@@ -196,7 +197,7 @@ class AttackEnsemble:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
         candidates: Mapping[str, Candidate] | None = None,
     ) -> AttackResult:
         """All members on one batch.
@@ -214,11 +215,11 @@ class AttackEnsemble:
             The result; `value` is the margin of the decision for a `DecisionObjective`.
         """
         if not isinstance(objective, DecisionObjective):
-            return self._climb(x, objective, start=start, generator=generator, ids=ids, success=success)
-        pass_ = _EnsembleState(self, x, objective, generator=generator, ids=ids, success=success)
-        return pass_.attack(start, candidates or {})
+            return self._maximise(x, objective, start=start, generator=generator, ids=ids, success=success)
+        state = _EnsembleState(self, x, objective, generator=generator, ids=ids, success=success)
+        return state.attack(start, candidates or {})
 
-    def _climb(
+    def _maximise(
         self,
         x: Tensor,
         objective: Objective,
@@ -226,7 +227,7 @@ class AttackEnsemble:
         start: Tensor | None,
         generator: torch.Generator | None,
         ids: Tensor | None,
-        success: Success | None,
+        success: SuccessTest | None,
     ) -> AttackResult:
         """All members on one objective that is no decision; the highest value is kept, per image where it can be."""
         best: AttackResult | None = None
@@ -241,7 +242,7 @@ class AttackEnsemble:
                 ids=ids,
                 success=success,
             )
-            best = result if best is None else _keep_worst(best, result)
+            best = result if best is None else keep_worst(best, result)
         assert best is not None  # PGD is always a member
         return best
 
@@ -257,11 +258,11 @@ class _EnsembleState:
         *,
         generator: torch.Generator | None,
         ids: Tensor | None,
-        success: Success | None,
+        success: SuccessTest | None,
     ) -> None:
         self.ensemble, self.objective, self.generator, self.ids = ensemble, objective, generator, ids
         self.success = success
-        self.x = admitted_to(x.detach(), ensemble.threat)
+        self.x = require_images(x.detach(), ensemble.threat)
         self.layers: dict[str, EmbeddingFunction] = {}
         if isinstance(objective.model, LayeredModel):
             self.layers = dict(objective.model.layers())
@@ -320,7 +321,7 @@ class _EnsembleState:
         if len(keep):
             x, ids = self.x[keep], None if self.ids is None else self.ids[keep.to(self.ids.device)]
             objective, extra = self._member_objective(member, x, keep)
-            attack: Any = _narrow(member.attack, keep)
+            attack = with_threat(member.attack, self.ensemble.threat.select(keep))
             result: AttackResult = attack.run(
                 x,
                 objective,
@@ -397,41 +398,3 @@ def _member_generator(
         return generator
     seed = torch.initial_seed() if generator is None else generator.initial_seed()
     return torch.Generator().manual_seed(image_seed(seed, 0, 0, member.name))
-
-
-def _narrow(attack: Attack, keep: Tensor) -> Attack:
-    """The attack for some images of a batch: a threat model may differ from image to image."""
-    threat: ThreatModel = attack.threat  # type: ignore[attr-defined]  # all members have one
-    narrowed = threat_of(threat, keep)
-    return attack if narrowed is threat else dataclasses.replace(attack, threat=narrowed)  # type: ignore[type-var]
-
-
-def _keep_worst(old: AttackResult, new: AttackResult) -> AttackResult:
-    """The better of two results for the attacker: per image where values are per image, else one whole batch."""
-    old_value, new_value = (torch.nan_to_num(result.value, nan=-torch.inf) for result in (old, new))
-    better = new_value > old_value
-    success = None
-    if old.success is not None and new.success is not None:
-        better = ~old.success & (new.success | better)
-        success = old.success | new.success
-    pick = better[:, None, None, None] if better.ndim else better
-    return AttackResult(
-        x_adv=torch.where(pick, new.x_adv, old.x_adv),
-        value=torch.where(better, new.value, old.value),
-        start_value=old.start_value,
-        zero_gradient=old.zero_gradient + new.zero_gradient,
-        success=success,
-        forwards=old.forwards + new.forwards,
-        backwards=old.backwards + new.backwards,
-        stationary=old.stationary
-        if new.stationary is None
-        else new.stationary
-        if old.stationary is None
-        else old.stationary | new.stationary,
-    )
-
-
-def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one | other

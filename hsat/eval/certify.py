@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hsat.attacks import L2, PGD, feature_drift, margin
-from hsat.attacks.radius import eps_text
+from hsat.attacks.threat import eps_text
 from hsat.classifiers import DecisionModel, KNNClassifier
 from hsat.embedding import Layer, eval_mode, require_labels, resolve_device, select_layer, to_device
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius

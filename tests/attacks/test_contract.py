@@ -24,7 +24,7 @@ from hsat.attacks import (
     RandomNoise,
     Square,
 )
-from hsat.attacks.starts import image_seed
+from hsat.attacks.initialization import image_seed
 from hsat.testing import LAWS, check_attack
 
 

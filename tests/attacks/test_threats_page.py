@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsat.attacks import Linf, to_stains
+from hsat.attacks import Linf
 from hsat.data import srh_to_rgb
+from hsat.stains import to_stains
 from hsat.testing import check_feasible
 
 PAGE = Path(__file__).parents[2] / "docs" / "threats.md"

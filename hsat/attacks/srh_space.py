@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +61,7 @@ class RawChannels:
 
     def check(self, threat: ThreatModel | None) -> None:
         """Refuse a range other than [0, 1]: to_rgb clamps what lies outside."""
-        low, high = getattr(threat, "low", 0.0), getattr(threat, "high", 1.0)
-        if not 0.0 <= low < high <= 1.0:
-            raise ValueError(f"raw channels lie in [0, 1]; the threat model's range is [{low}, {high}]")
+        if threat is None or (threat.low, threat.high) == (-math.inf, math.inf):  # it names no range
+            return
+        if not 0.0 <= threat.low < threat.high <= 1.0:
+            raise ValueError(f"raw channels lie in [0, 1]; the threat model's range is [{threat.low}, {threat.high}]")
