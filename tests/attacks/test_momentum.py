@@ -149,9 +149,9 @@ def test_the_kernel(size, sigma):
 def test_a_layout_is_resize_and_pad(seed, h, w, resize):
     x = torch.rand(4, 2, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     u = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed + 1))
-    layout = ResizePad.drawn(u, x, probability=0.75, resize=resize)
-    shown = layout.view(x, None)
-    assert torch.equal(layout.view(x[[2, 0]], torch.tensor([2, 0])), shown[[2, 0]])
+    layout = ResizePad.draw(u, x, probability=0.75, resize=resize)
+    shown = layout.transform(x, None)
+    assert torch.equal(layout.transform(x[[2, 0]], torch.tensor([2, 0])), shown[[2, 0]])
     for i in range(4):
         height, width = int(layout.height[i]), int(layout.width[i])
         top, left = int(layout.top[i]), int(layout.left[i])
@@ -169,15 +169,15 @@ def test_a_layout_is_resize_and_pad(seed, h, w, resize):
 
 def test_the_view_can_be_differentiated():
     x = images(2, 5, 5)
-    layout = ResizePad.drawn(torch.tensor([[0.1, 0.6, 0.3, 0.0], [0.9, 0.2, 0.8, 0.9]]), x, probability=0.5, resize=0.6)
+    layout = ResizePad.draw(torch.tensor([[0.1, 0.6, 0.3, 0.0], [0.9, 0.2, 0.8, 0.9]]), x, probability=0.5, resize=0.6)
     assert layout.changed.tolist() == [True, False]
-    assert torch.autograd.gradcheck(lambda v: layout.view(v, None), x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda v: layout.transform(v, None), x.requires_grad_())
 
 
 def test_layouts_reach_every_place_and_as_often_as_they_should():
     x = torch.zeros(4000, 1, 10, 10)
     u = NoiseSource(4000, generator=torch.Generator().manual_seed(0), ids=None, restart=0).uniform(4, like=x)
-    layout = ResizePad.drawn(u, x, probability=0.3, resize=0.7)
+    layout = ResizePad.draw(u, x, probability=0.3, resize=0.7)
     assert set(layout.height.tolist()) == {7, 8, 9}
     assert {(h, t) for h, t in zip(layout.height.tolist(), layout.top.tolist(), strict=True)} == {
         (h, t) for h in (7, 8, 9) for t in range(10 - h)

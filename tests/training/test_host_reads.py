@@ -213,9 +213,9 @@ def test_the_innermost_line_of_the_package_is_named():
         require_range(torch.rand(2, 3, 4, 4), 0.0, 1.0)
     read = reads[-1]
     line = read.lines[0]
-    assert (line.file, line.function, line.text) == ("attacks/pixels.py", "admitted", "if bool(outside):")
-    assert f"attacks/pixels.py:{line.number}" in repr(read)
-    assert [line.function for line in reads[0].lines] == ["round_inside", "admit", "admitted"]
+    assert (line.file, line.function, line.text) == ("attacks/threat.py", "require_range", "if bool(refused):")
+    assert f"attacks/threat.py:{line.number}" in repr(read)
+    assert [line.function for line in reads[0].lines] == ["round_inside", "clamp_to_range", "require_range"]
 
 
 @pytest.mark.parametrize(
