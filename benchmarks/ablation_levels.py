@@ -27,7 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort  # noqa: E402
-from hsat.eval import Record, evaluate_whitebox, paper_attacks, read_records, write_records  # noqa: E402
+from hsat.eval import (  # noqa: E402
+    KNNClassifier,
+    Provenance,
+    Record,
+    RunOptions,
+    evaluate_whitebox,
+    paper_attacks,
+    read_records,
+    write_records,
+)
 from hsat.models import checkpoint_hash, load_encoder  # noqa: E402
 from runs import device_named, versions  # noqa: E402
 from train_hsat import TrainHSAT, train  # noqa: E402
@@ -118,12 +127,10 @@ def evaluated(name: str, checkpoint: Path, root: Path, scale: Scale, *, seed: in
             bank,
             queries,
             paper_attacks((4 / 255, 8 / 255), names=("pgd",)),
+            classifier=KNNClassifier(k=20),
             target=target,
-            k=20,
-            seed=seed,
-            noise=target == TARGETS[0],
-            model=name,
-            checkpoint=checkpoint_hash(checkpoint),
+            run=RunOptions(seed=seed, noise=target == TARGETS[0]),
+            provenance=Provenance(model=name, checkpoint=checkpoint_hash(checkpoint)),
         )
         records += found.records
     write_records(path, records)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort  # noqa: E402
-from hsat.eval import evaluate_whitebox, paper_attacks  # noqa: E402
+from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks  # noqa: E402
 from hsat.models import load_encoder  # noqa: E402
 from runs import versions, write_json  # noqa: E402
 from settings import read_yaml  # noqa: E402
@@ -87,7 +87,16 @@ def run_one(name: str, seed: int, runs: Path, steps: int) -> dict[str, Any]:
         patch_loader(PatchDataset(cohort, split, image_size=size), batch_size=64) for split in ("train", "val")
     )
     attacks = paper_attacks((8 / 255,), names=("pgd",))
-    found = evaluate_whitebox(encoder, bank, queries, attacks, k=20, seed=seed, bootstrap=0)
+    found = evaluate_whitebox(
+        encoder,
+        bank,
+        queries,
+        attacks,
+        classifier=KNNClassifier(k=20),
+        target="features",
+        scoring=Scoring(bootstrap=0),
+        run=RunOptions(seed=seed, noise=False),
+    )
     value = {(r.attack_name, r.metric): r.value for r in found.records if r.level == "patch"}
     result = {
         "seconds": seconds,

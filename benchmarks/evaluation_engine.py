@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import hsat
 from hsat.attacks.initialization import random_start
-from hsat.eval import KNNClassifier, evaluate_whitebox, paper_attacks
+from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks
 from hsat.models import build_encoder, fold_batchnorm
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
@@ -94,7 +94,16 @@ def published_attack(moved: Callable[[Tensor], Tensor], batch: HierarchicalBatch
 
 def ours(encoder: nn.Module, bank: Batches, queries: Batches, attacks: dict[str, Any], target: str) -> Any:
     """The same predictions from one call."""
-    result = evaluate_whitebox(encoder, bank, queries, attacks, target=target, k=20, bootstrap=0)
+    result = evaluate_whitebox(
+        encoder,
+        bank,
+        queries,
+        attacks,
+        classifier=KNNClassifier(k=20),
+        target=target,
+        scoring=Scoring(bootstrap=0),
+        run=RunOptions(noise=False),
+    )
     return {name: result.scores[name][20].argmax(1) for name in attacks}
 
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import hsat
 from hsat.attacks import PGD, Linf
-from hsat.eval import evaluate_whitebox, paper_attacks
+from hsat.eval import KNNClassifier, Provenance, RunOptions, Scoring, evaluate_whitebox, paper_attacks
 from hsat.losses import HiDiscLoss
 from hsat.models import build_encoder, fold_batchnorm
 from hsat.training import adversarial_step
@@ -170,10 +170,11 @@ def evaluation_variants(name: str, queries: int, side: int) -> dict[str, Callabl
                     banks,
                     queries,
                     paper_attacks((4 / 255, 8 / 255)),
+                    classifier=KNNClassifier(k=20),
                     target="embedding",
-                    k=20,
-                    bootstrap=0,
-                    class_names=tuple("abcd"),
+                    scoring=Scoring(bootstrap=0),
+                    run=RunOptions(noise=False),
+                    provenance=Provenance(class_names=tuple("abcd")),
                 ).records
 
         found[title] = ours

@@ -1,46 +1,52 @@
 """Certified robustness of one or several encoders: records.jsonl, table.md, curves of certified accuracy.
 
     python examples/certify.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh --sigma 0.1
-    python examples/certify.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors --challenge 50
+    python examples/certify.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors --check 50
 
 The kNN vote is smoothed with Gaussian noise; what it then answers cannot be changed by any attack of an L2 norm below
 the certified radius, in units of the pixel range (arXiv:1902.02918; docs/honesty.md).  Every patch costs
 --selection + --samples passes, so begin with a few: --query_patches 100.  Encoders that never saw noise certify little.
+--resume goes on after an interruption, and torchrun shares the work among processes, as for evaluate_whitebox.py.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from cohorts import describe, open_cohort
-from evaluate_whitebox import load_named, loaders
-from hsat.data import BadPatch, Cohort
+from encoders import open_encoders
+from evaluate_whitebox import loaders
+from evaluation_run import EvaluationSettings, remove_state, run_evaluation
+from hsat.data import Cohort
 from hsat.eval import (
     CertificateResult,
+    CertifyOptions,
+    CheckOptions,
+    KNNClassifier,
+    Provenance,
     Record,
+    RunOptions,
+    Scoring,
     Smoothing,
     certify,
-    challenge_certificates,
+    check_certificates,
     markdown_table,
     plot_certified_accuracy,
     write_records,
 )
-from runs import device_named, versions, write_json
-from settings import DataSettings, Names, Settings, StoredModelSettings, listed
+from ranks import Ranks
+from runs import versions, write_json
+from settings import listed
 
 Radii = Annotated[list[float], BeforeValidator(listed)]
 
 
-class Certify(Settings):
+class Certify(EvaluationSettings):
     """Certify the kNN vote of encoders at patch, slide and patient level."""
 
-    checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
-    data: DataSettings = DataSettings()
-    model: StoredModelSettings = StoredModelSettings()
     sigma: float = Field(0.1, gt=0, description="standard deviation of the noise, in units of the pixel range")
     samples: int = Field(1000, gt=0, description="noisy copies of a patch that bound its radius")
     selection: int = Field(100, gt=0, description="noisy copies of a patch that choose its class")
@@ -48,7 +54,7 @@ class Certify(Settings):
     radii: Radii = Field([0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0], description="L2 radii of the curve")
     how: Literal["mean", "vote"] = Field("mean", description="how patches decide about slides and patients")
     noisy_bank: bool = Field(True, description="embed the bank with the same noise")
-    challenge: int = Field(0, ge=0, description="attack this many certified patches, to try to break the certificates")
+    check: int = Field(0, ge=0, description="attack this many certified patches, to try to break the certificates")
     layer: Literal["features", "embedding"] = Field("features", description="what kNN reads")
     k: int = Field(200, gt=0, description="neighbours")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
@@ -57,16 +63,12 @@ class Certify(Settings):
     batch_size: int = Field(64, gt=0, description="patches, or noisy copies, per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the noise")
-    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/certificates"), description="folder for the results")
-    quiet: bool = Field(False, description="no progress bars")
-    compat: ClassVar[None] = None  # load_named asks; the published evaluation has no certificates
 
 
-def run(settings: Certify, cohort: Cohort) -> list[Record]:
-    """Certify every encoder, challenge it where asked; its records."""
-    device = device_named(settings.device)
-    bank, queries = loaders(settings, cohort)
+def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
+    """Certify every encoder, attack its certificates where asked; all records."""
+    options = CertifyOptions(radii=settings.radii, pooling=settings.how, noisy_bank=settings.noisy_bank)
     smoothing = Smoothing(
         sigma=settings.sigma,
         selection=settings.selection,
@@ -75,71 +77,67 @@ def run(settings: Certify, cohort: Cohort) -> list[Record]:
         seed=settings.seed,
         chunk=settings.batch_size,
     )
+    bank, queries = loaders(settings, cohort)
+    encoders = open_encoders(settings.checkpoint, settings.model)
+    ranks.begin()
     records: list[Record] = []
-    encoders = [load_named(settings, text) for text in settings.checkpoint]
-    if len({name for name, _, _ in encoders}) < len(encoders):
-        raise ValueError("two encoders have one name; name them: --checkpoint a=FILE,b=FILE")
-    for name, encoder, digest in encoders:
-        print(f"certifying {name} (sigma {settings.sigma:g})", file=sys.stderr)
-        found = certify(
-            encoder.to(device),
+    for title, encoder, digest in encoders:
+        print(f"certifying {title} (sigma {settings.sigma:g})", file=sys.stderr)
+        certified = certify(
+            encoder.to(ranks.device),
             bank,
             queries,
-            smoothing=smoothing,
-            radii=settings.radii,
-            layer=settings.layer,
-            k=settings.k,
-            temperature=settings.temperature,
-            how=settings.how,
-            noisy_bank=settings.noisy_bank,
-            bootstrap=settings.bootstrap,
-            model=name,
-            checkpoint=digest,
-            progress=not settings.quiet,
+            smoothing,
+            options=options,
+            classifier=KNNClassifier(k=settings.k, temperature=settings.temperature),
+            scoring=Scoring(layer=settings.layer, bootstrap=settings.bootstrap),
+            run=RunOptions(seed=settings.seed, resume_dir=settings.state_of(title), progress=not settings.quiet),
+            provenance=Provenance(model=title, checkpoint=digest),
         )
-        if settings.challenge:
-            challenge(settings, name, encoder, queries, found)
-        records += found.records
+        if settings.check:
+            attack_certificates(settings, title, encoder, queries, certified)
+        records += certified.records
     return records
 
 
-def challenge(settings: Certify, name: str, encoder: object, queries: object, found: CertificateResult) -> None:
-    """Attack certified patches and say what came of it; a refuted certificate ends the program."""
-    if not (found.levels["patch"].radius > 0).any():
-        print(f"{name}: no patch is certified, nothing to challenge", file=sys.stderr)
+def attack_certificates(
+    settings: Certify, title: str, encoder: object, queries: object, certified: CertificateResult
+) -> None:
+    """Attack certified patches and say what came of it; certificates that do not hold end the program."""
+    if not (certified.levels["patch"].radius > 0).any():
+        print(f"{title}: no patch is certified, nothing to check", file=sys.stderr)
         return
-    result = challenge_certificates(
-        encoder, found, queries, limit=settings.challenge, samples=settings.samples, progress=not settings.quiet
+    check = check_certificates(
+        encoder,
+        certified,
+        queries,
+        options=CheckOptions(limit=settings.check, samples=settings.samples),
+        run=RunOptions(progress=not settings.quiet),
     )
-    told = f"{name}: {result.tested} certified patches attacked, {result.changed} decisions changed"
-    print(f"{told} (p = {result.p_value:.3g})", file=sys.stderr)
-    if result.refuted:
-        raise ValueError(f"{told}: the certificates of {name} are wrong; please report this")
+    sentence = f"{title}: {check.tested} certified patches attacked, {check.changed} decisions changed"
+    print(f"{sentence} (p = {check.p_value:.3g})", file=sys.stderr)
+    if check.violated:
+        raise ValueError(f"{sentence}: the certificates of {title} are wrong; please report this")
 
 
-def main(argv: list[str]) -> None:
-    """Read the options, certify, write, print."""
-    settings = Certify.load(argv)
-    if not settings.checkpoint:
-        raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
-    cohort = open_cohort(settings.data, seed=settings.seed)
-    print(describe(cohort), file=sys.stderr)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        records = run(settings, cohort)
-        write_records(settings.out / "records.jsonl", records)
-        table = markdown_table(records, metrics=("certified_accuracy",))
-        (settings.out / "table.md").write_text(table)
-        about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions()}
-        write_json(settings.out / "run.json", about | {"command": sys.argv})
-    except (BadPatch, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> str:
+    """Write records, table, curves and the account of the run; returns the table."""
+    write_records(settings.out / "records.jsonl", records)
+    table = markdown_table(records, metrics=("certified_accuracy",))
+    (settings.out / "table.md").write_text(table)
+    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions()}
+    write_json(settings.out / "run.json", about | {"command": sys.argv})
     try:
         plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
     except ImportError as error:
         print(f"no figures: {error}", file=sys.stderr)
-    print(table)
-    print(f"results are in {settings.out}", file=sys.stderr)
+    remove_state(settings)
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, certify, write, print."""
+    run_evaluation(Certify.load(argv), evaluate, write_results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -24,7 +23,13 @@ from evaluate_whitebox import loaders
 from hsat.data import BadPatch, Cohort
 from hsat.eval import (
     CONVENTIONS,
+    PAPER,
+    KNNClassifier,
+    Provenance,
     Record,
+    RunOptions,
+    Scoring,
+    Target,
     WhiteboxResult,
     conventions_table,
     evaluate_whitebox,
@@ -36,7 +41,13 @@ from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
 from runs import device_named, versions, write_json
 from settings import DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
 
-OWN, PAPER = "hsat", "the published code"
+OWN, PUBLISHED = "hsat", "the published code"
+SCORING = {
+    "pooling": Scoring(pooling=PAPER.scoring.pooling),
+    "absent classes": Scoring(absent_classes=PAPER.scoring.absent_classes),
+    "grouping": Scoring(group_by=PAPER.scoring.group_by),
+}
+"""The conventions of arithmetic, each switched alone."""
 TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
 
 
@@ -72,8 +83,11 @@ class Evaluation:
         self.dual = is_dual(self.encoder)
         self.bank, self.queries = loaders(settings, cohort)
 
-    def attacked(self, *, switched: Sequence[str], compat: bool = False) -> WhiteboxResult:
-        """The evaluation with these conventions of stage "attack" as published, the others hsat's."""
+    def attacked(self, *, switched: Sequence[str], published: bool = False) -> WhiteboxResult:
+        """The evaluation with these conventions of stage "attack" as published, the others hsat's.
+
+        published: The published arithmetic as well.
+        """
         chosen = self.settings
         attacks = paper_attacks(
             chosen.eps,
@@ -88,21 +102,17 @@ class Evaluation:
         if own_branch:
             set_branch(self.encoder, "normal")
         print(f"attacking: {', '.join(switched) or 'no convention'} as published", file=sys.stderr)
+        target = Target("embedding" if "target" in switched else "features", branch="pgd" if own_branch else None)
         result = evaluate_whitebox(
             self.encoder,
             self.bank,
             self.queries,
             attacks,
-            target="embedding" if "target" in switched else "features",
-            attack_branch="pgd" if own_branch else None,
-            compat="paper" if compat else None,
-            k=chosen.k,
-            temperature=chosen.temperature,
-            seed=chosen.seed,
-            bootstrap=chosen.bootstrap,
-            model=self.name,
-            checkpoint=self.digest,
-            progress=not chosen.quiet,
+            classifier=KNNClassifier(k=chosen.k, temperature=chosen.temperature),
+            target=PAPER.target if published else target,
+            scoring=replace(PAPER.scoring if published else Scoring(), bootstrap=chosen.bootstrap),
+            run=RunOptions(seed=chosen.seed, noise=False, progress=not chosen.quiet),
+            provenance=Provenance(model=self.name, checkpoint=self.digest),
         )
         result = naming_branch(result, self.encoder)
         if own_branch:
@@ -119,20 +129,20 @@ class Evaluation:
 
 def evaluate(settings: CompareConventions, cohort: Cohort, file: Path) -> dict[str, tuple[Record, ...]]:
     """Records by what was switched: "hsat" (nothing), one convention each, "the published code" (everything)."""
-    trial = Evaluation(settings, cohort, file)
-    own = trial.attacked(switched=())
-    found = {OWN: own.records}
-    here = [each for each in CONVENTIONS if each.stage != "training" and trial.applies(each.name)]
-    for each in here:
-        if each.stage == "attack":
-            found[each.name] = trial.attacked(switched=(each.name,)).records
+    evaluation = Evaluation(settings, cohort, file)
+    own = evaluation.attacked(switched=())
+    results = {OWN: own.records}
+    applying = [each for each in CONVENTIONS if each.stage != "training" and evaluation.applies(each.name)]
+    for convention in applying:
+        if convention.stage == "attack":
+            results[convention.name] = evaluation.attacked(switched=(convention.name,)).records
         else:
-            option: dict[str, Any] = {each.option: each.paper_value.strip("'")}
-            found[each.name] = rescore(own, **option).records
-    found[PAPER] = trial.attacked(switched=[each.name for each in here if each.stage == "attack"], compat=True).records
+            results[convention.name] = rescore(own, SCORING[convention.name]).records
+    attacks = [convention.name for convention in applying if convention.stage == "attack"]
+    results[PUBLISHED] = evaluation.attacked(switched=attacks, published=True).records
     return {
         name: tuple(replace(record, settings={**record.settings, "convention": name}) for record in records)
-        for name, records in found.items()
+        for name, records in results.items()
     }
 
 

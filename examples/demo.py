@@ -2,8 +2,8 @@
 
 Writes a synthetic cohort, trains a HiDisc baseline and an HSAT encoder on it with the same recipe (configs/demo.yaml),
 attacks both with PGD, BIM and MI-FGSM at 4/255 and 8/255, and prints one table: baseline, HSAT, an untrained encoder,
-each clean, under random noise of the same size, and attacked.  Then it attacks the kNN vote itself ("knn"), which is
-what decides and the stronger test.  Records, figures, report.md and report.html go to --out.
+each clean, under random noise of the same size, and attacked.  Then it attacks the kNN vote itself ("decision"), which
+is what decides and the stronger test.  Records, figures, report.md and report.html go to --out.
 
     python examples/demo.py --out runs/demo --seed 0 --targets features,embedding
 """
@@ -27,7 +27,7 @@ from settings import Settings, listed, read_yaml
 from train_hsat import DEMO, TrainHSAT, train
 from whitebox_files import write_results
 
-NAMED = {"features": "the features", "embedding": "the embedding", "knn": "the kNN vote itself"}
+NAMED = {"features": "the features", "embedding": "the embedding", "decision": "the kNN vote itself"}
 K = 20  # neighbours in the short table; the small bank makes the paper's 200 blur, the full tables have both
 
 
@@ -36,8 +36,8 @@ class Demo(Settings):
 
     out: Path = Field(Path("runs/demo"), description="folder for everything")
     seed: int = Field(0, ge=0, description="of the cohort, the weights, the draws and the attacks")
-    targets: Annotated[list[Literal["features", "embedding", "knn"]], BeforeValidator(listed)] = Field(
-        ["features", "knn"], description="what the attacks move: features, embedding, the kNN vote; commas between"
+    targets: Annotated[list[Literal["features", "embedding", "decision"]], BeforeValidator(listed)] = Field(
+        ["features", "decision"], description="what the attacks move: features, embedding, the kNN vote; commas between"
     )
     steps: int | None = Field(None, gt=0, description="training steps, if not the recipe's")
     query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
@@ -63,7 +63,7 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     argv = ["--checkpoint", ",".join(f"{name}={path}" for name, path in encoders.items()), "--target", target]
     argv += ["--out", str(demo.out / target), "--seed", str(demo.seed), "--quiet", str(demo.quiet)]
     argv += ["--steps", "10", "--eps", "4/255,8/255"]
-    if target == "knn":  # one vote is attacked, and PGD is enough to show how much the drift leaves undone
+    if target == "decision":  # one vote is attacked, and PGD is enough to show how much the drift leaves undone
         argv += ["--k", str(K), "--attacks", "pgd", "--diagnose", "0"]
     else:
         argv += ["--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from hsat.eval import WhiteboxResult
 from hsat.models import (
     Encoder,
     active_branch,
     build_encoder,
+    checkpoint_hash,
     is_dual,
     load_encoder,
     set_branch,
@@ -19,6 +22,14 @@ from hsat.models import (
     untouched_branches,
 )
 from settings import ModelSettings, StoredModelSettings
+
+
+class NamedEncoder(NamedTuple):
+    """An encoder to evaluate; digest: the SHA-256 of its file."""
+
+    title: str
+    encoder: Encoder
+    digest: str
 
 
 def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
@@ -60,6 +71,37 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
         _say_what_was_read(path, encoder, inferred=not said_head or model.embedding_dim is None)
     choose_branch(encoder, model.branch, path)
     return encoder
+
+
+def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, paper: bool = False) -> list[NamedEncoder]:
+    """The encoders of --checkpoint: `file` or `name=file` each.  ValueError for what cannot be read, and equal names.
+
+    paper: as the published evaluation, which attacks branch "pgd" of a dual encoder and scores "normal".
+    """
+    encoders: list[NamedEncoder] = []
+    for text in checkpoints:
+        title, file = ("", text) if Path(text).exists() or "=" not in text else text.split("=", 1)
+        path = Path(file)
+        title = title or (path.parent.name if path.stem in ("best", "final", "last") else path.stem)
+        try:
+            encoder = stored_encoder(model, path, alone=len(checkpoints) < 2)
+        except OSError as error:
+            raise ValueError(f"--checkpoint {text}: {error}") from error
+        if paper and model.branch is None and is_dual(encoder):
+            set_branch(encoder, "normal")
+            print(f"{path}: --compat paper scores branch normal; the attacks go through pgd", file=sys.stderr)
+        encoders.append(NamedEncoder(title, encoder, checkpoint_hash(path)))
+        check_titles(one.title for one in encoders)
+    return encoders
+
+
+def check_titles(titles: Iterable[str]) -> None:
+    """ValueError for two encoders of one name."""
+    known: set[str] = set()
+    for title in titles:
+        if title in known:
+            raise ValueError(f"two encoders are called {title!r}; name them: --checkpoint a=FILE,b=FILE")
+        known.add(title)
 
 
 def choose_branch(encoder: Encoder, wanted: str | None, path: Path) -> None:

@@ -8,33 +8,32 @@ classifies what came out with its own bank of clean training patches.  Acc-D and
 minus its accuracy on these images.  The paper's tables attack the embedding (--target embedding).
 
 The folder `state` in --out keeps what is finished: after an interruption the same command with --resume goes on from
-there and ends with the same records.  With --hold one only one encoder is in memory at a time, and the adversarial
-images of one surrogate and attack wait in that folder meanwhile.  Several GPUs or processes share the work, with the
-same results (docs/devices.md):
+there and ends with the same records; encoders and attacks may be added later.  Several GPUs or processes share the
+work, with the same results (docs/devices.md):
 
     torchrun --nproc_per_node=4 examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE --data.root /data/opensrh
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
 
-from cohorts import describe, open_cohort
-from evaluate_whitebox import load_named, loaders
-from hsat.data import BadPatch, Cohort
-from hsat.distributed import RankFailedError
+from encoders import open_encoders
+from evaluate_whitebox import loaders, target_and_scoring
+from evaluation_run import EvaluationSettings, run_evaluation
+from hsat.data import Cohort
 from hsat.eval import (
+    KNNClassifier,
+    Provenance,
     Record,
+    RunOptions,
     TransferResult,
     evaluate_transfer,
     paper_attacks,
@@ -43,21 +42,17 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import active_branch
-from hsat.training import assert_ranks_agree
-from one_voice import one_voice
-from ranks import Ranks, joined, one_after_the_first
-from runs import device_named, same_on_all_ranks, versions, write_json
-from settings import Counts, DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
+from ranks import Ranks
+from runs import device_named, versions, write_json
+from settings import Counts, Names, Pixels, PixelsList
 
 
-class EvaluateTransfer(Settings):
+class EvaluateTransfer(EvaluationSettings):
     """Measure how attacks on one encoder hurt others, by kNN at patch, slide and patient level."""
 
     checkpoint: Names = Field([], description="encoders: name=file,name=file,... or files alone")
     surrogates: Names = Field([], description="names of the encoders to attack; all if not given")
     targets: Names = Field([], description="names of the encoders to measure; all if not given")
-    data: DataSettings = DataSettings()
-    model: StoredModelSettings = StoredModelSettings()
     attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
     eps: PixelsList = Field([4 / 255, 8 / 255], description="radii: 4/255,8/255")
     step_size: Pixels = Field(2 / 255, description="size of a step")
@@ -72,41 +67,24 @@ class EvaluateTransfer(Settings):
     query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
     batch_size: int = Field(64, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
-    hold: Literal["all", "one"] = Field("all", description="encoders in memory: all of them, or one at a time")
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
-    seed: int = Field(0, ge=0, description="of the attacks' random starts")
-    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
-    rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(Path("runs/transfer"), description="folder for the results and the state")
     resume: bool = Field(False, description="go on with what is finished in the folder of --out")
-    quiet: bool = Field(False, description="no progress bars")
+
+    @property
+    def state(self) -> Path:
+        """The folder of finished batches; it stays, so that encoders and attacks can be added."""
+        return self.out / "state"
 
 
-def open_encoders(
-    settings: EvaluateTransfer, device: torch.device
-) -> tuple[dict[str, Any], dict[str, str], dict[str, str | None]]:
-    """By name: the encoders or what loads them, the SHA-256 of their files, the active branches of dual BatchNorm.
-
-    Every file is read once here, so that one that does not fit is found before the first attack.
-    """
-    encoders: dict[str, Any] = {}
-    digests: dict[str, str] = {}
-    branches: dict[str, str | None] = {}
-    for text in settings.checkpoint:
-        name, encoder, digests[name] = load_named(settings, text)
-        if name in encoders:
-            raise ValueError(f"two encoders are called {name!r}; name them: --checkpoint a=FILE,b=FILE")
-        branches[name] = active_branch(encoder)
-        encoders[name] = encoder.to(device) if settings.hold == "all" else _loader(settings, text, device)
-    return encoders, digests, branches
-
-
-def _loader(settings: EvaluateTransfer, text: str, device: torch.device) -> Callable[[], Any]:
-    def load() -> Any:
-        with contextlib.redirect_stderr(io.StringIO()):  # what it has to say was said at the first reading
-            return load_named(settings, text)[1].to(device)
-
-    return load
+def pairs_of(settings: EvaluateTransfer, titles: Sequence[str]) -> list[tuple[str, str]]:
+    """Every surrogate with every target.  ValueError for names that are none of the encoders'."""
+    chosen = {}
+    for option in ("surrogates", "targets"):
+        chosen[option] = list(dict.fromkeys(getattr(settings, option) or titles))
+        if unknown := [name for name in chosen[option] if name not in titles]:
+            raise ValueError(f"unknown {option} {unknown}; --checkpoint has {list(titles)}")
+    return list(itertools.product(chosen["surrogates"], chosen["targets"]))
 
 
 def evaluate(settings: EvaluateTransfer, cohort: Cohort, ranks: Ranks | None = None) -> TransferResult:
@@ -114,28 +92,27 @@ def evaluate(settings: EvaluateTransfer, cohort: Cohort, ranks: Ranks | None = N
 
     ranks: which of several processes this is; all of them call this, and all get the result of one.
     """
-    device = ranks.device if ranks else device_named(settings.device)
-    encoders, digests, branches = open_encoders(settings, device)
+    ranks = ranks or Ranks(0, 1, device_named(settings.device))
+    encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.compat == "paper")
+    pairs = pairs_of(settings, [one.title for one in encoders])
     bank, queries = loaders(settings, cohort)
+    goal = settings.target or ("embedding" if settings.compat == "paper" else "features")
+    target, scoring = target_and_scoring(goal, settings.compat, bootstrap=settings.bootstrap)
+    attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
+    ranks.begin()
     result = evaluate_transfer(
-        encoders,
+        {one.title: one.encoder.to(ranks.device) for one in encoders},
         bank,
         queries,
-        paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks),
-        surrogates=settings.surrogates or None,
-        targets=settings.targets or None,
-        target=settings.target,
-        k=settings.k,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        compat=settings.compat,
-        bootstrap=settings.bootstrap,
-        checkpoints=digests,
-        hold=settings.hold,
-        state=settings.out / "state",
-        device=device,
-        progress=not settings.quiet,
+        attacks,
+        pairs=pairs,
+        classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+        target=target,
+        scoring=scoring,
+        run=RunOptions(seed=settings.seed, device=ranks.device, resume_dir=settings.state, progress=not settings.quiet),
+        provenance={one.title: Provenance(checkpoint=one.digest) for one in encoders},
     )
+    branches = {one.title: active_branch(one.encoder) for one in encoders}
     return replace(result, records=tuple(_naming_branch(record, branches) for record in result.records))
 
 
@@ -162,41 +139,9 @@ def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferRe
     return table
 
 
-def opened(settings: EvaluateTransfer, ranks: Ranks) -> Cohort:
-    """The cohort, after the first rank has made the folder for the results and found it free."""
-    assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
-    with one_after_the_first(ranks):  # which may write the synthetic cohort
-        if ranks.first and (settings.out / "state").exists() and not (settings.resume or ranks.again):
-            raise ValueError(
-                f"{settings.out} holds a run already; add --resume to go on with it, or choose another --out"
-            )
-        cohort = open_cohort(settings.data, seed=settings.seed)
-        if ranks.first:
-            print(describe(cohort), file=sys.stderr)
-            settings.out.mkdir(parents=True, exist_ok=True)
-    assert_ranks_agree(cohort=cohort, seed=settings.seed)
-    return cohort
-
-
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    settings = EvaluateTransfer.load(argv)
-    if not settings.checkpoint:
-        raise SystemExit("error: give --checkpoint a=FILE,b=FILE,...; train_hsat.py writes best.safetensors")
-    try:
-        with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
-            cohort = opened(settings, ranks)
-            ranks.begin()
-            result = evaluate(settings, cohort, ranks)
-        if not ranks.first:
-            return
-        table = write_results(settings, cohort, result)
-    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except RankFailedError as error:
-        raise SystemExit(f"error: {error}; the same command with --resume goes on with the finished pairs") from None
-    print(table)
-    print(f"results are in {settings.out}", file=sys.stderr)
+    run_evaluation(EvaluateTransfer.load(argv), evaluate, write_results)
 
 
 if __name__ == "__main__":

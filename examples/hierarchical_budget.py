@@ -6,35 +6,47 @@ r"""How few patches must an attacker alter to change the diagnosis of a patient?
 
 Every validation patch is attacked; then the fewest attacked patches are counted that turn the pooled decision of their
 patient or slide (docs/threats.md).  groups.csv has that number for each of them.  --query_patches thins the patches,
-and with them the patients' sizes: the fractions stay what they say, of the patches that are left.
+and with them the patients' sizes: the fractions stay what they say, of the patches that are left.  --resume goes on
+after an interruption, and torchrun shares the work among processes, as for evaluate_whitebox.py.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from cohorts import describe, open_cohort
-from evaluate_whitebox import load_named, loaders
-from hsat.data import BadPatch, Cohort
-from hsat.eval import BudgetResult, Record, evaluate_hierarchical_budget, markdown_table, write_records
-from runs import device_named, versions, write_json
-from settings import DataSettings, Names, Pixels, Settings, StoredModelSettings, listed
+from encoders import open_encoders
+from evaluate_whitebox import loaders
+from evaluation_run import EvaluationSettings, remove_state, run_evaluation
+from hsat.data import Cohort
+from hsat.eval import (
+    BudgetResult,
+    KNNClassifier,
+    PatchBudget,
+    Provenance,
+    Record,
+    RunOptions,
+    Scoring,
+    evaluate_budget,
+    markdown_table,
+    write_records,
+)
+from ranks import Ranks
+from runs import versions, write_json
+from settings import Names, Pixels, listed
 from threats import Lengths, Threat, attacks_under, check_radii, check_threat
 
 Fractions = Annotated[list[float], BeforeValidator(listed)]
 
 
-class HierarchicalBudget(Settings):
+class HierarchicalBudget(EvaluationSettings):
     """The smallest share of a patient's or slide's patches whose alteration changes the decision."""
 
-    checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
-    data: DataSettings = DataSettings()
-    model: StoredModelSettings = StoredModelSettings()
     level: Literal["slide", "patient"] = Field("patient", description="whose decision is to change")
     fractions: Fractions = Field([0.05, 0.1, 0.25, 0.5, 1.0], description="shares of the patches, for the table")
     order: Literal["worst", "random"] = Field("worst", description="the attacker chooses the patches, or chance does")
@@ -43,7 +55,7 @@ class HierarchicalBudget(Settings):
     eps: Lengths = Field([8 / 255], description="radii: 4/255,8/255; in the unit of --threat")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")
     steps: int = Field(10, gt=0, description="gradient steps")
-    target: Literal["knn", "features", "embedding"] = Field("knn", description="what the attacks move")
+    target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
     k: int = Field(200, gt=0, description="neighbours")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
@@ -51,10 +63,7 @@ class HierarchicalBudget(Settings):
     batch_size: int = Field(64, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts, and of --order random")
-    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/budget"), description="folder for the results")
-    quiet: bool = Field(False, description="no progress bars")
-    compat: ClassVar[None] = None  # load_named asks; the published evaluation attacks all patches
 
     @field_validator("eps")
     @classmethod
@@ -62,42 +71,39 @@ class HierarchicalBudget(Settings):
         return check_radii(info.data.get("threat", "linf"), eps)
 
 
-def run(settings: HierarchicalBudget, cohort: Cohort) -> dict[tuple[str, str], BudgetResult]:
+def evaluate(settings: HierarchicalBudget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, str], BudgetResult]:
     """Results by encoder and attack."""
     check_threat(settings.threat, cohort)
-    device, (bank, queries) = device_named(settings.device), loaders(settings, cohort)
-    encoders = [load_named(settings, text) for text in settings.checkpoint]
-    if len({title for title, _, _ in encoders}) < len(encoders):
-        raise ValueError("two encoders have one name; name them: --checkpoint a=FILE,b=FILE")
+    budget = PatchBudget(level=settings.level, fractions=settings.fractions, order=settings.order)
+    encoders = open_encoders(settings.checkpoint, settings.model)
+    bank, queries = loaders(settings, cohort)
     attacks = attacks_under(
         settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
     )
-    found: dict[tuple[str, str], BudgetResult] = {}
+    ranks.begin()
+    results: dict[tuple[str, str], BudgetResult] = {}
     for title, encoder, digest in encoders:
         if settings.threat == "raw_srh" and encoder.fixed_size is None:
             encoder.input_size = (settings.data.image_size,) * 2  # patches come at their own size
         for name, attack in attacks.items():
             print(f"{title}: {name} on {settings.target}", file=sys.stderr)
-            result = evaluate_hierarchical_budget(
-                encoder.to(device),
+            results[title, name] = evaluate_budget(
+                encoder.to(ranks.device),
                 bank,
                 queries,
                 attack,
-                level=settings.level,
-                fractions=settings.fractions,
-                order=settings.order,
+                budget=dataclasses.replace(budget, name=name),
+                classifier=KNNClassifier(k=settings.k, temperature=settings.temperature),
                 target=settings.target,
-                k=settings.k,
-                temperature=settings.temperature,
-                seed=settings.seed,
-                bootstrap=settings.bootstrap,
-                name=name,
-                model=title,
-                checkpoint=digest,
-                progress=not settings.quiet,
+                scoring=Scoring(bootstrap=settings.bootstrap),
+                run=RunOptions(
+                    seed=settings.seed,
+                    resume_dir=settings.state_of(f"{title} {name}"),
+                    progress=not settings.quiet,
+                ),
+                provenance=Provenance(model=title, checkpoint=digest),
             )
-            found[title, name] = result
-    return found
+    return results
 
 
 def records_of(results: dict[tuple[str, str], BudgetResult]) -> list[Record]:
@@ -122,27 +128,22 @@ def write_groups(path: Path, results: dict[tuple[str, str], BudgetResult]) -> No
                 writer.writerow((title, name, result.level, int(group), int(label), int(size), *count))
 
 
+def write_results(settings: HierarchicalBudget, cohort: Cohort, results: dict[tuple[str, str], BudgetResult]) -> str:
+    """Write records, groups, table and the account of the run; returns the table."""
+    records = records_of(results)
+    write_records(settings.out / "records.jsonl", records)
+    write_groups(settings.out / "groups.csv", results)
+    table = markdown_table(records, metrics=("accuracy", "smallest_fraction"), levels=(settings.level,))
+    (settings.out / "table.md").write_text(table)
+    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions()}
+    write_json(settings.out / "run.json", about | {"command": sys.argv})
+    remove_state(settings)
+    return table
+
+
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    settings = HierarchicalBudget.load(argv)
-    if not settings.checkpoint:
-        raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
-    cohort = open_cohort(settings.data, seed=settings.seed)
-    print(describe(cohort), file=sys.stderr)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        results = run(settings, cohort)
-        records = records_of(results)
-        write_records(settings.out / "records.jsonl", records)
-        write_groups(settings.out / "groups.csv", results)
-        table = markdown_table(records, metrics=("accuracy", "smallest_fraction"), levels=(settings.level,))
-        (settings.out / "table.md").write_text(table)
-        about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions()}
-        write_json(settings.out / "run.json", about | {"command": sys.argv})
-    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(table)
-    print(f"results are in {settings.out}", file=sys.stderr)
+    run_evaluation(HierarchicalBudget.load(argv), evaluate, write_results)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class ReproducePaper(Settings):
 
     table: Annotated[Literal["1", "2", "3", "4", "all"], BeforeValidator(str)] = Field("1", description="which one")
     runs: Names = Field([], description="DIR, ROW=DIR or ROW=DIR:MODEL, with spaces or commas between")
-    target: Literal["features", "embedding"] | None = Field(
+    target: Literal["features", "embedding", "decision"] | None = Field(
         None, description="what the attacks moved; embedding, as in the paper, where the records have it"
     )
     k: int | None = Field(None, gt=0, description="neighbours; 200, as in the paper, where the records have it")

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from hsat.attacks import L2, Linf, RawChannels, Reparametrized, Stains
+from hsat.attacks import L2, AttackEnsemble, Linf, RawChannels, Reparametrized, Stains
+from hsat.attacks.threat import eps_text
 from hsat.data import Cohort, srh_to_rgb
-from hsat.eval import Strongest, eps_text, paper_attacks, strongest_attacks
+from hsat.eval import ensemble_attacks, paper_attacks
 from hsat.types import Attack
 from settings import listed, pixels
 
@@ -65,16 +66,16 @@ def attacks_under(
     return found
 
 
-def strongest_under(
+def ensembles_under(
     threat: Threat, eps_values: Sequence[float], *, steps: int, step_size: float | None
-) -> dict[str, Strongest]:
-    """The ensembles under a ball of pixels, {"strongest-8": ...} or {"strongest-l2-1": ...}; None is eps / 4."""
+) -> dict[str, AttackEnsemble]:
+    """The ensembles under a ball of pixels, {"ensemble-8": ...} or {"ensemble-l2-1": ...}; None is eps / 4."""
     if threat == "linf":
-        return strongest_attacks(eps_values, steps=steps, step_size=step_size)
+        return ensemble_attacks(eps_values, steps=steps, step_size=step_size)
     if threat != "l2":
-        raise ValueError(f"--attacks strongest needs a ball of pixels: --threat linf or l2, not {threat}")
+        raise ValueError(f"--attacks ensemble needs a ball of pixels: --threat linf or l2, not {threat}")
     return {
-        f"strongest-l2-{eps_text(eps).removesuffix('/255')}": Strongest(L2(eps), steps=steps, step_size=step_size)
+        f"ensemble-l2-{eps_text(eps).removesuffix('/255')}": AttackEnsemble(L2(eps), steps=steps, step_size=step_size)
         for eps in eps_values
     }
 

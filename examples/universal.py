@@ -12,16 +12,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from cohorts import describe, open_cohort
-from evaluate_whitebox import load_named, loaders
+from encoders import open_encoders
+from evaluate_whitebox import loaders
 from hsat.attacks import L2, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
+from hsat.attacks.threat import eps_text
 from hsat.data import BadPatch, Cohort
-from hsat.eval import Record, eps_text, evaluate_whitebox, markdown_table, write_records
+from hsat.eval import (
+    KNNClassifier,
+    Provenance,
+    Record,
+    RunOptions,
+    Scoring,
+    evaluate_whitebox,
+    markdown_table,
+    write_records,
+)
 from hsat.models import frozen
 from runs import device_named, versions, write_json
 from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
@@ -50,7 +61,6 @@ class Universal(Settings):
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/universal"), description="folder for the results")
     quiet: bool = Field(False, description="no progress bars")
-    compat: ClassVar[None] = None  # load_named asks; the published evaluation has no universal perturbation
 
 
 def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Record]]:
@@ -59,10 +69,10 @@ def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Reco
         raise ValueError(f"one perturbation has one radius; --eps has {len(settings.eps)}")
     (eps,) = check_radii(settings.threat, settings.eps)
     device, (bank, queries) = device_named(settings.device), loaders(settings, cohort)
-    loaded = [load_named(settings, text) for text in settings.checkpoint]
-    encoders = {title: (encoder.to(device), digest) for title, encoder, digest in loaded}
-    if len(encoders) < len(loaded):
-        raise ValueError("two encoders have one name; name them: --checkpoint a=FILE,b=FILE")
+    encoders = {
+        title: (encoder.to(device), digest)
+        for title, encoder, digest in open_encoders(settings.checkpoint, settings.model)
+    }
     source = settings.fit_on or next(iter(encoders))
     if source not in encoders:
         raise ValueError(f"--fit_on {source} is none of the encoders {', '.join(encoders)}")
@@ -80,20 +90,18 @@ def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Reco
     name = f"universal-{eps_text(eps).removesuffix('/255')}"
     records: list[Record] = []
     for title, (other, digest) in encoders.items():
-        found = evaluate_whitebox(
+        result = evaluate_whitebox(
             other,
             bank,
             queries,
             {name: delta, name.replace("universal", "noise"): RandomNoise(threat)},
-            k=settings.k,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            bootstrap=settings.bootstrap,
-            model=title,
-            checkpoint=digest,
-            progress=not settings.quiet,
+            classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+            target="features",  # what the perturbation was fitted on
+            scoring=Scoring(bootstrap=settings.bootstrap),
+            run=RunOptions(seed=settings.seed, noise=False, progress=not settings.quiet),
+            provenance=Provenance(model=title, checkpoint=digest),
         )
-        records += found.records
+        records += result.records
     return delta, records
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from casualties import write_casualties
+from ensemble_report import write_ensembles
+from evaluation_run import remove_state
 from hsat.data import Cohort
 from hsat.eval import (
     Record,
@@ -27,8 +27,6 @@ from runs import versions, write_json
 if TYPE_CHECKING:
     from evaluate_whitebox import EvaluateWhitebox
 
-STATE = ".state"  # in --out: finished batches, until the results are written
-
 
 def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
     """Write records, table, plots and the account of the run; returns the table."""
@@ -42,7 +40,7 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
         found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.compat)
         table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
         write_json(out / "differences.json", [asdict(each) for each in found])
-    table += write_casualties(out, {title: result.casualties for title, result in results.items()})
+    table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
     (out / "table.md").write_text(table)
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(out / "run.json", about)
@@ -51,7 +49,7 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
         draw(settings, records, results)
     except ImportError as error:
         print(f"no figures: {error}", file=sys.stderr)
-    shutil.rmtree(out / STATE, ignore_errors=True)  # all of it is in the results now
+    remove_state(settings)
     return table
 
 

@@ -1,8 +1,8 @@
 """hsat: make histopathology encoders robust, and measure honestly how robust they are.
 
-The rooms are imported by name: hsat.attacks, hsat.losses, hsat.data, hsat.models, hsat.training, hsat.eval.  Their
-public names are offered here as well, loaded when they are first asked for: `import hsat` alone loads neither
-torchvision nor timm nor faiss.
+The rooms are imported by name: hsat.attacks, hsat.losses, hsat.classifiers, hsat.data, hsat.models, hsat.training,
+hsat.eval.  Their public names are offered here as well, loaded when they are first asked for: `import hsat` alone loads
+neither torchvision nor timm nor faiss.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _ROOMS = {
         " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin"
     ),
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
+    "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
     "hsat.data": "BadPatch Cohort HierarchicalDataset PatchDataset collate srh_to_rgb",
     "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
     "hsat.training": ("adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight"),
-    "hsat.eval": "KNNClassifier embed evaluate_transfer evaluate_whitebox metrics pool",
+    "hsat.eval": "embed evaluate_transfer evaluate_whitebox metrics pool",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 

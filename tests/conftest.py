@@ -1,4 +1,4 @@
-"""Material of several test folders: a small run folder with everything that a report shows."""
+"""Material of several test folders: numbers of kNN, small tables, a run folder with everything that a report shows."""
 
 from __future__ import annotations
 
@@ -23,6 +23,35 @@ CONDITIONS = {  # name: (repr of the attack, eps in grey levels, what is left of
     "PGD-8": ("PGD(Linf(eps=8/255), steps=10)", 8, 0.5),
     "BIM-8": ("BIM(Linf(eps=8/255), steps=10)", 8, 0.55),
 }
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """Reference numbers of kNN, pooling and metrics from the published code."""
+    with np.load(Path(__file__).parent / "golden" / "knn.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _table(z, label=None, *, slide=None, patient=None, classes=None, class_names=None, **text) -> EmbeddingTable:
+    n = len(z)
+    label = np.zeros(n, dtype=np.int64) if label is None else np.asarray(label)
+    count = int(label.max(initial=0)) + 1 if classes is None else classes
+    index = np.arange(n)
+    return EmbeddingTable(
+        z=np.asarray(z),
+        label=label,
+        patch=index,
+        slide=index if slide is None else np.asarray(slide),
+        patient=index if patient is None else np.asarray(patient),
+        class_names=tuple("abcdefghij"[:count]) if class_names is None else class_names,
+        **text,
+    )
+
+
+@pytest.fixture(scope="session")
+def table() -> Callable[..., EmbeddingTable]:
+    """Make a table from embeddings; ids default to one slide and one patient per row."""
+    return _table
 
 
 def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Record]:

@@ -13,7 +13,7 @@ import hsat
 
 ROOT = Path(hsat.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LOWER = {"attacks", "losses", "data", "models"}
+LOWER = {"attacks", "losses", "classifiers", "data", "models"}
 GROUND = {"files", "untrusted", "torch_files", "types", "distributed", "fingerprints", "stains"}
 MAY_IMPORT = {room: GROUND for room in LOWER} | {
     "files": {"untrusted"},
@@ -34,10 +34,11 @@ PUBLIC = {
     " choose_guide_images match_features aggregate_margin soft_knn worst_case"
     " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin",
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
+    "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
     "hsat.data": "BadPatch Cohort HierarchicalBatch HierarchicalDataset PatchDataset collate srh_to_rgb",
     "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
     "hsat.training": "adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight",
-    "hsat.eval": "KNNClassifier embed evaluate_transfer evaluate_whitebox metrics pool",
+    "hsat.eval": "embed evaluate_transfer evaluate_whitebox metrics pool",
     "hsat.types": "Attack AttackResult EmbeddingTable EmbeddingFunction HierarchicalBatch Levels Objective ThreatModel",
 }
 

@@ -155,25 +155,23 @@ class AttackEnsemble:
         momentum = MIFGSM(self.threat, step_size=size, steps=self.steps, random_start=True)
         apgd = APGD(self.threat, steps=self.decision_steps)
         square = Square(self.threat, queries=self.queries, area=self.area)
-        drift = [
-            EnsembleMember(name=f"{kind} {layer}", attack=attack, objective=layer, common_start=True)  # type: ignore[arg-type]
-            for kind, attack in (("PGD", pgd), ("MIFGSM", momentum))
-            for layer in layers
-        ]
-        decision = [
-            EnsembleMember(name=f"APGD vote {number + 1}", attack=apgd, objective="margin")
-            for number in range(self.restarts)
-        ]
-        transfer = [
-            EnsembleMember(name=f"transfer from {name}", attack=momentum, objective="features", surrogate=name)
-            for name in self.surrogates
-        ]
+        member = EnsembleMember
         return (
-            *drift,
-            *decision,
-            EnsembleMember(name="APGD vote-ce", attack=apgd, objective="cross-entropy"),
-            *transfer,
-            EnsembleMember(name="Square", attack=square, objective="scores"),
+            *(
+                member(name=f"{kind} {layer}", attack=attack, objective=layer, common_start=True)  # type: ignore[arg-type]
+                for kind, attack in (("PGD", pgd), ("MIFGSM", momentum))
+                for layer in layers
+            ),
+            *(
+                member(name=f"APGD vote {number + 1}", attack=apgd, objective="margin")
+                for number in range(self.restarts)
+            ),
+            member(name="APGD vote-ce", attack=apgd, objective="cross-entropy"),
+            *(
+                member(name=f"transfer from {name}", attack=momentum, objective="features", surrogate=name)
+                for name in self.surrogates
+            ),
+            member(name="Square", attack=square, objective="scores"),
         )
 
     def __call__(
@@ -214,21 +212,12 @@ class AttackEnsemble:
         Returns:
             The result; `value` is the margin of the decision for a `DecisionObjective`.
         """
+        options = _Options(generator, ids, success)
         if not isinstance(objective, DecisionObjective):
-            return self._maximise(x, objective, start=start, generator=generator, ids=ids, success=success)
-        state = _EnsembleState(self, x, objective, generator=generator, ids=ids, success=success)
-        return state.attack(start, candidates or {})
+            return self._maximise(x, objective, start=start, options=options)
+        return _EnsembleState(self, x, objective, options).attack(start, candidates or {})
 
-    def _maximise(
-        self,
-        x: Tensor,
-        objective: Objective,
-        *,
-        start: Tensor | None,
-        generator: torch.Generator | None,
-        ids: Tensor | None,
-        success: SuccessTest | None,
-    ) -> AttackResult:
+    def _maximise(self, x: Tensor, objective: Objective, *, start: Tensor | None, options: _Options) -> AttackResult:
         """All members on one objective that is no decision; the highest value is kept, per image where it can be."""
         best: AttackResult | None = None
         for member in self.members(layers=("features",)):
@@ -238,30 +227,30 @@ class AttackEnsemble:
                 x,
                 objective,
                 start=start if best is None else None,
-                generator=_member_generator(member, generator, ids),
-                ids=ids,
-                success=success,
+                generator=_member_generator(member, options.generator, options.ids),
+                ids=options.ids,
+                success=options.success,
             )
             best = result if best is None else keep_worst(best, result)
         assert best is not None  # PGD is always a member
         return best
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a call gives to every member."""
+
+    generator: torch.Generator | None
+    ids: Tensor | None
+    success: SuccessTest | None
+
+
 class _EnsembleState:
     """One batch: which images are robust so far, and the strongest images of all members so far."""
 
-    def __init__(
-        self,
-        ensemble: AttackEnsemble,
-        x: Tensor,
-        objective: DecisionObjective,
-        *,
-        generator: torch.Generator | None,
-        ids: Tensor | None,
-        success: SuccessTest | None,
-    ) -> None:
-        self.ensemble, self.objective, self.generator, self.ids = ensemble, objective, generator, ids
-        self.success = success
+    def __init__(self, ensemble: AttackEnsemble, x: Tensor, objective: DecisionObjective, options: _Options) -> None:
+        self.ensemble, self.objective = ensemble, objective
+        self.generator, self.ids, self.success = options.generator, options.ids, options.success
         self.x = require_images(x.detach(), ensemble.threat)
         self.layers: dict[str, EmbeddingFunction] = {}
         if isinstance(objective.model, LayeredModel):

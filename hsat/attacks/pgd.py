@@ -220,6 +220,11 @@ class RandomNoise:
     def __post_init__(self) -> None:
         check_threat(self.threat)
 
+    @property
+    def uses_objective(self) -> bool:
+        """False: the objective is not asked."""
+        return False
+
     def __call__(
         self,
         x: Tensor,

@@ -115,6 +115,11 @@ class Reparametrized:
         """Whether the attack says that it begins at a random point."""
         return getattr(self.attack, "random_start", None)
 
+    @property
+    def uses_objective(self) -> bool:
+        """Whether the attack asks the objective; one that says nothing of it does."""
+        return bool(getattr(self.attack, "uses_objective", True))
+
     def __call__(
         self,
         x: Tensor,

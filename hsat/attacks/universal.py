@@ -175,6 +175,11 @@ class FittedUniversal:
         """False: nothing is drawn when it is applied."""
         return False
 
+    @property
+    def uses_objective(self) -> bool:
+        """False: the objective is not asked."""
+        return False
+
     def __call__(
         self,
         x: Tensor,

@@ -17,6 +17,7 @@ Queries = np.ndarray | Tensor | EmbeddingTable
 """Embeddings (n, d) of any length, or a table of them."""
 
 _QUERIES_PER_BLOCK = 1024
+_EINSUM_BUFFER = 8192  # values; sums of longer rows would depend on what is measured with them
 
 
 class LogitClassifier(ABC):
@@ -113,11 +114,19 @@ def unit_rows(rows: np.ndarray, *, first: int = 0) -> np.ndarray:
         ValueError: Naming the first row that is not finite, counted from `first`.
     """
     array = np.asarray(rows, dtype=np.float64)
-    length = np.sqrt(np.einsum("nd,nd->n", array, array))
+    length = np.sqrt(row_products("nd,nd->n", array, array))
     if not np.isfinite(length).all():
         raise ValueError(f"queries are not finite, first in row {first + np.flatnonzero(~np.isfinite(length))[0]}")
     unit: np.ndarray = array / np.where(length > 0, length, 1.0)[:, None]
     return unit
+
+
+def row_products(subscripts: str, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """`einsum` over the last axis, piece by piece where it would use a buffer and add in an order of its own."""
+    products: np.ndarray = np.einsum(subscripts, rows[..., :_EINSUM_BUFFER], others[..., :_EINSUM_BUFFER])
+    for part in list(chunks(rows.shape[-1], _EINSUM_BUFFER))[1:]:
+        products = products + np.einsum(subscripts, rows[..., part], others[..., part])
+    return products
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from hsat.types import EmbeddingFunction, FittedClassifier
@@ -44,22 +45,27 @@ class DecisionModel(nn.Module):
         if layer not in ("features", "embedding"):
             raise ValueError(f"unknown layer {layer!r}; choose one of ['features', 'embedding']")
         self.encoder, self.layer = encoder, layer
-        self._classifier = fitted
-        for name, tensor in self._bank_tensors().items():
-            self.register_buffer(name, tensor, persistent=False)
+        tensors = (*encoder.parameters(), *encoder.buffers()) if isinstance(encoder, nn.Module) else ()
+        self._classifier = fitted.to(tensors[0].device) if tensors else fitted
+        place = torch.empty(0, device=tensors[0].device if tensors else None)
+        self._device = place.device
+        self.register_buffer("place", place, persistent=False)  # tells where the module is, whatever the classifier is
+        self._register_bank()
         self.training = encoder.training if isinstance(encoder, nn.Module) else False
 
     @property
     def fitted(self) -> FittedClassifier:
         """The classifier, with its tensors where the module is."""
-        tensors = self._bank_tensors()
-        buffers = {name: self.get_buffer(name) for name in tensors}
-        if any(buffers[name] is not tensor for name, tensor in tensors.items()):
-            # moved to another device, or converted by `.half()`: take the exact values there
-            self._classifier = self._classifier.to(next(iter(buffers.values())).device)
-            for name, tensor in self._bank_tensors().items():
-                self.register_buffer(name, tensor, persistent=False)
+        device = self.get_buffer("place").device
+        known = all(self.get_buffer(name) is tensor for name, tensor in self._bank_tensors().items())
+        if device != self._device or not known:  # moved, or converted by `.half()`: take the exact values there
+            self._classifier, self._device = self._classifier.to(device), device
+            self._register_bank()
         return self._classifier
+
+    def _register_bank(self) -> None:
+        for name, tensor in self._bank_tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def _bank_tensors(self) -> dict[str, Tensor]:
         held = self._classifier.tensors() if isinstance(self._classifier, HoldsTensors) else {}
@@ -77,8 +83,12 @@ class DecisionModel(nn.Module):
         return {"features": self.encoder} if self.layer == "features" else {"embedding": self.encoder}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> logits (n, classes)."""
-        return self.fitted.logits(self.embed(images))
+        """Images (n, c, h, w) -> logits (n, classes).
+
+        A classifier of one class gets a second logit, one below its own, so that margins exist.
+        """
+        logits = self.fitted.logits(self.embed(images))
+        return logits if logits.shape[1] > 1 else torch.cat((logits, logits.detach() - 1.0), 1)
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) -> class scores (n, classes); rows sum to one."""

@@ -38,6 +38,8 @@ def build_index(bank: np.ndarray, factory: str, parameters: str, *, seed: int) -
             f"index {factory!r} is a graph of {min(links)} links per row; give it 16 or 32, as in 'HNSW32'"
         )
     lists = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
+    if lists and min(lists) < 1:  # some releases of FAISS end the process
+        raise ValueError(f"cannot build index {factory!r}: it has {min(lists)} lists; 4 sqrt(rows) is usual")
     if lists and max(lists) > len(bank):
         raise ValueError(
             f"index {factory!r} has {max(lists)} lists, more than the {len(bank)} rows of the bank; about 4 sqrt(rows)"

@@ -37,7 +37,7 @@ class KNNClassifier:
 
     Attributes:
         k: Number of neighbours, cut to the size of the bank with a UserWarning that names both.
-        temperature: Of the weights; above 0.
+        temperature: Of the weights; at least 1e-30.
         index: "flat" (exact, on the bank's own rows, without a copy), "stream" (exact, the bank read in blocks and sent
             to `device`, once per 64 MiB of queries; for banks on disk; "torch" is its older name), or a FAISS factory
             string such as "IVF64,Flat", "HNSW32" or "SQfp16" (approximate; see `FittedKNN.recall` and `agreement`);
@@ -61,8 +61,8 @@ class KNNClassifier:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; the paper uses 0.07")
+        if not self.temperature >= 1e-30:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; the paper uses 0.07 (least: 1e-30)")
         if not isinstance(self.index, str) or not self.index.strip():
             raise ValueError(f"index must be 'flat', 'stream' or a FAISS factory string, got {self.index!r}")
         name, parameters = split_factory(self.index)
@@ -173,24 +173,50 @@ class FittedKNN(NeighbourVote):
         self._require_neighbours(similarity)
         return Neighbours(similarity, row)
 
+    def predict(self, z: Queries) -> np.ndarray:
+        """Index of the highest score among `class_names`, (n,) int64; ties go to the lower index.
+
+        The products that propose neighbours decide where no rounding could change the winner; the others are decided by
+        `predict_proba`.  Both give the same classes.
+        """
+        if self._index is not None:
+            return super().predict(z)
+        rows = query_rows(z, self.class_names, width=self.width)
+        winner = np.empty(len(rows), dtype=np.int64)
+        error = rounding_bound(self.width) + self.slack
+        for part in chunks(len(rows), self._queries_per_search):
+            unit = unit_rows(rows[part], first=part.start)
+            proposals = self._bank.propose(unit, min(self.k + _MARGIN, len(self._bank)))
+            product, row = proposals.product.cpu().numpy().astype(np.float64), proposals.row.cpu().numpy()
+            best, certain = self.certain_winner(product, row, error=error, whole=row.shape[1] == len(self._bank))
+            if not certain.all():
+                best[~certain] = super().predict(np.asarray(rows[part])[~certain])
+            winner[part] = best
+        return winner
+
     def vote_rows(self, unit: np.ndarray) -> VoteRows:
         """Neighbours and the nearest row of each class, of float64 unit rows (n, d).
 
         A bank on a device is measured there.  Queries whose decision could depend on the last digits are measured again
         with numpy, as `predict_proba` measures, so that both decide alike.
         """
-        parts = [self._vote_rows(unit[part]) for part in chunks(len(unit), self.settings.chunk)]
-        if not parts:
-            parts = [self._vote_rows(unit)]
-        neighbours = Neighbours(
-            *(np.concatenate(column) for column in zip(*(p.neighbours for p in parts), strict=True))
-        )
+        bank, on_device = self._bank, self.device.type != "cpu"
+        one_pass = self._index is None and bank.in_memory
+        if not bank.in_memory:
+            self._warn_of_cost()
+        k = min(self.search_k + on_device, len(bank))
+        nearest, class_row = self._search(unit, k, per_class=one_pass, on_device=on_device)
+        if class_row is None:
+            class_row = bank.nearest_of_sample(unit, seed=self.settings.seed)
+        class_similarity = bank.similarities(unit, np.maximum(class_row, 0), on_device=on_device)
+        neighbours = Neighbours(nearest.similarity[:, : self.k], nearest.row[:, : self.k])
+        if on_device:
+            doubtful = self.doubtful_queries(nearest)
+            again, _ = self._search(unit[doubtful], self.search_k)
+            neighbours.similarity[doubtful] = again.similarity[:, : self.k]
+            neighbours.row[doubtful] = again.row[:, : self.k]
         self._require_neighbours(neighbours.similarity)
-        return VoteRows(
-            neighbours,
-            np.concatenate([part.class_row for part in parts]),
-            np.concatenate([part.class_similarity for part in parts]),
-        )
+        return VoteRows(neighbours, class_row, class_similarity)
 
     def gather(self, row: Tensor) -> Tensor:
         """Bank rows (..., d) float32 with these indices, on the device of `row`."""
@@ -239,7 +265,7 @@ class FittedKNN(NeighbourVote):
 
         An approximate index stays where FAISS built it.
         """
-        if torch.device(device) == self.device and self._held:
+        if torch.empty(0, device=device).device == self.device:
             return self
         return dataclasses.replace(self, _bank=BankRows(self.table, device=device, hold=True), _held=True)
 
@@ -295,35 +321,6 @@ class FittedKNN(NeighbourVote):
                 at = undecided[part]
                 nearest.similarity[at], nearest.row[at] = rerank_exact(unit[at], bank, k, on_device=on_device)
         return nearest, None if proposals.class_row is None else proposals.class_row.cpu().numpy()
-
-    def _vote_rows(self, unit: np.ndarray) -> VoteRows:
-        bank, on_device = self._bank, self.device.type != "cpu"
-        one_pass = self._index is None and bank.in_memory
-        if not bank.in_memory:
-            self._warn_of_cost()
-        k = min(self.search_k + on_device, len(bank))
-        nearest, class_row = self._search(unit, k, per_class=one_pass, on_device=on_device)
-        if class_row is None:
-            class_row = bank.nearest_of_sample(unit, seed=self.settings.seed)
-        class_similarity = bank.similarities(unit, np.maximum(class_row, 0), on_device=on_device)
-        neighbours = Neighbours(nearest.similarity[:, : self.k], nearest.row[:, : self.k])
-        if on_device:
-            doubtful = self._doubtful(nearest)
-            again, _ = self._search(unit[doubtful], self.search_k)
-            neighbours.similarity[doubtful] = again.similarity[:, : self.k]
-            neighbours.row[doubtful] = again.row[:, : self.k]
-        return VoteRows(neighbours, class_row, class_similarity)
-
-    def _doubtful(self, nearest: Neighbours) -> np.ndarray:
-        """Queries whose neighbours or winner could be others if the last digits of the similarities were."""
-        if self.device.type == "mps" or self.temperature < 1e-4:
-            return np.arange(len(nearest.row))
-        neighbours = Neighbours(nearest.similarity[:, : self.k], nearest.row[:, : self.k])
-        scores = np.sort(self.score(neighbours), axis=1)
-        doubtful = scores[:, -1] - scores[:, -2:-1].max(1, initial=-1.0) < 1e-9
-        if nearest.row.shape[1] > self.k:
-            doubtful |= ~(nearest.similarity[:, self.k - 1] - nearest.similarity[:, self.k] > 1e-11)
-        return np.flatnonzero(doubtful)
 
     def _warn_of_cost(self) -> None:
         if not self._bank.cost_told:

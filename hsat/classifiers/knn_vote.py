@@ -113,6 +113,51 @@ class NeighbourVote(ABC):
             k=self.k if k is None else k,
         )
 
+    def certain_winner(
+        self, product: np.ndarray, row: np.ndarray, *, error: float, whole: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The decision (n,) by products that are known to within an error, and whether it is certain (n,).
+
+        Args:
+            product: (n, count) float64, the highest products, falling; count is at least k.
+            row: (n, count), their bank rows.
+            error: How far a product may be from the cosine similarity.
+            whole: Whether these are all rows of the bank.
+        """
+        k = self.k
+        after = product[:, k : k + 1] if product.shape[1] > k else np.full((len(product), 1), -np.inf)
+        inside = product > after + 2 * error  # at most k rows can be as near as such a row
+        possible = product >= product[:, k - 1 : k] - 2 * error
+        weight = np.exp((product - product[:, :1]) / self.temperature)
+        label, line = self.label[row], np.arange(len(row))[:, None]
+        low, high = np.zeros((len(row), len(self.class_names))), np.zeros((len(row), len(self.class_names)))
+        np.add.at(low, (line, label), np.where(inside, weight, 0.0))
+        np.add.at(high, (line, label), np.where(possible, weight, 0.0))
+        winner = low.argmax(1)
+        others = high.copy()
+        others[line[:, 0], winner] = 0.0
+        spread = 2 * error / self.temperature
+        if spread > 300:  # weights could underflow and seem certain
+            return winner, np.zeros(len(row), dtype=bool)
+        certain = low.max(1) > others.max(1) * np.exp(spread) * (1 + 1e-9)
+        if not whole:
+            certain &= ~possible[:, -1]  # else a row that was not proposed may be a neighbour
+        return winner, certain
+
+    def doubtful_queries(self, nearest: Neighbours) -> np.ndarray:
+        """Queries, by index, whose neighbours or winner could be others if the last digits of similarities were.
+
+        Args:
+            nearest: Neighbours as a device measured them, one more than k where the bank has one more.
+        """
+        if self.device.type == "mps" or self.temperature < 1e-4:
+            return np.arange(len(nearest.row))
+        scores = np.sort(self.score(Neighbours(nearest.similarity[:, : self.k], nearest.row[:, : self.k])), axis=1)
+        doubtful = scores[:, -1] - scores[:, -2:-1].max(1, initial=-1.0) < 1e-9
+        if nearest.row.shape[1] > self.k:
+            doubtful |= ~(nearest.similarity[:, self.k - 1] - nearest.similarity[:, self.k] > 1e-11)
+        return np.flatnonzero(doubtful)
+
     def logits(self, z: Tensor) -> Tensor:
         """Log votes of the classes, with gradients to the embeddings.
 
@@ -129,6 +174,7 @@ class NeighbourVote(ABC):
             (n, classes), float32 (float64 for float64 z), finite.  The highest is the decision of `predict`: where
             rounding would tie it with another class or put it behind, it is raised by one float.
         """
+        self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             rows, similarity, class_similarity = self._measured(z)
             label = torch.from_numpy(self.label[rows.neighbours.row]).to(z.device)
@@ -139,6 +185,7 @@ class NeighbourVote(ABC):
 
     def scores(self, z: Tensor) -> Tensor:
         """Class scores (n, classes) with gradients, float64: the values of `predict_proba`."""
+        self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             rows, similarity, _ = self._measured(z)
             label = torch.from_numpy(self.label[rows.neighbours.row]).to(z.device)
@@ -148,8 +195,8 @@ class NeighbourVote(ABC):
             value = torch.from_numpy(self.score(rows.neighbours)).to(shares)
             return value + (shares - shares.detach())
 
-    def _measured(self, z: Tensor) -> tuple[VoteRows, Tensor, Tensor]:
-        """The rows, and with gradients the similarities of the neighbours (n, k) and of each class (n, classes)."""
+    def _check(self, z: Tensor) -> None:
+        """Raise ValueError for embeddings of another width, or on another device."""
         if z.ndim != 2 or z.shape[1] != self.width:
             raise ValueError(
                 f"the encoder gave embeddings {tuple(z.shape)}, the bank's have width {self.width}: not its bank"
@@ -159,18 +206,17 @@ class NeighbourVote(ABC):
                 f"embeddings on {z.device}, the bank on {self.device};"
                 f" move the classifier with .to({str(z.device)!r}), or the DecisionModel that holds it"
             )
+
+    def _measured(self, z: Tensor) -> tuple[VoteRows, Tensor, Tensor]:
+        """The rows, and with gradients the similarities of the neighbours (n, k) and of each class (n, classes)."""
         unit = unit_rows(z.detach().cpu().double().numpy())
         rows = self.vote_rows(unit)
         row = np.concatenate((rows.neighbours.row, rows.class_row), 1)
         value = np.concatenate((rows.neighbours.similarity, rows.class_similarity), 1)
         missing = (row < 0) | np.isneginf(value)
-        similarity = _CosineSimilarity.apply(
-            z,
-            torch.from_numpy(value).to(z.device, widest_dtype(z.device)),
-            torch.from_numpy(unit).to(z.device, widest_dtype(z.device)),
-            torch.from_numpy(np.where(missing, -1, row)).to(z.device),
-            self.gather,
-        )
+        dtype, known = widest_dtype(z.device), torch.from_numpy(np.where(missing, -1, row)).to(z.device)
+        gathered = _GatheredRows(torch.from_numpy(unit).to(z.device, dtype), known, self.gather)
+        similarity = _CosineSimilarity.apply(z, torch.from_numpy(value).to(z.device, dtype), gathered)
         neighbours, of_class = similarity.split([rows.neighbours.row.shape[1], rows.class_row.shape[1]], dim=1)
         return rows, neighbours, of_class
 
@@ -209,6 +255,14 @@ def log_votes(
     return torch.cat((vote, stand_in[:, None]), 1).logsumexp(1)
 
 
+class _GatheredRows(NamedTuple):
+    """Unit rows (n, d) of embeddings, bank rows (n, m) by index (-1 for none), and what reads bank rows by index."""
+
+    unit: Tensor
+    row: Tensor
+    gather: Callable[[Tensor], Tensor]
+
+
 class _CosineSimilarity(torch.autograd.Function):
     """Similarities that are known already, with their gradient to the embeddings.
 
@@ -216,17 +270,15 @@ class _CosineSimilarity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, similarity: Tensor, unit: Tensor, row: Tensor, gather: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """z (n, d); similarity (n, m) to the bank rows (n, m), -1 for none; unit rows of z; bank rows by index."""
-        ctx.save_for_backward(z, unit, row)
-        ctx.gather = gather
+    def forward(ctx: Any, z: Tensor, similarity: Tensor, gathered: _GatheredRows) -> Tensor:
+        """Embeddings z (n, d) and their similarities (n, m) to the rows that are gathered."""
+        ctx.save_for_backward(z, gathered.unit, gathered.row)
+        ctx.gather = gathered.gather
         return similarity.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of cosine similarity; a zero embedding has that of the product."""
         z, unit, row = ctx.saved_tensors
         grad = torch.where(row < 0, 0.0, grads[0])
@@ -239,4 +291,4 @@ class _CosineSimilarity(torch.autograd.Function):
         total = torch.cat(sums) if sums else torch.zeros_like(unit)
         length = torch.linalg.vector_norm(z.to(unit.dtype), dim=1, keepdim=True)
         total = (total - (total * unit).sum(1, keepdim=True) * unit) / torch.where(length > 0, length, 1.0)
-        return total.to(z.dtype), None, None, None, None
+        return total.to(z.dtype), None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.classifiers.base import chunks, widest_dtype
+from hsat.classifiers.base import chunks, row_products, widest_dtype
 from hsat.types import EmbeddingTable
 
 BLOCK_BYTES = 64 * 2**20  # a slice of the bank, of products, or of gathered rows: what a search holds beside the bank
-_GATHER_BYTES = 4 * 2**20  # gathered rows are read three times: what fits a cache is measured twice as fast
+_GATHER_BYTES = 2**19  # gathered rows are read three times: what fits a cache is measured twice as fast
+_LEAST_PER_THREAD = 2**22  # values; below, starting a thread costs more than it measures
 _EQUAL = 1e-12  # float64 products of unit rows of any width in use are right to this; closer ones count as tied
 _SAMPLE_ROWS = 1024  # rows of a class among which its nearest is looked for, where the bank cannot be held
 _SAMPLE_BYTES = 128 * 2**20
@@ -57,7 +59,7 @@ class BankRows:
     """
 
     def __init__(self, table: EmbeddingTable, *, device: torch.device | str = "cpu", hold: bool = False) -> None:
-        self.z, self.device = table.z, torch.device(device)
+        self.z, self.device = table.z, torch.empty(0, device=device).device  # with the number of the GPU
         self.in_memory = not isinstance(table.z, np.memmap)
         self.cost_told = False
         self._samples: dict[int, tuple[np.ndarray, Tensor, tuple[Tensor, ...]]] = {}
@@ -145,19 +147,23 @@ class BankRows:
         """Cosine similarity (n, m) float64 of unit queries (n, d) to bank rows (n, m) of any length.
 
         With numpy each is one product of `einsum` and depends on its query and its row only, not on what is measured
-        with it.
+        with it.  Queries are shared out among as many threads as torch has.
         """
         if on_device:
             return self._similarities_on_device(unit, row)
-        n, m, d = *row.shape, self.z.shape[1]
-        similarity = np.empty((n, m))
-        step = max(1, min(n, _GATHER_BYTES // max(1, 8 * m * d)))
-        buffer = np.empty((step, m, d))  # one for all slices: fresh memory would cost as much as the products
-        for part in chunks(n, step):
-            rows = buffer[: part.stop - part.start]
-            rows[...] = self.z[row[part]]
-            length = _lengths(rows) if self.length is None else self.length[row[part]]
-            similarity[part] = np.einsum("nkd,nd->nk", rows, unit[part]) / np.where(length > 0, length, 1.0)
+        similarity, length = np.empty(row.shape), self.length
+        threads = max(1, min(torch.get_num_threads(), row.size * self.z.shape[1] // _LEAST_PER_THREAD))
+        parts = list(chunks(len(unit), max(1, -(-len(unit) // threads))))
+
+        def measure(part: slice) -> None:
+            _measure(similarity[part], unit[part], self.z, row[part], length)
+
+        if len(parts) <= 1:
+            for part in parts:
+                measure(part)
+        else:
+            with ThreadPoolExecutor(len(parts)) as pool:
+                list(pool.map(measure, parts))
         return similarity
 
     def _similarities_on_device(self, unit: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -193,6 +199,25 @@ class BankRows:
             chosen = np.concatenate(drawn)
             self._samples[seed] = chosen, self.gather(torch.from_numpy(chosen)).to(self.device), places
         return self._samples[seed]
+
+
+def _measure(
+    similarity: np.ndarray, unit: np.ndarray, bank: np.ndarray, row: np.ndarray, length: np.ndarray | None
+) -> None:
+    """Fill `similarity` (n, m) of `BankRows.similarities`, in slices that stay in a core's cache."""
+    (n, m), d = row.shape, bank.shape[1]
+    columns = max(1, min(m, _GATHER_BYTES // max(1, 8 * d)))
+    lines = max(1, min(n, _GATHER_BYTES // max(1, 8 * d * columns)))
+    buffer = np.empty(lines * columns * d)  # one for all slices: fresh memory would cost as much as the products
+    for line in chunks(n, lines):
+        for column in chunks(m, columns):
+            own = row[line, column]
+            rows = buffer[: own.size * d].reshape(*own.shape, d)
+            rows[...] = bank[own]
+            lengths = _lengths(rows) if length is None else length[own]
+            similarity[line, column] = row_products("nkd,nd->nk", rows, unit[line]) / np.where(
+                lengths > 0, lengths, 1.0
+            )
 
 
 class _ClassMaximum:
@@ -245,7 +270,7 @@ def row_lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
-    lengths: np.ndarray = np.sqrt(np.einsum("nkd,nkd->nk", rows, rows))
+    lengths: np.ndarray = np.sqrt(row_products("nkd,nkd->nk", rows, rows))
     return lengths
 
 

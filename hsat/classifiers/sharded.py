@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -99,7 +100,7 @@ class ShardedKNN(NeighbourVote):
     @property
     def _starts(self) -> list[int]:
         """The number of each shard's first row."""
-        return np.cumsum([0, *(len(shard.table) for shard in self.shards)])[:-1].tolist()
+        return [0, *itertools.accumulate(len(shard.table) for shard in self.shards[:-1])]
 
     def _merge(self, n: int, parts: Sequence[Neighbours]) -> Neighbours:
         nearest = Neighbours(np.empty((n, 0)), np.empty((n, 0), dtype=np.int64))

@@ -5,16 +5,10 @@ from __future__ import annotations
 from hsat.classifiers import KNNClassifier, ShardedKNN, fit_shards, load_knn
 from hsat.embedding import embed, gather_table
 from hsat.eval.budget import BudgetResult, PatchBudget, evaluate_budget
+from hsat.eval.certificate_check import CertificateCheck, CheckOptions, check_certificates
 from hsat.eval.certificates import Certificates
 from hsat.eval.certified_curves import plot_certified_accuracy
-from hsat.eval.certify import (
-    CertificateCheck,
-    CertificateResult,
-    CertifyOptions,
-    CheckOptions,
-    certify,
-    check_certificates,
-)
+from hsat.eval.certify import CertificateResult, CertifyOptions, certify
 from hsat.eval.diagnostics import Diagnosis, diagnose
 from hsat.eval.effects import CONVENTIONS, Convention, conventions_table
 from hsat.eval.export import ExportOptions, ExportResult, save_adversarial

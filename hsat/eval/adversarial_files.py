@@ -7,16 +7,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from hsat.data import Cohort
 from hsat.data.records import PatchRecord
+from hsat.distributed import World
 from hsat.files import atomic_path
 
 ABOUT_FILE = "adversarial.json"
@@ -26,7 +27,7 @@ MANIFEST = "manifest.csv"
 class AdversarialFiles:
     """A folder on its way: patches are written next to `root` and the folder gets its name when all are there.
 
-    Left without `publish`, nothing remains, unless the work may be resumed.
+    Left without `publish`, nothing remains, unless the work may be resumed.  Several processes may write into it.
 
     Args:
         root: Must not exist, and must not lie inside the cohort's own folder.
@@ -59,26 +60,28 @@ class AdversarialFiles:
         if os.path.lexists(self.root):
             raise FileExistsError(f"{self.root} exists and is left untouched; choose another folder")
 
-    def __enter__(self) -> Self:
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        if self._resumable:
-            self._working = self.root.parent / f".{self.root.name}.partial"
-            self._working.mkdir(exist_ok=True)
-        else:
-            self._working = Path(tempfile.mkdtemp(prefix=f".{self.root.name}-", dir=self.root.parent))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._working is not None  # __enter__ made it
-        if not self._resumable or self.root.exists():
-            shutil.rmtree(self._working, ignore_errors=True)
+    @contextmanager
+    def open(self, world: World) -> Iterator[None]:
+        """Make the working folder, the same for all ranks; the first rank makes it and removes it afterwards."""
+        working = None
+        if world.is_main:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            working = self.root.parent / f".{self.root.name}.partial"
+            if self._resumable:
+                working.mkdir(exist_ok=True)
+            else:
+                working = Path(tempfile.mkdtemp(prefix=f".{self.root.name}-", dir=self.root.parent))
+        self._working = world.gather(working)[0]
+        try:
+            yield
+        finally:
+            if working is not None and (not self._resumable or self.root.exists()):
+                shutil.rmtree(working, ignore_errors=True)
 
     @property
     def folder(self) -> Path:
         """Where things are written until they are finished."""
-        assert self._working is not None
+        assert self._working is not None  # open has made it
         return self._working / "cohort"  # one level below: mkdtemp makes a private folder
 
     def has(self, row: int) -> bool:
@@ -110,10 +113,12 @@ class AdversarialFiles:
                 (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
         (self.folder / ABOUT_FILE).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
-    def publish(self) -> None:
-        """Give the folder its name.  FileExistsError when something has come there meanwhile."""
-        self._refuse_existing()
-        self.folder.replace(self.root)
+    def publish(self, world: World) -> None:
+        """Give the folder its name, by the first rank.  FileExistsError when something has come there meanwhile."""
+        if world.is_main:
+            self._refuse_existing()
+            self.folder.replace(self.root)
+        world.gather("published")
 
 
 def _new_paths(paths: Sequence[str], suffix: str) -> list[str]:

@@ -11,26 +11,17 @@ import numpy as np
 from torch import Tensor
 
 from hsat.classifiers import KNNClassifier
-from hsat.embedding import resolve_device
-from hsat.eval.evaluation import (
-    Bank,
-    classifier_settings,
-    clean_key,
-    embed_bank,
-    evaluation_settings,
-    fit_bank,
-    query_info,
-    record_template,
-)
+from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
-from hsat.eval.runner import CLEAN, AttackRunner, CleanEmbeddings, open_session, open_world
+from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.statistics.bootstrap import bootstrap_intervals, no_interval
 from hsat.eval.statistics.intervals import Interval, interval_around
 from hsat.eval.statistics.resampling import patient_draws
+from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import check_attacks
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective, align_labels
 
@@ -140,42 +131,27 @@ def evaluate_budget(
     Raises:
         ValueError: For unknown options, and what `embed` and the classifier raise.
     """
-    target = Target.of(target)
+    run = dataclasses.replace(run, keep_examples=0)
+    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
     check_attacks({budget.name: attack})
     with open_world(run) as (world, cache):
-        table = embed_bank(encoder, bank, layer=scoring.layer, run=run, provenance=provenance, world=world, cache=cache)
+        table = evaluation.embed_bank(bank, world, cache)
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
-        info = query_info(queries, provenance, fitted.class_names)
-        factory = ObjectiveFactory(encoder, target, scoring.layer, fitted)
+        objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
         if budget.objective is not None:
-            factory = factory.with_custom(budget.objective)
-        run = dataclasses.replace(run, keep_examples=0)
-        named = {"": (encoder, provenance.checkpoint)}
-        settings = evaluation_settings(named, queries, {budget.name: attack}, target=target, scoring=scoring, run=run)
-        session = open_session(run, settings | classifier_settings(classifiers, table), world, cache)
-        runner = AttackRunner(
-            encoder,
-            factory,
-            {"": encoder},
-            layer=scoring.layer,
-            run=run,
-            device=resolve_device(encoder, run.device),
+            objectives = objectives.with_custom(budget.objective)
+        settings = evaluation.settings(queries, {budget.name: attack}) | classifier_settings(classifiers, table)
+        conditions = AttackRunner(evaluation, objectives).run(
+            queries,
+            {budget.name: attack},
+            open_session(run, settings, world, cache),
+            evaluation.query_info(queries, fitted.class_names),
+            clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
         )
-        key = clean_key(encoder, queries, layer=scoring.layer, checkpoint=provenance.checkpoint) if cache else None
-        conditions = runner.run(queries, {budget.name: attack}, session, info, clean=CleanEmbeddings(cache, key))
     tables = {name: dataclasses.replace(one.tables[""], encoder=provenance.model) for name, one in conditions.items()}
     clean, attacked = tables[CLEAN], tables[budget.name]
-    template = record_template(
-        table,
-        clean,
-        fitted.class_names,
-        target="custom" if budget.objective else target,
-        scoring=scoring,
-        run=run,
-        provenance=provenance,
-        encoder=encoder,
-    )
+    template = evaluation.template(table, clean, fitted.class_names, target="custom" if budget.objective else None)
     scores = fitted.predict_proba(clean), fitted.predict_proba(attacked)
     result = _flips(budget, scores, clean, attacked, template)
     facts = AttackFacts(name=budget.name, attack=attack, stats=conditions[budget.name].stats)

@@ -14,14 +14,13 @@ from torch import Tensor
 from hsat.attacks import AttackEnsemble, FittedUniversal, RandomNoise, Square
 from hsat.attacks.initialization import image_seed
 from hsat.attacks.threat import eps_value
-from hsat.classifiers import DecisionModel, KNNClassifier
-from hsat.embedding import Layer, embed, encode, eval_mode, require_labels, resolve_device, select_layer, using_branch
-from hsat.eval.evaluation import query_info
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import Layer, embed, encode, eval_mode, require_labels, select_layer, using_branch
+from hsat.eval.evaluation import Evaluation
 from hsat.eval.masking import CRITERIA, DiagnosisTarget, judge_criterion, probe
-from hsat.eval.objectives import ObjectiveFactory
+from hsat.eval.objectives import ObjectiveFactory, decision_model
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
-from hsat.eval.runner import Session
-from hsat.eval.store import StoredResult
+from hsat.eval.store import Session, StoredResult
 from hsat.fingerprints import fingerprint_batch, fingerprint_settings
 from hsat.types import (
     Attack,
@@ -90,22 +89,21 @@ def diagnose(
     if not isinstance(bank, EmbeddingTable):
         bank = embed(encoder, bank, class_names=provenance.class_names, layer=scoring.layer, device=run.device)
     fitted = classifier.fit(bank)
-    info = query_info(queries, provenance, fitted.class_names)
+    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
+    info = evaluation.query_info(queries, fitted.class_names)
     subset = HashSubset(run.diagnose, seed=run.seed)
     for batch in queries:
         subset.add(batch, torch.from_numpy(align_labels(require_labels(batch), info.class_names, fitted.class_names)))
     batches = subset.batches()
     if not batches:
         raise ValueError(f"the queries gave no batches (split {info.split!r}): nothing to diagnose")
-    objectives = ObjectiveFactory(encoder, Target.of(target), scoring.layer, fitted)
+    objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
     subject = diagnosis_target(encoder, objectives, attack, layer=scoring.layer, classifier=fitted, seed=run.seed)
     layers = tuple(select_layer(other, scoring.layer) for other in surrogates)
     with ExitStack() as stack:
         for module in (encoder, *surrogates):
             stack.enter_context(eval_mode(module))
-        return examine(
-            dataclasses.replace(subject, surrogates=layers), batches, device=resolve_device(encoder, run.device)
-        )
+        return examine(dataclasses.replace(subject, surrogates=layers), batches, device=evaluation.device)
 
 
 def diagnosis_target(
@@ -126,7 +124,7 @@ def diagnosis_target(
         return _in_branch(encoder, objectives.branch, made)
 
     attacked = scored if objectives.target == "decision" else select_layer(encoder, objectives.target)
-    model = DecisionModel(encoder, classifier, layer=layer)
+    model = decision_model(encoder, classifier, layer)
     return DiagnosisTarget(attack=attack, attacked=attacked, model=model, objective=objective, seed=seed)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from hsat.classifiers import FittedKNN, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
-from hsat.embedding import Embedder, LoaderInfo, loader_info
+from hsat.embedding import Embedder, Layer, LoaderInfo, loader_info, resolve_device
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
 from hsat.eval.store import EmbeddingCache
@@ -28,74 +30,150 @@ Queries = Iterable[HierarchicalBatch]
 ScoresKey = int | str
 
 
-def embed_bank(
-    encoder: EmbeddingFunction,
-    bank: Bank,
-    *,
-    layer: str,
-    run: RunOptions,
-    provenance: Provenance,
-    world: World,
-    cache: EmbeddingCache | None,
-) -> EmbeddingTable:
-    """The table of a bank: given, in one piece or several, from the cache, or embedded by all ranks together.
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """An encoder, and the options under which it is measured.
 
-    The cached table is used only if every rank finds it; otherwise rank 0 writes it.
+    Attributes:
+        encoder: The encoder; images -> embeddings.
+        target: What the attacks maximise.
+        scoring: How embeddings become numbers.
+        run: Seed, device, folders.
+        provenance: What records say of the encoder.
     """
-    if isinstance(bank, EmbeddingTable):
-        return bank
-    if isinstance(bank, Sequence) and any(isinstance(part, EmbeddingTable) for part in bank):
-        return concat_tables(cast(Sequence[EmbeddingTable], bank))
-    loader = cast(Iterable[HierarchicalBatch], bank)
-    info = loader_info(loader, provenance.class_names)
-    key = clean_key(encoder, loader, layer=layer, checkpoint=provenance.checkpoint)
-    if cache is not None and key is not None:
-        names = None if provenance.class_names is None else list(provenance.class_names)
-        key |= {"classes": names, "model": provenance.model}
-        table = cache.get_table(key)
-        if all(world.gather(table is not None)) and table is not None:
-            return table
-    embedder = Embedder(encoder, layer=layer, device=run.device, name=provenance.model, progress=run.progress)
-    table = embedder.run(loader, info, world)
-    if cache is not None and key is not None and world.is_main:
-        cache.put_table(key, table)
-    return table
+
+    encoder: EmbeddingFunction
+    target: Target
+    scoring: Scoring
+    run: RunOptions
+    provenance: Provenance
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that the classifier reads."""
+        return self.scoring.layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where images go."""
+        return resolve_device(self.encoder, self.run.device)
+
+    def embedder(self, name: str) -> Embedder:
+        """What embeds loaders with the scored layer; `name` is what tables call the encoder."""
+        run = self.run
+        return Embedder(self.encoder, layer=self.layer, device=run.device, name=name, progress=run.progress)
+
+    def embed_bank(self, bank: Bank, world: World, cache: EmbeddingCache | None) -> EmbeddingTable:
+        """The table of a bank: given, in one piece or several, or embedded by `embed_clean`."""
+        if isinstance(bank, EmbeddingTable):
+            return bank
+        if isinstance(bank, Sequence) and any(isinstance(part, EmbeddingTable) for part in bank):
+            return concat_tables(cast(Sequence[EmbeddingTable], bank))
+        loader = cast(Iterable[HierarchicalBatch], bank)
+        return self.embed_clean(loader, loader_info(loader, self.provenance.class_names), world, cache)
+
+    def embed_clean(
+        self, loader: Iterable[HierarchicalBatch], info: LoaderInfo, world: World, cache: EmbeddingCache | None
+    ) -> EmbeddingTable:
+        """The table of a loader's images, from the cache or embedded by all ranks together.
+
+        The cached table is used only if every rank finds it; otherwise rank 0 writes it.
+        """
+        key = None if cache is None else self.clean_key(loader)
+        if cache is not None and key is not None:
+            key |= {"classes": list(info.class_names), "model": self.provenance.model}
+            table = cache.get_table(key)
+            if all(world.gather(table is not None)) and table is not None:
+                return table
+        table = self.embedder(self.provenance.model).run(loader, info, world)
+        if cache is not None and key is not None and world.is_main:
+            cache.put_table(key, table)
+        return table
+
+    def clean_key(self, loader: object) -> dict[str, Any] | None:
+        """What decides the clean embeddings of a loader; None where encoder or loader cannot say."""
+        of_encoder = fingerprint_encoder(self.encoder, self.provenance.checkpoint)
+        of_loader = fingerprint_loader(loader, describe_loader)
+        if of_encoder is None or of_loader is None:
+            return None
+        return {"encoder": of_encoder, "loader": of_loader, "layer": self.layer}
+
+    def query_info(self, queries: Queries, class_names: Sequence[str]) -> LoaderInfo:
+        """Facts of the queries; labels of a loader that knows no class names are indices of the classifier's."""
+        names = self.provenance.class_names
+        if names is None and getattr(getattr(queries, "dataset", None), "class_names", None) is None:
+            names = class_names
+        return loader_info(queries, names)
+
+    def settings(self, queries: Queries, attacks: Mapping[str, Attack]) -> dict[str, Any]:
+        """All that decides the results of a pass, by name, but for bank and classifier."""
+        own = encoder_settings("encoder", self.encoder, self.provenance.checkpoint)
+        return self.pass_settings(queries, attacks) | own
+
+    def pass_settings(self, queries: Queries, attacks: Mapping[str, Attack]) -> dict[str, Any]:
+        """The same without the encoder.
+
+        Of the scoring only the layer decides, of the run only the seed and the number of examples: the rest is
+        arithmetic on the results.
+        """
+        target, run = self.target, self.run
+        settings: dict[str, Any] = {"target": target.objective, "attack_branch": target.branch, "layer": self.layer}
+        settings |= {"seed": run.seed, "keep_examples": run.keep_examples}
+        about_queries = fingerprint_loader(queries, describe_loader) or {}
+        settings |= {f"queries.{name}": value for name, value in about_queries.items()}
+        return settings | {f"attack.{name}": fingerprint_attack(attack) for name, attack in attacks.items()}
+
+    def template(
+        self, bank: EmbeddingTable, queries: EmbeddingTable, class_names: Sequence[str], *, target: str | None = None
+    ) -> RecordTemplate:
+        """What all records of these queries by classifiers of this bank have in common; target: for other texts."""
+        scoring = self.scoring
+        settings = arithmetic_settings(scoring) | {
+            "layer": self.layer,
+            "bootstrap": scoring.bootstrap,
+            "bank_rows": len(bank),
+            "bank_cohort": bank.cohort,
+            "bank_split": bank.split,
+        }
+        if target is None and (branch := self.target.branch_of(self.encoder)):
+            settings["attack_branch"] = branch
+        if numerics := numerics_of(self.encoder):
+            settings["computed"] = numerics
+        return RecordTemplate(
+            target=self.target.objective if target is None else target,
+            scoring=scoring,
+            seed=self.run.seed,
+            model=self.provenance.model,
+            checkpoint=self.provenance.checkpoint,
+            cohort=queries.cohort,
+            split=queries.split,
+            class_names=tuple(class_names),
+            flags=bank_flags(bank, queries),
+            settings=settings,
+        )
 
 
-def clean_key(encoder: EmbeddingFunction, loader: object, *, layer: str, checkpoint: str) -> dict[str, Any] | None:
-    """What decides the clean embeddings of a loader; None where encoder or loader cannot say."""
-    of_encoder, of_loader = fingerprint_encoder(encoder, checkpoint), fingerprint_loader(loader, describe_loader)
-    if of_encoder is None or of_loader is None:
-        return None
-    return {"encoder": of_encoder, "loader": of_loader, "layer": layer}
+def encoder_settings(place: str, encoder: EmbeddingFunction, checkpoint: str = "") -> dict[str, Any]:
+    """What decides an encoder's values; each name begins with `place`."""
+    about_encoder = fingerprint_encoder(encoder, checkpoint) or {}
+    return {f"{place}.{key}": value for key, value in about_encoder.items()}
+
+
+def arithmetic_settings(scoring: Scoring) -> dict[str, Any]:
+    """What records say of the arithmetic; "compat" is "paper" where it is the published one."""
+    published = dataclasses.replace(PAPER.scoring, layer=scoring.layer, bootstrap=scoring.bootstrap) == scoring
+    return {
+        "how": scoring.pooling,
+        "absent": scoring.absent_classes,
+        "keys": scoring.group_by,
+        "compat": "paper" if published else "",
+    }
 
 
 def describe_loader(loader: object) -> tuple[tuple[str, ...], str, str]:
     """Class names, cohort fingerprint and split of a loader."""
     info = loader_info(loader)
     return info.class_names, info.cohort, info.split
-
-
-def loader_settings(loader: object) -> dict[str, Any]:
-    """What is known of a loader's images as a whole, by name."""
-    dataset = getattr(loader, "dataset", None)
-    settings: dict[str, Any] = {"image_size": getattr(dataset, "image_size", None)}
-    if getattr(dataset, "class_names", None) is not None:
-        info = loader_info(loader)
-        settings |= {"classes": list(info.class_names), "cohort": info.cohort, "split": info.split}
-    try:
-        settings["images"] = len(dataset)  # type: ignore[arg-type]
-    except TypeError:
-        settings["images"] = None
-    return settings
-
-
-def query_info(queries: Queries, provenance: Provenance, class_names: Sequence[str]) -> LoaderInfo:
-    """Facts of the queries; labels of a loader that knows no class names are indices of the classifier's classes."""
-    names = provenance.class_names
-    if names is None and getattr(getattr(queries, "dataset", None), "class_names", None) is None:
-        names = class_names
-    return loader_info(queries, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,85 +242,6 @@ def score_queries(classifiers: Sequence[ScoredClassifier], queries: EmbeddingTab
     return {one.key: rows for one, rows in zip(classifiers, scores, strict=True)}
 
 
-def evaluation_settings(
-    encoders: Mapping[str, tuple[EmbeddingFunction, str]],
-    queries: Queries,
-    attacks: Mapping[str, Attack],
-    *,
-    target: Target,
-    scoring: Scoring,
-    run: RunOptions,
-) -> dict[str, Any]:
-    """All that decides the results of a pass, by name, but for bank and classifier.
-
-    Args:
-        encoders: (encoder, checkpoint) by what they are called; "" is the one that is measured.
-        queries: The loader of the queries.
-        attacks: By name.
-        target: What the attacks maximise.
-        scoring: Only the layer decides; the rest is arithmetic on the results.
-        run: Only the seed and the number of examples decide.
-    """
-    settings: dict[str, Any] = {"target": target.objective, "attack_branch": target.branch, "layer": scoring.layer}
-    settings |= {"seed": run.seed, "keep_examples": run.keep_examples}
-    settings |= {
-        f"queries.{name}": value for name, value in (fingerprint_loader(queries, describe_loader) or {}).items()
-    }
-    settings |= {f"attack.{name}": fingerprint_attack(attack) for name, attack in attacks.items()}
-    for name, (encoder, checkpoint) in encoders.items():
-        place = f"encoder.{name}" if name else "encoder"
-        for key, value in (fingerprint_encoder(encoder, checkpoint) or {}).items():
-            settings[f"{place}.{key}"] = value
-    return settings
-
-
 def classifier_settings(classifiers: Sequence[ScoredClassifier], bank: EmbeddingTable) -> dict[str, Any]:
     """What of bank and classifiers decides the results of a pass: the one that is attacked."""
     return {"bank": fingerprint_table(bank), "classifier": repr(classifiers[0].settings)}
-
-
-def record_template(
-    bank: EmbeddingTable,
-    queries: EmbeddingTable,
-    class_names: Sequence[str],
-    *,
-    target: Target | str,
-    scoring: Scoring,
-    run: RunOptions,
-    provenance: Provenance,
-    encoder: object = None,
-) -> RecordTemplate:
-    """What all records of an evaluation of these queries by classifiers of this bank have in common."""
-    goal = target if isinstance(target, Target) else None
-    published = goal == PAPER.target and (scoring.pooling, scoring.absent_classes, scoring.group_by) == (
-        PAPER.scoring.pooling,
-        PAPER.scoring.absent_classes,
-        PAPER.scoring.group_by,
-    )
-    settings: dict[str, Any] = {
-        "layer": scoring.layer,
-        "how": scoring.pooling,
-        "absent": scoring.absent_classes,
-        "keys": scoring.group_by,
-        "compat": "paper" if published else "",
-        "bootstrap": scoring.bootstrap,
-        "bank_rows": len(bank),
-        "bank_cohort": bank.cohort,
-        "bank_split": bank.split,
-    }
-    if goal is not None and (branch := goal.branch_of(cast(EmbeddingFunction, encoder))):
-        settings["attack_branch"] = branch
-    if numerics := numerics_of(encoder):
-        settings["computed"] = numerics
-    return RecordTemplate(
-        target=target if isinstance(target, str) else target.objective,
-        scoring=scoring,
-        seed=run.seed,
-        model=provenance.model,
-        checkpoint=provenance.checkpoint,
-        cohort=queries.cohort,
-        split=queries.split,
-        class_names=tuple(class_names),
-        flags=bank_flags(bank, queries),
-        settings=settings,
-    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 
 from hsat.attacks import RawChannels, Reparametrized
 from hsat.attacks.srh_space import CHANNELS
@@ -18,22 +19,15 @@ from hsat.classifiers import KNNClassifier
 from hsat.data import Cohort, PatchDataset, collate
 from hsat.data.samples import Sample
 from hsat.distributed import World
-from hsat.embedding import Embedder, LoaderInfo, resolve_device
+from hsat.embedding import LoaderInfo
 from hsat.eval.adversarial_files import MANIFEST, AdversarialFiles
-from hsat.eval.evaluation import (
-    Bank,
-    classifier_settings,
-    embed_bank,
-    evaluation_settings,
-    fit_bank,
-    record_template,
-    score_queries,
-)
+from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank, score_queries
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
 from hsat.eval.records import Record, software_versions
-from hsat.eval.runner import CLEAN, AttackRunner, Condition, open_session, open_world
+from hsat.eval.runner import CLEAN, AttackRunner, Condition
+from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
 from hsat.types import (
     Attack,
@@ -140,8 +134,8 @@ def save_adversarial(
 
     Patches are attacked at the size of their files, since a file holds no other; an encoder that wants another size
     resizes inside (`build_encoder(..., input_size=...)`), and its bank should be read at its files' size as well.
-    An SRH file holds two channels, so only attacks on those two can be stored: Reparametrized(RawChannels(srh_to_rgb), ...).
-    Attacks without a ball of pixels (stains) are refused: whole counts need not lie in what they may do.
+    An SRH file holds two channels, so only attacks on those two can be stored:
+    Reparametrized(RawChannels(srh_to_rgb), ...).  Attacks without a ball of pixels (stains) are refused: whole counts need not lie in what they may do.
 
     Args:
         root: The folder to write.
@@ -157,73 +151,69 @@ def save_adversarial(
         TypeError: For attacks that cannot be stored.
         RuntimeError: If a file does not read as it was written.
     """
-    target, scoring, name = Target.of(target), Scoring(), options.name
-    form = image_format(cohort, attack)
+    run = dataclasses.replace(run, keep_examples=0)
+    evaluation = Evaluation(encoder, Target.of(target), Scoring(), run, provenance)
+    form, name = image_format(cohort, attack), options.name
     data = PatchDataset(cohort, options.split)
+    queries = ShapeBatches(data, options.batch_size)
     files = AdversarialFiles(root, cohort, data.rows.tolist(), resumable=run.resume_dir is not None)
+    about = {"source_cohort": cohort.fingerprint(), "grid": form.grid.name}
     with open_world(run) as (world, cache):
-        table = embed_bank(encoder, bank, layer=scoring.layer, run=run, provenance=provenance, world=world, cache=cache)
+        table = evaluation.embed_bank(bank, world, cache)
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
         align_labels(cohort.label[data.rows], cohort.class_names, fitted.class_names)  # before any work is done
-        run = dataclasses.replace(run, keep_examples=0)
-        named = {"": (encoder, provenance.checkpoint)}
-        queries = ShapeBatches(data, options.batch_size)
-        settings = evaluation_settings(named, queries, {name: attack}, target=target, scoring=scoring, run=run)
+        settings = evaluation.settings(queries, {name: attack}) | classifier_settings(classifiers, table)
         settings |= {"root": str(files.root), "cohort": cohort.fingerprint(), "batch_size": options.batch_size}
-        session = open_session(run, settings | classifier_settings(classifiers, table), world, cache)
-        info = LoaderInfo(class_names=cohort.class_names, cohort=cohort.fingerprint(), split=options.split or "")
-        device = resolve_device(encoder, run.device)
-        with files:
-            runner = AttackRunner(
-                encoder,
-                ObjectiveFactory(encoder, target, scoring.layer, fitted),
-                {"": encoder},
-                layer=scoring.layer,
-                run=run,
-                device=device,
+        session = open_session(run, settings, world, cache)
+        with files.open(world):
+            conditions = AttackRunner(
+                evaluation,
+                ObjectiveFactory(encoder, evaluation.target, evaluation.layer, fitted),
                 inspect=lambda batch, _, images, result: _write_batch(files, form, batch, images, result),
                 accept=lambda batch, _: all(map(files.has, batch.patch.tolist())),
+            ).run(
+                queries,
+                {name: attack},
+                session,
+                LoaderInfo(class_names=cohort.class_names, cohort=cohort.fingerprint(), split=options.split or ""),
+                clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
             )
-            conditions = runner.run(queries, {name: attack}, session, info)
             written = conditions[name].inspected
-            about = {"source_cohort": cohort.fingerprint(), "grid": form.grid.name}
             if world.is_main:
-                identity = {"target": target.objective, "seed": run.seed, "model": provenance.model}
-                identity |= {"checkpoint": provenance.checkpoint, "split": options.split or "", "name": name}
-                files.complete(identity | about | {"attack": repr(attack), "versions": software_versions()})
+                files.complete(_account(evaluation, options) | about | {"attack": repr(attack)})
             world.gather("written")
-            digests = [digest for part in written for digest in part["digests"]]
-            stored = _embed_files(encoder, files, cohort, form=form, digests=digests, options=options, run=run)
-            if world.is_main:
-                files.publish()
-            world.gather("published")
+            digests = [digest for batch in written for digest in batch["digests"]]
+            stored = _embed_files(evaluation, files, cohort, form=form, digests=digests, options=options, world=world)
+            files.publish(world)
     again = _read_files(files.root, cohort)
-    tables = {key: one.tables[""] for key, one in conditions.items()}
-    tables[f"{name} (files)"] = dataclasses.replace(stored, cohort=again.fingerprint())
-    tables = {key: dataclasses.replace(one, encoder=provenance.model) for key, one in tables.items()}
-    template = record_template(
-        table,
-        tables[CLEAN],
-        fitted.class_names,
-        target=target,
-        scoring=scoring,
-        run=run,
-        provenance=provenance,
-        encoder=encoder,
+    conditions[f"{name} (files)"] = Condition(
+        {"": dataclasses.replace(stored, cohort=again.fingerprint())}, conditions[name].stats
     )
+    tables = {key: dataclasses.replace(one.tables[""], encoder=provenance.model) for key, one in conditions.items()}
+    template = evaluation.template(table, tables[CLEAN], fitted.class_names)
+    templates = dict.fromkeys(tables, template) | {f"{name} (files)": template.of_files(again.fingerprint(), about)}
     records: list[Record] = []
-    for key, queries_table in tables.items():
-        condition = conditions.get(key) or Condition({"": queries_table}, conditions[name].stats)
-        of_files = key not in conditions
-        base = template.of_files(again.fingerprint(), about) if of_files else template
-        scores = score_queries(classifiers, queries_table)
-        chosen = None if key == CLEAN else attack
+    for key, condition in conditions.items():
+        scores, own = score_queries(classifiers, tables[key]), None if key == CLEAN else attack
         records += condition_records(
-            key, condition, chosen, queries_table, scores, classifiers=classifiers, template=base
+            key, condition, own, tables[key], scores, classifiers=classifiers, template=templates[key]
         )
-    changed = sum(part["changed"] for part in written) / max(1, sum(part["numbers"] for part in written))
+    changed = sum(batch["changed"] for batch in written) / max(1, sum(batch["numbers"] for batch in written))
     return ExportResult(files.root, again, tuple(records), tables, changed)
+
+
+def _account(evaluation: Evaluation, options: ExportOptions) -> dict[str, Any]:
+    """What adversarial.json says of the evaluation."""
+    return {
+        "target": evaluation.target.objective,
+        "seed": evaluation.run.seed,
+        "model": evaluation.provenance.model,
+        "checkpoint": evaluation.provenance.checkpoint,
+        "split": options.split or "",
+        "name": options.name,
+        "versions": software_versions(),
+    }
 
 
 def _write_batch(
@@ -242,42 +232,39 @@ def _write_batch(
 
 
 def _embed_files(
-    encoder: EmbeddingFunction,
+    evaluation: Evaluation,
     files: AdversarialFiles,
     cohort: Cohort,
     *,
     form: ImageFormat,
     digests: list[str],
     options: ExportOptions,
-    run: RunOptions,
+    world: World,
 ) -> EmbeddingTable:
     """Embed the files; RuntimeError for one that holds other numbers than were written."""
     data = PatchDataset(_read_files(files.folder, cohort))
-    place = iter(range(len(digests)))
 
     def verify(images: Tensor, batch: HierarchicalBatch) -> Tensor:
-        for one in form.grid.counts(batch.images[:, form.channels]):
-            number = next(place)
-            if _digest(one) != digests[number]:
-                raise RuntimeError(f"{data.cohort.path(number)} does not read as it was written")
+        for row, counts in zip(batch.patch.tolist(), form.grid.counts(batch.images[:, form.channels]), strict=True):
+            if _digest(counts) != digests[row]:
+                raise RuntimeError(f"{data.cohort.path(row)} does not read as it was written")
         return images
 
-    embedder = Embedder(encoder, layer="features", device=run.device, name="", progress=run.progress)
     info = LoaderInfo(class_names=cohort.class_names, split=options.split or "")
-    return embedder.run(ShapeBatches(data, options.batch_size), info, World(), change=verify)
+    return evaluation.embedder("").run(ShapeBatches(data, options.batch_size), info, world, change=verify)
 
 
 class ShapeBatches:
     """Patches in order, in batches of up to batch_size of one shape: files of a cohort may have different sizes."""
 
     def __init__(self, data: PatchDataset, batch_size: int) -> None:
-        self.dataset, self._batch_size = data, batch_size
+        self.dataset, self.batch_size, self.sampler = data, batch_size, SequentialSampler(data)
 
     def __iter__(self) -> Iterator[HierarchicalBatch]:
         waiting: list[Sample] = []
         for index in range(len(self.dataset)):
             sample = self.dataset[index]
-            if waiting and (len(waiting) == self._batch_size or sample.images.shape != waiting[0].images.shape):
+            if waiting and (len(waiting) == self.batch_size or sample.images.shape != waiting[0].images.shape):
                 yield collate(waiting)
                 waiting = []
             waiting.append(sample)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from hsat.eval.options import PAPER, Scoring
+from hsat.eval.evaluation import arithmetic_settings
+from hsat.eval.options import Scoring
 from hsat.eval.records import Record, measure_levels
 from hsat.eval.scoring import METRICS
 from hsat.eval.whitebox import WhiteboxResult
@@ -21,13 +21,7 @@ def rescore(result: WhiteboxResult, scoring: Scoring) -> WhiteboxResult:
         result: What `evaluate_whitebox` gave.
         scoring: The arithmetic; its layer and bootstrap do not apply.
     """
-    published = dataclasses.replace(PAPER.scoring, layer=scoring.layer, bootstrap=scoring.bootstrap) == scoring
-    arithmetic: dict[str, Any] = {
-        "how": scoring.pooling,
-        "absent": scoring.absent_classes,
-        "keys": scoring.group_by,
-        "compat": "paper" if published else "",
-    }
+    arithmetic = arithmetic_settings(scoring)
     records: list[Record] = []
     heads: dict[tuple[str, str, int], dict[str, Record]] = {}
     for record in result.records:

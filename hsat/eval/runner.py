@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hsat.attacks import AttackEnsemble
 from hsat.attacks.ensemble import Candidate
-from hsat.distributed import ShardedLoader, World, shared_world
+from hsat.distributed import ShardedLoader
 from hsat.embedding import (
     EmbeddingBuffer,
     LoaderInfo,
@@ -34,10 +34,10 @@ from hsat.embedding import (
     to_device,
     using_branch,
 )
+from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
-from hsat.eval.options import RunOptions
 from hsat.eval.outcomes import AttackStats, EnsembleOutcome
-from hsat.eval.store import EmbeddingCache, ResultStore, StoredResult, open_store
+from hsat.eval.store import CleanEmbeddings, ResultStore, Session, StoredResult
 from hsat.files import Arrays
 from hsat.fingerprints import fingerprint_batch
 from hsat.types import (
@@ -53,50 +53,6 @@ from hsat.types import (
 CLEAN = "clean"
 _BATCH_NAME = re.compile(r"batch-(\d+)-[0-9a-f]+\.arrays$")
 _DIGEST = "batch"  # entry of a stored batch's header: the fingerprint of its images and ids
-
-
-@dataclass(frozen=True)
-class Session:
-    """What one evaluation works with: its processes, its finished results, its cache of clean embeddings.
-
-    Attributes:
-        world: The processes that share it.
-        store: Where finished batches are kept.
-        finished: File names of the results that were there when the store was opened, the same on all ranks.
-        cache: Clean embeddings of earlier evaluations; None for no cache.
-        progress: Show progress bars.
-    """
-
-    world: World
-    store: ResultStore
-    finished: frozenset[str]
-    cache: EmbeddingCache | None
-    progress: bool
-
-    @property
-    def shows(self) -> bool:
-        """Whether this process shows progress bars."""
-        return self.progress and self.world.is_main
-
-
-@contextmanager
-def open_world(run: RunOptions) -> Iterator[tuple[World, EmbeddingCache | None]]:
-    """The processes of an evaluation, and its cache."""
-    with shared_world() as world:
-        yield world, None if run.cache_dir is None else EmbeddingCache(run.cache_dir)
-
-
-def open_session(
-    run: RunOptions,
-    settings: Mapping[str, Any],
-    world: World,
-    cache: EmbeddingCache | None,
-    *,
-    growing: Sequence[str] = (),
-) -> Session:
-    """The session of an evaluation with these settings; see `open_store` for what is refused."""
-    store, finished = open_store(run.resume_dir, settings, world, growing=growing, local=("queries.files",))
-    return Session(world, store, finished, cache, run.progress)
 
 
 def run_batches(
@@ -183,12 +139,10 @@ class AttackRunner:
     """Attacks queries on one encoder and embeds them with one or several.
 
     Args:
-        encoder: The encoder that is attacked; the caller does not freeze it.
+        evaluation: The encoder that is attacked, which the caller does not freeze, and the options of the run.
         objectives: Makes what the attacks maximise.
-        readers: Encoders by name that embed the images; the attacked one among them shares its clean embedding.
-        layer: The layer that the readers give.
-        run: Seed, number of examples.
-        device: Where the images go.
+        readers: Encoders by name that embed the images; the attacked one among them shares its clean embedding.  By
+            default the attacked one alone, under the name "".
         include_clean: Embed the clean queries with every reader, as the condition "clean".
         inspect: Is shown (batch, attack's name, clean images, result) of every attack, on the device; what it
             returns is stored with the batch.
@@ -197,23 +151,22 @@ class AttackRunner:
 
     def __init__(
         self,
-        encoder: EmbeddingFunction,
+        evaluation: Evaluation,
         objectives: ObjectiveFactory,
-        readers: Mapping[str, EmbeddingFunction],
+        readers: Mapping[str, EmbeddingFunction] | None = None,
         *,
-        layer: str,
-        run: RunOptions,
-        device: torch.device,
         include_clean: bool = True,
         inspect: Callable[[HierarchicalBatch, str, Tensor, AttackResult], Mapping[str, Any]] | None = None,
         accept: Callable[[HierarchicalBatch, StoredResult], bool] | None = None,
     ) -> None:
-        self._encoder, self._objectives, self._seed, self._keep = encoder, objectives, run.seed, run.keep_examples
-        self._scored = select_layer(encoder, layer)
-        self._readers = {name: select_layer(reader, layer) for name, reader in readers.items()}
-        self._own = [name for name, reader in readers.items() if reader is encoder]
-        self._modules = (encoder, *readers.values())
-        self._device, self._include_clean, self._inspect, self._accept = device, include_clean, inspect, accept
+        self._encoder, self._objectives, self._device = evaluation.encoder, objectives, evaluation.device
+        self._seed, self._keep = evaluation.run.seed, evaluation.run.keep_examples
+        readers = {"": self._encoder} if readers is None else readers
+        self._scored = select_layer(self._encoder, evaluation.layer)
+        self._readers = {name: select_layer(reader, evaluation.layer) for name, reader in readers.items()}
+        self._own = [name for name, reader in readers.items() if reader is self._encoder]
+        self._modules = (self._encoder, *readers.values())
+        self._include_clean, self._inspect, self._accept = include_clean, inspect, accept
         self._kept = 0
         self.computed = 0  # batches that this process attacked, rather than took from the store
 
@@ -380,44 +333,6 @@ class _BatchRecord:
     def result(self) -> StoredResult:
         """The batch under all conditions."""
         return StoredResult(self._header, self._arrays)
-
-
-class CleanEmbeddings:
-    """What the scored layer says of the clean queries, batch by batch and bit by bit as it was computed.
-
-    Args:
-        cache: Where they are kept; None for nowhere.
-        key: What decides them; None where encoder or loader cannot say.
-    """
-
-    def __init__(self, cache: EmbeddingCache | None, key: Mapping[str, Any] | None) -> None:
-        self._cache = cache if key is not None else None
-        self._key = key or {}
-        stored = None if self._cache is None else self._cache.get(self._key)
-        self._digests: list[str] = [] if stored is None else list(stored.header["batches"])
-        self._known: Arrays = {} if stored is None else stored.arrays
-        self._new: dict[int, tuple[str, np.ndarray]] = {}
-
-    def get(self, number: int, batch: HierarchicalBatch, device: torch.device) -> Tensor | None:
-        """The embeddings of a batch (n, d) on a device; None where they, or those of this very batch, are unknown."""
-        if number >= len(self._digests) or self._digests[number] != fingerprint_batch(batch):
-            return None
-        return torch.from_numpy(self._known[f"z{number}"]).to(device)
-
-    def put(self, number: int, batch: HierarchicalBatch, z: Tensor) -> None:
-        """Take in embeddings that were computed."""
-        if self._cache is not None and z.dtype in (torch.float32, torch.float64):
-            self._new[number] = (fingerprint_batch(batch), z.detach().cpu().numpy())
-
-    def close(self, batches: int, world: World) -> None:
-        """Keep what all ranks took in, if that is all of the batches; the first rank writes it."""
-        if self._cache is None:
-            return
-        new = world.gather_by_index(self._new)
-        if not new or len(new) < batches or not world.is_main:
-            return
-        arrays = {f"z{number}": z for number, (_, z) in enumerate(new)}
-        self._cache.put(self._key, StoredResult({"batches": [digest for digest, _ in new]}, arrays))
 
 
 def _place(name: str, reader: str) -> str:

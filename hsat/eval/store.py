@@ -7,15 +7,19 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from hsat.distributed import World
+from hsat.distributed import World, shared_world
 from hsat.embedding import IDS
+from hsat.eval.options import RunOptions
 from hsat.files import (
     Arrays,
     CorruptFileError,
@@ -27,8 +31,8 @@ from hsat.files import (
     write_arrays,
     write_file,
 )
-from hsat.fingerprints import fingerprint_settings
-from hsat.types import EmbeddingTable
+from hsat.fingerprints import fingerprint_batch, fingerprint_settings
+from hsat.types import EmbeddingTable, HierarchicalBatch
 
 Settings = Mapping[str, Any]
 _FORMAT = 3  # of what the files hold
@@ -201,6 +205,88 @@ class EmbeddingCache:
 
     def _path(self, key: Settings) -> Path:
         return self.folder / f"{fingerprint_settings(key)}{_ENDING}"
+
+
+class CleanEmbeddings:
+    """What the scored layer says of the clean queries, batch by batch and bit by bit as it was computed.
+
+    Args:
+        cache: Where they are kept; None for nowhere.
+        key: What decides them; None where encoder or loader cannot say.
+    """
+
+    def __init__(self, cache: EmbeddingCache | None, key: Mapping[str, Any] | None) -> None:
+        self._cache = cache if key is not None else None
+        self._key = key or {}
+        stored = None if self._cache is None else self._cache.get(self._key)
+        self._digests: list[str] = [] if stored is None else list(stored.header["batches"])
+        self._known: Arrays = {} if stored is None else stored.arrays
+        self._new: dict[int, tuple[str, np.ndarray]] = {}
+
+    def get(self, number: int, batch: HierarchicalBatch, device: torch.device) -> Tensor | None:
+        """The embeddings of a batch (n, d) on a device; None where they, or those of this very batch, are unknown."""
+        if number >= len(self._digests) or self._digests[number] != fingerprint_batch(batch):
+            return None
+        return torch.from_numpy(self._known[f"z{number}"]).to(device)
+
+    def put(self, number: int, batch: HierarchicalBatch, z: Tensor) -> None:
+        """Take in embeddings that were computed."""
+        if self._cache is not None and z.dtype in (torch.float32, torch.float64):
+            self._new[number] = (fingerprint_batch(batch), z.detach().cpu().numpy())
+
+    def close(self, batches: int, world: World) -> None:
+        """Keep what all ranks took in, if that is all of the batches; the first rank writes it."""
+        if self._cache is None:
+            return
+        new = world.gather_by_index(self._new)
+        if not new or len(new) < batches or not world.is_main:
+            return
+        arrays = {f"z{number}": z for number, (_, z) in enumerate(new)}
+        self._cache.put(self._key, StoredResult({"batches": [digest for digest, _ in new]}, arrays))
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one evaluation works with: its processes, its finished results, its cache of clean embeddings.
+
+    Attributes:
+        world: The processes that share it.
+        store: Where finished batches are kept.
+        finished: File names of the results that were there when the store was opened, the same on all ranks.
+        cache: Clean embeddings of earlier evaluations; None for no cache.
+        progress: Show progress bars.
+    """
+
+    world: World
+    store: ResultStore
+    finished: frozenset[str]
+    cache: EmbeddingCache | None
+    progress: bool
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress bars."""
+        return self.progress and self.world.is_main
+
+
+@contextmanager
+def open_world(run: RunOptions) -> Iterator[tuple[World, EmbeddingCache | None]]:
+    """The processes of an evaluation, and its cache."""
+    with shared_world() as world:
+        yield world, None if run.cache_dir is None else EmbeddingCache(run.cache_dir)
+
+
+def open_session(
+    run: RunOptions,
+    settings: Mapping[str, Any],
+    world: World,
+    cache: EmbeddingCache | None,
+    *,
+    growing: Sequence[str] = (),
+) -> Session:
+    """The session of an evaluation with these settings; see `open_store` for what is refused."""
+    store, finished = open_store(run.resume_dir, settings, world, growing=growing, local=("queries.files",))
+    return Session(world, store, finished, cache, run.progress)
 
 
 def result_of(table: EmbeddingTable) -> StoredResult:

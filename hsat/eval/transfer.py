@@ -6,47 +6,37 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
 
 from hsat.classifiers import KNNClassifier
-from hsat.distributed import World
-from hsat.embedding import Embedder, LoaderInfo, resolve_device
+from hsat.embedding import LoaderInfo, loader_info
 from hsat.eval.evaluation import (
+    Evaluation,
+    Queries,
     ScoredClassifier,
     ScoresKey,
-    embed_bank,
-    evaluation_settings,
+    encoder_settings,
     fit_bank,
-    loader_settings,
-    query_info,
-    record_template,
     score_queries,
 )
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import Record, RecordTemplate
-from hsat.eval.runner import CLEAN, AttackRunner, Condition, Session, open_session, open_world
-from hsat.eval.scoring import level_scores
-from hsat.eval.statistics.bootstrap import no_interval
-from hsat.eval.statistics.intervals import Interval, interval_around
-from hsat.eval.statistics.resampling import metric_values, patient_draws
-from hsat.eval.store import EmbeddingCache, result_of, table_of
+from hsat.eval.runner import CLEAN, AttackRunner, Condition
+from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world, result_of, table_of
+from hsat.eval.transfer_drops import OTHERS, TransferDrop, average_drops, resample_metrics, transfer_drop
 from hsat.eval.whitebox import check_attacks, condition_records
 from hsat.fingerprints import fingerprint_table
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 
-OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
-DROPS = {"accuracy": "accuracy_drop", "mca": "mca_drop"}
 _GROWING = ("attack.", "bank.", "encoder.")
-_OF_ONE_SURROGATE = ("surrogate_checkpoint", "stationary_share", "zero_gradient_share", "never_moved_share")
 
 EncoderSource = EmbeddingFunction | Callable[[], EmbeddingFunction]
 Banks = Iterable[HierarchicalBatch] | Mapping[str, EmbeddingTable]
 Pair = tuple[str, str]
-_Place = tuple[ScoresKey, str, str]  # classifier, level, metric
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +107,6 @@ def evaluate_transfer(
             (naming them), queries that differ between readings, and what `evaluate_whitebox` refuses.
         TypeError: For encoders that are no mapping of callables.
     """
-    target = Target.of(target)
     check_attacks(attacks)
     chosen = check_pairs(encoders, pairs)
     _check_banks(banks, [name for _, name in chosen])
@@ -126,13 +115,18 @@ def evaluate_transfer(
             f"the queries are read once per target and per attack, and a {type(queries).__name__} can be read only"
             " once; give a list of batches or a loader such as hsat.data.patch_loader"
         )
+    run = dataclasses.replace(run, keep_examples=0)
+    evaluations: dict[str, Evaluation] = {}
+    for encoder in dict.fromkeys(name for pair in chosen for name in pair):
+        known = (provenance or {}).get(encoder, Provenance())
+        known = dataclasses.replace(known, model=known.model or encoder)
+        source = load_source(encoder, encoders[encoder])
+        evaluations[encoder] = Evaluation(source, Target.of(target), scoring, run, known)
     with open_world(run) as (world, cache):
-        work = _TransferWork(
-            encoders, banks, queries, classifier, target=target, scoring=scoring, run=run, provenance=provenance or {}
-        )
-        work.open(world, cache, chosen, attacks)
-        targets = list(dict.fromkeys(name for _, name in chosen))
-        clean = {name: work.clean(name) for name in targets}
+        settings = _transfer_settings(evaluations, banks, queries, attacks, classifier)
+        session = open_session(run, settings, world, cache, growing=_GROWING)
+        work = _TransferWork(evaluations, queries, banks, classifier, session)
+        clean = {name: work.clean(name) for name in dict.fromkeys(name for _, name in chosen)}
         conditions: dict[Pair, Condition] = {}
         made: list[Pair] = []
         for surrogate in dict.fromkeys(name for name, _ in chosen):
@@ -141,141 +135,116 @@ def evaluate_transfer(
                 conditions[surrogate, name], fresh = work.attack(surrogate, name, attack, readers)
                 made += [(surrogate, name)] if fresh else []
     records, attacked = _transfer_records(work, clean, conditions, attacks)
-    first = clean[targets[0]]
+    first = next(iter(clean.values()))
     no_rows = np.zeros((len(first), 1), dtype=np.float32)
     return TransferResult(
         records=tuple(records),
-        clean={name: score_queries(work.classifiers(name), clean[name]) for name in targets},
+        clean={name: score_queries(work.fitted(name).classifiers, table) for name, table in clean.items()},
         attacked=attacked,
         queries=dataclasses.replace(first, z=no_rows, norm=None, encoder=""),
-        class_names={name: work.classifiers(name)[0].fitted.class_names for name in targets},
+        class_names={name: work.fitted(name).classifiers[0].fitted.class_names for name in clean},
         made=tuple(made),
     )
 
 
+@dataclass(frozen=True, eq=False)
+class FittedBank:
+    """The bank of an encoder, and the classifiers that were fitted on it."""
+
+    table: EmbeddingTable
+    classifiers: tuple[ScoredClassifier, ...]
+
+
 class _TransferWork:
-    """Banks, clean queries, and pairs of surrogate and attack, each done once."""
+    """Encoders, banks, clean queries, and pairs of surrogate and attack, each done once.
+
+    Args:
+        evaluations: What is measured, by name.
+        queries: See `evaluate_transfer`.
+        banks: See `evaluate_transfer`.
+        classifier: See `evaluate_transfer`.
+        session: Processes, store and cache.
+    """
 
     def __init__(
         self,
-        encoders: Mapping[str, EncoderSource],
+        evaluations: Mapping[str, Evaluation],
+        queries: Queries,
         banks: Banks,
-        queries: Iterable[HierarchicalBatch],
         classifier: Classifier | Sequence[Classifier],
-        *,
-        target: Target,
-        scoring: Scoring,
-        run: RunOptions,
-        provenance: Mapping[str, Provenance],
+        session: Session,
     ) -> None:
-        self._sources, self._banks, self._queries, self._classifier = encoders, banks, queries, classifier
-        self.target, self.scoring, self.run, self.provenance = target, scoring, run, dict(provenance)
-        self.encoders: dict[str, EmbeddingFunction] = {}
-        self._fitted: dict[str, tuple[ScoredClassifier, ...]] = {}
-        self.bank_tables: dict[str, EmbeddingTable] = {}
-        self._session: Session
-        self._cache: EmbeddingCache | None = None
+        self._evaluations, self._queries, self._banks, self._classifier = evaluations, queries, banks, classifier
+        self._session = session
+        self._fitted: dict[str, FittedBank] = {}
 
-    def of(self, name: str) -> Provenance:
-        """What records say of an encoder."""
-        known = self.provenance.get(name, Provenance())
-        return dataclasses.replace(known, model=known.model or name)
-
-    def open(
-        self, world: World, cache: EmbeddingCache | None, pairs: Sequence[Pair], attacks: Mapping[str, Attack]
-    ) -> None:
-        """Load the encoders and open the store."""
-        names = list(dict.fromkeys(name for pair in pairs for name in pair))
-        self.encoders = {name: load_source(name, self._sources[name]) for name in names}
-        self._cache = cache
-        named = {name: (encoder, self.of(name).checkpoint) for name, encoder in self.encoders.items()}
-        settings = evaluation_settings(
-            named, self._queries, attacks, target=self.target, scoring=self.scoring, run=self.run
-        )
-        settings["classifier"] = repr(self._classifier)
-        if isinstance(self._banks, Mapping):
-            settings |= {f"bank.{name}": fingerprint_table(self._banks[name]) for name in names if name in self._banks}
-        else:
-            settings |= {f"banks.{key}": value for key, value in loader_settings(self._banks).items()}
-        settings |= {f"queries.{key}": value for key, value in loader_settings(self._queries).items()}
-        self._session = open_session(self.run, settings, world, cache, growing=_GROWING)
-
-    def classifiers(self, name: str) -> tuple[ScoredClassifier, ...]:
-        """An encoder's classifiers, fitted on its own bank."""
+    def fitted(self, name: str) -> FittedBank:
+        """An encoder's bank, and the classifiers that were fitted on it."""
         if name not in self._fitted:
-            self.bank_tables[name] = self._bank(name)
-            self._fitted[name] = fit_bank(self._classifier, self.bank_tables[name])
+            table = self._bank(name)
+            self._fitted[name] = FittedBank(table, fit_bank(self._classifier, table))
         return self._fitted[name]
-
-    def info(self, name: str) -> LoaderInfo:
-        """Facts of the queries as an encoder's classifier reads them."""
-        return query_info(self._queries, self.of(name), self.classifiers(name)[0].fitted.class_names)
 
     def clean(self, name: str) -> EmbeddingTable:
         """A target's embeddings of the clean queries."""
-        store = self._session.store
-        if self._session.store.file_name("clean", name) in self._session.finished:
-            stored = store.get("clean", name)
-            if stored is not None:
-                return table_of(stored)
-        layer, encoder = self.scoring.layer, self.encoders[name]
-        embedder = Embedder(encoder, layer=layer, device=self.run.device, name=name, progress=self.run.progress)
-        table = embedder.run(self._queries, self.info(name), self._session.world)
-        if self._session.world.is_main:
-            store.put(result_of(table), "clean", name)
-        return table
+        evaluation, session = self._evaluations[name], self._session
+
+        def embed() -> EmbeddingTable:
+            return evaluation.embed_clean(self._queries, self._info(name), session.world, session.cache)
+
+        return self._stored(embed, "clean", name)
 
     def attack(self, surrogate: str, name: str, attack: Attack, readers: Sequence[str]) -> tuple[Condition, bool]:
         """The targets' embeddings of the queries attacked on a surrogate, and whether they were made just now."""
-        encoder = self.encoders[surrogate]
-        factory = ObjectiveFactory(encoder, self.target, self.scoring.layer, self.classifiers(surrogate)[0].fitted)
+        evaluation, session = self._evaluations[surrogate], self._session
+        fitted = self.fitted(surrogate).classifiers[0].fitted
         runner = AttackRunner(
-            encoder,
-            factory,
-            {reader: self.encoders[reader] for reader in readers},
-            layer=self.scoring.layer,
-            run=dataclasses.replace(self.run, keep_examples=0),
-            device=resolve_device(encoder, self.run.device),
+            evaluation,
+            ObjectiveFactory(evaluation.encoder, evaluation.target, evaluation.layer, fitted),
+            {reader: self._evaluations[reader].encoder for reader in readers},
             include_clean=False,
         )
+        key = evaluation.clean_key(self._queries) if session.cache else None
         conditions = runner.run(
-            self._queries, {name: attack}, self._session, self.info(surrogate), key=("attacked", surrogate, name)
+            self._queries,
+            {name: attack},
+            session,
+            self._info(surrogate),
+            key=("attacked", surrogate, name),
+            clean=CleanEmbeddings(session.cache, key),
         )
-        fresh = any(self._session.world.gather(runner.computed > 0))
-        return conditions[name], fresh
+        return conditions[name], any(session.world.gather(runner.computed > 0))
 
     def template(self, name: str, queries: EmbeddingTable) -> RecordTemplate:
         """What all records of a target have in common."""
-        return record_template(
-            self.bank_tables[name],
-            queries,
-            self.classifiers(name)[0].fitted.class_names,
-            target=self.target,
-            scoring=self.scoring,
-            run=self.run,
-            provenance=self.of(name),
-            encoder=self.encoders[name],
-        )
+        fitted = self.fitted(name)
+        return self._evaluations[name].template(fitted.table, queries, fitted.classifiers[0].fitted.class_names)
+
+    def checkpoint(self, name: str) -> str:
+        """What identifies an encoder's weights."""
+        return self._evaluations[name].provenance.checkpoint
+
+    def _info(self, name: str) -> LoaderInfo:
+        """Facts of the queries as an encoder's classifier reads them."""
+        class_names = self.fitted(name).classifiers[0].fitted.class_names
+        return self._evaluations[name].query_info(self._queries, class_names)
 
     def _bank(self, name: str) -> EmbeddingTable:
-        if isinstance(self._banks, Mapping):
-            return self._banks[name]
+        evaluation, session, banks = self._evaluations[name], self._session, self._banks
+        if isinstance(banks, Mapping):
+            return banks[name]
+        return self._stored(lambda: evaluation.embed_bank(banks, session.world, session.cache), "bank", name)
+
+    def _stored(self, embed: Callable[[], EmbeddingTable], *key: str) -> EmbeddingTable:
+        """The table of a key from the store; else a new one, which all ranks embed together."""
         session = self._session
-        if session.store.file_name("bank", name) in session.finished:
-            stored = session.store.get("bank", name)
-            if stored is not None:
+        if session.store.file_name(*key) in session.finished:
+            stored = session.store.get(*key)
+            if all(session.world.gather(stored is not None)) and stored is not None:
                 return table_of(stored)
-        table = embed_bank(
-            self.encoders[name],
-            self._banks,
-            layer=self.scoring.layer,
-            run=self.run,
-            provenance=self.of(name),
-            world=session.world,
-            cache=self._cache,
-        )
+        table = embed()
         if session.world.is_main:
-            session.store.put(result_of(table), "bank", name)
+            session.store.put(result_of(table), *key)
         return table
 
 
@@ -289,7 +258,7 @@ def _transfer_records(
     records: list[Record] = []
     attacked: dict[tuple[str, str, str], dict[ScoresKey, np.ndarray]] = {}
     for target, table in clean.items():
-        classifiers, template = work.classifiers(target), work.template(target, table)
+        classifiers, template = work.fitted(target).classifiers, work.template(target, table)
         scores = score_queries(classifiers, table)
         before = condition_records(
             CLEAN, Condition.of(table), None, table, scores, classifiers=classifiers, template=template
@@ -311,7 +280,7 @@ def _transfer_records(
                 classifiers=classifiers,
                 template=template,
                 surrogate=surrogate,
-                surrogate_checkpoint=work.of(surrogate).checkpoint,
+                surrogate_checkpoint=work.checkpoint(surrogate),
             )
             drop = transfer_drop(
                 before,
@@ -329,98 +298,37 @@ def _transfer_records(
     return records, attacked
 
 
-@dataclass(frozen=True, eq=False)
-class TransferDrop:
-    """Records of the drops under one attack, and their values over the resamples, by (classifier, level, metric)."""
-
-    records: dict[_Place, Record]
-    resampled: dict[_Place, np.ndarray]
-
-
-def resample_metrics(
-    template: RecordTemplate, scores: Mapping[ScoresKey, np.ndarray], table: EmbeddingTable
-) -> dict[_Place, np.ndarray]:
-    """Accuracy and mca in resamples of the patients, (resamples,) each; nothing where there can be no interval.
-
-    The draw depends on the seed and the number of patients only, so that two conditions of the same queries are
-    measured on the same resamples and their difference is paired.
-    """
-    values: dict[_Place, np.ndarray] = {}
-    n_patients, scoring = len(np.unique(table.patient)), template.scoring
-    if no_interval(n_patients, scoring.bootstrap):
-        return values
-    draws = patient_draws(n_patients, scoring.bootstrap, np.random.default_rng(template.seed))
-    for key, rows in scores.items():
-        levels = level_scores(rows, table, class_names=template.class_names, how=scoring.pooling, keys=scoring.group_by)
-        for level, (pooled, labels, patients) in levels.items():
-            member_of = np.unique(patients, return_inverse=True)[1]
-            drawn = metric_values(pooled, labels, member_of, draws, names=tuple(DROPS), absent=scoring.absent_classes)
-            values |= {(key, level, metric): value for metric, value in drawn.items()}
-    return values
-
-
-def transfer_drop(
-    clean: Sequence[Record],
-    attacked: Sequence[Record],
-    *,
-    clean_resampled: Mapping[_Place, np.ndarray],
-    attacked_resampled: Mapping[_Place, np.ndarray],
-    classifiers: Sequence[ScoredClassifier],
-    table: EmbeddingTable,
-) -> TransferDrop:
-    """Clean minus attacked for each number of one target under one surrogate's attack, with paired intervals.
-
-    The rest of a drop's record is the attacked one's.
-    """
-    keys = {repr(classifier.settings): classifier.key for classifier in classifiers}
-    before = {(keys[r.classifier], r.level, r.metric): r.value for r in clean}
-    n_patients = len(np.unique(table.patient))
-    records, resampled = {}, {}
-    for record in attacked:
-        if record.metric in DROPS:
-            place = (keys[record.classifier], record.level, record.metric)
-            if place in clean_resampled:
-                resampled[place] = clean_resampled[place] - attacked_resampled[place]
-            records[place] = _with_interval(
-                record, DROPS[record.metric], before[place] - record.value, resampled.get(place), n_patients
-            )
-    return TransferDrop(records, resampled)
-
-
-def average_drops(drops: Mapping[str, TransferDrop], *, n_patients: int) -> list[Record]:
-    """The mean drop of one target under one attack over surrogates, by their names; the same patients are resampled.
-
-    forwards and backwards are those of all surrogates together, since each had to be attacked.
-    """
-    records = []
-    for place, first in next(iter(drops.values())).records.items():
-        parts = {name: drop.records[place] for name, drop in drops.items()}
-        gaps = [drop.resampled[place] for drop in drops.values() if place in drop.resampled]
-        settings = {key: value for key, value in first.settings.items() if key not in _OF_ONE_SURROGATE}
-        mean = dataclasses.replace(
-            first,
-            surrogate=OTHERS,
-            flags=tuple(f"{name}: {flag}" for name, record in parts.items() for flag in record.flags),
-            settings=settings | {"surrogates": list(parts)},
-            forwards=sum(record.forwards for record in parts.values()),
-            backwards=sum(record.backwards for record in parts.values()),
-        )
-        value = float(np.mean([record.value for record in parts.values()]))
-        records.append(_with_interval(mean, first.metric, value, np.mean(gaps, axis=0) if gaps else None, n_patients))
-    return records
-
-
-def _with_interval(record: Record, metric: str, value: float, resampled: np.ndarray | None, n_patients: int) -> Record:
-    settings = {key: entry for key, entry in record.settings.items() if key not in ("interval", "no_interval")}
-    if resampled is None:
-        interval = Interval(None, None, no_interval(n_patients, settings["bootstrap"]))
+def _transfer_settings(
+    evaluations: Mapping[str, Evaluation],
+    banks: Banks,
+    queries: Queries,
+    attacks: Mapping[str, Attack],
+    classifier: Classifier | Sequence[Classifier],
+) -> dict[str, Any]:
+    """All that decides the results; encoders, their banks and attacks may be added by later runs."""
+    settings = next(iter(evaluations.values())).pass_settings(queries, attacks)
+    for name, one in evaluations.items():
+        settings |= encoder_settings(f"encoder.{name}", one.encoder, one.provenance.checkpoint)
+    settings["classifier"] = repr(classifier)
+    if isinstance(banks, Mapping):
+        settings |= {f"bank.{name}": fingerprint_table(banks[name]) for name in evaluations if name in banks}
     else:
-        interval = interval_around(value, resampled, people=n_patients, method="t", confidence=0.95, difference=True)
-    if interval.reason:
-        settings["no_interval"] = interval.reason
-    return dataclasses.replace(
-        record, metric=metric, value=value, low=interval.low, high=interval.high, settings=settings
-    )
+        settings |= {f"banks.{key}": value for key, value in loader_settings(banks).items()}
+    return settings | {f"queries.{key}": value for key, value in loader_settings(queries).items()}
+
+
+def loader_settings(loader: object) -> dict[str, Any]:
+    """What is known of a loader's images as a whole, by name."""
+    dataset = getattr(loader, "dataset", None)
+    settings: dict[str, Any] = {"image_size": getattr(dataset, "image_size", None)}
+    if getattr(dataset, "class_names", None) is not None:
+        info = loader_info(loader)
+        settings |= {"classes": list(info.class_names), "cohort": info.cohort, "split": info.split}
+    try:
+        settings["images"] = len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        settings["images"] = None
+    return settings
 
 
 def check_pairs(encoders: Mapping[str, EncoderSource], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:

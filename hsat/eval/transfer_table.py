@@ -12,7 +12,7 @@ import numpy as np
 from hsat.eval.records import Record
 from hsat.eval.reporting.figures import _figure, _save
 from hsat.eval.tables import table_row
-from hsat.eval.transfer import OTHERS
+from hsat.eval.transfer_drops import OTHERS
 from hsat.types import LEVELS
 
 _TITLES = {"accuracy": "Acc", "mca": "MCA", "accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}

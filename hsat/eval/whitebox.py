@@ -12,19 +12,15 @@ from torch import Tensor
 
 from hsat.attacks import AttackEnsemble, RandomNoise
 from hsat.classifiers import KNNClassifier
-from hsat.embedding import resolve_device
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
     Bank,
+    Evaluation,
     ScoredClassifier,
     ScoresKey,
     classifier_settings,
-    clean_key,
-    embed_bank,
-    evaluation_settings,
+    encoder_settings,
     fit_bank,
-    query_info,
-    record_template,
     score_queries,
 )
 from hsat.eval.objectives import ObjectiveFactory
@@ -32,8 +28,9 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
-from hsat.eval.runner import CLEAN, AttackRunner, CleanEmbeddings, Condition, open_session, open_world
+from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.statistics.binomial import binomial_tail
+from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 
 _TOLERATED = 0.05  # share of the images robust to every gradient that a search without them may break by luck
@@ -118,59 +115,36 @@ def evaluate_whitebox(
             and the classifier raise.
         TypeError: For attacks that are no mapping of attacks.
     """
-    target = Target.of(target)
+    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
     check_attacks(attacks)
+    others = dict(surrogates or {})
+    chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), others)
     with open_world(run) as (world, cache):
-        table = embed_bank(encoder, bank, layer=scoring.layer, run=run, provenance=provenance, world=world, cache=cache)
+        table = evaluation.embed_bank(bank, world, cache)
         classifiers = fit_bank(classifier, table)
-        chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), surrogates or {})
-        settings = evaluation_settings(
-            {"": (encoder, provenance.checkpoint), **{name: (other, "") for name, other in (surrogates or {}).items()}},
-            queries,
-            chosen,
-            target=target,
-            scoring=scoring,
-            run=run,
-        )
-        session = open_session(run, settings | classifier_settings(classifiers, table), world, cache)
         fitted = classifiers[0].fitted
-        info = query_info(queries, provenance, fitted.class_names)
-        objectives = ObjectiveFactory(encoder, target, scoring.layer, fitted)
+        settings = evaluation.settings(queries, chosen) | classifier_settings(classifiers, table)
+        for name, other in others.items():
+            settings |= encoder_settings(f"encoder.{name}", other)
+        session = open_session(run, settings, world, cache)
+        objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
         diagnostics = DiagnosticsCollector(encoder, objectives, chosen, layer=scoring.layer, classifier=fitted, run=run)
-        device = resolve_device(encoder, run.device)
-        runner = AttackRunner(encoder, objectives, {"": encoder}, layer=scoring.layer, run=run, device=device)
-        key = (
-            None
-            if cache is None
-            else clean_key(encoder, queries, layer=scoring.layer, checkpoint=provenance.checkpoint)
-        )
-        clean = CleanEmbeddings(cache, key)
-        conditions = runner.run(
+        conditions = AttackRunner(evaluation, objectives).run(
             queries,
             chosen,
             session,
-            info,
-            clean=clean,
+            evaluation.query_info(queries, fitted.class_names),
+            clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
             visit=diagnostics.add,
-            frozen=tuple((surrogates or {}).values()),
+            frozen=tuple(others.values()),
         )
-        diagnoses = diagnostics.finish(device, session)
+        diagnoses = diagnostics.finish(evaluation.device, session)
     tables = {name: replace(one.tables[""], encoder=provenance.model) for name, one in conditions.items()}
-    template = record_template(
-        table,
-        tables[CLEAN],
-        fitted.class_names,
-        target=target,
-        scoring=scoring,
-        run=run,
-        provenance=provenance,
-        encoder=encoder,
-    )
+    template = evaluation.template(table, tables[CLEAN], fitted.class_names)
     scores = {name: score_queries(classifiers, queries_table) for name, queries_table in tables.items()}
-    records = [
-        record
-        for name, condition in conditions.items()
-        for record in condition_records(
+    records: list[Record] = []
+    for name, condition in conditions.items():
+        records += condition_records(
             name,
             condition,
             chosen.get(name),
@@ -180,7 +154,6 @@ def evaluate_whitebox(
             template=template,
             diagnosis=diagnoses.get(name),
         )
-    ]
     return WhiteboxResult(
         records=tuple(records),
         tables=tables,

@@ -130,7 +130,8 @@ def fixed_size(backbone: Any) -> tuple[int, int] | None:
 def import_timm() -> ModuleType:
     """timm, or an ImportError that says what is wrong and which command mends it."""
     try:
-        import timm
+        with torch.device("cpu"):  # old releases of torchvision compute while they are imported, which "meta" cannot
+            import timm
     except ModuleNotFoundError as error:
         raise ImportError(
             f"hsat.models builds backbones with timm, but {error.name} is missing: pip install timm torchvision"

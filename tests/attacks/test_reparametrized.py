@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -201,6 +202,34 @@ class _Ball:
 def test_stain_attacks_keep_the_contract(attack):
     """All laws but those that replace eps in `attack.threat`; eps = 0 is tested above."""
     assert check_attack(attack, threat=_Ball()) == tuple(LAWS)
+
+
+def test_noise_of_stains_keeps_the_laws_that_are_not_about_objectives():
+    names = check_attack(Reparametrized(Stains(), RandomNoise(Linf(0.1, low=-1, high=1))), threat=_Ball())
+    assert "same seed, same bytes" in names and "the objective grows for every image" not in names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorded:
+    """An attack on two recorded channels, as one on images of which the first channel is not shown to it."""
+
+    attack: Reparametrized
+
+    def __call__(self, x, objective, *, start=None, **options):
+        first, begin = x[:, :1].detach(), None if start is None else srh_to_rgb(start[:, 1:])
+        whole = lambda v: torch.cat((first, v[:, 1:]), 1)
+        inner = {name: option for name, option in options.items() if name != "success"}
+        if options.get("success") is not None:
+            inner["success"] = lambda v: options["success"](whole(v))
+        return whole(self.attack(srh_to_rgb(x[:, 1:].detach()), lambda v: objective(whole(v)), start=begin, **inner))
+
+
+@pytest.mark.parametrize("kind", [PGD, MIFGSM])
+def test_attacks_on_recorded_channels_keep_the_contract(kind):
+    mask = torch.ones(1, 3, 5, 4)
+    mask[:, 0] = 0
+    attack = _Recorded(Reparametrized(RawChannels(srh_to_rgb), kind(Linf(0.05), step_size=0.02, steps=4)))
+    assert check_attack(attack, threat=Masked(Linf(0.05), mask)) == tuple(LAWS)
 
 
 def test_success_start_ids_and_counts_are_in_terms_of_images():

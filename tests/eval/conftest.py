@@ -1,44 +1,14 @@
-"""Shared material: reference numbers, small tables and a toy problem on which attacks succeed."""
+"""Shared material: a toy problem on which attacks succeed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hsat.types import EmbeddingTable, HierarchicalBatch
-
-
-@pytest.fixture(scope="session")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parents[1] / "golden" / "knn.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-def _table(z, label=None, *, slide=None, patient=None, classes=None, class_names=None, **text) -> EmbeddingTable:
-    n = len(z)
-    label = np.zeros(n, dtype=np.int64) if label is None else np.asarray(label)
-    count = int(label.max(initial=0)) + 1 if classes is None else classes
-    index = np.arange(n)
-    return EmbeddingTable(
-        z=np.asarray(z),
-        label=label,
-        patch=index,
-        slide=index if slide is None else np.asarray(slide),
-        patient=index if patient is None else np.asarray(patient),
-        class_names=tuple("abcdefghij"[:count]) if class_names is None else class_names,
-        **text,
-    )
-
-
-@pytest.fixture(scope="session")
-def table() -> Callable[..., EmbeddingTable]:
-    """Make a table from embeddings; ids default to one slide and one patient per row."""
-    return _table
+from hsat.types import HierarchicalBatch
 
 
 class ToyEncoder(nn.Module):

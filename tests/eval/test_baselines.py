@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-
-from hsat.attacks import L2, PGD, FittedUniversal, Reparametrized, Linf, Masked, RandomNoise, Stains
 from hsat.eval.baselines import with_noise
+
+from hsat.attacks import L2, PGD, FittedUniversal, Linf, Masked, RandomNoise, Reparametrized, Stains
 
 
 def pgd(threat):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hsat.eval.budgets.flipping import altered_counts
 
-from hsat.attacks import PGD, Reparametrized, Linf, RandomNoise, Stains, feature_drift
+from hsat.attacks import PGD, Linf, RandomNoise, Reparametrized, Stains, feature_drift
 from hsat.eval import (
     BudgetResult,
     KNNClassifier,
@@ -18,7 +19,6 @@ from hsat.eval import (
     score_levels,
     write_records,
 )
-from hsat.eval.budgets.flipping import altered_counts
 
 PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=5)
 FAST = dict(k=15, bootstrap=50)

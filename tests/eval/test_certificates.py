@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hsat.eval.certification.certificates import ABSTAIN, group_radius, patch_radius
+from hsat.eval.certification.smoothing import count_votes, gaussian_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,8 +26,6 @@ from hsat.eval import (
     read_records,
     write_records,
 )
-from hsat.eval.certification.certificates import ABSTAIN, group_radius, patch_radius
-from hsat.eval.certification.smoothing import count_votes, gaussian_noise
 from hsat.eval.statistics.binomial import binomial_tail, clopper_pearson_lower, clopper_pearson_upper
 from hsat.types import EmbeddingTable, HierarchicalBatch
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hsat.eval.doubt.signs import FALSE_ALARM, SIGNS, judge
+from hsat.eval.doubt.subset import Handful
 from torch import Tensor, nn
 
 from hsat.attacks import FGSM, L2, MIFGSM, PGD, FittedUniversal, Linf, RandomNoise, Square, feature_drift
 from hsat.eval import Diagnosis, diagnose, embed, evaluate_whitebox, read_records, write_records
-from hsat.eval.doubt.signs import FALSE_ALARM, SIGNS, judge
-from hsat.eval.doubt.subset import Handful
 from hsat.eval.statistics.binomial import binomial_tail
 from hsat.types import HierarchicalBatch
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hsat.eval.aiming import published_aim
 
 from hsat.attacks import BIM, FFGSM, MIFGSM, PGD, Linf
 from hsat.data import Cohort, HierarchicalDataset, PatientBatchSampler, hierarchical_loader, write_synthetic_cohort
 from hsat.eval import CONVENTIONS, conventions_table, evaluate_whitebox, paper_attacks, score_levels
-from hsat.eval.aiming import published_aim
 from hsat.eval.conventions import PAPER, Arithmetic, resolve_arithmetic
 from hsat.models import build_encoder
 

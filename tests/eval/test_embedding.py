@@ -112,9 +112,7 @@ def test_embeddings_that_are_not_finite_name_their_patches(toy_batches):
 
 @pytest.mark.parametrize("option", ["layer", "target"])
 def test_an_unknown_layer(toy_encoder, toy_batches, option):
-    with pytest.raises(
-        ValueError, match=r"unknown layer 'pixels'; choose one of \['features', 'embedding'\]"
-    ):
+    with pytest.raises(ValueError, match=r"unknown layer 'pixels'; choose one of \['features', 'embedding'\]"):
         embed(toy_encoder, toy_batches(seed=0, sizes=(2,)), **{option: "pixels"})
 
 

@@ -12,15 +12,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hsat.eval.doubt.subset import Handful
+from hsat.eval.engine.journal import Journal
+from hsat.eval.tally import Tally
 from torch.utils.data import DataLoader
 
 from hsat.attacks import PGD, Linf
 from hsat.data import write_synthetic_cohort
 from hsat.distributed import ShardedLoader, World, shared_world
 from hsat.eval import KNNClassifier, embed, evaluate_whitebox, fit_shards
-from hsat.eval.doubt.subset import Handful
-from hsat.eval.engine.journal import Journal
-from hsat.eval.tally import Tally
 
 SHARED = '''
 import dataclasses, hashlib, json

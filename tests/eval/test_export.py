@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hsat.attacks import L2, PGD, Reparametrized, Linf, Masked, RawChannels, Stains, UniversalPerturbation
+from hsat.attacks import L2, PGD, Linf, Masked, RawChannels, Reparametrized, Stains, UniversalPerturbation
 from hsat.data import Cohort, PatchDataset, patch_loader, srh_to_rgb, write_synthetic_cohort
 from hsat.data.readers import read_raw
 from hsat.eval import KNNClassifier, embed, read_records, save_adversarial, score_levels, write_records

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+from hsat.eval.budgets.flipping import altered_counts, fewest_altered, first_altered, pooled_is_wrong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.eval import pool
-from hsat.eval.budgets.flipping import altered_counts, fewest_altered, first_altered, pooled_is_wrong
 
 seeds = st.integers(0, 100_000)
 hows = st.sampled_from(["mean", "paper"])

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from hsat.attacks import MIFGSM, PGD, Linf, RandomNoise
-from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
-from hsat.eval import EmbeddingCache, Strongest, embed, evaluate_whitebox
 from hsat.eval.aiming import CleanLayers
 from hsat.eval.doubt import doubts
 from hsat.eval.engine.identity import encoder_identity, loader_identity
 from hsat.eval.engine.precision import unusual_computing
+
+from hsat.attacks import MIFGSM, PGD, Linf, RandomNoise
+from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
+from hsat.eval import EmbeddingCache, Strongest, embed, evaluate_whitebox
 from hsat.files import CorruptFileError, read_arrays, write_arrays
 from hsat.models import build_encoder
 

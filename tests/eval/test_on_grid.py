@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hsat.eval.export.on_grid import PNG_GRID, TIFF_GRID, round_in_ball
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.attacks import L2, Linf, Masked, RandomNoise
-from hsat.types import ThreatModel
-from hsat.eval.export.on_grid import PNG_GRID, TIFF_GRID, round_in_ball
 
 seeds = st.integers(0, 10_000)
 
@@ -97,15 +96,15 @@ def test_a_small_perturbation_rounds_to_none_and_grids_refuse_what_is_not_on_the
 
 
 def test_a_threat_model_of_ones_own():
-    class Up(ThreatModel):
+    class Up:
         """May only brighten, by at most eps."""
 
         eps = 2 / 255
 
-        def random_start(self, x, generator=None):
+        def start(self, x, generator=None):
             return x
 
-        def steepest_ascent(self, grad):
+        def ascent(self, grad):
             return grad.clamp(min=0)
 
         def project(self, x_adv, x):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hsat.eval.engine.ensemble_records import black_box_flag
+from hsat.eval.engine.strongest import Casualties, Member
 from torch import nn
 
 from hsat.attacks import PGD, Linf
@@ -21,8 +23,6 @@ from hsat.eval import (
     paper_attacks,
     strongest_attacks,
 )
-from hsat.eval.engine.ensemble_records import black_box_flag
-from hsat.eval.engine.strongest import Casualties, Member
 from hsat.testing import check_feasible
 from hsat.types import AttackResult
 
@@ -98,9 +98,8 @@ def test_only_survivors_are_attacked_and_every_pass_is_counted(toy_encoder, bank
     result = evaluate_whitebox(toy_encoder, table, queries, {"strongest": SMALL}, **FAST)
     fallen = result.casualties["strongest"]
     spent = sum(each.forwards for each in fallen.members)
-    # the judge's pass and the value at the last point are one where the member climbs the features themselves, so
-    # that no more images go through than are counted; the clean batch is what is measured, not what is attacked
-    assert 0.8 * spent <= sum(images) - len(fallen.patch) <= spent
+    # the clean batch is what is measured, not what is attacked
+    assert sum(images) - len(fallen.patch) == spent
     passes = {each.name: each.backwards / max(1, each.seen) for each in fallen.members}
     assert passes["PGD features"] == 4 and passes["APGD vote 1"] == 5 and passes["Square"] == 0
     record = result.records[-1]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hsat.eval.transfer.lending import is_loader
 from PIL import Image
 from torch import nn
 
@@ -29,7 +30,6 @@ from hsat.eval import (
     write_records,
 )
 from hsat.eval.statistics.intervals import student_quantile
-from hsat.eval.transfer.lending import is_loader
 from hsat.models import branch, convert_to_dual, wrap_encoder
 from hsat.types import HierarchicalBatch
 

@@ -12,7 +12,7 @@ def test_the_demo_refuses_unknown_targets(capsys):
 
     with pytest.raises(SystemExit) as stop:
         demo.main(["--targets", "features,logits"])
-    assert "targets" in str(stop.value) and "'embedding' or 'knn'" in str(stop.value)
+    assert "targets" in str(stop.value) and "'embedding' or 'decision'" in str(stop.value)
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, cap
         "--query_patches",
         "30",
         "--targets",
-        "features,embedding,knn",
+        "features,embedding,decision",
         "--quiet",
         "--out",
         "run",
@@ -50,10 +50,10 @@ def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, cap
         assert f"]({target}/accuracy_vs_eps.png)" in report
     (voted,) = [
         r
-        for r in read_records(out / "knn" / "records.jsonl")
+        for r in read_records(out / "decision" / "records.jsonl")
         if r.model == "HSAT" and (r.attack_name, r.metric, r.level) == ("PGD-8", "accuracy", "patch")
     ]
-    assert voted.target == "knn" and "on the kNN vote itself" in report
+    assert voted.target == "decision" and "on the kNN vote itself" in report
     page = (out / "report.html").read_text()
     assert "hsat demo" in page and "HSAT" in page
     assert json.loads((out / "chance.json").read_text())["mca"] == pytest.approx(0.2)

@@ -1,4 +1,4 @@
-"""certify.py: what it writes, that the challenge runs, and how it refuses."""
+"""certify.py: what it writes, that the attack on its certificates runs, and how it refuses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def certify(argv):
 def test_writes_records_table_and_curve(trained, root, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK]
-    certify([*argv, "--radii", "0,0.01,5", "--challenge", "2", "--out", str(out)])
+    certify([*argv, "--radii", "0,0.01,5", "--check", "2", "--out", str(out)])
     records = read_records(out / "records.jsonl")
     assert [(r.level, r.eps_value) for r in records] == [
         (level, radius) for level in ("patch", "slide", "patient") for radius in (0.0, 0.01, 5.0)
     ]
     assert {r.metric for r in records} == {"certified_accuracy"} and records[2].value == 0.0
     shown = capsys.readouterr()
-    assert "certified patches attacked" in shown.err or "nothing to challenge" in shown.err
+    assert "certified patches attacked" in shown.err or "nothing to check" in shown.err
     assert (out / "table.md").read_text().strip() in shown.out
     assert (out / "certified_accuracy.png").stat().st_size > 5000
     assert json.loads((out / "run.json").read_text())["settings"]["sigma"] == 0.02

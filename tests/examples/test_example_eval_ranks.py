@@ -53,7 +53,7 @@ def argv(trained, root):
 
 def assert_same_results(out, other):
     assert {path.name for path in out.iterdir()} == {path.name for path in other.iterdir()}
-    for name in ("records.jsonl", "table.md", "differences.json", "strongest.csv"):
+    for name in ("records.jsonl", "table.md", "differences.json", "ensemble.csv"):
         if (other / name).exists():
             assert (out / name).read_bytes() == (other / name).read_bytes(), name
     with np.load(out / "scores.npz") as found, np.load(other / "scores.npz") as wanted:
@@ -65,7 +65,7 @@ def assert_same_results(out, other):
 
 
 def test_two_ranks_write_what_one_process_writes(argv, tmp_path):
-    ours = [*argv, "--attacks", "pgd,strongest", "--target", "knn", "--diagnose", "0", "--gallery", "4"]
+    ours = [*argv, "--attacks", "pgd,ensemble", "--target", "decision", "--diagnose", "0", "--gallery", "4"]
     process = torchrun("evaluate_whitebox.py", *ours, "--out", tmp_path / "ranks", "--cache", "cache", cwd=tmp_path)
     evaluate([*ours, "--out", tmp_path / "one", "--quiet"])
     shown = finished(process)
@@ -81,14 +81,14 @@ def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, tmp_path)
     from evaluate_transfer import main
 
     ours = [*map(str, argv), "--attacks", "pgd"]
-    process = torchrun("evaluate_transfer.py", *ours, "--out", tmp_path / "ranks", "--hold", "one", cwd=tmp_path)
+    process = torchrun("evaluate_transfer.py", *ours, "--out", tmp_path / "ranks", cwd=tmp_path)
     main([*ours, "--out", str(tmp_path / "one"), "--quiet"])
     shown = finished(process)
     assert process.returncode == 0, shown
     for name in ("records.jsonl", "table.md"):
         assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
     assert shown.count("results are in") == 1
-    main([*ours, "--attacks", "pgd,mifgsm", "--out", str(tmp_path / "ranks"), "--hold", "one", "--resume", "--quiet"])
+    main([*ours, "--attacks", "pgd,mifgsm", "--out", str(tmp_path / "ranks"), "--resume", "--quiet"])
     about = json.loads((tmp_path / "ranks" / "run.json").read_text())
     assert about["attacked_in_this_run"] == [["first", "MIFGSM-32"], ["second", "MIFGSM-32"]]
 
@@ -115,7 +115,7 @@ def workers_of(process):
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_rank_and_those_that_go_on(argv, tmp_path, restarts):
     """One process with --resume, or the same torchrun, which starts its ranks anew."""
-    ours = [*argv, "--attacks", "pgd,strongest", "--diagnose", "0", "--batch_size", "2", "--cache", tmp_path / "cache"]
+    ours = [*argv, "--attacks", "pgd,ensemble", "--diagnose", "0", "--batch_size", "2", "--cache", tmp_path / "cache"]
     out = tmp_path / "out"
     process = torchrun("evaluate_whitebox.py", *ours, "--out", out, cwd=tmp_path, restarts=restarts)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):

@@ -23,14 +23,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CASES = """
 import json, os, sys
 sys.path.insert(0, {examples!r})
-import evaluate_transfer, evaluate_whitebox, train_hsat
+import train_hsat
+from evaluate_transfer import EvaluateTransfer
+from evaluate_whitebox import EvaluateWhitebox
+from evaluation_run import open_run
 from ranks import joined
 
 rank = int(os.environ["RANK"])
 opened = {{
     "train": lambda argv, ranks: train_hsat.train(train_hsat.load_settings(argv), ranks),
-    "whitebox": lambda argv, ranks: evaluate_whitebox.opened(evaluate_whitebox.EvaluateWhitebox.load(argv), ranks),
-    "transfer": lambda argv, ranks: evaluate_transfer.opened(evaluate_transfer.EvaluateTransfer.load(argv), ranks),
+    "whitebox": lambda argv, ranks: open_run(EvaluateWhitebox.load(argv), ranks),
+    "transfer": lambda argv, ranks: open_run(EvaluateTransfer.load(argv), ranks),
 }}
 found = {{}}
 with joined("cpu") as ranks:

@@ -35,10 +35,10 @@ from hsat.types import EmbeddingTable
 SHARED = """
 import torch
 from torch import nn
-from hsat.attacks import PGD, Linf
+from hsat.attacks import NFGSM, PGD, Linf
 from hsat.losses import HiDiscLoss
 from hsat.models import convert_to_dual
-from hsat.training import NFGSM, Safeguard, adversarial_step, average_statistics, free_replays, image_slots
+from hsat.training import Safeguard, adversarial_step, average_statistics, free_replays, image_slots
 from hsat.types import HierarchicalBatch
 
 ATTACK = PGD(Linf(8 / 255), step_size=2 / 255, steps=2)
@@ -307,9 +307,8 @@ def test_without_a_process_group_all_of_it_is_plain():
     with pytest.raises(ValueError, match="no rank"):
         gather_table(None)
     with pytest.raises(ValueError, match="batch_size"):
-from hsat.distributed import row_share
-from hsat.embedding import gather_table
-from hsat.training import accumulated_step, assert_same_on_all_ranks, of_all_ranks, split_batch
+        row_share(3, batch_size=0)
+    assert_same_on_all_ranks("a number", 1)
     assert of_all_ranks([1, 2]) == [[1, 2]]
     norm = nn.BatchNorm1d(2)
     before = copy.deepcopy(norm.state_dict())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.eval import KNNClassifier
+from hsat.classifiers import KNNClassifier, load_knn
 
 EXACT = ("flat", "stream", "torch")
 
@@ -243,3 +244,57 @@ def test_queries_that_are_not_finite(table):
     queries[1, 2] = np.nan
     with pytest.raises(ValueError, match="queries are not finite, first in row 1"):
         KNNClassifier(k=1).fit(table(np.eye(4))).predict(queries)
+
+
+def clusters(seed: int, n: int, d: int, *, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, classes, n)
+    return 2 * rng.standard_normal((classes, d))[label] + rng.standard_normal((n, d)), label
+
+
+def test_saved_classifiers_know_their_bank_and_their_file(table, tmp_path):
+    z, label = clusters(7, 300, 8)
+    bank = table(z, label, classes=4)
+    path = KNNClassifier(k=5, index="IVF4,Flat").fit(bank).save(tmp_path / "knn")
+    other = label.copy()
+    other[0] = (other[0] + 1) % 4
+    for stale in (table(z[1:], label[1:], classes=4), table(z[::-1], label, classes=4), table(z, other, classes=4)):
+        with pytest.raises(ValueError, match=r"was fitted on another bank of 300 rows"):
+            load_knn(path, stale)
+    file = path / "index.faiss"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"index\.faiss is missing or was changed"):
+        load_knn(path, bank)
+    KNNClassifier(k=5).fit(bank).save(path)  # replaces the older one as a whole
+    assert sorted(p.name for p in path.iterdir()) == ["knn.json"] and list(tmp_path.iterdir()) == [path]
+    assert json.loads((path / "knn.json").read_text())["settings"]["index"] == "flat"
+    assert load_knn(path, bank).predict(bank).shape == (300,)
+    with pytest.raises(FileNotFoundError, match=r"knn\.json is missing"):
+        load_knn(tmp_path / "nothing", bank)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="not a saved classifier"):
+        KNNClassifier(k=5).fit(bank).save(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"k": 10**12}, "k is 1000000000000 in a bank of 60 rows"),
+        ({"k": "3"}, "k is '3'"),
+        ({"slack": -1.0}, "slack -1.0"),
+        ({"index_sha256": ""}, "not of this index"),
+        ({"settings": {"k": 3, "width": 1}}, "unexpected keyword argument 'width'"),
+        ({"settings": {"index": "flat"}}, "not of this index"),
+        ({"settings": []}, "TypeError"),
+    ],
+)
+def test_damaged_settings_of_a_saved_classifier_are_named(table, tmp_path, change, named):
+    bank = table(clusters(0, 60, 6)[0])
+    path = KNNClassifier(k=3, index="IVF2,Flat").fit(bank).save(tmp_path / "knn") / "knn.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | change))
+    with pytest.raises(ValueError, match=rf"knn\.json is damaged.*{named}"):
+        load_knn(tmp_path / "knn", bank)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"knn\.json is damaged"):
+        load_knn(tmp_path / "knn", bank)

@@ -1,4 +1,4 @@
-"""evaluate_whitebox.py --attacks strongest, --cache, and a run that is killed and goes on."""
+"""evaluate_whitebox.py --attacks ensemble, --cache, and a run that is killed and goes on."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def kill(process):
     process.communicate()
 
 
-def test_strongest_survives_a_kill_and_names_who_felled_whom(argv, root, launch, stops, tmp_path):
-    ours = [*argv, "--attacks", "pgd,strongest", "--cache", str(tmp_path / "cache")]
+def test_an_ensemble_survives_a_kill_and_names_who_broke_what(argv, root, launch, stops, tmp_path):
+    ours = [*argv, "--attacks", "pgd,ensemble", "--cache", str(tmp_path / "cache")]
     evaluate([*ours, "--out", str(tmp_path / "whole")])
     out = tmp_path / "out"
     process = launch("evaluate_whitebox.py", *ours, "--out", str(out), cwd=tmp_path)
@@ -44,23 +44,23 @@ def test_strongest_survives_a_kill_and_names_who_felled_whom(argv, root, launch,
     message = stops(evaluate, [*ours, "--out", str(out), "--resume", "--seed", "1"])
     assert "begun under other settings" in message and "seed was 0, now 1" in message
     evaluate([*ours, "--out", str(out), "--resume"])
-    for name in ("records.jsonl", "strongest.csv", "table.md"):
+    for name in ("records.jsonl", "ensemble.csv", "table.md"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (out / ".state").exists()
     records = read_records(out / "records.jsonl")
     found = {(r.model, r.attack_name): r.value for r in records if (r.level, r.metric) == ("patch", "accuracy")}
-    with (out / "strongest.csv").open(newline="") as file:
+    with (out / "ensemble.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for model, other in (("first", "second"), ("second", "first")):
         mine = [row for row in rows if row["model"] == model]
-        assert found[model, "strongest-32"] == sum(row["felled_by"] == "" for row in mine) / len(mine)
-        assert found[model, "strongest-32"] <= found[model, "PGD-32"]
+        assert found[model, "ensemble-32"] == sum(row["broken_by"] == "" for row in mine) / len(mine)
+        assert found[model, "ensemble-32"] <= found[model, "PGD-32"]
         assert f"transfer from {other}" in (out / "table.md").read_text()
 
 
 def test_threat_models_without_a_ball_of_pixels_are_refused(argv, stops, tmp_path):
-    message = stops(evaluate, [*argv, "--attacks", "strongest", "--threat", "raw_srh", "--out", str(tmp_path / "out")])
-    assert "--attacks strongest needs a ball of pixels" in message
+    message = stops(evaluate, [*argv, "--attacks", "ensemble", "--threat", "raw_srh", "--out", str(tmp_path / "out")])
+    assert "--attacks ensemble needs a ball of pixels" in message
 
 
 def test_compute_is_stated_in_the_records(argv, tmp_path, stops):

@@ -1,0 +1,117 @@
+"""Drops of a target's accuracy under attacks that were made on other encoders, with paired intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsat.eval.evaluation import ScoredClassifier, ScoresKey
+from hsat.eval.records import Record, RecordTemplate
+from hsat.eval.scoring import level_scores
+from hsat.eval.statistics.bootstrap import no_interval
+from hsat.eval.statistics.intervals import Interval, interval_around
+from hsat.eval.statistics.resampling import metric_values, patient_draws
+from hsat.types import EmbeddingTable
+
+OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
+DROPS = {"accuracy": "accuracy_drop", "mca": "mca_drop"}
+_OF_ONE_SURROGATE = ("surrogate_checkpoint", "stationary_share", "zero_gradient_share", "never_moved_share")
+
+_Place = tuple[ScoresKey, str, str]  # classifier, level, metric
+
+
+@dataclass(frozen=True, eq=False)
+class TransferDrop:
+    """Records of the drops under one attack, and their values over the resamples, by (classifier, level, metric)."""
+
+    records: dict[_Place, Record]
+    resampled: dict[_Place, np.ndarray]
+
+
+def resample_metrics(
+    template: RecordTemplate, scores: Mapping[ScoresKey, np.ndarray], table: EmbeddingTable
+) -> dict[_Place, np.ndarray]:
+    """Accuracy and mca in resamples of the patients, (resamples,) each; nothing where there can be no interval.
+
+    The draw depends on the seed and the number of patients only, so that two conditions of the same queries are
+    measured on the same resamples and their difference is paired.
+    """
+    values: dict[_Place, np.ndarray] = {}
+    n_patients, scoring = len(np.unique(table.patient)), template.scoring
+    if no_interval(n_patients, scoring.bootstrap):
+        return values
+    draws = patient_draws(n_patients, scoring.bootstrap, np.random.default_rng(template.seed))
+    for key, rows in scores.items():
+        levels = level_scores(rows, table, class_names=template.class_names, how=scoring.pooling, keys=scoring.group_by)
+        for level, (pooled, labels, patients) in levels.items():
+            member_of = np.unique(patients, return_inverse=True)[1]
+            drawn = metric_values(pooled, labels, member_of, draws, names=tuple(DROPS), absent=scoring.absent_classes)
+            values |= {(key, level, metric): value for metric, value in drawn.items()}
+    return values
+
+
+def transfer_drop(
+    clean: Sequence[Record],
+    attacked: Sequence[Record],
+    *,
+    clean_resampled: Mapping[_Place, np.ndarray],
+    attacked_resampled: Mapping[_Place, np.ndarray],
+    classifiers: Sequence[ScoredClassifier],
+    table: EmbeddingTable,
+) -> TransferDrop:
+    """Clean minus attacked for each number of one target under one surrogate's attack, with paired intervals.
+
+    The rest of a drop's record is the attacked one's.
+    """
+    keys = {repr(classifier.settings): classifier.key for classifier in classifiers}
+    before = {(keys[r.classifier], r.level, r.metric): r.value for r in clean}
+    n_patients = len(np.unique(table.patient))
+    records, resampled = {}, {}
+    for record in attacked:
+        if record.metric in DROPS:
+            place = (keys[record.classifier], record.level, record.metric)
+            if place in clean_resampled:
+                resampled[place] = clean_resampled[place] - attacked_resampled[place]
+            records[place] = _with_interval(
+                record, DROPS[record.metric], before[place] - record.value, resampled.get(place), n_patients
+            )
+    return TransferDrop(records, resampled)
+
+
+def average_drops(drops: Mapping[str, TransferDrop], *, n_patients: int) -> list[Record]:
+    """The mean drop of one target under one attack over surrogates, by their names; the same patients are resampled.
+
+    forwards and backwards are those of all surrogates together, since each had to be attacked.
+    """
+    records = []
+    for place, first in next(iter(drops.values())).records.items():
+        parts = {name: drop.records[place] for name, drop in drops.items()}
+        gaps = [drop.resampled[place] for drop in drops.values() if place in drop.resampled]
+        settings = {key: value for key, value in first.settings.items() if key not in _OF_ONE_SURROGATE}
+        mean = dataclasses.replace(
+            first,
+            surrogate=OTHERS,
+            flags=tuple(f"{name}: {flag}" for name, record in parts.items() for flag in record.flags),
+            settings=settings | {"surrogates": list(parts)},
+            forwards=sum(record.forwards for record in parts.values()),
+            backwards=sum(record.backwards for record in parts.values()),
+        )
+        value = float(np.mean([record.value for record in parts.values()]))
+        records.append(_with_interval(mean, first.metric, value, np.mean(gaps, axis=0) if gaps else None, n_patients))
+    return records
+
+
+def _with_interval(record: Record, metric: str, value: float, resampled: np.ndarray | None, n_patients: int) -> Record:
+    settings = {key: entry for key, entry in record.settings.items() if key not in ("interval", "no_interval")}
+    if resampled is None:
+        interval = Interval(None, None, no_interval(n_patients, settings["bootstrap"]))
+    else:
+        interval = interval_around(value, resampled, people=n_patients, method="t", confidence=0.95, difference=True)
+    if interval.reason:
+        settings["no_interval"] = interval.reason
+    return dataclasses.replace(
+        record, metric=metric, value=value, low=interval.low, high=interval.high, settings=settings
+    )
