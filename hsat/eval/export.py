@@ -135,7 +135,8 @@ def save_adversarial(
     Patches are attacked at the size of their files, since a file holds no other; an encoder that wants another size
     resizes inside (`build_encoder(..., input_size=...)`), and its bank should be read at its files' size as well.
     An SRH file holds two channels, so only attacks on those two can be stored:
-    Reparametrized(RawChannels(srh_to_rgb), ...).  Attacks without a ball of pixels (stains) are refused: whole counts need not lie in what they may do.
+    Reparametrized(RawChannels(srh_to_rgb), ...).  Attacks without a ball of pixels (stains) are refused: whole counts
+    need not lie in what they may do.
 
     Args:
         root: The folder to write.
