@@ -23,7 +23,7 @@ IDS = ("label", "patch", "slide", "patient")
 Item = TypeVar("Item")
 
 
-def embed(
+def embed(  # noqa: PLR0913
     encoder: EmbeddingFunction,
     loader: Iterable[HierarchicalBatch],
     *,

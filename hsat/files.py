@@ -152,7 +152,11 @@ def read_arrays(path: PathLike) -> tuple[dict[str, Any], Arrays]:
         CorruptFileError: If a single bit differs, or the file is of another kind.
         FileNotFoundError: If there is no file.
     """
-    with open(path, "rb") as file:
+    try:
+        stream = open_regular(path, kind="file of arrays")
+    except ValueError as error:
+        raise CorruptFileError(str(error)) from error
+    with stream as file:
         line, content = file.readline(_LONGEST_HEADER), file.read()
     try:
         first = json.loads(line)

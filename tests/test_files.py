@@ -6,7 +6,19 @@ import threading
 import numpy as np
 import pytest
 
-from hsat.files import load_array, load_arrays
+from hsat.files import (
+    CorruptFileError,
+    atomic_path,
+    is_partial,
+    load_array,
+    load_arrays,
+    read_arrays,
+    read_json_lines,
+    remove_partials,
+    write_arrays,
+    write_file,
+    write_json_lines,
+)
 
 
 def test_only_one_header_is_parsed_at_a_time(tmp_path, monkeypatch):
@@ -79,3 +91,46 @@ def test_damaged_and_crafted_files_are_named_and_cost_nothing(tmp_path, content,
     (tmp_path / "one.npy").write_bytes(content)
     with pytest.raises(ValueError, match=rf"one\.npy is damaged.*{named}"):
         load_array(tmp_path / "one.npy", memory_map=memory_map)
+
+
+def test_files_notice_a_single_bit(tmp_path):
+    path = tmp_path / "x.arrays"
+    write_arrays(path, {"a": [1, "b"]}, {"z": np.arange(5.0)})
+    about, arrays = read_arrays(path)
+    assert about == {"a": [1, "b"]} and arrays["z"].tolist() == [0, 1, 2, 3, 4]
+    content = bytearray(path.read_bytes())
+    for at in range(content.index(b"\n") + 1, len(content), 37):
+        changed = bytes(content[:at]) + bytes([content[at] ^ 1]) + bytes(content[at + 1 :])
+        path.write_bytes(changed)
+        with pytest.raises(CorruptFileError):
+            read_arrays(path)
+
+
+def test_a_folder_where_arrays_should_be_is_named(tmp_path):
+    (tmp_path / "x.arrays").mkdir()
+    with pytest.raises(CorruptFileError, match="folder"):
+        read_arrays(tmp_path / "x.arrays")
+    with pytest.raises(FileNotFoundError):
+        read_arrays(tmp_path / "y.arrays")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = write_file(tmp_path / "deep" / "a.txt", "old")
+    with pytest.raises(RuntimeError, match="halfway"), atomic_path(path) as working:
+        working.write_text("new")
+        raise RuntimeError("halfway")
+    assert path.read_text() == "old" and [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
+    (path.parent / ".a.txt-x.partial").write_text("left by a process that was killed")
+    assert is_partial(path.parent / ".a.txt-x.partial") and not is_partial(path)
+    remove_partials(path.parent)
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_json_lines_name_their_place(tmp_path):
+    path = write_json_lines(tmp_path / "x.jsonl", [{"a": 1}, {"b": [None]}])
+    assert [value for _, value in read_json_lines(path)] == [{"a": 1}, {"b": [None]}]
+    path.write_text(path.read_text() + "\n[3]\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 4: .*list"):
+        list(read_json_lines(path))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json_lines(path, [{"a": float("nan")}])

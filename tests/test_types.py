@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.types import EmbeddingTable, HierarchicalBatch, Levels
+from hsat.types import EmbeddingTable, HierarchicalBatch, Levels, align_labels
 
 
 def ids(*values):
@@ -214,3 +214,44 @@ def test_class_names_are_different_texts():
 def test_wider_floats_become_unit_rows():
     z = np.arange(10, dtype=np.longdouble).reshape(5, 2) + 1
     np.testing.assert_allclose(table(z=z).z, table(z=z.astype(np.float64)).z)
+
+
+def test_a_table_knows_the_lengths_of_its_rows():
+    rows = np.array([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.0]])
+    one = table(n=3, z=rows)
+    np.testing.assert_allclose(one.norm, [5, 0, 0.5])
+    np.testing.assert_allclose(one.raw(), rows, atol=1e-6)
+    assert table(n=3, z=one.z[[0, 2, 2]]).norm is None, "unit rows do not say how long they were"
+    given = table(n=3, z=one.z[[0, 2, 2]], norm=np.array([2.0, 3.0, 4.0]))
+    np.testing.assert_allclose(given.raw(), one.z[[0, 2, 2]] * [[2], [3], [4]])
+    with pytest.raises(ValueError, match=r"does not know their lengths.*norm="):
+        dataclasses.replace(given, norm=None).raw()
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_lengths_survive_saving(tmp_path, memory_map):
+    one = table(z=np.random.default_rng(0).normal(size=(5, 3)))
+    again = EmbeddingTable.load(one.save(tmp_path / "bank"), memory_map=memory_map)
+    np.testing.assert_array_equal(again.norm, one.norm)
+    np.testing.assert_array_equal(again.raw(), one.raw())
+
+
+@pytest.mark.parametrize(
+    ("norm", "error", "message"),
+    [
+        (np.ones(4), ValueError, r"5 embeddings but norm has shape \(4,\)"),
+        (np.ones(5, dtype=int), TypeError, "norm must hold floats"),
+        (np.array([1.0, 1.0, -1.0, 1.0, 1.0]), ValueError, "row 2"),
+        (np.array([1.0, np.nan, 1.0, 1.0, 1.0]), ValueError, "row 1"),
+    ],
+)
+def test_wrong_lengths_are_named(norm, error, message):
+    with pytest.raises(error, match=message):
+        table(norm=norm)
+
+
+def test_labels_are_aligned_by_name():
+    labels = np.array([0, 2, 0])
+    assert align_labels(labels, ("a", "b", "c"), ("c", "a")).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"\['c'\].*\['a', 'b'\]"):
+        align_labels(labels, ("a", "b", "c"), ("a", "b"))

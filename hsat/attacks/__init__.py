@@ -1,7 +1,8 @@
 """Attacks: frozen settings that are called on images and any function of images."""
 
 from hsat.attacks.apgd import APGD
-from hsat.attacks.ensemble import AttackEnsemble, EnsembleMember
+from hsat.attacks.ensemble import AttackEnsemble
+from hsat.attacks.ensemble_pass import EnsembleMember
 from hsat.attacks.feature_matching import choose_guide_images, match_features
 from hsat.attacks.margins import aggregate_margin, dlr, margin
 from hsat.attacks.masked import Masked

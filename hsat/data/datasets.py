@@ -105,7 +105,7 @@ class HierarchicalDataset(Dataset["Sample | DrawnPatches"]):
     cohort or the split.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         cohort: Cohort,
         split: str | None = "train",

@@ -10,15 +10,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from hsat.data import Cohort
-from hsat.data.records import PatchRecord
 from hsat.distributed import World
 from hsat.files import atomic_path
+
+if TYPE_CHECKING:
+    from hsat.data import Cohort
+    from hsat.data.records import PatchRecord
 
 ABOUT_FILE = "adversarial.json"
 MANIFEST = "manifest.csv"

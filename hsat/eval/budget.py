@@ -22,7 +22,7 @@ from hsat.eval.statistics.bootstrap import bootstrap_intervals, no_interval
 from hsat.eval.statistics.intervals import Interval, interval_around
 from hsat.eval.statistics.resampling import patient_draws
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
-from hsat.eval.whitebox import check_attacks
+from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective, align_labels
 
 GroupLevel = Literal["slide", "patient"]
@@ -154,7 +154,14 @@ def evaluate_budget(
     template = evaluation.template(table, clean, fitted.class_names, target="custom" if budget.objective else None)
     scores = fitted.predict_proba(clean), fitted.predict_proba(attacked)
     result = _flips(budget, scores, clean, attacked, template)
-    facts = AttackFacts(name=budget.name, attack=attack, stats=conditions[budget.name].stats)
+    outcome = conditions[budget.name].outcome
+    facts = AttackFacts(
+        name=budget.name,
+        attack=attack,
+        stats=conditions[budget.name].stats,
+        flags=() if outcome is None else black_box_flags(outcome),
+        settings={} if outcome is None else ensemble_settings(outcome),
+    )
     of_classifier = classifiers[0].facts(clean, seed=run.seed)
     return dataclasses.replace(result, records=tuple(_budget_records(result, template, facts, of_classifier, budget)))
 
@@ -205,7 +212,7 @@ def _budget_records(
             interval=_accuracy_interval(result, fraction, template),
         )
 
-    counts = {
+    counts = dict(facts.settings) | {
         "already_wrong": int((result.needed == 0).sum()),
         "never_flipped": int(np.isinf(result.needed).sum()),
         "order": budget.order,

@@ -51,7 +51,7 @@ class CertifyOptions:
 
     radii: Sequence[float] = RADII
     pooling: GroupPooling = "mean"
-    noisy_bank: bool = True
+    noisy_bank: bool = False
 
     def __post_init__(self) -> None:
         radii = tuple(float(radius) for radius in self.radii)

@@ -1,4 +1,4 @@
-"""What compat="paper" changes, effect by effect: the one list that documents and reports print."""
+"""What the published code does otherwise, one by one: the list that documents and reports print."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention(
         name="target",
         stage="attack",
-        hsat="the attack moves the features, which kNN reads",
+        hsat="the attack is against the decision of the classifier",
         paper="the attack moves the projected embedding, which kNN does not read",
         where="hsat.eval.evaluate_whitebox",
         option="target",
-        hsat_value="'features'",
+        hsat_value="'decision'",
         paper_value="'embedding'",
     ),
     Convention(
@@ -103,18 +103,18 @@ CONVENTIONS: tuple[Convention, ...] = (
         stage="attack",
         hsat="the attack goes through the branch that is scored",
         paper='the attack goes through "pgd" and "normal" is scored (encoders with dual BatchNorm only)',
-        where="hsat.eval.evaluate_whitebox",
-        option="attack_branch",
+        where="hsat.eval.Target",
+        option="branch",
         hsat_value="None",
-        paper_value="'pgd'",
+        paper_value="'paper'",
     ),
     Convention(
         name="pooling",
         stage="scoring",
         hsat="a slide or patient gets the mean of its patches' scores",
         paper="a softmax of scores that sum to one already, then the sum; it moves the patch-level mAP as well",
-        where="hsat.eval.score_levels",
-        option="how",
+        where="hsat.eval.Scoring",
+        option="pooling",
         hsat_value="'mean'",
         paper_value="'paper'",
     ),
@@ -123,8 +123,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         stage="scoring",
         hsat="the mean class accuracy is taken over the classes that occur",
         paper="a class that is predicted but never occurs counts as 0",
-        where="hsat.eval.score_levels",
-        option="absent",
+        where="hsat.eval.Scoring",
+        option="absent_classes",
         hsat_value="'skip'",
         paper_value="'zero'",
     ),
@@ -133,8 +133,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         stage="scoring",
         hsat="a group is an id; labels that disagree in it are an error",
         paper="a group is an id together with a true label: a patient with two labels counts twice",
-        where="hsat.eval.score_levels",
-        option="keys",
+        where="hsat.eval.Scoring",
+        option="group_by",
         hsat_value="'id'",
         paper_value="'id_and_label'",
     ),

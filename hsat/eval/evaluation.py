@@ -67,7 +67,7 @@ class Evaluation:
         """The table of a bank: given, in one piece or several, or embedded by `embed_clean`."""
         if isinstance(bank, EmbeddingTable):
             return bank
-        if isinstance(bank, Sequence) and any(isinstance(part, EmbeddingTable) for part in bank):
+        if isinstance(bank, Sequence) and any(isinstance(bank[number], EmbeddingTable) for number in range(len(bank))):
             return concat_tables(cast(Sequence[EmbeddingTable], bank))
         loader = cast(Iterable[HierarchicalBatch], bank)
         return self.embed_clean(loader, loader_info(loader, self.provenance.class_names), world, cache)
@@ -107,7 +107,7 @@ class Evaluation:
 
     def settings(self, queries: Queries, attacks: Mapping[str, Attack]) -> dict[str, Any]:
         """All that decides the results of a pass, by name, but for bank and classifier."""
-        own = encoder_settings("encoder", self.encoder, self.provenance.checkpoint)
+        own = encoder_settings("encoder", self.encoder, self.provenance)
         return self.pass_settings(queries, attacks) | own
 
     def pass_settings(self, queries: Queries, attacks: Mapping[str, Attack]) -> dict[str, Any]:
@@ -153,9 +153,12 @@ class Evaluation:
         )
 
 
-def encoder_settings(place: str, encoder: EmbeddingFunction, checkpoint: str = "") -> dict[str, Any]:
-    """What decides an encoder's values; each name begins with `place`."""
-    about_encoder = fingerprint_encoder(encoder, checkpoint) or {}
+def encoder_settings(place: str, encoder: EmbeddingFunction, provenance: Provenance) -> dict[str, Any]:
+    """What decides an encoder's values, and how its labels are read; each name begins with `place`."""
+    names = provenance.class_names
+    about_encoder = (fingerprint_encoder(encoder, provenance.checkpoint) or {}) | {
+        "classes": None if names is None else list(names)
+    }
     return {f"{place}.{key}": value for key, value in about_encoder.items()}
 
 
@@ -174,6 +177,20 @@ def describe_loader(loader: object) -> tuple[tuple[str, ...], str, str]:
     """Class names, cohort fingerprint and split of a loader."""
     info = loader_info(loader)
     return info.class_names, info.cohort, info.split
+
+
+def loader_settings(loader: object) -> dict[str, Any]:
+    """What is known of a loader's images as a whole, by name."""
+    dataset = getattr(loader, "dataset", None)
+    settings: dict[str, Any] = {"image_size": getattr(dataset, "image_size", None)}
+    if getattr(dataset, "class_names", None) is not None:
+        info = loader_info(loader)
+        settings |= {"classes": list(info.class_names), "cohort": info.cohort, "split": info.split}
+    try:
+        settings["images"] = len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        settings["images"] = None
+    return settings
 
 
 @dataclass(frozen=True, eq=False)

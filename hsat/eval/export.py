@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -16,8 +16,6 @@ from torch.utils.data import SequentialSampler
 from hsat.attacks import RawChannels, Reparametrized
 from hsat.attacks.srh_space import CHANNELS
 from hsat.classifiers import KNNClassifier
-from hsat.data import Cohort, PatchDataset, collate
-from hsat.data.samples import Sample
 from hsat.distributed import World
 from hsat.embedding import LoaderInfo
 from hsat.eval.adversarial_files import MANIFEST, AdversarialFiles
@@ -39,6 +37,10 @@ from hsat.types import (
     ThreatModel,
     align_labels,
 )
+
+if TYPE_CHECKING:  # the room of data is loaded when files are written, not with the evaluation
+    from hsat.data import Cohort, PatchDataset
+    from hsat.data.samples import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,8 @@ def save_adversarial(
         TypeError: For attacks that cannot be stored.
         RuntimeError: If a file does not read as it was written.
     """
+    from hsat.data import PatchDataset
+
     run = dataclasses.replace(run, keep_examples=0)
     evaluation = Evaluation(encoder, Target.of(target), Scoring(), run, provenance)
     form, name = image_format(cohort, attack), options.name
@@ -188,9 +192,8 @@ def save_adversarial(
             stored = _embed_files(evaluation, files, cohort, form=form, digests=digests, options=options, world=world)
             files.publish(world)
     again = _read_files(files.root, cohort)
-    conditions[f"{name} (files)"] = Condition(
-        {"": dataclasses.replace(stored, cohort=again.fingerprint())}, conditions[name].stats
-    )
+    attacked, stored = conditions[name], dataclasses.replace(stored, cohort=again.fingerprint())
+    conditions[f"{name} (files)"] = Condition({"": stored}, attacked.stats, outcome=attacked.outcome)
     tables = {key: dataclasses.replace(one.tables[""], encoder=provenance.model) for key, one in conditions.items()}
     template = evaluation.template(table, tables[CLEAN], fitted.class_names)
     templates = dict.fromkeys(tables, template) | {f"{name} (files)": template.of_files(again.fingerprint(), about)}
@@ -243,6 +246,8 @@ def _embed_files(
     world: World,
 ) -> EmbeddingTable:
     """Embed the files; RuntimeError for one that holds other numbers than were written."""
+    from hsat.data import PatchDataset
+
     data = PatchDataset(_read_files(files.folder, cohort))
 
     def verify(images: Tensor, batch: HierarchicalBatch) -> Tensor:
@@ -262,6 +267,8 @@ class ShapeBatches:
         self.dataset, self.batch_size, self.sampler = data, batch_size, SequentialSampler(data)
 
     def __iter__(self) -> Iterator[HierarchicalBatch]:
+        from hsat.data import collate
+
         waiting: list[Sample] = []
         for index in range(len(self.dataset)):
             sample = self.dataset[index]
@@ -275,6 +282,8 @@ class ShapeBatches:
 
 def _read_files(folder: Path, cohort: Cohort) -> Cohort:
     """The cohort in a folder of adversarial files, with the classes of its source."""
+    from hsat.data import Cohort
+
     return Cohort.from_csv(folder, MANIFEST, kind=cohort.kind, class_names=cohort.class_names)
 
 

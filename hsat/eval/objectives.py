@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.attacks import feature_drift, margin
+from hsat.attacks import AttackEnsemble, feature_drift, margin
 from hsat.classifiers import DecisionModel
-from hsat.embedding import Layer, encode, select_layer
+from hsat.embedding import Layer, encode, require_labels, select_layer
 from hsat.eval.options import Target
-from hsat.types import DecisionObjective, EmbeddingFunction, FittedClassifier, HierarchicalBatch, Objective
+from hsat.types import (
+    Attack,
+    DecisionObjective,
+    EmbeddingFunction,
+    EmbeddingTable,
+    FittedClassifier,
+    HierarchicalBatch,
+    Objective,
+    align_labels,
+)
 
 _NEVER_WINS = -1e3  # below any logit of a vote with a temperature above 0.001; in float32 a margin keeps 4 digits
+
+
+def attacks_decision(target: Target, attack: Attack) -> bool:
+    """Whether an attack of an evaluation is against the decision of its classifier; ensembles always are."""
+    return target.objective == "decision" or isinstance(attack, AttackEnsemble)
 
 
 class CleanLayers:
@@ -56,22 +73,49 @@ def _projection(encoder: EmbeddingFunction, features: Tensor) -> Tensor | None:
     return encode(encoder.project, features) if isinstance(encoder, Encoder) else None
 
 
-class OneClassModel(DecisionModel):
-    """A decision model that knows one class only, beside a rival that never wins, so that it has a margin."""
+@dataclass(frozen=True, eq=False)
+class WithRival:
+    """A fitted classifier of one class, beside a rival that never wins, so that its decision has a margin."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> logits (n, 2)."""
-        return F.pad(super().forward(images), (0, 1), value=_NEVER_WINS)
+    classifier: FittedClassifier
 
-    def scores(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> class scores (n, 2); rows sum to one."""
-        return F.pad(super().scores(images), (0, 1))
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class, and the rival's empty name."""
+        return (*self.classifier.class_names, "")
+
+    @property
+    def classes_with_rows(self) -> int:
+        """One."""
+        return self.classifier.classes_with_rows
+
+    @property
+    def reads(self) -> Literal["unit", "raw"]:
+        """What it decides from."""
+        return self.classifier.reads
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) -> logits (n, 2)."""
+        return F.pad(self.classifier.logits(z), (0, 1), value=_NEVER_WINS)
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) -> scores (n, 2); rows sum to one."""
+        return F.pad(self.classifier.scores(z), (0, 1))
+
+    def predict_proba(self, z: np.ndarray | Tensor | EmbeddingTable) -> np.ndarray:
+        """Scores (n, 2) float64."""
+        proba: np.ndarray = np.pad(self.classifier.predict_proba(z), ((0, 0), (0, 1)))
+        return proba
+
+    def to(self, device: torch.device | str) -> WithRival:
+        """The same on a device."""
+        return WithRival(self.classifier.to(device))
 
 
 def decision_model(encoder: EmbeddingFunction, classifier: FittedClassifier, layer: Layer) -> DecisionModel:
     """Images -> logits of at least two classes."""
-    kind = OneClassModel if len(classifier.class_names) == 1 else DecisionModel
-    return kind(encoder, classifier, layer=layer)
+    rivals = classifier if len(classifier.class_names) > 1 else WithRival(classifier)
+    return DecisionModel(encoder, rivals, layer=layer)
 
 
 class ObjectiveFactory:
@@ -81,12 +125,14 @@ class ObjectiveFactory:
         encoder: The encoder that is attacked.
         target: What the attacks maximise.
         layer: The layer that the classifier reads.
-        classifier: The classifier whose decision is measured; its tensors go to the images' device once.
+        classifier: The classifier whose decision is measured; its tensors go to the images' device once.  None where
+            nothing is about decisions.
     """
 
-    def __init__(self, encoder: EmbeddingFunction, target: Target, layer: Layer, classifier: FittedClassifier) -> None:
-        self.branch = target.branch_of(encoder)
-        self.target, self.class_names = target.objective, classifier.class_names
+    def __init__(
+        self, encoder: EmbeddingFunction, target: Target, layer: Layer, classifier: FittedClassifier | None
+    ) -> None:
+        self.branch, self.target = target.branch_of(encoder), target.objective
         self._target, self._classifier = target, classifier
         self._attacked = select_layer(encoder, layer if target.objective == "decision" else target.objective)
         self._clean_layers = CleanLayers(encoder, layer) if self.branch is None else None
@@ -102,6 +148,25 @@ class ObjectiveFactory:
         factory = copy.copy(self)
         factory._custom = custom
         return factory
+
+    def labels_of(self, batch: HierarchicalBatch, class_names: Sequence[str]) -> np.ndarray:
+        """The labels of a batch as indices of the classifier's classes, (n,); class_names: those of its loader."""
+        labels = require_labels(batch)
+        if self._classifier is None:
+            return labels
+        return align_labels(labels, class_names, self._classifier.class_names)
+
+    def check_fits(self, clean: Tensor) -> None:
+        """Raise ValueError unless the classifier can read embeddings (n, d) of the scored layer."""
+        if self._classifier is None:
+            return
+        try:
+            self._classifier.predict_proba(clean[:1])
+        except ValueError as error:
+            raise ValueError(
+                f"the classifier cannot read the encoder's embeddings of width {clean.shape[1]} ({error}): its bank is"
+                " that of another encoder or layer"
+            ) from error
 
     def objective(
         self, images: Tensor, labels: Tensor, clean: Tensor, batch: HierarchicalBatch | None = None
@@ -127,6 +192,8 @@ class ObjectiveFactory:
 
     def decision(self, labels: Tensor) -> DecisionObjective:
         """The margin of the classifier for images of these labels (n,), on the device of the labels."""
+        if self._classifier is None:
+            raise ValueError("there is no decision to attack without a classifier")
         device = str(labels.device)
         if device not in self._models:
             self._models[device] = decision_model(self._encoder, self._classifier.to(device), self._layer)

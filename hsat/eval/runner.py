@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hsat.attacks import AttackEnsemble
-from hsat.attacks.ensemble import Candidate
+from hsat.attacks.ensemble_pass import Candidate
 from hsat.distributed import ShardedLoader
 from hsat.embedding import (
     EmbeddingBuffer,
@@ -28,7 +28,6 @@ from hsat.embedding import (
     eval_mode,
     ids_of,
     normalize_rows,
-    require_labels,
     select_layer,
     show_progress,
     to_device,
@@ -47,7 +46,6 @@ from hsat.types import (
     EmbeddingTable,
     HierarchicalBatch,
     MemberStats,
-    align_labels,
 )
 
 CLEAN = "clean"
@@ -77,7 +75,8 @@ def run_batches(
         accept: (batch, stored result) -> whether it can be used; else the batch is computed anew.
 
     Raises:
-        ValueError: If the ranks see different batches, or a stored batch is another one than the loader gives now.
+        ValueError: If the ranks see different batches, or the loader gives other batches now than at its first reading
+            or than the store knows.
     """
     numbers = _finished_numbers(session.finished, key)
     shard = ShardedLoader(queries, session.world, finished=numbers)
@@ -85,6 +84,7 @@ def run_batches(
     for number, batch in show_progress(shard, description, shown=session.shows):
         name = (*key, _batch_key(number))
         result, digest = session.store.get(*name), fingerprint_batch(batch)
+        session.seen.check(number, digest)
         if result is not None and result.header.get(_DIGEST) != digest:
             raise ValueError(
                 f"batch {number} of the queries is not the one that {session.store.folder} knows;"
@@ -98,6 +98,7 @@ def run_batches(
         if visit is not None:
             visit(batch)
     shard.check()
+    session.seen.check_count(shard.batches)
     return session.world.gather_by_index(results)
 
 
@@ -204,7 +205,7 @@ class AttackRunner:
         def visit_batch(batch: HierarchicalBatch) -> None:
             self._kept += len(batch)
             if visit is not None:
-                visit(batch, align_labels(require_labels(batch), info.class_names, self._objectives.class_names))
+                visit(batch, self._objectives.labels_of(batch, info.class_names))
 
         with ExitStack() as stack:
             for module in (*self._modules, *frozen):
@@ -238,12 +239,14 @@ class AttackRunner:
     ) -> StoredResult:
         """Attack and embed one batch; the clean embedding serves every attack."""
         self.computed += 1
-        aligned = align_labels(require_labels(batch), info.class_names, self._objectives.class_names)
+        aligned = self._objectives.labels_of(batch, info.class_names)
         images = to_device(batch.images, self._device)
         clean = known.get(number, batch, self._device)
         if clean is None:
             clean = encode(self._scored, images)
             known.put(number, batch, clean)
+        if self.computed == 1:
+            self._objectives.check_fits(clean)
         record = _BatchRecord(batch, keep=max(0, self._keep - self._kept))
         if self._include_clean:
             rows = {
@@ -264,17 +267,30 @@ class AttackRunner:
                     generator=generator,
                     ids=batch.patch,
                     candidates=candidates,
+                    clean=clean,
                 )
             else:
                 with using_branch(self._encoder, branch):
                     result = attack_unscored(attack, images, objective, generator=generator, ids=batch.patch)
-                target = "" if branch else self._objectives.target
-                candidates[name] = Candidate(attack, result.x_adv, target, follows_gradient=result.backwards > 0)
+            rows = {
+                name: encode(layer, result.x_adv)
+                for name, layer in self._readers.items()
+                if result.embedding is None or name not in self._own
+            }
+            if result.embedding is not None:
+                rows |= dict.fromkeys(self._own, result.embedding)
+            if not isinstance(attack, AttackEnsemble):
+                candidates[name] = Candidate(
+                    attack,
+                    result.x_adv,
+                    objective="" if branch else self._objectives.target,
+                    follows_gradient=result.backwards > 0,
+                    embedding=next((rows[own] for own in self._own), None),
+                )
             if self._inspect is not None:
                 record.inspected(name, self._inspect(batch, name, images, result))
             stats = AttackStats()
             stats.add(result, images)
-            rows = {reader: encode(layer, result.x_adv) for reader, layer in self._readers.items()}
             record.add(name, result.x_adv, rows, stats, result if result.members is not None else None)
         return record.result()
 

@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,28 @@ class CleanEmbeddings:
         self._cache.put(self._key, StoredResult({"batches": [digest for digest, _ in new]}, arrays))
 
 
+class SeenBatches:
+    """Fingerprints of the batches of the first reading of a loader, with which later readings are compared."""
+
+    def __init__(self) -> None:
+        self._digests: dict[int, str] = {}
+        self._count: int | None = None
+
+    def check(self, number: int, digest: str) -> None:
+        """Raise ValueError if the batch of this number is another one than at the first reading."""
+        if self._digests.setdefault(number, digest) != digest:
+            raise ValueError(
+                f"batch {number} of the queries is not what it was at the first reading; give a loader that gives the"
+                " same batches each time: no shuffling, no augmentation"
+            )
+
+    def check_count(self, count: int) -> None:
+        """Raise ValueError if the loader had another number of batches at the first reading."""
+        self._count = count if self._count is None else self._count
+        if count != self._count:
+            raise ValueError(f"the queries had {self._count} batches at the first reading and have {count} now")
+
+
 @dataclass(frozen=True)
 class Session:
     """What one evaluation works with: its processes, its finished results, its cache of clean embeddings.
@@ -255,6 +277,7 @@ class Session:
         finished: File names of the results that were there when the store was opened, the same on all ranks.
         cache: Clean embeddings of earlier evaluations; None for no cache.
         progress: Show progress bars.
+        seen: The batches of the queries at their first reading.
     """
 
     world: World
@@ -262,6 +285,7 @@ class Session:
     finished: frozenset[str]
     cache: EmbeddingCache | None
     progress: bool
+    seen: SeenBatches = field(default_factory=SeenBatches)
 
     @property
     def shows(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from hsat.classifiers import KNNClassifier
-from hsat.embedding import LoaderInfo, loader_info
+from hsat.embedding import LoaderInfo
 from hsat.eval.evaluation import (
     Evaluation,
     Queries,
@@ -20,9 +20,10 @@ from hsat.eval.evaluation import (
     ScoresKey,
     encoder_settings,
     fit_bank,
+    loader_settings,
     score_queries,
 )
-from hsat.eval.objectives import ObjectiveFactory
+from hsat.eval.objectives import ObjectiveFactory, attacks_decision
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
@@ -30,7 +31,7 @@ from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world, 
 from hsat.eval.transfer_drops import OTHERS, TransferDrop, average_drops, resample_metrics, transfer_drop
 from hsat.eval.whitebox import check_attacks, condition_records
 from hsat.fingerprints import fingerprint_table
-from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
+from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
 
 _GROWING = ("attack.", "bank.", "encoder.")
 
@@ -107,21 +108,25 @@ def evaluate_transfer(
             (naming them), queries that differ between readings, and what `evaluate_whitebox` refuses.
         TypeError: For encoders that are no mapping of callables.
     """
+    target = Target.of(target)
     check_attacks(attacks)
     chosen = check_pairs(encoders, pairs)
-    _check_banks(banks, [name for _, name in chosen])
+    decides = any(attacks_decision(target, attack) for attack in attacks.values())
+    _check_banks(banks, [name for pair in chosen for name in pair[not decides :]])
     if isinstance(queries, Iterator):
         raise ValueError(
             f"the queries are read once per target and per attack, and a {type(queries).__name__} can be read only"
             " once; give a list of batches or a loader such as hsat.data.patch_loader"
         )
+    if unknown := sorted((provenance or {}).keys() - encoders.keys()):
+        raise ValueError(f"provenance names {unknown}, which are no encoders; there are {list(encoders)}")
     run = dataclasses.replace(run, keep_examples=0)
     evaluations: dict[str, Evaluation] = {}
     for encoder in dict.fromkeys(name for pair in chosen for name in pair):
         known = (provenance or {}).get(encoder, Provenance())
         known = dataclasses.replace(known, model=known.model or encoder)
         source = load_source(encoder, encoders[encoder])
-        evaluations[encoder] = Evaluation(source, Target.of(target), scoring, run, known)
+        evaluations[encoder] = Evaluation(source, target, scoring, run, known)
     with open_world(run) as (world, cache):
         settings = _transfer_settings(evaluations, banks, queries, attacks, classifier)
         session = open_session(run, settings, world, cache, growing=_GROWING)
@@ -187,38 +192,48 @@ class _TransferWork:
 
     def clean(self, name: str) -> EmbeddingTable:
         """A target's embeddings of the clean queries."""
-        evaluation, session = self._evaluations[name], self._session
-
-        def embed() -> EmbeddingTable:
-            return evaluation.embed_clean(self._queries, self._info(name), session.world, session.cache)
-
-        return self._stored(embed, "clean", name)
+        evaluation = self._evaluations[name]
+        objectives = ObjectiveFactory(evaluation.encoder, evaluation.target, evaluation.layer, self._decision(name))
+        runner = AttackRunner(evaluation, objectives, {name: evaluation.encoder})
+        conditions = self._pass(runner, evaluation, {}, self._info(name), key=("clean", name))
+        return conditions[CLEAN].tables[name]
 
     def attack(self, surrogate: str, name: str, attack: Attack, readers: Sequence[str]) -> tuple[Condition, bool]:
         """The targets' embeddings of the queries attacked on a surrogate, and whether they were made just now."""
-        evaluation, session = self._evaluations[surrogate], self._session
-        fitted = self.fitted(surrogate).classifiers[0].fitted
+        evaluation = self._evaluations[surrogate]
+        decides = attacks_decision(evaluation.target, attack)
+        fitted = self._decision(surrogate) if decides else None
         runner = AttackRunner(
             evaluation,
             ObjectiveFactory(evaluation.encoder, evaluation.target, evaluation.layer, fitted),
             {reader: self._evaluations[reader].encoder for reader in readers},
             include_clean=False,
         )
-        key = evaluation.clean_key(self._queries) if session.cache else None
-        conditions = runner.run(
-            self._queries,
-            {name: attack},
-            session,
-            self._info(surrogate),
-            key=("attacked", surrogate, name),
-            clean=CleanEmbeddings(session.cache, key),
-        )
-        return conditions[name], any(session.world.gather(runner.computed > 0))
+        info = self._info(surrogate if decides else readers[0])
+        conditions = self._pass(runner, evaluation, {name: attack}, info, key=("attacked", surrogate, name))
+        return conditions[name], any(self._session.world.gather(runner.computed > 0))
 
     def template(self, name: str, queries: EmbeddingTable) -> RecordTemplate:
         """What all records of a target have in common."""
         fitted = self.fitted(name)
         return self._evaluations[name].template(fitted.table, queries, fitted.classifiers[0].fitted.class_names)
+
+    def _pass(
+        self,
+        runner: AttackRunner,
+        evaluation: Evaluation,
+        attacks: Mapping[str, Attack],
+        info: LoaderInfo,
+        *,
+        key: Sequence[str],
+    ) -> dict[str, Condition]:
+        """One reading of the queries."""
+        cache = self._session.cache
+        clean = CleanEmbeddings(cache, evaluation.clean_key(self._queries) if cache else None)
+        return runner.run(self._queries, attacks, self._session, info, key=key, clean=clean)
+
+    def _decision(self, name: str) -> FittedClassifier:
+        return self.fitted(name).classifiers[0].fitted
 
     def checkpoint(self, name: str) -> str:
         """What identifies an encoder's weights."""
@@ -308,27 +323,13 @@ def _transfer_settings(
     """All that decides the results; encoders, their banks and attacks may be added by later runs."""
     settings = next(iter(evaluations.values())).pass_settings(queries, attacks)
     for name, one in evaluations.items():
-        settings |= encoder_settings(f"encoder.{name}", one.encoder, one.provenance.checkpoint)
+        settings |= encoder_settings(f"encoder.{name}", one.encoder, one.provenance)
     settings["classifier"] = repr(classifier)
     if isinstance(banks, Mapping):
         settings |= {f"bank.{name}": fingerprint_table(banks[name]) for name in evaluations if name in banks}
     else:
         settings |= {f"banks.{key}": value for key, value in loader_settings(banks).items()}
     return settings | {f"queries.{key}": value for key, value in loader_settings(queries).items()}
-
-
-def loader_settings(loader: object) -> dict[str, Any]:
-    """What is known of a loader's images as a whole, by name."""
-    dataset = getattr(loader, "dataset", None)
-    settings: dict[str, Any] = {"image_size": getattr(dataset, "image_size", None)}
-    if getattr(dataset, "class_names", None) is not None:
-        info = loader_info(loader)
-        settings |= {"classes": list(info.class_names), "cohort": info.cohort, "split": info.split}
-    try:
-        settings["images"] = len(dataset)  # type: ignore[arg-type]
-    except TypeError:
-        settings["images"] = None
-    return settings
 
 
 def check_pairs(encoders: Mapping[str, EncoderSource], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
@@ -359,12 +360,12 @@ def check_pairs(encoders: Mapping[str, EncoderSource], pairs: Sequence[Pair] | N
     return cast(tuple[Pair, ...], tuple(chosen))
 
 
-def _check_banks(banks: Banks, targets: Sequence[str]) -> None:
+def _check_banks(banks: Banks, names: Sequence[str]) -> None:
     if isinstance(banks, EmbeddingTable):
         raise TypeError("one table cannot be the bank of every target; give a loader, or {name: table} by target")
     if isinstance(banks, Mapping):
-        if missing := sorted(set(targets) - banks.keys()):
-            raise ValueError(f"banks have no table for the targets {missing}; they have {list(banks)}")
+        if missing := sorted(set(names) - banks.keys()):
+            raise ValueError(f"banks have no table for {missing}; they have {list(banks)}")
         if wrong := [name for name, table in banks.items() if not isinstance(table, EmbeddingTable)]:
             raise TypeError(f"the banks of {wrong} are no EmbeddingTables, as embed gives; give tables, or one loader")
     elif isinstance(banks, Iterator):

@@ -125,7 +125,7 @@ def evaluate_whitebox(
         fitted = classifiers[0].fitted
         settings = evaluation.settings(queries, chosen) | classifier_settings(classifiers, table)
         for name, other in others.items():
-            settings |= encoder_settings(f"encoder.{name}", other)
+            settings |= encoder_settings(f"encoder.{name}", other, Provenance())
         session = open_session(run, settings, world, cache)
         objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
         diagnostics = DiagnosticsCollector(encoder, objectives, chosen, layer=scoring.layer, classifier=fitted, run=run)
@@ -196,7 +196,7 @@ def condition_records(
     """The records of one condition by every classifier, with all flags."""
     records: list[Record] = []
     first = classifiers[0]
-    decides = attack is not None and (template.target == "decision" or condition.outcome is not None)
+    decides = template.target == "decision" or condition.outcome is not None
     for classifier in classifiers:
         flags: list[str] = []
         settings: dict[str, Any] = {}
@@ -204,7 +204,7 @@ def condition_records(
             settings["attacked_classifier"] = repr(first.settings)
             if isinstance(first.key, int):
                 settings["attacked_k"] = first.key
-            if not classifier.attacked and not isinstance(attack, RandomNoise):
+            if attack is not None and not classifier.attacked and not isinstance(attack, RandomNoise):
                 flags.append(f"the attack was optimised for {first.name}, but this record is for {classifier.name}")
         if condition.outcome is not None:
             flags += black_box_flags(condition.outcome)

@@ -17,7 +17,7 @@ from hsat.models.heads import projection_head
 from hsat.models.zoo import PAPER_NAMES, create_backbone, feature_width, find_architecture, fixed_size
 
 
-def build_encoder(
+def build_encoder(  # noqa: PLR0913
     name: str,
     *,
     embedding_dim: int | None = None,

@@ -38,7 +38,7 @@ def split_batch(batch: HierarchicalBatch, parts: int) -> list[HierarchicalBatch]
     ]
 
 
-def accumulated_step(
+def accumulated_step(  # noqa: PLR0913
     model: nn.Module,
     loss: Loss,
     attack: Attack | None,

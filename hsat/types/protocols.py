@@ -140,6 +140,7 @@ class AttackResult:
     Ensembles say more.  broken_by: for each image the name of the member that broke it, "clean" where it was wrong
     before any attack, "" where it withstood all.  members: what each member did, in the order of their turns.
     never_moved: (n,) bool, images that no member with gradients moved; None where comparing x_adv with x tells.
+    embedding: (n, d), what the model decides from at x_adv; None where it was not kept.
     """
 
     x_adv: Tensor
@@ -153,6 +154,7 @@ class AttackResult:
     broken_by: tuple[str, ...] | None = None
     members: tuple[MemberStats, ...] | None = None
     never_moved: Tensor | None = None
+    embedding: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

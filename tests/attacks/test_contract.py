@@ -19,6 +19,7 @@ from hsat.attacks import (
     PGD,
     TIFGSM,
     VMIFGSM,
+    AttackEnsemble,
     FittedUniversal,
     Linf,
     Masked,
@@ -67,7 +68,11 @@ def attacks_of(threat):
 def ensembles_of(threat):
     step = float(torch.as_tensor(threat.eps).max()) / 4
     pgd = PGD(threat, step_size=step, steps=4)
-    return [worst_case(RandomNoise(threat), pgd), worst_case(FGSM(threat), APGD(threat, steps=3))]
+    return [
+        worst_case(RandomNoise(threat), pgd),
+        worst_case(FGSM(threat), APGD(threat, steps=3)),
+        AttackEnsemble(threat, steps=3, decision_steps=4, restarts=2, queries=5),
+    ]
 
 
 def universal(threat):
@@ -122,7 +127,7 @@ def test_settings_are_frozen_complete_and_replaceable(attack):
     assert dataclasses.replace(attack, threat=Linf(0.1)) != attack
 
 
-@pytest.mark.parametrize("attack", [*attacks_of(Linf(0.1)), RandomNoise(Linf(0.1))], ids=repr)
+@pytest.mark.parametrize("attack", [*attacks_of(Linf(8 / 255)), *attacks_of(L2(0.5)), RandomNoise(Linf(0.1))], ids=repr)
 def test_without_the_last_value_the_images_are_the_same(attack):
     x, asked = torch.rand(3, 3, 5, 4, generator=torch.Generator().manual_seed(0)), []
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hsat.attacks import L2, PGD, Linf
 from hsat.attacks.projections import next_float, round_inside
+from hsat.attacks.threat import eps_text, eps_value
 from hsat.testing import DTYPES, check_feasible
 from hsat.types import ThreatModel
 
@@ -287,3 +288,32 @@ def test_a_class_that_does_not_derive_is_told_what_to_do():
         PGD(Homemade(), step_size=0.1, steps=1)
     with pytest.raises(TypeError, match=r"such as Linf\(8/255\)"):
         PGD(0.1, step_size=0.1, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        (8 / 255, "8/255"),
+        (4 / 255, "4/255"),
+        (1.0, "1"),
+        (0.0, "0"),
+        (0.5, "0.5"),
+        (0.01, "0.01"),
+        (0.0123456, "0.0123456"),
+        (torch.tensor([8 / 255]), "8/255"),
+        (torch.tensor([4 / 255, 8 / 255]), "4/255..8/255"),
+    ],
+)
+def test_eps_as_text(eps, text):
+    assert eps_text(eps) == text
+
+
+def test_eps_as_a_number():
+    assert eps_value(torch.tensor([0.1, 0.25])) == 0.25
+    assert eps_value(0.5) == 0.5
+
+
+def test_eps_of_a_float32_tensor_reads_as_the_float_does():
+    for eps in (0.1, 0.2, 0.4, 8 / 255, 51 / 255, 0.05):
+        assert eps_text(torch.tensor([eps])) == eps_text(eps)
+    assert eps_text(torch.tensor([0.1, 0.2])) == "0.1..0.2"

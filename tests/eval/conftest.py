@@ -1,70 +1,82 @@
-"""Shared material: a toy problem on which attacks succeed."""
+"""Shared material: a half-space, whose certificates are known exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hsat.types import HierarchicalBatch
+from hsat.eval import CertificateResult, CertifyOptions, KNNClassifier, Scoring, Smoothing, certify
+from hsat.types import EmbeddingTable, HierarchicalBatch
 
 
-class ToyEncoder(nn.Module):
-    """Features: two colour contrasts of the whole image beside a constant; embedding: a fixed mixture of them."""
+class HalfSpace:
+    """An encoder whose kNN vote is the sign of w . (x - 1/2) with |w| = 1: its smoothed form is known exactly."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-        self.head = nn.Linear(3, 4, bias=False)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.tensor([[2.0, 0.5, 0.3], [0.0, 2.0, 0.3], [-1.0, 1.0, 0.2], [0.0, 0.0, 1.0]]))
-        self.forwards = 0
+        w = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.w = w / w.norm()
 
-    def features(self, images: Tensor) -> Tensor:
-        self.forwards += 1
-        mean = self.norm(images).mean((2, 3)) - 0.5
-        contrast = torch.stack((mean[:, 0] - mean[:, 1], mean[:, 1] - mean[:, 2]), 1)
-        return torch.cat((40 * contrast, torch.ones_like(contrast[:, :1])), 1)
+    def __call__(self, images: Tensor) -> Tensor:
+        side = self.side(images)
+        return torch.stack((side, torch.full_like(side, 0.3)), 1).float()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.normalize(self.head(self.features(images)), dim=1)
+    def side(self, images: Tensor) -> Tensor:
+        """Signed distance of each image to the decision boundary, (n,)."""
+        return ((images.double() - 0.5) * self.w).sum((1, 2, 3))
+
+    def at(self, distance: Tensor) -> Tensor:
+        """Images at these signed distances, (n, 3, 4, 4), well inside [0, 1]."""
+        images = torch.rand(len(distance), 3, 4, 4, generator=torch.Generator().manual_seed(1)).double() * 0.2 + 0.4
+        return (images + (distance - self.side(images))[:, None, None, None] * self.w).float()
 
 
-class ToyLoader(list):
-    """Batches of grey images with a faint tint per class, and the dataset that describes them."""
+class HalfSpaceCohort:
+    """40 images in 8 slides and 4 patients on both sides of a half-space; labels are the sides.
 
+    Attributes:
+        encoder: See `HalfSpace`.
+        bank: Two rows, one on each side.
+        distance: (40,) signed distances of the images to the boundary.
+    """
+
+    def __init__(self) -> None:
+        self.encoder = HalfSpace()
+        one = np.arange(2)
+        self.bank = EmbeddingTable(np.array([[1, 0.3], [-1, 0.3]]), one, one, one, one, ("above", "below"))
+        self.distance = torch.cat((torch.linspace(0.02, 0.6, 20), -torch.linspace(0.02, 0.6, 20))).double()
+
+    def batches(self, *, size: int = 16) -> list[HierarchicalBatch]:
+        """A loader of the images."""
+        images, index = self.encoder.at(self.distance), torch.arange(40)
+        whole = (images, index + 100, index // 5, index // 10, (self.distance < 0).long())
+        return Sides(HierarchicalBatch(*(part[at : at + size] for part in whole)) for at in range(0, 40, size))
+
+
+class Sides(list):
     class dataset:
-        class_names = ("cyan", "green", "red")
+        class_names = ("above", "below")
         split = "val"
-
-        class cohort:
-            @staticmethod
-            def fingerprint() -> str:
-                return "toy"
-
-
-def _toy_batches(*, seed: int, sizes: tuple[int, ...], patients: int = 9, first_id: int = 0) -> ToyLoader:
-    generator = torch.Generator().manual_seed(seed)
-    tint = torch.tensor([[-4.0, 2.0, 2.0], [-2.0, 4.0, -2.0], [4.0, -2.0, -2.0]]) / 255
-    loader, patch = ToyLoader(), first_id
-    for size in sizes:
-        index = torch.arange(patch, patch + size)
-        slide = index % (2 * patients)
-        label = (slide % patients) % 3
-        noise = torch.randn(size, 3, 6, 6, generator=generator) * 4 / 255
-        images = (0.5 + tint[label][:, :, None, None] + noise).clamp(0, 1)
-        loader.append(HierarchicalBatch(images, index, slide + 1000 * first_id, slide % patients + first_id, label))
-        patch += size
-    return loader
 
 
 @pytest.fixture(scope="session")
-def toy_batches() -> Callable[..., ToyLoader]:
-    return _toy_batches
+def half_space() -> HalfSpaceCohort:
+    return HalfSpaceCohort()
 
 
-@pytest.fixture
-def toy_encoder() -> ToyEncoder:
-    return ToyEncoder()
+SMOOTHING = Smoothing(sigma=0.25, samples=400, selection=20)
+
+
+@pytest.fixture(scope="session")
+def certified(half_space: HalfSpaceCohort) -> CertificateResult:
+    """The half-space, certified at sigma = 0.25 by 400 draws."""
+    return certify(
+        half_space.encoder,
+        half_space.bank,
+        half_space.batches(),
+        SMOOTHING,
+        options=CertifyOptions(radii=(0, 0.1, 0.3, 9)),
+        classifier=KNNClassifier(k=1),
+        scoring=Scoring(bootstrap=20),
+    )

@@ -1,17 +1,20 @@
-"""evaluate_hierarchical_budget: what its parts give, what its records say, and what it refuses."""
+"""evaluate_budget: what its parts give, what its records say, and what it refuses."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hsat.eval.budgets.flipping import altered_counts
 
 from hsat.attacks import PGD, Linf, RandomNoise, Reparametrized, Stains, feature_drift
 from hsat.eval import (
     BudgetResult,
     KNNClassifier,
+    PatchBudget,
+    Provenance,
+    RunOptions,
+    Scoring,
     embed,
-    evaluate_hierarchical_budget,
+    evaluate_budget,
     evaluate_whitebox,
     markdown_table,
     pool,
@@ -19,9 +22,11 @@ from hsat.eval import (
     score_levels,
     write_records,
 )
+from hsat.eval.patch_flips import patches_to_flip
 
 PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=5)
-FAST = dict(k=15, bootstrap=50)
+FAST = dict(classifier=KNNClassifier(k=15), scoring=Scoring(bootstrap=50))
+NAMED = dict(budget=PatchBudget(name="PGD-8"), provenance=Provenance(model="toy"))
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +41,21 @@ def queries(toy_batches):
 
 @pytest.fixture
 def result(toy_encoder, bank, queries):
-    return evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, name="PGD-8", model="toy", **FAST)
+    return evaluate_budget(toy_encoder, bank, queries, PGD8, **NAMED, **FAST)
 
 
 def test_the_whole_agrees_with_the_white_box_evaluation(toy_encoder, bank, queries):
     """Altering nothing is the clean accuracy; the attacked patches are those of evaluate_whitebox."""
-    found = evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, target="features", seed=3, **FAST)
-    other = evaluate_whitebox(toy_encoder, bank, queries, {"PGD": PGD8}, seed=3, **FAST)
+    options = FAST | dict(target="features", run=RunOptions(seed=3))
+    found = evaluate_budget(toy_encoder, bank, queries, PGD8, **options)
+    other = evaluate_whitebox(toy_encoder, bank, queries, {"PGD": PGD8}, **options)
     np.testing.assert_array_equal(found.attacked.z, other.tables["PGD"].z)
     np.testing.assert_array_equal(found.clean.z, other.tables["clean"].z)
     clean = [r.value for r in other.records if (r.attack_name, r.level, r.metric) == ("clean", "patient", "accuracy")]
     assert found.accuracy(0.0) == clean[0]
     scores = [other.scores[name][15] for name in ("clean", "PGD")]
     labels, patients = other.tables["clean"].label, other.tables["clean"].patient
-    np.testing.assert_array_equal(found.needed, altered_counts(*scores, patients, labels))
+    np.testing.assert_array_equal(found.needed, patches_to_flip(*scores, patients, labels))
 
 
 def test_the_attacked_vote_flips_patients_with_a_part_of_their_patches(result):
@@ -81,7 +87,7 @@ def test_the_smallest_count_does_flip(toy_encoder, bank, result):
 
 
 def test_slides_have_their_own_budget(toy_encoder, bank, queries):
-    found = evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, level="slide", **FAST)
+    found = evaluate_budget(toy_encoder, bank, queries, PGD8, budget=PatchBudget(level="slide"), **FAST)
     assert len(found.groups) == 18
     np.testing.assert_array_equal(found.groups, np.unique(found.clean.slide))
     of = dict(zip(found.clean.slide.tolist(), found.clean.patient.tolist(), strict=True))
@@ -90,8 +96,13 @@ def test_slides_have_their_own_budget(toy_encoder, bank, queries):
 
 
 def test_a_harmless_attack_never_flips(toy_encoder, bank, queries):
-    still = evaluate_hierarchical_budget(
-        toy_encoder, bank, queries, PGD(Linf(0.0), step_size=0.01, steps=1), fractions=(1.0,), **FAST
+    still = evaluate_budget(
+        toy_encoder,
+        bank,
+        queries,
+        PGD(Linf(0.0), step_size=0.01, steps=1),
+        budget=PatchBudget(fractions=(1.0,)),
+        **FAST,
     )
     assert np.isinf(still.needed).all()
     assert still.accuracy(1.0) == 1.0
@@ -101,7 +112,7 @@ def test_a_harmless_attack_never_flips(toy_encoder, bank, queries):
 
 
 def test_the_worst_choice_needs_no_more_than_a_random_one(toy_encoder, bank, queries, result):
-    drawn = evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, order="random", seed=0, **FAST)
+    drawn = evaluate_budget(toy_encoder, bank, queries, PGD8, budget=PatchBudget(order="random"), **FAST)
     assert (drawn.needed >= result.needed).all()
     assert drawn.records[1].settings["order"] == "random"
 
@@ -114,11 +125,11 @@ def test_objectives_of_ones_own_and_attacks_in_other_spaces(toy_encoder, bank, q
         return feature_drift(toy_encoder.features, images, "l2")
 
     stain = Reparametrized(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.03, steps=4))
-    found = evaluate_hierarchical_budget(toy_encoder, bank, queries, stain, objective=objective, **FAST)
+    found = evaluate_budget(toy_encoder, bank, queries, stain, budget=PatchBudget(objective=objective), **FAST)
     assert seen == [batch.label.tolist() for batch in queries]
     assert {record.target for record in found.records} == {"custom"}
     assert found.records[1].eps == "0.1"
-    noise = evaluate_hierarchical_budget(toy_encoder, bank, queries, RandomNoise(Linf(8 / 255)), **FAST)
+    noise = evaluate_budget(toy_encoder, bank, queries, RandomNoise(Linf(8 / 255)), **FAST)
     assert (noise.needed >= 1).all() and noise.accuracy(0.5) == 1.0
 
 
@@ -128,7 +139,7 @@ def test_records_say_it_all_and_make_a_table(result, tmp_path):
     assert names == [("clean", "accuracy"), *((n, "accuracy") for n in budgets), ("PGD-8", "smallest_fraction")]
     assert read_records(write_records(tmp_path / "r.jsonl", result.records)) == result.records
     at = result.records[4]
-    assert (at.target, at.level, at.n, at.k, at.eps) == ("knn", "patient", 9, 15, "8/255")
+    assert (at.target, at.level, at.n, at.k, at.eps) == ("decision", "patient", 9, 15, "8/255")
     assert at.value == result.accuracy(0.5)
     assert at.low <= at.value <= at.high
     assert at.settings["budget_fraction"] == 0.5
@@ -140,7 +151,7 @@ def test_records_say_it_all_and_make_a_table(result, tmp_path):
 def test_already_wrong_patients_need_nothing(toy_encoder, bank, queries):
     """Labels turned by one: every patient is wrong from the start."""
     turned = type(queries)(type(b)(b.images, b.patch, b.slide, b.patient, (b.label + 1) % 3) for b in queries)
-    found = evaluate_hierarchical_budget(toy_encoder, bank, turned, PGD8, **FAST)
+    found = evaluate_budget(toy_encoder, bank, turned, PGD8, **FAST)
     assert not found.needed.any()
     assert found.accuracy(0.0) == 0.0 and np.isnan(found.flipped(1.0))
     assert found.records[-1].settings["already_wrong"] == 9
@@ -154,7 +165,7 @@ def test_already_wrong_patients_need_nothing(toy_encoder, bank, queries):
 
 def test_the_encoder_is_left_as_it_was_and_seeds_repeat(toy_encoder, bank, queries, result):
     toy_encoder.train()
-    again = evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, name="PGD-8", model="toy", **FAST)
+    again = evaluate_budget(toy_encoder, bank, queries, PGD8, **NAMED, **FAST)
     assert toy_encoder.training
     np.testing.assert_array_equal(again.needed, result.needed)
     assert again.records == result.records
@@ -165,13 +176,19 @@ def test_the_encoder_is_left_as_it_was_and_seeds_repeat(toy_encoder, bank, queri
     [
         ({"level": "patch"}, "'slide' or 'patient'"),
         ({"order": "best"}, "'worst', 'random'"),
-        ({"target": "logits"}, "unknown target 'logits'"),
         ({"fractions": (10,)}, "write 0.1"),
     ],
 )
-def test_options_are_checked(toy_encoder, bank, queries, options, words):
+def test_options_are_checked(options, words):
     with pytest.raises(ValueError, match=words):
-        evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, **options)
+        PatchBudget(**options)
+
+
+def test_targets_and_names_are_checked(toy_encoder, bank, queries):
+    with pytest.raises(ValueError, match="'logits'"):
+        evaluate_budget(toy_encoder, bank, queries, PGD8, target="logits", **FAST)
+    with pytest.raises(ValueError, match="'clean'"):
+        evaluate_budget(toy_encoder, bank, queries, PGD8, budget=PatchBudget(name="clean"), **FAST)
 
 
 def test_fractions_are_checked(result):
@@ -183,7 +200,7 @@ def test_every_record_has_an_interval_or_says_why_not(result, toy_encoder, bank,
     assert all((r.low is None) == ("no_interval" in r.settings) for r in result.records)
     mean = result.records[-1]
     assert mean.low < mean.value < mean.high
-    alone = evaluate_hierarchical_budget(toy_encoder, bank, queries, PGD8, k=15, bootstrap=0)
+    alone = evaluate_budget(toy_encoder, bank, queries, PGD8, **FAST | dict(scoring=Scoring(bootstrap=0)))
     assert {(r.low, r.settings["no_interval"]) for r in alone.records} == {(None, "no resamples")}
     exact = next(r for r in result.records if r.value == 1.0)
     assert exact.high == 1.0 and exact.settings["interval"].startswith("exact bound")

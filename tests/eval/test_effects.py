@@ -1,4 +1,4 @@
-"""The list of conventions: every entry names an option that exists, and what compat="paper" really chooses."""
+"""The list of conventions: every entry names an option that exists, and what the presets really choose."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hsat.eval.aiming import published_aim
 
 from hsat.attacks import BIM, FFGSM, MIFGSM, PGD, Linf
 from hsat.data import Cohort, HierarchicalDataset, PatientBatchSampler, hierarchical_loader, write_synthetic_cohort
-from hsat.eval import CONVENTIONS, conventions_table, evaluate_whitebox, paper_attacks, score_levels
-from hsat.eval.conventions import PAPER, Arithmetic, resolve_arithmetic
+from hsat.eval import (
+    CONVENTIONS,
+    PAPER,
+    KNNClassifier,
+    RunOptions,
+    Scoring,
+    Target,
+    conventions_table,
+    evaluate_whitebox,
+    paper_attacks,
+    score_levels,
+)
+from hsat.eval.conventions import Arithmetic, resolve_arithmetic
 from hsat.models import build_encoder
 
 
@@ -28,7 +38,7 @@ def function(each):
 @pytest.mark.parametrize("each", CONVENTIONS, ids=lambda each: each.name)
 def test_every_entry_names_an_option_that_exists(each):
     parameters = inspect.signature(function(each)).parameters
-    assert parameters[each.option].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters[each.option].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     assert each.hsat_value != each.paper_value
     for value in (each.hsat_value, each.paper_value):
         eval(value, {"__builtins__": {}})  # it is Python, as typed
@@ -46,19 +56,15 @@ def value_of(option):
     return tuple(eval(value, {"__builtins__": {}}) for value in (each.hsat_value, each.paper_value))
 
 
-def test_scoring_and_attack_entries_are_what_compat_chooses():
-    for chosen, number in ((None, 0), ("paper", 1)):
-        arithmetic = resolve_arithmetic(chosen)
-        for option in ("how", "absent", "keys"):
-            assert getattr(arithmetic, option) == value_of(option)[number]
-        dual = build_encoder("test_byobnet", dual_norm=True, embedding_dim=4, seed=0)
-        assert published_aim(chosen, dual, None, None) == (
-            value_of("target")[number],
-            value_of("attack_branch")[number],
-        )
-        plain = build_encoder("test_byobnet", embedding_dim=4, seed=0)
-        assert published_aim(chosen, plain, None, None)[1] is None
-        assert published_aim(chosen, dual, "features", "normal") == ("features", "normal")
+def test_scoring_and_attack_entries_are_what_the_preset_chooses():
+    for target, scoring, number in ((Target(), Scoring(), 0), (PAPER.target, PAPER.scoring, 1)):
+        for option in ("pooling", "absent_classes", "group_by"):
+            assert getattr(scoring, option) == value_of(option)[number]
+        assert (target.objective, target.branch) == (value_of("target")[number], value_of("branch")[number])
+    dual = build_encoder("test_byobnet", dual_norm=True, embedding_dim=4, seed=0)
+    plain = build_encoder("test_byobnet", embedding_dim=4, seed=0)
+    assert PAPER.target.branch_of(dual) == "pgd" and PAPER.target.branch_of(plain) is None
+    assert Target("features", branch="normal").branch_of(dual) == "normal" and Target().branch_of(dual) is None
 
 
 def test_training_entries_are_what_compat_chooses(tmp_path):
@@ -105,7 +111,7 @@ def test_unknown_choices(options, message):
 def test_an_option_wins_over_compat():
     assert resolve_arithmetic("paper", how="mean") == Arithmetic(how="mean", absent="zero", keys="id_and_label")
     assert resolve_arithmetic(None, absent="zero") == Arithmetic(absent="zero")
-    assert resolve_arithmetic("paper") == PAPER
+    assert resolve_arithmetic("paper") == Arithmetic(how="paper", absent="zero", keys="id_and_label")
 
 
 def test_each_scoring_option_moves_what_it_should(golden, table):
@@ -120,7 +126,8 @@ def test_each_scoring_option_moves_what_it_should(golden, table):
     scores = golden["specs/five_classes/logits"]
     usual = score_levels(scores, queries)
     one = {
-        option: score_levels(scores, queries, **{option: value_of(option)[1]}) for option in ("how", "absent", "keys")
+        option: score_levels(scores, queries, **{option: value_of(place)[1]})
+        for option, place in (("how", "pooling"), ("absent", "absent_classes"), ("keys", "group_by"))
     }
     published = score_levels(scores, queries, compat="paper")
     for row, level in enumerate(("patch", "slide", "patient")):
@@ -151,7 +158,7 @@ def test_the_page_prints_this_list_and_its_python_runs(tmp_path):
     text = page.read_text()
     assert text.partition("<!-- conventions -->\n")[2].partition("<!-- /conventions -->")[0] == conventions_table()
     names = execute(page, tmp_path)
-    values = {(r.attack_name, r.level, r.metric): r.value for r in names["found"].records}
+    values = {(r.attack_name, r.level, r.metric): r.value for r in names["means_result"].records}
     assert values["clean", "patch", "accuracy"] > values["PGD-16", "patch", "accuracy"]
     assert {r.settings["how"] for r in names["published"].records} == {"paper"}
     assert {table.model for table in names["tables"]} == {"means", "simple"}
@@ -159,10 +166,13 @@ def test_the_page_prints_this_list_and_its_python_runs(tmp_path):
 
 
 def test_every_record_has_an_interval_or_says_why_not(toy_encoder, toy_batches):
+    def options(resamples):
+        return dict(classifier=KNNClassifier(k=15), scoring=Scoring(bootstrap=resamples), run=RunOptions(noise=False))
+
     attacks = paper_attacks((8 / 255,), steps=4, names=("pgd",))
     bank, queries = toy_batches(seed=1, sizes=(45,), first_id=1000), toy_batches(seed=2, sizes=(36,))
     for resamples in (0, 40):
-        result = evaluate_whitebox(toy_encoder, bank, queries, attacks, k=15, bootstrap=resamples)
+        result = evaluate_whitebox(toy_encoder, bank, queries, attacks, **options(resamples))
         for record in result.records:
             has = record.low is not None and record.high is not None
             assert has != bool(record.settings.get("no_interval"))

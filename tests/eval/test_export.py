@@ -15,12 +15,24 @@ from torch import nn
 from hsat.attacks import L2, PGD, Linf, Masked, RawChannels, Reparametrized, Stains, UniversalPerturbation
 from hsat.data import Cohort, PatchDataset, patch_loader, srh_to_rgb, write_synthetic_cohort
 from hsat.data.readers import read_raw
-from hsat.eval import KNNClassifier, embed, read_records, save_adversarial, score_levels, write_records
+from hsat.eval import (
+    ExportOptions,
+    KNNClassifier,
+    Provenance,
+    RunOptions,
+    embed,
+    read_records,
+    save_adversarial,
+    score_levels,
+    write_records,
+)
+from hsat.eval.export import ShapeBatches
 from hsat.models import wrap_encoder
 
 RAW = Reparametrized(RawChannels(srh_to_rgb), PGD(Linf(8 / 255), step_size=2 / 255, steps=4))
 RGB = PGD(Linf(8 / 255), step_size=2 / 255, steps=4)
-FAST = dict(k=3, bootstrap=20, name="PGD-8", model="toy")
+FAST = dict(options=ExportOptions(name="PGD-8"), classifier=KNNClassifier(k=3), provenance=Provenance(model="toy"))
+PAIRS = dict(options=ExportOptions(name="PGD-8", batch_size=2))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +84,7 @@ def from_srh(encoder, srh, tmp_path_factory):
 @pytest.fixture(scope="module")
 def from_colour(encoder, colour, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "adv"
-    return save_adversarial(out, encoder, bank_of(colour, encoder), colour, RGB, batch_size=2, **FAST)
+    return save_adversarial(out, encoder, bank_of(colour, encoder), colour, RGB, **FAST | PAIRS)
 
 
 def test_srh_files_are_two_planes_of_16_bits_inside_the_ball(srh, from_srh):
@@ -174,17 +186,21 @@ def test_attacks_that_files_cannot_hold_are_refused_with_what_to_do(encoder, srh
     with pytest.raises(TypeError, match=r"no \.threat"):
         save_adversarial(tmp_path / "a", encoder, bank_of(colour, encoder), colour, stain, **FAST)
     for options, words in (
-        ({"target": "logits"}, "unknown target"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"split": "test"}, "split 'test'"),
-        ({"name": "clean"}, "cannot be called 'clean'"),
+        ({"target": "logits"}, "'logits'"),
+        ({"options": ExportOptions(split="test")}, "split 'test'"),
     ):
         with pytest.raises(ValueError, match=words):
             save_adversarial(tmp_path / "a", encoder, bank_of(srh, encoder), srh, RAW, **FAST | options)
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("target", ["knn", "embedding"])
+@pytest.mark.parametrize(("options", "words"), [({"batch_size": 0}, "batch_size"), ({"name": "clean"}, "'clean'")])
+def test_options_are_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        ExportOptions(**options)
+
+
+@pytest.mark.parametrize("target", ["decision", "embedding"])
 def test_other_targets_threat_models_and_the_encoders_mode(encoder, srh, tmp_path, target):
     mask = torch.zeros(24, 24, dtype=torch.bool)
     mask[:12] = True
@@ -216,3 +232,41 @@ def test_a_universal_perturbation_can_be_stored(encoder, colour, tmp_path):
     )
     result = save_adversarial(tmp_path / "adv", encoder, bank_of(colour, encoder), val, universal, **FAST)
     assert len(result.cohort) == 4 and result.changed > 0.5
+
+
+def test_batches_hold_patches_of_one_shape_in_order(colour):
+    batches = list(ShapeBatches(PatchDataset(colour, "val"), 2))
+    assert [len(batch) for batch in batches] != [2] * len(batches), "two sizes of files"
+    assert torch.cat([batch.patch for batch in batches]).tolist() == colour.rows("val").tolist()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_export_goes_on_and_writes_what_is_missing(encoder, colour, tmp_path, monkeypatch):
+    """Files that were lost meanwhile are written again, though their batch is in the store."""
+    bank, save, written = bank_of(colour, encoder), Image.Image.save, []
+
+    def failing(self, path, **options):
+        if len(written) == 3:
+            raise Interrupted
+        written.append(path)
+        save(self, path, **options)
+
+    whole = save_adversarial(tmp_path / "whole", encoder, bank, colour, RGB, **FAST | PAIRS)
+    options = FAST | PAIRS | dict(run=RunOptions(resume_dir=tmp_path / "state"))
+    monkeypatch.setattr(Image.Image, "save", failing)
+    with pytest.raises(Interrupted):
+        save_adversarial(tmp_path / "adv", encoder, bank, colour, RGB, **options)
+    assert not (tmp_path / "adv").exists()
+    monkeypatch.setattr(Image.Image, "save", save)
+    lost = sorted((tmp_path / ".adv.partial").rglob("*.png"))[0]
+    lost.unlink()
+    again = save_adversarial(tmp_path / "adv", encoder, bank, colour, RGB, **options)
+    assert again.records == whole.records and again.changed == whole.changed
+    for one, other in zip(sorted(whole.root.rglob("*.png")), sorted(again.root.rglob("*.png")), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert not (tmp_path / ".adv.partial").exists()
+    with pytest.raises(FileExistsError):
+        save_adversarial(tmp_path / "adv", encoder, bank, colour, RGB, **options)

@@ -1,13 +1,14 @@
+"""Records as JSON lines: written whole, read back the same, broken lines named."""
+
 from __future__ import annotations
 
 import json
 import os
 
 import pytest
-import torch
 
-from hsat.eval import Record, eps_text, markdown_table, read_records, write_records
-from hsat.eval.records import eps_value, software_versions
+from hsat.eval import Record, read_records, write_records
+from hsat.eval.records import software_versions
 
 
 def record(**changes) -> Record:
@@ -81,77 +82,13 @@ def test_a_broken_line_is_named(tmp_path, line, message):
         read_records(path)
 
 
-@pytest.mark.parametrize(
-    ("eps", "text"),
-    [
-        (8 / 255, "8/255"),
-        (4 / 255, "4/255"),
-        (1.0, "1"),
-        (0.0, "0"),
-        (0.5, "0.5"),
-        (0.01, "0.01"),
-        (0.0123456, "0.0123456"),
-        (torch.tensor([8 / 255]), "8/255"),
-        (torch.tensor([4 / 255, 8 / 255]), "4/255..8/255"),
-    ],
-)
-def test_eps_as_text(eps, text):
-    assert eps_text(eps) == text
-
-
-def test_eps_as_a_number():
-    assert eps_value(torch.tensor([0.1, 0.25])) == 0.25
-    assert eps_value(0.5) == 0.5
-
-
 def test_versions_are_recorded():
     assert {"python", "torch", "numpy", "hsat"} <= software_versions().keys()
 
 
-def test_markdown_table():
-    records = [
-        record(model=model, attack_name=name, metric=metric, level=level, value=value, flags=(), settings={})
-        for level in ("slide", "patch")
-        for model, base in (("hidisc", 0.1), ("hsat", 0.5))
-        for name, gain in (("PGD-8", 0.0), ("clean", 0.3))
-        for metric, value in (("accuracy", base + gain), ("mca", base), ("map", 0.0))
-    ]
-    records[0] = record(model="hidisc", level="slide", value=0.1, low=None, high=None, flags=("doubtful",))
-    text = markdown_table(records, levels=("patch", "slide"))
-    assert text.splitlines()[:6] == [
-        "**Patch level** (Acc / MCA, %; n = 100)",
-        "",
-        "| model | target | k | clean | PGD-8 |",
-        "| --- | --- | --- | --- | --- |",
-        "| hidisc | features | 200 | 40.0 [25.0, 75.0] / 10.0 [25.0, 75.0] | 10.0 [25.0, 75.0] / 10.0 [25.0, 75.0] |",
-        "| hsat | features | 200 | 80.0 [25.0, 75.0] / 50.0 [25.0, 75.0] | 50.0 [25.0, 75.0] / 50.0 [25.0, 75.0] |",
-    ]
-    assert "| hidisc | features | 200 | 40.0 [25.0, 75.0] / 10.0 [25.0, 75.0] | 10.0 / 10.0 [25.0, 75.0] |" in text
-    assert text.endswith("- PGD-8: noted\n- hidisc, PGD-8 (features): doubtful\n")
-
-
-def test_markdown_table_without_intervals_and_with_several_runs():
-    several = [record(seed=seed, value=value, flags=(), settings={}) for seed, value in enumerate((0.4, 0.5, 0.6))]
-    text = markdown_table(several, levels=("patch",), metrics=("accuracy",))
-    assert "| hsat | features | 200 | 50.0 ± 10.0 (3 runs) |" in text
-    text = markdown_table(several[:1], levels=("patch",), metrics=("accuracy",), intervals=False)
-    assert "| hsat | features | 200 | 40.0 |" in text
-
-
-def test_markdown_table_marks_what_was_not_measured():
-    other = record(model="b", attack_name="BIM-8", target="embedding", k=20)
-    text = markdown_table([record(), other], metrics=("accuracy",), intervals=False)
-    assert "| hsat | features | 200 | 50.0 | – |" in text
-    assert "| b | embedding | 20 | – | 50.0 |" in text
-
-
-def test_names_do_not_break_the_markdown_table():
-    table = markdown_table([record(model="a|b\nc", attack_name="x|y")], levels=("patch",))
-    heads, _, row = (line for line in table.splitlines() if line.startswith("|"))
-    assert row.startswith("| a\\|b c | features |") and heads.endswith("| x\\|y |")
-    assert len(heads.replace("\\|", "").split("|")) == len(row.replace("\\|", "").split("|"))
-
-
-def test_markdown_table_of_nothing():
-    with pytest.raises(ValueError, match=r"none of the 1 records is at a level of \['slide'\]"):
-        markdown_table([record()], levels=("slide",))
+def test_records_of_schema_1_are_read(tmp_path):
+    path = write_records(tmp_path / "records.jsonl", [record(schema=2, classifier="KNNClassifier(k=200)")])
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("schema", "classifier")}
+    path.write_text(json.dumps(old) + "\n")
+    assert read_records(path) == (record(),)
+    assert (record().schema, record().classifier) == (1, "")

@@ -10,17 +10,22 @@ import torch
 
 from hsat.attacks import PGD, Linf
 from hsat.eval import (
+    PAPER,
     KNNClassifier,
+    PatchBudget,
+    Provenance,
+    RunOptions,
+    Scoring,
     Smoothing,
     certify,
     diagnose,
     embed,
-    evaluate_hierarchical_budget,
+    ensemble_attacks,
+    evaluate_budget,
     evaluate_transfer,
     evaluate_whitebox,
     paired_difference,
     score_tables,
-    strongest_attacks,
 )
 from hsat.types import HierarchicalBatch
 
@@ -35,6 +40,9 @@ COHORTS = {  # (slide, patient, label) of each image
     "a class of one row": [(0, 0, 0), (1, 1, 0), (2, 2, 0), (3, 3, 1)],
 }
 BANK = [(row, row, row % 3) for row in range(9)]
+
+
+FAST = dict(classifier=KNNClassifier(k=1), scoring=Scoring(bootstrap=20))
 
 
 class Loader(list):
@@ -61,7 +69,7 @@ def bank_of(rows):
 
 
 def whitebox(encoder, bank, queries, attacks=ATTACKS, **options):
-    return evaluate_whitebox(encoder, bank, queries, attacks, k=1, bootstrap=20, **options)
+    return evaluate_whitebox(encoder, bank, queries, attacks, **FAST | options)
 
 
 def check_numbers(records):
@@ -81,12 +89,12 @@ def check_numbers(records):
 def test_any_number_of_images_is_diagnosed(toy_encoder, tmp_path, images, batch_size, state):
     """The last batch of the diagnosis may hold one image, whose ids lie in memory as a column does."""
     queries = loader([(row, row, row % 3) for row in range(6)], batch_size=batch_size)
-    options = {"state": tmp_path / "state"} if state else {}
-    result = whitebox(toy_encoder, bank_of(BANK), queries, diagnose=images, **options)
+    run = RunOptions(noise=False, diagnose=images, resume_dir=tmp_path / "state" if state else None)
+    result = whitebox(toy_encoder, bank_of(BANK), queries, run=run)
     measures = [record.settings["diagnosis"]["images"] for record in result.records if record.attack]
     assert set(measures) == {images}
     if state:  # and what was kept is recognised: the digest is of the values, however they lie
-        again = whitebox(toy_encoder, bank_of(BANK), queries, diagnose=images, **options)
+        again = whitebox(toy_encoder, bank_of(BANK), queries, run=run)
         assert again.records == result.records
 
 
@@ -94,15 +102,8 @@ def test_any_number_of_images_is_diagnosed(toy_encoder, tmp_path, images, batch_
 @pytest.mark.parametrize("queries", COHORTS)
 def test_whitebox(toy_encoder, tmp_path, bank, queries):
     rows = COHORTS.get(bank, BANK)
-    result = whitebox(
-        toy_encoder,
-        bank_of(rows),
-        loader(COHORTS[queries]),
-        noise=True,
-        diagnose=True,
-        state=tmp_path / "state",
-        cache=tmp_path / "cache",
-    )
+    run = RunOptions(diagnose=32, resume_dir=tmp_path / "state", cache_dir=tmp_path / "cache")
+    result = whitebox(toy_encoder, bank_of(rows), loader(COHORTS[queries]), run=run)
     check_numbers(result.records)
     patients = {row[1] for row in COHORTS[queries]}
     reasons = {record.settings.get("no_interval") for record in result.records}
@@ -114,30 +115,27 @@ def test_whitebox(toy_encoder, tmp_path, bank, queries):
 
 
 @pytest.mark.parametrize("queries", COHORTS)
-@pytest.mark.parametrize("target", ["knn", "embedding"])
+@pytest.mark.parametrize("target", ["decision", "embedding"])
 def test_targets_and_the_published_conventions(toy_encoder, queries, target):
-    for compat in (None, "paper"):
-        found = whitebox(toy_encoder, bank_of(BANK), loader(COHORTS[queries]), target=target, compat=compat)
+    for scoring in (FAST["scoring"], PAPER.scoring):
+        found = whitebox(toy_encoder, bank_of(BANK), loader(COHORTS[queries]), target=target, scoring=scoring)
         check_numbers(found.records)
 
 
 @pytest.mark.parametrize("queries", COHORTS)
-def test_the_strongest_of_many(toy_encoder, queries):
-    attacks = strongest_attacks((8 / 255,), steps=2, vote_steps=2, restarts=1, queries=3)
-    result = whitebox(toy_encoder, bank_of(BANK), loader(COHORTS[queries]), attacks, diagnose=2)
+def test_ensembles(toy_encoder, queries):
+    attacks = ensemble_attacks((8 / 255,), steps=2, decision_steps=2, restarts=1, queries=3)
+    result = whitebox(toy_encoder, bank_of(BANK), loader(COHORTS[queries]), attacks, run=RunOptions(diagnose=2))
     check_numbers(result.records)
 
 
 @pytest.mark.parametrize("queries", COHORTS)
-@pytest.mark.parametrize("hold", ["all", "one"])
-def test_transfer(toy_encoder, tmp_path, queries, hold):
-    """One encoder alone, and two of which one is in memory while the images of the other wait on the disk."""
-    encoders, state = {"a": toy_encoder}, None
-    if hold == "one":
-        encoders["b"], state = (lambda x: x.mean((2, 3))), tmp_path / "state"
-    result = evaluate_transfer(
-        encoders, bank_of(BANK), loader(COHORTS[queries]), ATTACKS, k=1, bootstrap=20, hold=hold, state=state
-    )
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_transfer(toy_encoder, tmp_path, queries, names):
+    """One encoder alone, and two."""
+    encoders = {name: toy_encoder if name == "a" else (lambda x: x.mean((2, 3))) for name in names}
+    run = RunOptions(resume_dir=tmp_path / "state")
+    result = evaluate_transfer(encoders, bank_of(BANK), loader(COHORTS[queries]), ATTACKS, run=run, **FAST)
     assert all(math.isfinite(record.value) for record in result.records)
 
 
@@ -145,15 +143,9 @@ def test_transfer(toy_encoder, tmp_path, queries, hold):
 @pytest.mark.parametrize("level", ["slide", "patient"])
 @pytest.mark.parametrize("order", ["worst", "random"])
 def test_budget(toy_encoder, queries, level, order):
-    result = evaluate_hierarchical_budget(
-        toy_encoder,
-        bank_of(BANK),
-        loader(COHORTS[queries]),
-        ATTACKS["pgd"],
-        level=level,
-        order=order,
-        k=1,
-        bootstrap=20,
+    budget, attack = PatchBudget(level=level, order=order), ATTACKS["pgd"]
+    result = evaluate_budget(
+        toy_encoder, bank_of(BANK), loader(COHORTS[queries]), attack, budget=budget, target="decision", **FAST
     )
     assert all(math.isfinite(record.value) for record in result.records)
 
@@ -162,12 +154,14 @@ def test_budget(toy_encoder, queries, level, order):
 @pytest.mark.parametrize("samples", [1, 5])
 def test_certificates(toy_encoder, queries, samples):
     smoothing = Smoothing(sigma=0.1, selection=1, samples=samples, alpha=0.1, chunk=1)
-    result = certify(toy_encoder, bank_of(BANK), loader(COHORTS[queries]), smoothing=smoothing, k=1, bootstrap=20)
+    result = certify(toy_encoder, bank_of(BANK), loader(COHORTS[queries]), smoothing, **FAST)
     check_numbers(result.records)
 
 
 def test_one_image_is_diagnosed(toy_encoder):
-    found = diagnose(toy_encoder, bank_of(BANK), loader(COHORTS["one image"]), attack=ATTACKS["pgd"], k=1)
+    found = diagnose(
+        toy_encoder, bank_of(BANK), loader(COHORTS["one image"]), ATTACKS["pgd"], classifier=KNNClassifier(k=1)
+    )
     assert found.measures["images"] == 1
     assert all(math.isfinite(value) for value in found.measures.values())
 
@@ -193,7 +187,7 @@ def test_a_bank_of_one_row_answers_its_class(toy_encoder):
     np.testing.assert_array_equal(knn.predict_proba(queries.z), [[0, 0, 1]] * 3)
 
 
-@pytest.mark.parametrize("target", ["features", "knn"])
+@pytest.mark.parametrize("target", ["features", "decision"])
 def test_a_bank_of_one_class_is_flagged(toy_encoder, target):
     """Every decision is that class, whatever an attack does: a number that must not pass for robustness."""
     for rows, flagged in ((COHORTS["one class"], True), (BANK, False)):
@@ -201,15 +195,15 @@ def test_a_bank_of_one_class_is_flagged(toy_encoder, target):
         assert all(any("one class only (green)" in flag for flag in record.flags) == flagged for record in records)
 
 
-@pytest.mark.parametrize("target", ["features", "knn"])
+@pytest.mark.parametrize("target", ["features", "decision"])
 def test_one_class_in_all(toy_encoder, target):
     """A cohort that knows one class only: its vote can be attacked in vain, and is."""
     rows = [(row, row, 0) for row in range(3)]
     bank, queries = bank_of(rows), loader(rows)
-    options = {"target": target, "k": 1, "bootstrap": 20, "class_names": ("cyan",)}
+    options = FAST | {"target": target, "provenance": Provenance(class_names=("cyan",))}
     found = (
-        evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, diagnose=True, **options),
-        evaluate_hierarchical_budget(toy_encoder, bank, queries, ATTACKS["pgd"], **options),
+        evaluate_whitebox(toy_encoder, bank, queries, ATTACKS, run=RunOptions(diagnose=32), **options),
+        evaluate_budget(toy_encoder, bank, queries, ATTACKS["pgd"], **options),
     )
     for result in found:
         assert {record.value for record in result.records if record.metric == "accuracy"} == {1.0}
@@ -219,7 +213,7 @@ def test_one_class_in_all(toy_encoder, target):
 def test_certificates_refuse_a_bank_of_one_class_by_name(toy_encoder):
     smoothing = Smoothing(sigma=0.1, selection=1, samples=1)
     with pytest.raises(ValueError, match=r"'green' of .*at least two classes"):
-        certify(toy_encoder, bank_of(COHORTS["one class"]), loader(BANK), smoothing=smoothing, k=1)
+        certify(toy_encoder, bank_of(COHORTS["one class"]), loader(BANK), smoothing, classifier=KNNClassifier(k=1))
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -235,8 +229,8 @@ def test_an_encoder_that_squeezes_is_told_so(images):
         lambda: embed(squeezing, queries),
         lambda: embed(squeezing, queries, attack=ATTACKS["pgd"]),
         lambda: whitebox(squeezing, bank, queries),
-        lambda: whitebox(squeezing, bank, queries, target="knn"),
-        lambda: evaluate_transfer({"a": squeezing}, {"a": bank}, queries, ATTACKS, k=1, bootstrap=0),
+        lambda: whitebox(squeezing, bank, queries, target="decision"),
+        lambda: evaluate_transfer({"a": squeezing}, {"a": bank}, queries, ATTACKS, **FAST),
     )
     for call in calls:
         with pytest.raises(ValueError, match=r"gave shape \(3,\) for 1 images; expected \(1, d\).*flatten\(1\)"):

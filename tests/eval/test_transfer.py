@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import weakref
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hsat.eval.transfer.lending import is_loader
 from PIL import Image
 from torch import nn
 
-from hsat.attacks import PGD, Linf
+from hsat.attacks import PGD, AttackEnsemble, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
 from hsat.eval import (
+    PAPER,
     KNNClassifier,
+    Provenance,
+    RunOptions,
+    Scoring,
+    Target,
     embed,
     evaluate_transfer,
     evaluate_whitebox,
@@ -30,12 +33,14 @@ from hsat.eval import (
     write_records,
 )
 from hsat.eval.statistics.intervals import student_quantile
+from hsat.eval.transfer import load_source
 from hsat.models import branch, convert_to_dual, wrap_encoder
 from hsat.types import HierarchicalBatch
 
 PGD8 = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
 ATTACKS = {"PGD-8": PGD8, "PGD-2": dataclasses.replace(PGD8, threat=Linf(2 / 255))}
-FAST = dict(k=15, bootstrap=40)
+FAST = dict(classifier=KNNClassifier(k=15), scoring=Scoring(bootstrap=40))
+CLASSES = ("cyan", "green", "red")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "transfer.md"
 
 
@@ -76,7 +81,7 @@ class Watched:
         self.calls.append(len(x))
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
-        return self.attack.run(x, objective, **options)
+        return self.attack.run(x, objective, score=False, **options)
 
 
 class Counted(list):
@@ -142,7 +147,8 @@ def test_it_is_what_embedding_by_hand_gives(full, bank, queries):
 
 def test_the_diagonal_is_the_white_box(full, bank, queries):
     for name, encoder in colours().items():
-        alone = evaluate_whitebox(encoder, bank, queries, ATTACKS, model=name, **FAST)
+        options = dict(target="features", run=RunOptions(noise=False), provenance=Provenance(model=name))
+        alone = evaluate_whitebox(encoder, bank, queries, ATTACKS, **FAST, **options)
         own = [r for r in full.records if r.model == name and r.surrogate in ("", name) and "_drop" not in r.metric]
         for expected, record in zip(alone.records, own, strict=True):
             settings = {key: value for key, value in record.settings.items() if key != "surrogate_checkpoint"}
@@ -175,7 +181,7 @@ def test_drops_and_their_averages(full):
             assert record.settings["surrogates"] == others
             assert record.backwards == 2 * PGD8.steps
         else:
-            assert record.backwards == PGD8.steps < record.forwards
+            assert record.backwards == PGD8.steps == record.forwards
     levels, drops = 3, 2
     assert len(full.records) == 3 * (levels * 5 + 3 * 2 * levels * (5 + drops) + 2 * levels * drops)
     assert len(pick(full.records, surrogate="others")) == 3 * 2 * levels * drops
@@ -220,17 +226,23 @@ def test_intervals_are_paired(level, full, queries):
 
 def test_without_resamples_or_spread_there_is_no_interval_but_a_reason(bank, queries):
     nothing = {"PGD-0": dataclasses.replace(PGD8, threat=Linf(0.0))}
-    for options, reason in ((FAST, "every resample gives the same value"), (dict(k=15, bootstrap=0), "no resamples")):
+    for options, reason in (
+        (FAST, "every resample gives the same value"),
+        (FAST | dict(scoring=Scoring(bootstrap=0)), "no resamples"),
+    ):
         found = evaluate_transfer(colours(), bank, queries, nothing, **options).records
         drops = [record for record in found if record.metric.endswith("_drop")]
         assert len(drops) == 3 * 4 * 3 * 2
         assert {(r.value, r.low, r.high, r.settings["no_interval"]) for r in drops} == {(0.0, None, None, reason)}
 
 
+PAIRS = (("a", "b"), ("a", "c"), ("b", "b"), ("b", "c"))
+
+
 def test_each_thing_is_done_once(bank, queries):
     encoders, attacks = colours(), {name: Watched(attack) for name, attack in ATTACKS.items()}
     bank, queries = Counted(bank), Counted(queries)
-    result = evaluate_transfer(encoders, bank, queries, attacks, surrogates=["a", "b"], targets=["b", "c"], **FAST)
+    result = evaluate_transfer(encoders, bank, queries, attacks, pairs=PAIRS, **FAST)
     assert [attack.calls for attack in attacks.values()] == [[20, 16] * 2] * 2, "once per surrogate, batch and attack"
     assert bank.reads == 2, "once per target"
     assert queries.reads == 2 + 2 * 2, "once per target, and once per surrogate and attack"
@@ -249,64 +261,31 @@ def test_each_thing_is_done_once(bank, queries):
     ).settings["surrogates"] == ["a"]
 
 
-def test_one_encoder_at_a_time_gives_the_same_numbers(full, bank, queries, tmp_path):
-    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    most = []
+def test_encoders_may_be_loaded_when_they_are_needed(full, bank, queries):
+    loaded = []
 
     def load(name):
-        alive.add(encoder := colours()[name])
-        most.append(len(alive))
-        return encoder
+        loaded.append(name)
+        return colours()[name]
 
     encoders = {name: partial(load, name) for name in "abc"}
-    options = dict(hold="one", state=tmp_path / "state", checkpoints={name: f"hash of {name}" for name in "abc"})
-    result = evaluate_transfer(encoders, bank, queries, ATTACKS, **options, **FAST)
-    assert max(most) == 1 and len(most) == 3 + 3 + 6 * (1 + 3)  # to know them, as targets, and for six attacks
-    for key, scores in full.attacked.items():
-        np.testing.assert_array_equal(result.attacked[key][15], scores[15])
+    provenance = {name: Provenance(checkpoint=f"hash of {name}") for name in "abc"}
+    result = evaluate_transfer(encoders, bank, queries, ATTACKS, provenance=provenance, **FAST)
+    assert loaded == ["a", "b", "c"]
     assert [(r.value, r.low, r.high) for r in result.records] == [(r.value, r.low, r.high) for r in full.records]
     assert {record.checkpoint for record in pick(result.records, model="b")} == {"hash of b"}
-    assert (
-        one(result.records, surrogate="c", model="b", attack_name="PGD-2", level="slide", metric="map").settings[
-            "surrogate_checkpoint"
-        ]
-        == "hash of c"
-    )
-    assert not (tmp_path / "state" / "adversarial").exists()
+    crossed = one(result.records, surrogate="c", model="b", attack_name="PGD-2", level="slide", metric="map")
+    assert crossed.settings["surrogate_checkpoint"] == "hash of c"
 
 
-def test_adversarial_images_wait_on_the_disk_and_go(bank, queries, tmp_path):
-    sizes, folder = [], tmp_path / "state" / "adversarial"
-
-    class Looking(Colours):
-        def forward(self, images):
-            sizes.append(sum(path.stat().st_size for path in folder.glob("*")))
-            return super().forward(images)
-
-    encoders = {"a": colours()["a"], "b": Looking((1.0, 0.0, 0.0))}
-    options = dict(surrogates=["a"], targets=["b"], hold="one", state=tmp_path / "state", **FAST)
-    evaluate_transfer(encoders, bank, queries, {"PGD-8": PGD8}, **options)
-    assert sizes[:5] == [0] * 5 and len(sizes) == 7  # bank and clean queries, then what was spilled
-    assert sizes[5] == sizes[6] >= 36 * 3 * 6 * 6 * 4
-    assert not folder.exists()
-    folder.mkdir()
-    (folder / "999999.safetensors").write_bytes(b"left by a process that was killed")
-    evaluate_transfer(encoders, bank, queries, ATTACKS, **options)
-    assert not folder.exists()
-    broken = {"PGD-4": Watched(PGD8, fails_at=2)}
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_transfer(encoders, bank, queries, broken, **options)
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("hold", ["all", "one"])
-def test_an_interrupted_run_goes_on_from_the_finished_pairs(hold, full, bank, queries, tmp_path):
-    options = dict(hold=hold, state=tmp_path / "state", **FAST)
+def test_an_interrupted_run_goes_on_from_the_finished_batches(full, bank, queries, tmp_path):
+    options = dict(run=RunOptions(resume_dir=tmp_path / "state"), **FAST)
     with pytest.raises(KeyboardInterrupt):
         evaluate_transfer(colours(), bank, queries, {**ATTACKS, "PGD-2": Watched(ATTACKS["PGD-2"], 4)}, **options)
-    again = Counted(bank)
-    result = evaluate_transfer(colours(), again, queries, ATTACKS, **options)
+    again, attacks = Counted(bank), {name: Watched(attack) for name, attack in ATTACKS.items()}
+    result = evaluate_transfer(colours(), again, queries, attacks, **options)
     assert result.made == (("b", "PGD-2"), ("c", "PGD-8"), ("c", "PGD-2"))
+    assert attacks["PGD-2"].calls == [16, 20, 16], "of the pair that was begun only the second batch is left"
     assert result.records == full.records
     assert again.reads == 0, "the banks were kept"
     attacks = {name: Watched(attack) for name, attack in ATTACKS.items()}
@@ -316,11 +295,33 @@ def test_an_interrupted_run_goes_on_from_the_finished_pairs(hold, full, bank, qu
     assert not list((tmp_path / "state").rglob(".*"))
 
 
+def test_decisions_are_those_of_the_surrogates_own_bank(bank, queries):
+    """Also of an ensemble, whatever the other attacks maximise; other surrogates need no bank."""
+    encoders = colours()
+    ensemble = AttackEnsemble(Linf(2 / 255), steps=2, decision_steps=2, restarts=1, queries=2)
+    tables = {name: embed(encoder, bank) for name, encoder in encoders.items()}
+    for target, attacks in (("decision", {"PGD": ATTACKS["PGD-2"]}), ("features", {"ensemble": ensemble})):
+        options = dict(FAST, target=target, pairs=[("a", "b"), ("b", "b")])
+        result = evaluate_transfer(encoders, tables, queries, attacks, **options)
+        (name,) = attacks
+        alone = evaluate_whitebox(
+            encoders["b"], tables["b"], queries, attacks, **FAST, target=target, run=RunOptions(noise=False)
+        )
+        np.testing.assert_array_equal(result.attacked["b", name, "b"][15], alone.scores[name][15])
+        crossed = one(result.records, surrogate="a", model="b", attack_name=name, level="patch", metric="accuracy")
+        assert crossed.settings["attacked_classifier"] == repr(FAST["classifier"])
+        with pytest.raises(ValueError, match=r"no table for \['a'\]"):
+            evaluate_transfer(encoders, {"b": tables["b"]}, queries, attacks, **options)
+    drift = evaluate_transfer(encoders, {"b": tables["b"]}, queries, {"PGD-8": PGD8}, **options)
+    assert drift.made == (("a", "PGD-8"), ("b", "PGD-8"))
+
+
 def test_a_state_serves_other_arithmetic_and_grows(full, bank, queries, tmp_path):
-    options = dict(state=tmp_path / "state", **FAST)
+    options = dict(run=RunOptions(resume_dir=tmp_path / "state"), **FAST)
     small = {name: encoder for name, encoder in colours().items() if name != "c"}
     evaluate_transfer(small, bank, queries, {"PGD-8": PGD8}, **options)
-    paper = evaluate_transfer(small, bank, queries, {"PGD-8": PGD8}, how="paper", **options)
+    scoring = Scoring(pooling="paper", bootstrap=40)
+    paper = evaluate_transfer(small, bank, queries, {"PGD-8": PGD8}, **options | dict(scoring=scoring))
     assert paper.made == ()
     assert {record.settings["how"] for record in paper.records} == {"paper"}
     grown = evaluate_transfer(colours(), bank, queries, ATTACKS, **options)
@@ -333,7 +334,7 @@ def test_a_state_serves_other_arithmetic_and_grows(full, bank, queries, tmp_path
 @pytest.fixture(scope="module")
 def begun(bank, queries, tmp_path_factory):
     folder = tmp_path_factory.mktemp("begun") / "state"
-    evaluate_transfer({"a": colours()["a"]}, bank, queries, {"PGD-8": PGD8}, state=folder, **FAST)
+    evaluate_transfer({"a": colours()["a"]}, bank, queries, {"PGD-8": PGD8}, run=RunOptions(resume_dir=folder), **FAST)
     return folder
 
 
@@ -344,31 +345,29 @@ def grey(loader):
 @pytest.mark.parametrize(
     ("change", "count", "named"),
     [
-        (dict(seed=1), 1, ["seed was 0, now 1"]),
-        (dict(k=(15, 3), temperature=0.1), 2, ["k was [15], now [15, 3]", "temperature was 0.07, now 0.1"]),
+        (dict(run=dict(seed=1)), 1, ["seed was 0, now 1"]),
+        (dict(classifier=KNNClassifier(k=3, temperature=0.1)), 1, ["classifier was", "k=15", "k=3, temperature=0.1"]),
         (dict(target="embedding"), 1, ["target was features, now embedding"]),
         (dict(attacks={"PGD-8": dataclasses.replace(PGD8, steps=3)}), 1, ["attack.PGD-8 was PGD", "steps=3"]),
-        (dict(encoders={"a": colours()["b"]}), 1, ["encoder.a was"]),
-        (dict(checkpoints={"a": "another"}), 1, ["encoder.a was", "now another"]),
-        (dict(class_names=("cyan", "green", "blue")), 2, ["queries.classes", "banks.classes"]),
+        (dict(encoders={"a": colours()["b"]}), 1, ["encoder.a.weights was"]),
+        (dict(provenance={"a": Provenance(class_names=("cyan", "green", "blue"))}), 1, ["encoder.a.classes"]),
     ],
 )
 def test_a_state_of_other_settings_is_refused_by_name(change, count, named, begun, bank, queries):
-    arguments = dict(encoders={"a": colours()["a"]}, attacks={"PGD-8": Watched(PGD8)}, **FAST) | change
+    arguments = dict(encoders={"a": colours()["a"]}, attacks={"PGD-8": Watched(PGD8)}, run={}, **FAST) | change
     encoders, attacks = arguments.pop("encoders"), arguments.pop("attacks")
+    run = RunOptions(resume_dir=begun, **arguments.pop("run"))
     with pytest.raises(ValueError, match="was begun under other settings") as caught:
-        evaluate_transfer(encoders, bank, queries, attacks, state=begun, **arguments)
+        evaluate_transfer(encoders, bank, queries, attacks, run=run, **arguments)
     message = str(caught.value)
     assert str(begun) in message and all(part in message for part in named), message
     assert message.count(" was ") == 1 + count, message
 
 
 def test_other_images_of_the_same_description_are_refused(begun, bank, queries):
-    watched = {"PGD-4": Watched(PGD8)}
-    with pytest.raises(
-        ValueError, match=r"batch 1 of the queries is not what it was at the first reading \(2 batches\)"
-    ):
-        evaluate_transfer({"a": colours()["a"]}, bank, grey(queries), watched, state=begun, **FAST)
+    watched, run = {"PGD-4": Watched(PGD8)}, RunOptions(resume_dir=begun)
+    with pytest.raises(ValueError, match="batch 0 of the queries is not the one"):
+        evaluate_transfer({"a": colours()["a"]}, bank, grey(queries), watched, run=run, **FAST)
     assert watched["PGD-4"].calls == []
 
 
@@ -381,7 +380,7 @@ def test_a_loader_that_shuffles_is_refused(bank, queries):
             return iter(list(self[:]) if self.turn == 1 else list(reversed(self[:])))
 
     watched = {"PGD-8": Watched(PGD8)}
-    with pytest.raises(ValueError, match=r"batch 1 of the queries.*no shuffling, no augmentation"):
+    with pytest.raises(ValueError, match=r"batch 0 of the queries.*no shuffling, no augmentation"):
         evaluate_transfer(colours(), bank, Shuffled(queries), watched, **FAST)
     assert watched["PGD-8"].calls == []
 
@@ -402,26 +401,24 @@ def test_a_folder_of_something_else_and_damaged_files_are_named(bank, queries, t
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     call = partial(evaluate_transfer, {"a": colours()["a"]}, bank, queries, {"PGD-8": PGD8}, **FAST)
-    with pytest.raises(ValueError, match=r"photos holds something else than a transfer evaluation"):
-        call(state=tmp_path / "photos")
+    with pytest.raises(ValueError, match="photos holds something else"):
+        call(run=RunOptions(resume_dir=tmp_path / "photos"))
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
-    first = call(state=tmp_path / "state")
-    (victim,) = (tmp_path / "state" / "entries").glob("attacked-a-PGD-8-*")
-    victim.write_bytes(victim.read_bytes()[:100])
-    with pytest.raises(ValueError, match=re.escape(str(victim)) + ".* is damaged"):
-        call(state=tmp_path / "state")
-    victim.unlink()
-    assert call(state=tmp_path / "state").records == first.records
+    run = RunOptions(resume_dir=tmp_path / "state")
+    first = call(run=run)
+    for victim in (tmp_path / "state").glob("*-a-*batch-000001-*"):
+        victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"(clean|attacked)-a-.*computing it anew"):
+        assert call(run=run).records == first.records
     (tmp_path / "state" / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
-        call(state=tmp_path / "state")
+    with pytest.raises(ValueError, match=r"settings\.json"):
+        call(run=run)
 
 
 def test_names_are_never_paths(bank, queries, tmp_path):
     name = "../../x/y"
-    result = evaluate_transfer(
-        {name: colours()["a"]}, bank, queries, {"../PGD": PGD8}, state=tmp_path / "in" / "state", **FAST
-    )
+    run = RunOptions(resume_dir=tmp_path / "in" / "state")
+    result = evaluate_transfer({name: colours()["a"]}, bank, queries, {"../PGD": PGD8}, run=run, **FAST)
     assert result.made == ((name, "../PGD"),)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["state"]
@@ -451,18 +448,18 @@ def test_encoders_of_other_sizes_and_pixels(bank, queries):
     assert {record.target for record in result.records} == {"embedding"}
 
 
-def test_k_above_the_bank_is_said_once_per_target(bank, queries, tmp_path):
+def test_k_above_the_bank_is_said_once_per_target(bank, queries):
+    several = [KNNClassifier(k=200), KNNClassifier(k=9)]
     with pytest.warns(UserWarning, match="k=200 is more than the 90 rows of the bank") as caught:
-        result = evaluate_transfer(
-            colours(), bank, queries, ATTACKS, k=(200, 9), bootstrap=0, hold="one", state=tmp_path / "state"
-        )
+        result = evaluate_transfer(colours(), bank, queries, ATTACKS, **FAST | dict(classifier=several))
     assert len(caught) == 3
     assert {record.k for record in result.records} == {90, 9}
 
 
 def test_the_paper_attacks_the_embedding(toy_encoder, bank, queries):
-    result = evaluate_transfer({"a": toy_encoder}, bank, queries, {"PGD-8": PGD8}, compat="paper", **FAST)
-    alone = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, compat="paper", **FAST)
+    options = FAST | dict(target=PAPER.target, scoring=dataclasses.replace(PAPER.scoring, bootstrap=40))
+    result = evaluate_transfer({"a": toy_encoder}, bank, queries, {"PGD-8": PGD8}, **options)
+    alone = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, run=RunOptions(noise=False), **options)
     own = [(r.value, r.target) for r in result.records if "_drop" not in r.metric]
     assert own == [(r.value, "embedding") for r in alone.records]
 
@@ -474,30 +471,30 @@ def test_the_paper_attacks_one_branch_of_a_dual_norm(bank, queries):
     with torch.no_grad(), branch(encoder, "pgd"):
         encoder.train()(queries[0].images)  # the two branches have other statistics now
     results = {}
-    for compat in ("paper", None):
-        options = dict(compat=compat, target="embedding", **FAST)
+    for target in (PAPER.target, Target("embedding")):
+        options = FAST | dict(target=target)
         found = evaluate_transfer({"a": encoder}, bank, queries, {"PGD-8": PGD8}, **options)
         alone = evaluate_whitebox(encoder, bank, queries, {"PGD-8": PGD8}, **options)
-        results[compat] = found.attacked["a", "PGD-8", "a"][15]
-        np.testing.assert_array_equal(results[compat], alone.scores["PGD-8"][15])
-    assert np.abs(results["paper"] - results[None]).max() > 1e-6
+        results[target] = found.attacked["a", "PGD-8", "a"][15]
+        np.testing.assert_array_equal(results[target], alone.scores["PGD-8"][15])
+        branches = {record.settings.get("attack_branch") for record in found.records}
+        assert branches == {"pgd" if target == PAPER.target else None}
+    assert np.abs(results[PAPER.target] - results[Target("embedding")]).max() > 1e-6
+
+
+ENCODER = colours()["a"]
+
+
+@pytest.mark.parametrize("source", [lambda: ENCODER, lambda file="x": ENCODER, partial({"a": ENCODER}.get, "a")])
+def test_a_function_that_takes_no_images_loads_an_encoder(source):
+    assert load_source("a", source) is ENCODER
 
 
 @pytest.mark.parametrize(
-    ("source", "loads"),
-    [
-        (lambda: None, True),
-        (lambda file="x": None, True),
-        (partial(colours().get, "a"), True),
-        (lambda images: images, False),
-        (lambda *images: images, False),
-        (colours()["a"], False),
-        (colours()["a"].forward, False),
-        (torch.relu, False),
-    ],
+    "source", [lambda images: images, lambda *images: images, ENCODER, ENCODER.forward, torch.relu]
 )
-def test_what_loads_an_encoder_takes_no_images(source, loads):
-    assert is_loader(source) is loads
+def test_what_takes_images_is_an_encoder(source):
+    assert load_source("a", source) is source
 
 
 class Never:
@@ -514,31 +511,24 @@ class Never:
         (dict(encoders={"a": 3}), TypeError, "encoders must map names to encoders.*'a': 3"),
         (dict(encoders={"a": lambda: 3}), TypeError, "the function for encoder 'a' gave a int"),
         (dict(encoders={"others": colours()["a"]}), ValueError, "an encoder cannot be called 'others'"),
-        (dict(surrogates=["d"]), ValueError, r"unknown surrogates \['d'\]; the encoders are \['a', 'b', 'c'\]"),
-        (dict(targets=[]), ValueError, "targets are empty"),
-        (dict(targets=["a", "a"]), ValueError, "targets name an encoder twice"),
-        (dict(targets="a"), TypeError, r"targets must be several names, as in \('a',\)"),
-        (dict(checkpoints={"z": ""}), ValueError, r"checkpoints names \['z'\]"),
-        (dict(banks={}), ValueError, r"banks have no table for the targets \['a', 'b', 'c'\]"),
-        (dict(banks={"a": 1, "b": 2, "c": 3}), TypeError, r"banks of \['a', 'b', 'c'\] are no EmbeddingTables"),
-        (dict(banks=iter(())), ValueError, "the bank is read once per target"),
+        (dict(pairs=[("d", "a")]), ValueError, r"\['d'\].*\['a', 'b', 'c'\]"),
+        (dict(pairs=[]), TypeError, "pairs must hold"),
+        (dict(pairs=[("a", "b"), ("a", "b")]), ValueError, "twice"),
+        (dict(pairs="ab"), TypeError, r"\(\('a', 'b'\),\); got 'ab'"),
+        (dict(provenance={"z": Provenance()}), ValueError, r"\['z'\]"),
+        (dict(banks={}), ValueError, r"no table for \['a', 'b', 'c'\]"),
+        (dict(banks={"a": 1, "b": 2, "c": 3}), TypeError, r"\['a', 'b', 'c'\] are no EmbeddingTables"),
+        (dict(banks=iter(())), ValueError, "the bank is read once per encoder"),
         (dict(queries=iter(())), ValueError, "the queries are read once per target and per attack"),
-        (dict(hold="some"), ValueError, "hold must be 'all' or 'one', got 'some'"),
-        (dict(hold="one"), ValueError, "hold='one' keeps adversarial images on the disk.*state="),
-        (dict(target="pixels"), ValueError, "unknown target 'pixels'"),
-        (dict(layer="pixels"), ValueError, "unknown layer 'pixels'"),
+        (dict(target="pixels"), ValueError, "target .*got 'pixels'"),
         (dict(attacks={"clean": Never()}), ValueError, "an attack cannot be called 'clean'"),
-        (dict(k=0), ValueError, "k must be a number of at least 1"),
-        (dict(how="sum"), ValueError, "how must be 'mean' or 'paper', got 'sum'"),
-        (dict(keys="sum"), ValueError, "keys must be 'id' or 'id_and_label', got 'sum'"),
+        (dict(classifier=[]), ValueError, "no classifier"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_attacked(options, error, message, bank, queries):
-    arguments = (
-        dict(encoders=colours(), banks=bank, queries=queries, attacks={"never": Never()}, class_names="xyz") | FAST
-    )
+    arguments = dict(encoders=colours(), banks=bank, queries=queries, attacks={"never": Never()}) | FAST
     with pytest.raises(error, match=message):
-        evaluate_transfer(**arguments | dict(class_names=("cyan", "green", "red")) | options)
+        evaluate_transfer(**arguments | options)
 
 
 def test_the_table_holds_the_matrix(full):
@@ -596,7 +586,60 @@ def test_the_document_runs(tmp_path, monkeypatch):
     names: dict[str, object] = {}
     for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         exec(compile(code, str(DOCUMENT), "exec", dont_inherit=True), names)
-    assert names["found"].records == read_records(tmp_path / "transfer.jsonl")
+    assert names["result"].records == read_records(tmp_path / "transfer.jsonl")
     assert "| mean of the others |" in names["table"] and (tmp_path / "transfer.png").exists()
     assert len(names["first"].made) == 3 and names["again"].made == ()
-    assert names["first"].records == names["again"].records == names["found"].records
+    assert names["first"].records == names["again"].records == names["result"].records
+
+
+# --- a universal perturbation across encoders: fitted on one, without labels, and measured on the others ---
+
+EPS = 12 / 255
+
+
+class Contrasts(nn.Module):
+    """Two colour contrasts and a constant, the contrasts mixed by a small matrix of the encoder's own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        mix = torch.eye(2) + 0.2 * torch.randn(2, 2, generator=torch.Generator().manual_seed(seed))
+        self.mix = nn.Parameter(mix)
+
+    def features(self, images):
+        mean = images.mean((2, 3)) - 0.5
+        contrast = torch.stack((mean[:, 0] - mean[:, 1], mean[:, 1] - mean[:, 2]), 1)
+        return torch.cat((40 * contrast @ self.mix, torch.ones_like(contrast[:, :1])), 1)
+
+    def forward(self, images):
+        return nn.functional.normalize(self.features(images), dim=1)
+
+
+def fitted_on(encoder: nn.Module, bank) -> FittedUniversal:
+    unlabelled = [HierarchicalBatch(b.images, b.patch, b.slide, b.patient) for b in bank]
+    settings = UniversalPerturbation(threat=Linf(EPS), step_size=2 / 255, epochs=4)
+    return settings.fit(unlabelled, encoder.features, generator=torch.Generator().manual_seed(0), note="toy bank")
+
+
+def test_one_perturbation_lowers_every_encoder_and_the_matrix_says_so(bank, queries, tmp_path):
+    encoders = {name: Contrasts(seed).requires_grad_(False) for seed, name in enumerate("ab")}
+    delta = FittedUniversal.load(fitted_on(encoders["a"], bank).save(tmp_path / "u.safetensors"))
+    attacks = {"universal-12": delta, "noise-12": RandomNoise(Linf(EPS))}
+    found = evaluate_transfer(encoders, bank, queries, attacks, pairs=[("a", "a"), ("a", "b")], **FAST)
+    wanted = {"metric": "accuracy", "level": "patch"}
+
+    def value(model: str, attack: str) -> float:
+        (record,) = [
+            r for r in found.records if (r.model, r.attack_name, r.metric, r.level) == (model, attack, *wanted.values())
+        ]
+        return record.value
+
+    for name, encoder in encoders.items():
+        clean, noisy = value(name, "clean"), value(name, "noise-12")
+        assert value(name, "universal-12") < noisy - 0.15 <= clean - 0.1
+        alone = evaluate_whitebox(encoder, bank, queries, attacks, **FAST, run=RunOptions(noise=False, diagnose=32))
+        (same,) = [r for r in alone.records if (r.attack_name, r.metric, r.level) == ("universal-12", *wanted.values())]
+        assert same.value == value(name, "universal-12"), "nothing of it depends on the surrogate that is asked"
+        assert "FittedUniversal" in same.attack and "toy bank" in same.attack
+        assert not same.flags and "diagnosis" not in same.settings, "it follows no gradient that could be masked"
+    moved = np.concatenate([delta(b.images, None).sub(b.images).abs().flatten().numpy() for b in queries])
+    assert moved.max() <= EPS + 1e-7 and (moved > 0.9 * EPS).mean() > 0.3

@@ -5,11 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from hsat.attacks import BIM, PGD, Linf
+from hsat.attacks import BIM, L2, PGD, AttackEnsemble, Linf
 from hsat.eval import (
+    PAPER,
+    EnsembleOutcome,
     Interval,
     KNNClassifier,
+    Provenance,
+    RunOptions,
+    Scoring,
     bootstrap_intervals,
     embed,
     evaluate_whitebox,
@@ -19,10 +25,14 @@ from hsat.eval import (
     write_records,
 )
 from hsat.eval.scoring import level_scores
-from hsat.types import AttackResult, HierarchicalBatch
+from hsat.eval.whitebox import black_box_flags
+from hsat.types import AttackResult, HierarchicalBatch, MemberStats
 
 PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=6)
-FAST = dict(k=15, bootstrap=50)
+QUIET = RunOptions(noise=False)
+KEEPING = RunOptions(noise=False, keep_examples=25)
+SCORING = Scoring(bootstrap=50)
+FAST = dict(classifier=KNNClassifier(k=15), target="features", scoring=SCORING, run=QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +50,10 @@ def value(result, name, *, level="patch", metric="accuracy"):
     return found.value
 
 
-@pytest.mark.parametrize("target", ["features", "embedding"])
+@pytest.mark.parametrize("target", ["decision", "features", "embedding"])
 def test_attacks_lower_accuracy_and_noise_hardly_does(toy_encoder, bank, queries, target):
     attacks = paper_attacks((4 / 255, 8 / 255), steps=6)
-    result = evaluate_whitebox(toy_encoder, bank, queries, attacks, target=target, noise=True, **FAST)
+    result = evaluate_whitebox(toy_encoder, bank, queries, attacks, **FAST | dict(target=target, run=RunOptions()))
     assert list(result.tables) == ["clean", "noise-4", "noise-8", *attacks]
     assert value(result, "clean") >= 0.95
     assert value(result, "noise-8") >= 0.8
@@ -53,9 +63,8 @@ def test_attacks_lower_accuracy_and_noise_hardly_does(toy_encoder, bank, queries
 
 
 def test_records_are_what_the_parts_give(toy_encoder, bank, queries, tmp_path):
-    result = evaluate_whitebox(
-        toy_encoder, bank, queries, {"PGD-8": PGD8}, seed=3, model="toy", checkpoint="abc", **FAST
-    )
+    named = dict(run=RunOptions(noise=False, seed=3), provenance=Provenance(model="toy", checkpoint="abc"))
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | named)
     assert len(result.records) == 2 * 3 * 5
     knn = KNNClassifier(k=15).fit(embed(toy_encoder, bank))
     attacked = embed(toy_encoder, queries, attack=PGD8, generator=torch.Generator().manual_seed(3))
@@ -75,6 +84,7 @@ def test_records_are_what_the_parts_give(toy_encoder, bank, queries, tmp_path):
     )
     assert (record.attack, record.eps, record.eps_value) == (repr(PGD8), "8/255", 8 / 255)
     assert (record.k, record.temperature, record.level, record.metric) == (15, 0.07, "patient", "top3")
+    assert (record.classifier, record.schema) == (repr(KNNClassifier(k=15)), 2)
     assert record.backwards == PGD8.steps <= record.forwards
     assert record.settings["random_start"] is True
     assert record.settings["how"] == "mean" and record.settings["bank_rows"] == 90
@@ -90,7 +100,7 @@ def test_records_are_what_the_parts_give(toy_encoder, bank, queries, tmp_path):
 
 def test_eps_zero_is_clean_exactly(toy_encoder, bank, queries):
     nothing = dataclasses.replace(PGD8, threat=Linf(0.0))
-    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-0": nothing}, keep_examples=5, **FAST)
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-0": nothing}, **FAST | dict(run=KEEPING))
     np.testing.assert_array_equal(result.tables["PGD-0"].z, result.tables["clean"].z)
     assert torch.equal(result.examples["PGD-0"], result.examples["clean"])
     for clean, attacked in zip(result.records[:15], result.records[15:], strict=True):
@@ -101,7 +111,8 @@ def test_eps_zero_is_clean_exactly(toy_encoder, bank, queries):
 def test_seeds_and_batches(toy_encoder, bank, queries, toy_batches):
     def run(loader, seed=0):
         attack = dataclasses.replace(PGD8, steps=1)
-        return evaluate_whitebox(toy_encoder, bank, loader, {"PGD-8": attack}, seed=seed, **FAST).tables["PGD-8"].z
+        options = FAST | dict(run=RunOptions(noise=False, seed=seed))
+        return evaluate_whitebox(toy_encoder, bank, loader, {"PGD-8": attack}, **options).tables["PGD-8"].z
 
     first = run(queries)
     np.testing.assert_array_equal(run(queries), first)
@@ -117,7 +128,7 @@ def test_one_pass_over_a_loader_that_can_be_read_once(toy_encoder, bank, queries
         embed(toy_encoder, bank),
         iter(queries),
         {"PGD-8": PGD8},
-        class_names=("cyan", "green", "red"),
+        provenance=Provenance(class_names=("cyan", "green", "red")),
         **FAST,
     )
     assert len(result.tables["PGD-8"]) == 36
@@ -137,8 +148,10 @@ def test_the_clean_embedding_is_computed_once_per_batch(toy_encoder, bank, queri
 
 
 def test_several_k_from_one_run(toy_encoder, bank, queries):
-    both = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, k=(15, 3), bootstrap=0)
-    alone = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, k=3, bootstrap=0)
+    several = dict(classifier=[KNNClassifier(k=15), KNNClassifier(k=3)], scoring=Scoring(bootstrap=0))
+    one = several | dict(classifier=KNNClassifier(k=3))
+    both = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | several)
+    alone = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | one)
     assert sorted(both.scores["clean"]) == [3, 15]
     np.testing.assert_allclose(both.scores["PGD-8"][3], alone.scores["PGD-8"][3], atol=1e-12)
     assert [r.value for r in both.records if r.k == 3] == pytest.approx([r.value for r in alone.records])
@@ -147,12 +160,13 @@ def test_several_k_from_one_run(toy_encoder, bank, queries):
 
 def test_k_above_the_bank_warns_and_is_recorded(toy_encoder, bank, queries):
     with pytest.warns(UserWarning, match="k=200 is more than the 90 rows of the bank; using k=90"):
-        result = evaluate_whitebox(toy_encoder, bank, queries, {}, k=(200, 20), bootstrap=0)
+        several = [KNNClassifier(k=200), KNNClassifier(k=20)]
+        result = evaluate_whitebox(toy_encoder, bank, queries, {}, **FAST | dict(classifier=several))
     assert {record.k for record in result.records} == {90, 20}
 
 
 def test_examples_are_the_first_images(toy_encoder, bank, queries):
-    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, keep_examples=25, **FAST)
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | dict(run=KEEPING))
     images = torch.cat([batch.images for batch in queries])[:25]
     assert torch.equal(result.examples["clean"], images)
     gap = (result.examples["PGD-8"].double() - images.double()).abs()
@@ -165,7 +179,8 @@ def test_compat_repeats_the_published_arithmetic(toy_encoder, bank, queries):
     queries = type(queries)(  # without one class, which the attack makes the classifier predict
         HierarchicalBatch(*(getattr(batch, name)[batch.label < 2] for name in columns)) for batch in queries
     )
-    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, compat="paper", target="features", **FAST)
+    scoring = dataclasses.replace(PAPER.scoring, bootstrap=50)
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | dict(scoring=scoring))
     table, scores = result.tables["PGD-8"], result.scores["PGD-8"][15]
     expected = score_levels(scores, table, compat="paper")
     assert expected["slide"].mca < score_levels(scores, table)["slide"].mca
@@ -246,30 +261,176 @@ def test_the_encoder_comes_back_as_it_was(toy_encoder, bank, queries):
     assert all(torch.equal(tensor, before[name]) for name, tensor in toy_encoder.state_dict().items())
 
 
+class Never:
+    threat = Linf(8 / 255)
+
+    def run(self, *_, **__):
+        raise AssertionError("the attack ran")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target="pixels"), r"unknown target 'pixels'; choose one of \['features', 'embedding', 'knn'\]"),
-        (dict(layer="pixels"), r"unknown layer 'pixels'"),
-        (dict(attacks={"clean": PGD8}), "an attack cannot be called 'clean'"),
-        (dict(k=()), r"k must be a number of at least 1, or several as in \(200, 20\); got \(\)"),
-        (dict(k=(20, 0)), r"k must be a number of at least 1.*got \(20, 0\)"),
-        (dict(how="sum"), "how must be 'mean' or 'paper', got 'sum'"),
-        (dict(compat="published"), "compat must be None or 'paper', got 'published'"),
-        (dict(class_names=("cyan", "green", "blue")), r"classes \['blue'\] that the bank does not know"),
+        (dict(target="pixels"), "target .*'decision', 'features', 'embedding'; got 'pixels'"),
+        (dict(attacks={"clean": PGD8}), "called 'clean'"),
+        (dict(classifier=()), "no classifier.*KNNClassifier"),
+        (dict(provenance=Provenance(class_names=("cyan", "green", "blue"))), r"\['blue'\]"),
     ],
 )
 def test_errors_come_before_the_attacks(toy_encoder, bank, queries, options, message):
-    class Never:
-        def run(self, *_, **__):
-            raise AssertionError("the attack ran")
-
-    arguments = dict(attacks={"never": Never()}, **FAST) | options
+    arguments = FAST | dict(attacks={"never": Never()}) | options
     with pytest.raises(ValueError, match=message):
         evaluate_whitebox(toy_encoder, embed(toy_encoder, bank), queries, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("attacks", "message"),
+    [
+        ([PGD8], r"mapping such as \{'PGD-8': PGD\(\.\.\.\)\}.* list"),
+        (PGD8, "mapping .* PGD"),
+        ({"mine": lambda x, objective: x}, "'mine' has no method run"),
+    ],
+)
+def test_attacks_that_are_no_mapping_of_attacks(toy_encoder, bank, queries, attacks, message):
+    with pytest.raises(TypeError, match=message):
+        evaluate_whitebox(toy_encoder, bank, queries, attacks, **FAST)
+
+
+def test_a_classifier_that_is_none(toy_encoder, bank, queries):
+    with pytest.raises(TypeError, match="got 20"):
+        evaluate_whitebox(toy_encoder, bank, queries, {}, **FAST | dict(classifier=20))
+
+
+def test_noise_of_two_norms_with_one_eps_is_kept_apart(toy_encoder, bank, queries):
+    attacks = {"linf": PGD(Linf(0.5), step_size=0.1, steps=1), "l2": PGD(L2(0.5), step_size=0.1, steps=1)}
+    result = evaluate_whitebox(toy_encoder, bank, queries, attacks, **FAST | dict(run=RunOptions()))
+    assert list(result.tables) == ["clean", "noise-0.5", "noise-L2-0.5", "linf", "l2"]
+    noise = {record.attack_name: record.attack for record in result.records}
+    assert noise["noise-0.5"].startswith("RandomNoise(threat=Li")
+    assert noise["noise-L2-0.5"].startswith("RandomNoise(threat=L2")
+
+
 def test_the_bank_of_another_encoder(toy_encoder, bank, queries):
     table = embed(toy_encoder, bank, layer="embedding")
-    with pytest.raises(ValueError, match="the bank's embeddings have width 4, the encoder's 3: not its bank"):
-        evaluate_whitebox(toy_encoder, table, queries, {"PGD-8": PGD8}, **FAST)
+    for target in ("features", "decision"):
+        with pytest.raises(ValueError, match=r"width 3.*4.*another encoder or layer"):
+            evaluate_whitebox(toy_encoder, table, queries, {"never": Never()}, **FAST | dict(target=target))
+
+
+# --- ensembles ----------------------------------------------------------------------------------------------------
+
+EPS = 2.2 / 255
+SMALL = AttackEnsemble(Linf(EPS), steps=4, step_size=1 / 255, decision_steps=5, restarts=2, queries=6)
+BARE = FAST | dict(scoring=Scoring(bootstrap=0))
+
+
+def right(result, name, k=15):
+    """(n,) bool: patches that are classified as what they are."""
+    return result.scores[name][k].argmax(1) == result.tables[name].label
+
+
+@pytest.fixture
+def ensemble(toy_encoder, bank, queries):
+    run = RunOptions(noise=False, keep_examples=36)
+    return evaluate_whitebox(toy_encoder, bank, queries, {"ensemble": SMALL}, **BARE | dict(run=run))
+
+
+def test_no_image_is_robust_that_a_paper_attack_breaks(toy_encoder, bank, queries, ensemble):
+    ours = right(ensemble, "ensemble")
+    for target in ("features", "embedding"):
+        attacks = paper_attacks((EPS,), steps=4, step_size=1 / 255)
+        single = evaluate_whitebox(toy_encoder, bank, queries, attacks, **BARE | dict(target=target))
+        for name in attacks:
+            assert not (ours & ~right(single, name)).any(), (target, name)
+            assert ours.mean() < right(single, name).mean() < right(ensemble, "clean").mean()
+
+
+def test_outcomes_are_those_of_the_scores(toy_encoder, bank, ensemble):
+    outcome = ensemble.outcomes["ensemble"]
+    np.testing.assert_array_equal(outcome.robust, right(ensemble, "ensemble"))
+    np.testing.assert_array_equal(outcome.broken_by == "clean", ~right(ensemble, "clean"))
+    np.testing.assert_array_equal(outcome.margin > 0, ~outcome.robust)
+    np.testing.assert_array_equal(outcome.patch, ensemble.tables["ensemble"].patch)
+    assert outcome.members[0].seen == 36 and sum(one.newly_broken for one in outcome.members) == (~outcome.robust).sum()
+    toy_encoder.eval()
+    z = toy_encoder.features(ensemble.examples["ensemble"]).detach()
+    knn = KNNClassifier(k=15).fit(embed(toy_encoder, bank))
+    np.testing.assert_array_equal(knn.predict(z) == ensemble.tables["ensemble"].label, outcome.robust)
+
+
+def test_every_pass_of_an_ensemble_is_counted(toy_encoder, bank, queries, monkeypatch):
+    table, images, plain = embed(toy_encoder, bank), [], toy_encoder.features
+    monkeypatch.setattr(toy_encoder, "features", lambda x: images.append(len(x)) or plain(x))
+    result = evaluate_whitebox(toy_encoder, table, queries, {"ensemble": SMALL}, **BARE)
+    outcome, record = result.outcomes["ensemble"], result.records[-1]
+    spent = sum(member.forwards for member in outcome.members)
+    assert sum(images) - len(outcome.patch) == spent  # the clean batch is what is measured, not what is attacked
+    assert record.forwards == pytest.approx(spent / 36)
+    assert record.settings["members"]["Square"]["seen"] == outcome.members[-1].seen
+    assert record.settings["robust"] == outcome.robust.sum()
+
+
+def test_attacks_of_the_same_call_are_members(toy_encoder, bank, queries, ensemble):
+    pgd = PGD(SMALL.threat, step_size=1 / 255, steps=4)
+    attacks = {"s": SMALL, "PGD": pgd, "PGD-8": PGD8}
+    both = evaluate_whitebox(toy_encoder, bank, queries, attacks, **BARE | dict(run=RunOptions()))
+    members = {member.name: member for member in both.outcomes["s"].members}
+    assert list(both.tables)[-3:] == ["s", "PGD", "PGD-8"]  # the order that was asked for
+    assert "PGD" in members and "PGD features" not in members and "PGD-8" not in members
+    assert members["PGD"].forwards == members["PGD"].backwards == 0
+    assert not (right(both, "s") & ~right(both, "PGD")).any()
+    assert right(both, "s").sum() == right(ensemble, "ensemble").sum()
+
+
+class Stepped(nn.Module):
+    """The toy encoder behind a staircase of half grey levels: it sees nearly the same, and has no gradients."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def features(self, images):
+        flat = (images * 510).round() / 510
+        return self.inner.features(flat + 0 * images)
+
+    def forward(self, images):
+        return self.features(images)
+
+
+def test_masked_gradients_are_found_by_transfer_and_flagged(toy_encoder, bank, queries):
+    masked = Stepped(toy_encoder)
+    attacks = {"s": AttackEnsemble(Linf(3 / 255), steps=4, step_size=1 / 255, decision_steps=3, restarts=1, queries=4)}
+    alone = evaluate_whitebox(masked, bank, queries, attacks, **BARE)
+    helped = evaluate_whitebox(masked, bank, queries, attacks, surrogates={"smooth": toy_encoder}, **BARE)
+    broken = {member.name: member.newly_broken for member in helped.outcomes["s"].members}
+    assert broken["transfer from smooth"] >= 5
+    assert right(helped, "s").mean() < right(alone, "s").mean()
+    flags = [flag for record in helped.records if record.attack_name == "s" for flag in record.flags]
+    assert any("black box beats white box" in flag for flag in flags)
+    assert any("gradient exactly zero" in flag for flag in flags)
+    with pytest.raises(TypeError, match=r"\['b'\]"):
+        evaluate_whitebox(masked, bank, queries, attacks, surrogates={"b": 3}, **BARE)
+
+
+def test_a_sound_encoder_gets_no_flag_at_patch_level_and_pools_are_bounds(ensemble):
+    ours = [record for record in ensemble.records if record.attack_name == "ensemble"]
+    assert all(record.flags == () for record in ours if record.level == "patch")
+    assert all("an attack on the pool may do more" in record.flags[-1] for record in ours if record.level != "patch")
+    assert all(record.attack == repr(SMALL) and "APGD vote 1" in record.settings["member_attacks"] for record in ours)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reached", "flagged"), [(0, 0, False), (1, 3, False), (5, 100, False), (5, 9, True)]
+)
+def test_the_flag_wants_more_than_luck(broken, reached, flagged):
+    square = MemberStats(name="Square", attack="Square()", black_box=True, seen=reached, newly_broken=broken)
+    outcome = EnsembleOutcome(np.arange(2), np.array(["", "Square"]), np.zeros(2), (square,))
+    assert bool(black_box_flags(outcome)) == flagged
+
+
+def test_several_classifiers_are_flagged_and_the_first_decides(toy_encoder, bank, queries):
+    several = [KNNClassifier(k=15), KNNClassifier(k=3)]
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"s": SMALL}, **BARE | dict(classifier=several))
+    np.testing.assert_array_equal(result.outcomes["s"].robust, right(result, "s", 15))
+    flags = {record.k: record.flags for record in result.records if record.attack_name == "s"}
+    assert any("k=15" in flag and "k=3" in flag for flag in flags[3])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -63,6 +66,29 @@ def test_files_are_a_cohort_inside_the_ball_and_no_run_overwrites_another(start,
     assert 0.9 * 8 / 255 < max(gap) <= 8 / 255 + 1e-7
     assert "of their numbers changed" in capsys.readouterr().err
     assert "exists and is left untouched" in stops(export, [*start, "--out", str(tmp_path / "adv")])
+
+
+def kill_after_a_batch(launch, script, argv, out):
+    """Start the script and kill it once a batch is finished."""
+    process = launch(f"{script}.py", *argv, "--out", str(out), cwd=out.parent)
+    while process.poll() is None and not list(out.glob(".state/**/batch-*")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert list(out.glob(".state/**/batch-*")) and not (out / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize(("script", "call"), [("hierarchical_budget", budget), ("export_adversarial", export)])
+def test_a_killed_run_goes_on(script, call, start, launch, stops, tmp_path):
+    ours, out, whole = [*start, "--batch_size", "2"], tmp_path / "out", tmp_path / "whole"
+    call([*ours, "--out", str(whole)])
+    kill_after_a_batch(launch, script, ours, out)
+    assert "--resume" in stops(call, [*ours, "--out", str(out)])
+    assert "seed was 0, now 1" in stops(call, [*ours, "--out", str(out), "--resume", "--seed", "1"])
+    call([*ours, "--out", str(out), "--resume"])
+    assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(whole) for path in whole.rglob("*")}
+    for path in (path for path in whole.rglob("*") if path.suffix in (".tif", ".jsonl", ".csv", ".md")):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
 
 
 @pytest.mark.parametrize(

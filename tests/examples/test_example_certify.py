@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 
 import pytest
 
@@ -31,6 +34,23 @@ def test_writes_records_table_and_curve(trained, root, tmp_path, capsys):
     assert (out / "table.md").read_text().strip() in shown.out
     assert (out / "certified_accuracy.png").stat().st_size > 5000
     assert json.loads((out / "run.json").read_text())["settings"]["sigma"] == 0.02
+
+
+def test_a_killed_run_goes_on(trained, root, launch, stops, tmp_path):
+    argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--batch_size", "2"]
+    certify([*argv, "--out", str(tmp_path / "whole")])
+    out = tmp_path / "out"
+    process = launch("certify.py", *argv, "--out", str(out), cwd=tmp_path)
+    while process.poll() is None and not list(out.glob(".state/*/batch-*")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert list(out.glob(".state/*/batch-*")) and not (out / "records.jsonl").exists()
+    assert "--resume" in stops(certify, [*argv, "--out", str(out)])
+    certify([*argv, "--out", str(out), "--resume"])
+    for name in ("records.jsonl", "table.md"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (out / ".state").exists()
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,34 @@ def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "more", "files"),
+    [
+        ("hierarchical_budget", QUICK, ("records.jsonl", "table.md", "groups.csv")),
+        ("export_adversarial", "--data.image_size 32 --steps 2 --bootstrap 10 --k 5 --batch_size 5".split(), ()),
+        (
+            "certify",
+            "--data.image_size 32 --k 5 --batch_size 3 --query_patches 5 --sigma 0.02 --samples 20".split(),
+            ("records.jsonl", "table.md"),
+        ),
+    ],
+)
+def test_other_evaluations_by_two_ranks(script, more, files, trained, root, tmp_path):
+    ours = ["--checkpoint", trained / "best.safetensors", "--data.root", root, *more]
+    process = torchrun(f"{script}.py", *ours, "--out", tmp_path / "ranks", cwd=tmp_path)
+    __import__(script).main([*map(str, ours), "--out", str(tmp_path / "one"), "--quiet"])
+    shown = finished(process)
+    assert process.returncode == 0, shown
+    assert shown.count("results are in") == 1
+    one, ranks = tmp_path / "one", tmp_path / "ranks"
+    assert {path.name for path in ranks.iterdir()} == {path.name for path in one.iterdir()}
+    images = [path.relative_to(one) for path in one.rglob("*.tif")]
+    assert bool(images) == (script == "export_adversarial")
+    for name in (*files, *images):
+        assert (ranks / name).read_bytes() == (one / name).read_bytes(), name
+
+
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_all_with_one_message(argv, own_root, tmp_path):
     files = sorted((own_root / "studies").rglob("*.tif"))
     for path in files:

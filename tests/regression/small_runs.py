@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsat.attacks import FFGSM, PGD, Linf
+from hsat.attacks import FFGSM, PGD, AttackEnsemble, Linf
 from hsat.data import (
     Cohort,
     HierarchicalDataset,
@@ -31,10 +32,16 @@ from hsat.data import (
     write_synthetic_cohort,
 )
 from hsat.eval import (
+    PAPER,
+    CertifyOptions,
+    KNNClassifier,
+    PatchBudget,
+    Provenance,
+    RunOptions,
+    Scoring,
     Smoothing,
-    Strongest,
     certify,
-    evaluate_hierarchical_budget,
+    evaluate_budget,
     evaluate_transfer,
     evaluate_whitebox,
     paper_attacks,
@@ -47,8 +54,9 @@ from hsat.types import HierarchicalBatch
 
 SIZE, STEPS, COUNTED = 24, 10, 5  # pixels; steps of the encoders that are evaluated; steps whose losses are committed
 PGD_2 = PGD(Linf(8 / 255), step_size=2 / 255, steps=2)
-COMMON: dict[str, Any] = {"k": 5, "seed": 0, "bootstrap": 0}
-TARGETS = {"features": ("features", 8 / 255), "embedding": ("embedding", 8 / 255), "decision": ("knn", 2 / 255)}
+COMMON: dict[str, Any] = {"classifier": KNNClassifier(k=5), "scoring": Scoring(bootstrap=0)}
+QUIET = RunOptions(noise=False)
+TARGETS = {"features": ("features", 8 / 255), "embedding": ("embedding", 8 / 255), "decision": ("decision", 2 / 255)}
 Values = dict[str, tuple[float, int]]  # value and number of rows
 Losses = dict[str, list[float]]
 Arrays = dict[str, np.ndarray]
@@ -175,11 +183,13 @@ class Evaluations:
         self.values: Values = {}
         self.arrays: Arrays = {}
         for name, (target, eps) in TARGETS.items():
-            self.whitebox(f"whitebox {name}", "hsat", _attacks(eps), target=target, noise=True)
+            self.whitebox(f"whitebox {name}", "hsat", _attacks(eps), target=target, run=RunOptions())
         for name in ("hsat", "dual"):
-            self.whitebox("whitebox paper", name, _attacks(12 / 255), compat="paper")
-        ensemble = {"ensemble": Strongest(Linf(2 / 255), steps=2, vote_steps=4, restarts=1, queries=10)}
-        self.whitebox("whitebox ensemble", "hsat", ensemble, surrogates={"hidisc": encoders["hidisc"]})
+            scoring = replace(PAPER.scoring, bootstrap=0)
+            self.whitebox("whitebox paper", name, _attacks(12 / 255), target=PAPER.target, scoring=scoring)
+        ensemble = {"ensemble": AttackEnsemble(Linf(2 / 255), steps=2, decision_steps=4, restarts=1, queries=10)}
+        surrogates = {"hidisc": encoders["hidisc"]}
+        self.whitebox("whitebox ensemble", "hsat", ensemble, target="features", surrogates=surrogates)
         self.transfer()
         self.budget(level="patient", order="worst")
         self.budget(level="slide", order="random")
@@ -188,7 +198,11 @@ class Evaluations:
     def whitebox(self, title: str, name: str, attacks: Mapping[str, Any], **options: Any) -> None:
         """One evaluation of one encoder."""
         result = evaluate_whitebox(
-            self.encoders[name], self.cohort.bank, self.cohort.queries, attacks, model=name, **COMMON, **options
+            self.encoders[name],
+            self.cohort.bank,
+            self.cohort.queries,
+            attacks,
+            **COMMON | {"run": QUIET, "provenance": Provenance(model=name)} | options,
         )
         self.note(title, result.records)
         for condition, table in result.tables.items():
@@ -208,12 +222,17 @@ class Evaluations:
         for key, by_k in result.attacked.items():
             self.arrays[f"transfer / {' / '.join(key)}"] = next(iter(by_k.values()))
 
-    def budget(self, *, level: str, order: str) -> None:
+    def budget(self, *, level: Any, order: Any) -> None:
         """The attack on the decision, and how many patches it takes."""
         attack = PGD(Linf(2 / 255), step_size=1 / 255, steps=4)
-        options: dict[str, Any] = {"level": level, "order": order, "target": TARGETS["decision"][0]}
-        result = evaluate_hierarchical_budget(
-            self.encoders["hsat"], self.cohort.bank, self.cohort.queries, attack, model="hsat", **COMMON, **options
+        result = evaluate_budget(
+            self.encoders["hsat"],
+            self.cohort.bank,
+            self.cohort.queries,
+            attack,
+            budget=PatchBudget(level=level, order=order),
+            provenance=Provenance(model="hsat"),
+            **COMMON,
         )
         self.note(f"budget {order}", result.records)
         self.arrays[f"budget {order} / z"] = np.asarray(result.attacked.z)
@@ -222,8 +241,15 @@ class Evaluations:
     def certify(self) -> None:
         """By few noisy copies."""
         smoothing = Smoothing(sigma=0.1, selection=5, samples=25, alpha=0.05, seed=0)
-        options: dict[str, Any] = {"k": 5, "bootstrap": 0, "model": "hsat", "radii": (0.0, 0.03, 0.06, 0.09, 0.12)}
-        result = certify(self.encoders["hsat"], self.cohort.bank, self.cohort.queries, smoothing=smoothing, **options)
+        result = certify(
+            self.encoders["hsat"],
+            self.cohort.bank,
+            self.cohort.queries,
+            smoothing,
+            options=CertifyOptions(radii=(0.0, 0.03, 0.06, 0.09, 0.12)),
+            provenance=Provenance(model="hsat"),
+            **COMMON,
+        )
         self.note("certify", result.records)
         self.arrays |= {"certify / counts": result.counts, "certify / selected": result.selected}
         self.arrays |= {f"certify / radius / {level}": found.radius for level, found in result.levels.items()}

@@ -22,7 +22,6 @@ from hsat.training import (
     Gap,
     accumulated_step,
     adversarial_step,
-    assert_same_on_all_ranks,
     average_statistics,
     image_slots,
     of_all_ranks,
@@ -308,7 +307,6 @@ def test_without_a_process_group_all_of_it_is_plain():
         gather_table(None)
     with pytest.raises(ValueError, match="batch_size"):
         row_share(3, batch_size=0)
-    assert_same_on_all_ranks("a number", 1)
     assert of_all_ranks([1, 2]) == [[1, 2]]
     norm = nn.BatchNorm1d(2)
     before = copy.deepcopy(norm.state_dict())

@@ -74,7 +74,7 @@ class Evidence:
     conditions: dict[str, Condition] = field(default_factory=dict)
 
 
-def write_evidence(
+def write_evidence(  # noqa: PLR0913
     folder: str | os.PathLike[str],
     *,
     model: str,

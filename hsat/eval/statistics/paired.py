@@ -45,7 +45,7 @@ class Difference:
     reason: str = ""
 
 
-def paired_difference(
+def paired_difference(  # noqa: PLR0913
     a: ScoreTable,
     b: ScoreTable,
     *,

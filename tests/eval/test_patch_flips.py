@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from hsat.eval.budgets.flipping import altered_counts, fewest_altered, first_altered, pooled_is_wrong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.eval import pool
+from hsat.eval.patch_flips import min_patches_to_flip, patches_to_flip, patches_to_flip_in_order, pooled_is_wrong
 
 seeds = st.integers(0, 100_000)
 hows = st.sampled_from(["mean", "paper"])
@@ -43,7 +43,7 @@ def test_the_sorted_prefix_is_the_smallest_of_all_subsets(seed, n, classes, how,
     clean, attacked = scores(rng, n, classes, coarse=coarse), scores(rng, n, classes, coarse=coarse)
     clean[:, 0] += 0.3  # most groups begin right
     for label in range(min(2, classes)):
-        assert fewest_altered(clean, attacked, label, how=how) == by_brute_force(clean, attacked, label, how)
+        assert min_patches_to_flip(clean, attacked, label, how=how) == by_brute_force(clean, attacked, label, how)
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,35 +52,35 @@ def test_more_patches_never_help_the_defender(seed, how):
     """Monotone in k: whoever flips a decision with k patches flips it with a budget of k + 1."""
     rng = np.random.default_rng(seed)
     clean, attacked = scores(rng, 6, 3), scores(rng, 6, 3)
-    needed = altered_counts(clean, attacked, np.zeros(6, dtype=int), np.zeros(6, dtype=int), how=how)
+    needed = patches_to_flip(clean, attacked, np.zeros(6, dtype=int), np.zeros(6, dtype=int), how=how)
     within = [needed[0] <= k for k in range(7)]
     assert within == sorted(within)
-    drawn = first_altered(clean, attacked, 0, rng.permutation(6), how=how)
+    drawn = patches_to_flip_in_order(clean, attacked, 0, rng.permutation(6), how=how)
     assert drawn is None or drawn >= needed[0], "a random order beat the best one"
 
 
 def test_counts_by_hand():
     """Three patches at 0.9 for class 0; an altered one is sure of class 1: two of three flip, one of three does not."""
     clean, attacked = np.tile([0.9, 0.1], (3, 1)), np.tile([0.0, 1.0], (3, 1))
-    assert fewest_altered(clean, attacked, 0) == 2
-    assert fewest_altered(clean, attacked, 1) == 0
-    assert fewest_altered(clean, clean, 0) is None
-    assert fewest_altered(clean, np.tile([0.5, 0.5], (3, 1)), 0) is None, "a tie goes to the lower class"
-    assert fewest_altered(clean[:, ::-1], np.tile([0.5, 0.5], (3, 1)), 1) == 3, "and here against the true one"
+    assert min_patches_to_flip(clean, attacked, 0) == 2
+    assert min_patches_to_flip(clean, attacked, 1) == 0
+    assert min_patches_to_flip(clean, clean, 0) is None
+    assert min_patches_to_flip(clean, np.tile([0.5, 0.5], (3, 1)), 0) is None, "a tie goes to the lower class"
+    assert min_patches_to_flip(clean[:, ::-1], np.tile([0.5, 0.5], (3, 1)), 1) == 3, "and here against the true one"
 
 
 def test_patches_that_the_attack_made_better_are_left_alone():
     clean = np.array([[0.6, 0.4], [0.6, 0.4], [0.6, 0.4]])
     attacked = np.array([[1.0, 0.0], [0.1, 0.9], [1.0, 0.0]])
-    assert fewest_altered(clean, attacked, 0) == 1
+    assert min_patches_to_flip(clean, attacked, 0) == 1
 
 
 def test_a_rival_other_than_the_most_likely_one_may_be_cheaper():
     clean = np.array([[0.50, 0.45, 0.05], [0.50, 0.45, 0.05], [0.50, 0.45, 0.05]])
     attacked = np.array([[0.5, 0.45, 0.05], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    assert fewest_altered(clean, attacked, 0) == by_brute_force(clean, attacked, 0, "mean") == 1
+    assert min_patches_to_flip(clean, attacked, 0) == by_brute_force(clean, attacked, 0, "mean") == 1
     attacked = np.array([[0.5, 0.45, 0.05], [0.46, 0.0, 0.54], [0.46, 0.0, 0.54]])
-    assert fewest_altered(clean, attacked, 0) == by_brute_force(clean, attacked, 0, "mean") is None
+    assert min_patches_to_flip(clean, attacked, 0) == by_brute_force(clean, attacked, 0, "mean") is None
 
 
 def test_groups_are_told_apart_and_random_orders_depend_on_seed_and_id_only():
@@ -88,16 +88,16 @@ def test_groups_are_told_apart_and_random_orders_depend_on_seed_and_id_only():
     groups = np.array([7, 3, 7, 3, 7, 3, 7, 3, 7, 3])
     clean, attacked = scores(rng, 10, 3) + np.array([1.0, 0, 0]), scores(rng, 10, 3) + np.array([0, 2.0, 0])
     labels = np.zeros(10, dtype=int)
-    whole = altered_counts(clean, attacked, groups, labels)
+    whole = patches_to_flip(clean, attacked, groups, labels)
     for place, group in enumerate((3, 7)):
         mine = groups == group
-        assert whole[place] == fewest_altered(clean[mine], attacked[mine], 0)
+        assert whole[place] == min_patches_to_flip(clean[mine], attacked[mine], 0)
         for order in ("worst", "random"):
-            alone = altered_counts(clean[mine], attacked[mine], groups[mine], labels[mine], order=order, seed=5)
-            assert alone[0] == altered_counts(clean, attacked, groups, labels, order=order, seed=5)[place]
-    assert altered_counts(clean, clean, groups, labels).tolist() == [np.inf, np.inf]
+            alone = patches_to_flip(clean[mine], attacked[mine], groups[mine], labels[mine], order=order, seed=5)
+            assert alone[0] == patches_to_flip(clean, attacked, groups, labels, order=order, seed=5)[place]
+    assert patches_to_flip(clean, clean, groups, labels).tolist() == [np.inf, np.inf]
     with pytest.raises(ValueError, match="'worst', 'random'"):
-        altered_counts(clean, attacked, groups, labels, order="best")
+        patches_to_flip(clean, attacked, groups, labels, order="best")
 
 
 @settings(max_examples=40, deadline=None)
