@@ -7,6 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = [
+    "HAEMATOXYLIN_EOSIN",
+    "StainVectors",
+    "estimate_stains",
+    "from_stains",
+    "optical_density",
+    "stain_basis",
+    "to_stains",
+]
+
 StainVectors = tuple[tuple[float, ...], ...]
 
 HAEMATOXYLIN_EOSIN: StainVectors = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))
