@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,7 +60,5 @@ class RawChannels:
 
     def check(self, threat: ThreatModel | None) -> None:
         """Refuse a range other than [0, 1]: to_rgb clamps what lies outside."""
-        if threat is None or (threat.low, threat.high) == (-math.inf, math.inf):  # it names no range
-            return
-        if not 0.0 <= threat.low < threat.high <= 1.0:
+        if threat is not None and not 0.0 <= threat.low < threat.high <= 1.0:
             raise ValueError(f"raw channels lie in [0, 1]; the threat model's range is [{threat.low}, {threat.high}]")

@@ -235,7 +235,7 @@ class _Checks:
         model, threat = self.subject.model, self.subject.threat
         if model.fitted.classes_with_rows < 2:
             return torch.zeros_like(self.labels, dtype=torch.bool)  # no decision can be wrong
-        low, high = float(getattr(threat, "low", 0.0)), float(getattr(threat, "high", 1.0))
+        low, high = threat.low, threat.high
         objective = margin(model, self.labels)
         point = start
         for size in _FULL_SIZES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,13 +82,13 @@ class ThreatModel(ABC):
 
     Attributes:
         eps: Size of the ball; a float, or a tensor per image (n,) or broadcastable to (n, c, h, w).
-        low: Least pixel value, which messages name; the default does not bound.
-        high: Largest pixel value, likewise.
+        low: Least pixel value.
+        high: Largest pixel value.
     """
 
     eps: float | Tensor
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = 0.0
+    high: float = 1.0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
