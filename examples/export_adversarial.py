@@ -81,7 +81,9 @@ def evaluate(settings: ExportAdversarial, cohort: Cohort, ranks: Ranks) -> Expor
             ShapeBatches(PatchDataset(cohort, "train"), settings.batch_size),
             cohort,
             attack,
-            options=ExportOptions(split=settings.split, batch_size=settings.batch_size, name=name),
+            options=ExportOptions(
+                split=settings.split, batch_size=settings.batch_size, name=name, bootstrap=settings.bootstrap
+            ),
             classifier=KNNClassifier(k=settings.k, temperature=settings.temperature),
             target=settings.target,
             run=RunOptions(seed=settings.seed, resume_dir=settings.state, progress=not settings.quiet),

@@ -51,20 +51,23 @@ class ExportOptions:
         split: The split whose patches are attacked; None for all.
         batch_size: Patches per batch.
         name: Of the attack.
+        bootstrap: Resamples of patients for the intervals of the records; 0 for none.
 
     Raises:
-        ValueError: For a batch_size below 1, and the name "clean".
+        ValueError: For a batch_size below 1, a negative bootstrap, and the name "clean".
     """
 
     split: str | None = "val"
     batch_size: int = 16
     name: str = "attack"
+    bootstrap: int = 1000
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.name == CLEAN:
             raise ValueError("an attack cannot be called 'clean': that is the name of the patches as they are")
+        Scoring(bootstrap=self.bootstrap)  # raises for a count below 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +160,7 @@ def save_adversarial(
     from hsat.data import PatchDataset
 
     run = dataclasses.replace(run, keep_examples=0)
-    evaluation = Evaluation(encoder, Target.of(target), Scoring(), run, provenance)
+    evaluation = Evaluation(encoder, Target.of(target), Scoring(bootstrap=options.bootstrap), run, provenance)
     form, name = image_format(cohort, attack), options.name
     data = PatchDataset(cohort, options.split)
     queries = ShapeBatches(data, options.batch_size)

@@ -97,6 +97,7 @@ RANK = (
 import os, signal, sys, warnings
 import torch.distributed as dist
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "builtin type [sS]w")  # as in pyproject.toml; FAISS before 1.14 falls over the error
 rank, store, root, out = int(sys.argv[1]), *sys.argv[2:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -156,6 +157,8 @@ dist.destroy_process_group()
 
 def two_ranks(out, root):
     """Run all that; returns the exit codes, the answers of both ranks, and the last words of the one that is left."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        pytest.xfail("with torch 2.6 a rank hangs, not raises, after an error of the other: seen, cause not yet found")
     (out / "rank.py").write_text(RANK)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     running = [

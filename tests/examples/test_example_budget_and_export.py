@@ -56,6 +56,7 @@ def test_files_are_a_cohort_inside_the_ball_and_no_run_overwrites_another(start,
     export([*start, "--out", str(tmp_path / "adv")])
     records = read_records(tmp_path / "adv/records.jsonl")
     assert {r.attack_name for r in records} == {"clean", "PGD-raw_srh-8", "PGD-raw_srh-8 (files)"}
+    assert {r.settings["bootstrap"] for r in records} == {10}
     source, files = Cohort.read(root, "opensrh"), Cohort.read(tmp_path / "adv/cohort", "opensrh")
     where = {record.path: row for row, record in enumerate(source.records)}
     gap = [
