@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hsat
-from hsat.attacks.starts import random_start
+from hsat.attacks.initialization import random_start
 from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks
 from hsat.models import build_encoder, fold_batchnorm
 from hsat.types import EmbeddingTable, HierarchicalBatch

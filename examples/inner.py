@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hsat.attacks import FFGSM, PGD, Linf
-from hsat.training import NFGSM, Gap, Safeguard, WarmStarts, of_all_ranks
+from hsat.attacks import FFGSM, NFGSM, PGD, Linf
+from hsat.training import Gap, Safeguard, WarmStarts, of_all_ranks
 from hsat.types import Attack, HierarchicalBatch
 
 if TYPE_CHECKING:

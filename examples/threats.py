@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from hsat.attacks import L2, AttackEnsemble, InSpace, Linf, RawChannels, Stains
-from hsat.attacks.radius import eps_text
+from hsat.attacks import L2, AttackEnsemble, Linf, RawChannels, Reparametrized, Stains
+from hsat.attacks.threat import eps_text
 from hsat.data import Cohort, srh_to_rgb
 from hsat.eval import ensemble_attacks, paper_attacks
 from hsat.types import Attack
@@ -82,10 +82,10 @@ def ensembles_under(
 
 def _in_space(threat: Threat, attack: Any) -> Attack:
     if threat == "raw_srh":
-        return InSpace(RawChannels(srh_to_rgb), attack)
+        return Reparametrized(RawChannels(srh_to_rgb), attack)
     if threat == "l2":
         return attack  # type: ignore[no-any-return]
-    return InSpace(Stains(per_pixel=threat == "stain"), attack)
+    return Reparametrized(Stains(per_pixel=threat == "stain"), attack)
 
 
 def check_threat(threat: Threat, cohort: Cohort) -> None:

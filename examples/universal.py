@@ -21,7 +21,7 @@ from cohorts import describe, open_cohort
 from encoders import open_encoders
 from evaluate_whitebox import loaders
 from hsat.attacks import L2, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
-from hsat.attacks.radius import eps_text
+from hsat.attacks.threat import eps_text
 from hsat.data import BadPatch, Cohort
 from hsat.eval import (
     KNNClassifier,

@@ -1,24 +1,22 @@
 """Attacks: frozen settings that are called on images and any function of images."""
 
 from hsat.attacks.apgd import APGD
-from hsat.attacks.composing import InSpace, Space, through
-from hsat.attacks.composite import worst_of
 from hsat.attacks.ensemble import AttackEnsemble
 from hsat.attacks.ensemble_pass import EnsembleMember
-from hsat.attacks.feature_guide import choose_guides, guide
-from hsat.attacks.level_scores import level_margin
-from hsat.attacks.margins import dlr, margin
+from hsat.attacks.feature_matching import choose_guide_images, match_features
+from hsat.attacks.margins import aggregate_margin, dlr, margin
 from hsat.attacks.masked import Masked
-from hsat.attacks.named import BIM, FFGSM, FGSM, MIFGSM, PGD, RandomNoise
+from hsat.attacks.momentum import DIFGSM, NIFGSM, TIFGSM, VMIFGSM
 from hsat.attacks.nearest_vote import soft_knn
 from hsat.attacks.objectives import classification, feature_drift, hierarchical, objective_from
-from hsat.attacks.one_for_all import FittedUniversal
-from hsat.attacks.raw_channels import RawChannels
+from hsat.attacks.pgd import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, RandomNoise
+from hsat.attacks.reparametrized import Parametrization, Reparametrized, compose_objective
 from hsat.attacks.square import Square
-from hsat.attacks.staining import Stains, estimate_stains, from_stains, to_stains
+from hsat.attacks.srh_space import RawChannels
+from hsat.attacks.stain_space import Stains
 from hsat.attacks.threat import L2, Linf
-from hsat.attacks.transfer_boosting import DIFGSM, NIFGSM, TIFGSM, VMIFGSM
-from hsat.attacks.universal import UniversalPerturbation
+from hsat.attacks.universal import FittedUniversal, UniversalPerturbation
+from hsat.attacks.worst_case import worst_case
 
 __all__ = [
     "APGD",
@@ -28,6 +26,7 @@ __all__ = [
     "FGSM",
     "L2",
     "MIFGSM",
+    "NFGSM",
     "NIFGSM",
     "PGD",
     "TIFGSM",
@@ -35,28 +34,25 @@ __all__ = [
     "AttackEnsemble",
     "EnsembleMember",
     "FittedUniversal",
-    "InSpace",
     "Linf",
     "Masked",
+    "Parametrization",
     "RandomNoise",
     "RawChannels",
-    "Space",
+    "Reparametrized",
     "Square",
     "Stains",
     "UniversalPerturbation",
-    "choose_guides",
+    "aggregate_margin",
+    "choose_guide_images",
     "classification",
+    "compose_objective",
     "dlr",
-    "estimate_stains",
     "feature_drift",
-    "from_stains",
-    "guide",
     "hierarchical",
-    "level_margin",
     "margin",
+    "match_features",
     "objective_from",
     "soft_knn",
-    "through",
-    "to_stains",
-    "worst_of",
+    "worst_case",
 ]

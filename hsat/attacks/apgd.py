@@ -7,8 +7,9 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from hsat.attacks.calling import Ascent, check_counts, check_number, check_threat
-from hsat.attacks.running import Climb, Escape, Run, shaped, wide
+from hsat.attacks.base import GradientAttack, check_counts, check_number
+from hsat.attacks.loop import AscentConfig, AttackState, RandomStart, broadcast_size, per_image
+from hsat.attacks.threat import check_threat
 from hsat.types import ThreatModel
 
 MOMENTUM = 0.75
@@ -16,7 +17,7 @@ MOMENTUM = 0.75
 
 
 @dataclass(frozen=True, repr=False)
-class APGD(Ascent):
+class APGD(GradientAttack):
     """Auto-PGD, algorithm 1 of Croce and Hein, arXiv:2003.01690: nothing to set but the number of steps.
 
     The step size of each image begins at 2 eps.  One step is z = project(x + step * ascent(gradient)), then
@@ -46,8 +47,8 @@ class APGD(Ascent):
         check_counts(steps=self.steps, restarts=self.restarts)
         check_number("rho", self.rho, high=1.0)
 
-    def _climb(self) -> Climb:
-        return Climb(
+    def _config(self) -> AscentConfig:
+        return AscentConfig(
             threat=self.threat,
             step_size=self.threat.eps,
             steps=self.steps,
@@ -56,29 +57,31 @@ class APGD(Ascent):
             path=self._path,
         )
 
-    def _path(self, run: Run, y: Tensor, escape: Escape | None, restart: int) -> tuple[Tensor, Tensor | None]:
+    def _path(
+        self, state: AttackState, y: Tensor, fallback: RandomStart | None, restart: int
+    ) -> tuple[Tensor, Tensor | None]:
         """One restart: the best points, and their values where all are known."""
-        if run.stop_early(y):
+        if state.stop_early(y):
             return y, None
-        y, value, grad = _first_gradient(run, y, escape)
-        search, marks = _Search(run, y, value, grad), checkpoints(self.steps)
+        y, value, grad = _first_gradient(state, y, fallback)
+        search, checkpoints = _Search(state, y, value, grad), checkpoint_steps(self.steps)
         for step in range(1, self.steps + 1):
             search.move(first=step == 1)
-            if run.stop_early(search.y):
+            if state.stop_early(search.y):
                 break
             if step == self.steps:
-                search.look(run.value(search.y), None)
+                search.update(state.value(search.y), None)
             else:
-                search.look(*run.evaluate(search.y))
-            if step in marks:
-                search.check(self.rho * (step - marks[step]))
-        best = torch.where(wide(run.done), search.y, search.best)
-        if run.success is not None or len(run.x) == 0:  # a finished image's last value was perhaps never asked for
+                search.update(*state.evaluate(search.y))
+            if step in checkpoints:
+                search.check(self.rho * (step - checkpoints[step]))
+        best = torch.where(per_image(state.done), search.y, search.best)
+        if state.success is not None or len(state.x) == 0:  # a finished image's last value was perhaps never asked for
             return best, None
-        return best, search.best_value if run.per_image else search.best_value[0]
+        return best, search.best_value if state.per_image else search.best_value[0]
 
 
-def checkpoints(steps: int) -> dict[int, int]:
+def checkpoint_steps(steps: int) -> dict[int, int]:
     """The steps after which step sizes are looked at, each with the checkpoint before it; section 3 of the paper.
 
     p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), in whole per cent so that ceil is exact.
@@ -94,25 +97,25 @@ def checkpoints(steps: int) -> dict[int, int]:
     return marks
 
 
-def _first_gradient(run: Run, y: Tensor, escape: Escape | None) -> tuple[Tensor, Tensor, Tensor]:
-    value, grad = run.evaluate(y)
-    if escape is not None:
-        still = (grad == 0).flatten(1).all(1) & ~run.done
-        if bool(still.any()):
-            run.stationary |= still
-            y = torch.where(wide(still), escape(), y)
-            value, grad = run.evaluate(y)
-    if run.start_value is None:
-        run.start_value = value
+def _first_gradient(state: AttackState, y: Tensor, fallback: RandomStart | None) -> tuple[Tensor, Tensor, Tensor]:
+    value, grad = state.evaluate(y)
+    if fallback is not None:
+        flat = (grad == 0).flatten(1).all(1) & ~state.done
+        if bool(flat.any()):
+            state.stationary |= flat
+            y = torch.where(per_image(flat), fallback(), y)
+            value, grad = state.evaluate(y)
+    if state.start_value is None:
+        state.start_value = value
     return y, value, grad
 
 
 class _Search:
     """The state of one restart, one entry per image: iterate, best point, share of the largest step, rises so far."""
 
-    def __init__(self, run: Run, y: Tensor, value: Tensor, grad: Tensor) -> None:
+    def __init__(self, state: AttackState, y: Tensor, value: Tensor, grad: Tensor) -> None:
         n = len(y)
-        self.run, self.eps = run, shaped(run.climb.threat.eps, y)
+        self.state, self.eps = state, broadcast_size(state.config.threat.eps, y)
         self.y = self.before = self.best = y
         self.grad = self.best_grad = grad
         self.value = self.best_value = self.checked_value = value.expand(n)
@@ -122,30 +125,30 @@ class _Search:
 
     def move(self, *, first: bool) -> None:
         """The next iterate; images without a gradient and finished ones stay."""
-        y, run = self.y, self.run
-        still = (self.grad == 0).flatten(1).all(1)
-        run.zero += still & ~run.done
-        moved = run.project(y + wide(self.step) * self.eps * run.climb.threat.ascent(self.grad))
+        y, state = self.y, self.state
+        flat = (self.grad == 0).flatten(1).all(1)
+        state.zero_gradient += flat & ~state.done
+        moved = state.project(y + per_image(self.step) * self.eps * state.config.threat.steepest_ascent(self.grad))
         if not first:
-            moved = run.project(y + MOMENTUM * (moved - y) + (1 - MOMENTUM) * (y - self.before))
-        self.before, self.y = y, torch.where(wide(still | run.done), y, moved)
+            moved = state.project(y + MOMENTUM * (moved - y) + (1 - MOMENTUM) * (y - self.before))
+        self.before, self.y = y, torch.where(per_image(flat | state.done), y, moved)
 
-    def look(self, value: Tensor, grad: Tensor | None) -> None:
+    def update(self, value: Tensor, grad: Tensor | None) -> None:
         """Take in the value, and but for the last step the gradient, at the iterate."""
         value = value.expand(len(self.y))
         self.rises += value > self.value
         better = value > self.best_value
         self.value, self.best_value = value, torch.where(better, value, self.best_value)
-        self.best = torch.where(wide(better), self.y, self.best)
+        self.best = torch.where(per_image(better), self.y, self.best)
         if grad is not None:
-            self.grad, self.best_grad = grad, torch.where(wide(better), grad, self.best_grad)
+            self.grad, self.best_grad = grad, torch.where(per_image(better), grad, self.best_grad)
 
-    def check(self, wanted: float) -> None:
+    def check(self, least_rises: float) -> None:
         """Conditions 1 and 2 of the paper: halve the step size where they hold and go back to the best point."""
         stalled = ~self.halved & (self.best_value <= self.checked_value)
-        halve = ((self.rises < wanted) | stalled) & ~self.run.done
+        halve = ((self.rises < least_rises) | stalled) & ~self.state.done
         self.step = torch.where(halve, self.step / 2, self.step)
-        self.y = torch.where(wide(halve), self.best, self.y)
-        self.grad = torch.where(wide(halve), self.best_grad, self.grad)
+        self.y = torch.where(per_image(halve), self.best, self.y)
+        self.grad = torch.where(per_image(halve), self.best_grad, self.grad)
         self.value = torch.where(halve, self.best_value, self.value)
         self.rises, self.halved, self.checked_value = torch.zeros_like(self.rises), halve, self.best_value

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hsat.attacks.apgd import APGD
-from hsat.attacks.calling import Success, check_counts, check_number, check_threat, settings_text
-from hsat.attacks.composite import stronger
+from hsat.attacks.base import check_counts, check_number, settings_text
 from hsat.attacks.ensemble_pass import (
     LAYERS,
     Candidate,
@@ -19,14 +18,16 @@ from hsat.attacks.ensemble_pass import (
     EnsemblePass,
     member_generator,
 )
-from hsat.attacks.named import MIFGSM, PGD
-from hsat.attacks.radius import eps_value
+from hsat.attacks.pgd import MIFGSM, PGD
 from hsat.attacks.square import Square
+from hsat.attacks.threat import check_threat, eps_value
+from hsat.attacks.worst_case import keep_worst
 from hsat.types import (
     AttackResult,
     DecisionObjective,
     EmbeddingFunction,
     Objective,
+    SuccessTest,
     ThreatModel,
 )
 
@@ -125,7 +126,7 @@ class AttackEnsemble:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> Tensor:
         """Adversarial images: same shape, dtype and device as x; detached."""
         return self.run(x, objective, start=start, generator=generator, ids=ids, success=success).x_adv
@@ -138,7 +139,7 @@ class AttackEnsemble:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
         candidates: Mapping[str, Candidate] | None = None,
         clean: Tensor | None = None,
     ) -> AttackResult:
@@ -159,11 +160,11 @@ class AttackEnsemble:
         """
         options = EnsembleOptions(generator, ids, success)
         if not isinstance(objective, DecisionObjective):
-            return self._climb(x, objective, start=start, options=options)
+            return self._maximise(x, objective, start=start, options=options)
         judged = EnsemblePass(x, objective, self.threat, options, clean=clean)
         return judged.attack(self.members(tuple(judged.layers)), start, candidates or {})
 
-    def _climb(
+    def _maximise(
         self, x: Tensor, objective: Objective, *, start: Tensor | None, options: EnsembleOptions
     ) -> AttackResult:
         """All members on one objective that is no decision; the highest value is kept, per image where it can be."""
@@ -180,7 +181,7 @@ class AttackEnsemble:
                 ids=options.ids,
                 success=options.success,
             )
-            best = result if best is None else stronger(best, result)
+            best = result if best is None else keep_worst(best, result)
         assert best is not None  # PGD is always a member
         return best
 

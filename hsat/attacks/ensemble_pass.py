@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.attacks.calling import Success
+from hsat.attacks.initialization import image_seed
 from hsat.attacks.margins import margin
 from hsat.attacks.objectives import classification, feature_drift
-from hsat.attacks.pixels import admitted_to
-from hsat.attacks.starts import image_seed, threat_of
+from hsat.attacks.threat import require_images
+from hsat.attacks.worst_case import with_threat
 from hsat.types import (
     Attack,
     AttackResult,
@@ -24,6 +24,7 @@ from hsat.types import (
     FittedClassifier,
     MemberStats,
     Objective,
+    SuccessTest,
     ThreatModel,
 )
 
@@ -106,7 +107,7 @@ class EnsembleOptions:
 
     generator: torch.Generator | None
     ids: Tensor | None
-    success: Success | None
+    success: SuccessTest | None
 
 
 class EnsemblePass:
@@ -123,7 +124,7 @@ class EnsemblePass:
     ) -> None:
         self.objective, self.threat = objective, threat
         self.generator, self.ids, self.success = options.generator, options.ids, options.success
-        self.x = admitted_to(x.detach(), threat)
+        self.x = require_images(x.detach(), threat)
         model = objective.model
         self.layers = dict(model.layers()) if isinstance(model, LayeredModel) else dict[str, EmbeddingFunction]()
         self.decides = model if isinstance(model, EmbeddingDecision) else None
@@ -189,7 +190,7 @@ class EnsemblePass:
         if len(keep):
             x, ids = self.x[keep], None if self.ids is None else self.ids[keep.to(self.ids.device)]
             objective, extra = self._member_objective(member, x, keep)
-            attack: Any = _narrow(member.attack, keep)
+            attack = with_threat(member.attack, self.threat.select(keep))
             result: AttackResult = attack.run(
                 x,
                 objective,
@@ -271,10 +272,3 @@ def member_generator(
         return generator
     seed = torch.initial_seed() if generator is None else generator.initial_seed()
     return torch.Generator().manual_seed(image_seed(seed, 0, 0, member.name))
-
-
-def _narrow(attack: Attack, keep: Tensor) -> Attack:
-    """The attack for some images of a batch: a threat model may differ from image to image."""
-    threat: ThreatModel = attack.threat  # type: ignore[attr-defined]  # all members have one
-    narrowed = threat_of(threat, keep)
-    return attack if narrowed is threat else dataclasses.replace(attack, threat=narrowed)  # type: ignore[type-var]

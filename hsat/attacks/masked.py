@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsat.attacks.placing import beside
-from hsat.attacks.radius import kept, read_only
-from hsat.attacks.starts import shortcut, threat_of
+from hsat.attacks.initialization import to_device_of
+from hsat.attacks.threat import check_threat, kept, read_only
 from hsat.types import ThreatModel
 
 
-def _checked(mask: Tensor) -> Tensor:
+def _convert_mask(mask: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor of bools or of 0 and 1, got {type(mask).__name__}")
     if mask.ndim not in (2, 4) or mask.numel() == 0:
@@ -26,9 +25,9 @@ def _checked(mask: Tensor) -> Tensor:
     return allowed.clone() if mask.ndim == 4 else allowed[None, None].clone()
 
 
-@read_only("mask", _checked)
+@read_only("mask", _convert_mask)
 @dataclass(frozen=True, repr=False, eq=False)
-class Masked:
+class Masked(ThreatModel):
     """Only the pixels where the mask is true may change; those follow another threat model.
 
     threat: Linf, L2, or any threat model whose feasible set does not grow when a pixel moves away from the image.
@@ -38,8 +37,8 @@ class Masked:
     The feasible set is that of `threat`, met with "unmasked pixels are those of x"; the projection is its nearest
     point, as exact as that of `threat`: for Linf pixels do not know of each other, and for L2 the nearest point of the
     ball with some coordinates fixed is the ball's projection of the point whose fixed coordinates are already in place.
-    `ascent` is the steepest direction among those that the mask allows.  A random start draws from `threat` and puts
-    the unmasked pixels back (for L2 it is then not uniform in the smaller ball).
+    `steepest_ascent` is the steepest direction among those that the mask allows.  A random start draws from `threat`
+    and puts the unmasked pixels back (for L2 it is then not uniform in the smaller ball).
     Raises ValueError for a mask of another shape than the images, naming both, TypeError for a threat that is none.
     """
 
@@ -47,64 +46,56 @@ class Masked:
     mask: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threat, ThreatModel):
-            raise TypeError(f"threat must be a threat model such as Linf(8/255), got {self.threat!r}")
+        check_threat(self.threat)
 
     @property
-    def eps(self) -> float | Tensor:
+    def eps(self) -> float | Tensor:  # type: ignore[override]
         """Size of the ball inside the mask."""
         return self.threat.eps
 
     @property
-    def low(self) -> float:
+    def low(self) -> float:  # type: ignore[override]
         """Least pixel value, for messages."""
-        return float(getattr(self.threat, "low", 0.0))
+        return self.threat.low
 
     @property
-    def high(self) -> float:
+    def high(self) -> float:  # type: ignore[override]
         """Largest pixel value, for messages."""
-        return float(getattr(self.threat, "high", 1.0))
+        return self.threat.high
 
-    def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A random point of `threat` with the unmasked pixels put back; dtype of x."""
-        return torch.where(self._fitted(x), self.threat.start(x, generator), self.admit(x)[0])
+        return torch.where(self._mask_for(x), self.threat.random_start(x, generator), self.clamp(x)[0])
 
-    def start_inside(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`start` for an x that is already inside the pixel range."""
-        start = shortcut(self.threat, "start_inside", instead_of="start") or self.threat.start
-        return torch.where(self._fitted(x), start(x, generator), x)
-
-    def ascent(self, grad: Tensor) -> Tensor:
+    def steepest_ascent(self, grad: Tensor) -> Tensor:
         """The direction of `threat` for the gradient inside the mask; zero elsewhere."""
-        allowed = self._fitted(grad)
-        return torch.where(allowed, self.threat.ascent(torch.where(allowed, grad, 0.0)), 0.0)
+        allowed = self._mask_for(grad)
+        return torch.where(allowed, self.threat.steepest_ascent(torch.where(allowed, grad, 0.0)), 0.0)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Nearest point to x_adv that `threat` allows and that differs from x inside the mask only."""
-        return self._confine(x_adv, self.admit(x)[0], lambda y: self.threat.project(y, x))
+        return self._restrict(x_adv, self.clamp(x)[0], lambda y: self.threat.project(y, x))
 
-    def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def projection_at(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """`project` for a fixed x that is already inside the pixel range."""
-        fast = shortcut(self.threat, "around", instead_of="project")
-        project = fast(x) if fast is not None else lambda y: self.threat.project(y, x)
-        return lambda x_adv: self._confine(x_adv, x, project)
+        project = self.threat.projection_at(x)
+        return lambda x_adv: self._restrict(x_adv, x, project)
 
-    def admit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def clamp(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As in `threat`: x clamped to the pixel range, and whether it must be refused."""
-        admit = getattr(self.threat, "admit", None)
-        return (x, torch.zeros((), dtype=torch.bool, device=x.device)) if admit is None else admit(x)
+        return self.threat.clamp(x)
 
     def select(self, index: Tensor) -> Masked:
         """The threat model of the images `index` of a batch."""
         mask = kept(self, "mask")
-        return Masked(threat_of(self.threat, index), mask[index.to(mask.device)] if len(mask) > 1 else mask)
+        return Masked(self.threat.select(index), mask[index.to(mask.device)] if len(mask) > 1 else mask)
 
-    def _confine(self, x_adv: Tensor, x: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        allowed = self._fitted(x)
+    def _restrict(self, x_adv: Tensor, x: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        allowed = self._mask_for(x)
         dtype = torch.promote_types(x_adv.dtype, x.dtype)
         return torch.where(allowed, project(torch.where(allowed, x_adv.to(dtype), x.to(dtype))), x.to(dtype))
 
-    def _fitted(self, x: Tensor) -> Tensor:
+    def _mask_for(self, x: Tensor) -> Tensor:
         mask: Tensor = kept(self, "mask")
         own, wanted = mask.shape, x.shape
         if x.ndim != 4 or own[0] not in (1, len(x)) or own[1] not in (1, wanted[1]) or own[2:] != wanted[2:]:
@@ -112,7 +103,7 @@ class Masked:
                 f"mask of shape {tuple(own)} does not fit images of shape {tuple(wanted)}:"
                 f" give (h, w) = {tuple(wanted[2:])}, or one mask per image, ({len(x)}, 1, h, w)"
             )
-        return beside(mask, x)
+        return to_device_of(mask, x)
 
     def _key(self) -> tuple[object, ...]:
         mask = kept(self, "mask")

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsat.attacks import radius
-from hsat.attacks.gradient import ImageGradient, check_finite
+from hsat.attacks.base import check_counts
+from hsat.attacks.initialization import check_ids, check_start
+from hsat.attacks.loop import ImageGradient, check_finite
 from hsat.attacks.objectives import DISTANCES, Distance, feature_drift
-from hsat.attacks.one_for_all import FittedUniversal
-from hsat.attacks.threat import L2, Linf
-from hsat.types import EmbeddingFunction, HierarchicalBatch, Objective
+from hsat.attacks.pgd import unguided_result
+from hsat.attacks.threat import L2, Linf, require_images, settings_number, tensor_digest
+from hsat.files import write_file
+from hsat.types import AttackResult, EmbeddingFunction, HierarchicalBatch, Objective, SuccessTest
+from hsat.untrusted import check_regular, strict_json
 
-MakeObjective = Callable[[Tensor, HierarchicalBatch], Objective]
+FORMAT = "hsat universal perturbation 1"
+
+BatchObjectiveFactory = Callable[[Tensor, HierarchicalBatch], Objective]
+"""(images, batch) -> the objective that is climbed on that batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +57,7 @@ class UniversalPerturbation:
             raise ValueError(f"one perturbation for all images needs one eps for all; got eps {tuple(eps.shape)}")
         if not (math.isfinite(self.step_size) and self.step_size > 0):
             raise ValueError(f"step_size must be a finite number above 0, got {self.step_size!r}")
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ValueError(f"epochs must be a whole number >= 1, got {self.epochs!r}")
+        check_counts(epochs=self.epochs)
         if self.distance not in DISTANCES:
             raise ValueError(f"unknown distance {self.distance!r}; choose one of {DISTANCES}")
 
@@ -57,7 +66,7 @@ class UniversalPerturbation:
         loader: Iterable[HierarchicalBatch],
         encode: EmbeddingFunction,
         *,
-        objective: MakeObjective | None = None,
+        objective: BatchObjectiveFactory | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         note: str = "",
@@ -73,32 +82,32 @@ class UniversalPerturbation:
         Raises ValueError for an empty loader, a loader that gives nothing the second time, images of other sizes or
         outside the range; what the gradient raises.
         """
-        climb = _Fit(self, encode, objective, generator, device)
+        fit = _UniversalFit(self, encode, objective, generator, device)
         for epoch in range(self.epochs):
-            values = [climb.see(batch) for batch in loader]
+            values = [fit.step(batch) for batch in loader]
             if not values:
                 again = "a second time; give a list or a DataLoader" if epoch else ": nothing to fit"
                 raise ValueError(f"the loader gave no batches {again}")
             images = sum(count for count, _ in values)
-            climb.history.append(sum(count * value for count, value in values) / images)
-        assert climb.delta is not None
+            fit.history.append(sum(count * value for count, value in values) / images)
+        assert fit.delta is not None
         return FittedUniversal(
-            threat=self.threat, delta=climb.delta, settings=repr(self), history=tuple(climb.history), note=note
+            threat=self.threat, delta=fit.delta, settings=repr(self), history=tuple(fit.history), note=note
         )
 
     def __repr__(self) -> str:
-        options = f"step_size={radius.text(self.step_size)}, epochs={self.epochs}, distance={self.distance!r}"
+        options = f"step_size={settings_number(self.step_size)}, epochs={self.epochs}, distance={self.distance!r}"
         return f"UniversalPerturbation(threat={self.threat!r}, {options})"
 
 
-class _Fit:
+class _UniversalFit:
     """The perturbation on its way, and the mean objective of each pass."""
 
     def __init__(
         self,
         settings: UniversalPerturbation,
         encode: EmbeddingFunction,
-        objective: MakeObjective | None,
+        objective: BatchObjectiveFactory | None,
         generator: torch.Generator | None,
         device: torch.device | str | None,
     ) -> None:
@@ -110,16 +119,14 @@ class _Fit:
         self.delta: Tensor | None = None
         self.history: list[float] = []
 
-    def see(self, batch: HierarchicalBatch) -> tuple[int, float]:
+    def step(self, batch: HierarchicalBatch) -> tuple[int, float]:
         """One step; how many images there were, and their mean objective before it."""
         images = batch.images.detach().to(self.device, non_blocking=True)
-        clean, outside = self.settings.threat.admit(images)
-        if bool(outside):
-            self.settings.threat.project(images, images)  # raises, with the extremes
+        clean = require_images(images, self.settings.threat)
         work = torch.promote_types(clean.dtype, torch.float32)
         origin = torch.zeros_like(clean[:1], dtype=work)
         if self.delta is None:
-            self.delta = self.ball.start_inside(origin, self.generator)
+            self.delta = self.ball.random_start(origin, self.generator)
         self.delta = self.delta.to(origin)
         if self.delta.shape != origin.shape:
             first, now = tuple(self.delta.shape[1:]), tuple(origin.shape[1:])
@@ -129,8 +136,8 @@ class _Fit:
             )
         value, grad = ImageGradient(self.delta, work)(self._mean_objective(clean, batch), self.delta)
         check_finite(~grad.isfinite().flatten(1).all(1))
-        step = self.settings.step_size * self.ball.ascent(grad)
-        self.delta = self.ball.around(origin)(self.delta + step)
+        ascent = self.settings.step_size * self.ball.steepest_ascent(grad)
+        self.delta = self.ball.projection_at(origin)(self.delta + ascent)
         return len(clean), float(value)
 
     def _mean_objective(self, clean: Tensor, batch: HierarchicalBatch) -> Objective:
@@ -140,3 +147,119 @@ class _Fit:
         else:
             inner = self.objective(clean, batch)
         return lambda delta: inner((clean + delta).clamp(threat.low, threat.high).to(clean.dtype)).mean()
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class FittedUniversal:
+    """An attack that adds one delta (1, c, h, w) to every image and projects; it asks nobody for gradients.
+
+    threat: what the projection keeps to.  settings: repr of the UniversalPerturbation that found it.  history: mean
+    objective of each pass while it was found.  note: what it was made on.
+    `start`, `generator` and `ids` change nothing, since nothing is drawn; `success` is asked once, about the result.
+    Raises ValueError for images of another size than delta's, naming both.
+    """
+
+    threat: Linf | L2
+    delta: Tensor
+    settings: str = ""
+    history: tuple[float, ...] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.delta.ndim != 4 or len(self.delta) != 1 or not bool(self.delta.isfinite().all()):
+            raise ValueError(f"delta must be (1, c, h, w) and finite, got shape {tuple(self.delta.shape)}")
+        object.__setattr__(self, "delta", self.delta.detach().clone())
+
+    @property
+    def random_start(self) -> bool:
+        """False: nothing is drawn when it is applied."""
+        return False
+
+    @property
+    def uses_objective(self) -> bool:
+        """False: the objective is not asked."""
+        return False
+
+    def __call__(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: SuccessTest | None = None,
+    ) -> Tensor:
+        """project(x + delta), same shape, dtype and device as x, detached."""
+        check_ids(ids, len(x))
+        check_start(start, x)
+        if x.ndim != 4 or x.shape[1:] != self.delta.shape[1:]:
+            raise ValueError(
+                f"this perturbation is for images of shape (n, {', '.join(map(str, self.delta.shape[1:]))}); got"
+                f" {tuple(x.shape)}. Fit another one at that size, or resize the images"
+            )
+        x = x.detach()
+        work = torch.promote_types(x.dtype, torch.float32)
+        moved = x.to(work) + self.delta.to(x.device, work)
+        return self.threat.project(moved.to(x.dtype), x)
+
+    def run(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: SuccessTest | None = None,
+        score: bool = True,
+    ) -> AttackResult:
+        """The same with the objective's value at the images and at the perturbed images; see `unguided_result`."""
+        x_adv = self(x, objective, start=start, ids=ids)
+        return unguided_result(x_adv, x, objective, success=success, score=score)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write delta and everything about it as safetensors; the file appears whole or not at all."""
+        from safetensors.torch import save
+
+        eps = self.threat.eps
+        tensors = {"delta": self.delta.cpu().contiguous()} | ({"eps": eps.cpu()} if isinstance(eps, Tensor) else {})
+        about = {
+            "threat": type(self.threat).__name__,
+            "eps": None if isinstance(eps, Tensor) else eps,
+            "low": self.threat.low,
+            "high": self.threat.high,
+            "settings": self.settings,
+            "history": self.history,
+            "note": self.note,
+        }
+        return write_file(path, save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FittedUniversal:
+        """Read what `save` wrote.  Raises FileNotFoundError, or ValueError naming the file for anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        check_regular(path, kind="universal perturbation")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, wanted {FORMAT!r}")
+            about: dict[str, Any] = strict_json(metadata["about"], where="about", depth=3, containers=10)
+            kinds: dict[str, type[Linf | L2]] = {"Linf": Linf, "L2": L2}
+            eps = tensors["eps"] if about["eps"] is None else about["eps"]
+            return cls(
+                threat=kinds[about["threat"]](eps, low=about["low"], high=about["high"]),
+                delta=tensors["delta"],
+                settings=about["settings"],
+                history=tuple(about["history"]),
+                note=about["note"],
+            )
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a universal perturbation that hsat saved: {error}") from error
+
+    def __repr__(self) -> str:
+        delta = f"tensor(shape={tuple(self.delta.shape)}, sha256={tensor_digest(self.delta)[:8]})"
+        return f"FittedUniversal(threat={self.threat!r}, delta={delta}, settings={self.settings!r}, note={self.note!r})"

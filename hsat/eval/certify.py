@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks.radius import eps_text
+from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_layer, to_device
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius

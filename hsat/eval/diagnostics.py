@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hsat.attacks import AttackEnsemble, FittedUniversal, RandomNoise, Square
-from hsat.attacks.radius import eps_value
-from hsat.attacks.starts import image_seed
+from hsat.attacks.initialization import image_seed
+from hsat.attacks.threat import eps_value
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import Layer, embed, encode, eval_mode, require_labels, select_layer, using_branch
 from hsat.eval.evaluation import Evaluation

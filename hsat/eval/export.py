@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from hsat.attacks import InSpace, RawChannels
-from hsat.attacks.raw_channels import CHANNELS
+from hsat.attacks import RawChannels, Reparametrized
+from hsat.attacks.srh_space import CHANNELS
 from hsat.classifiers import KNNClassifier
 from hsat.distributed import World
 from hsat.embedding import LoaderInfo
@@ -101,10 +101,10 @@ class ImageFormat:
 def image_format(cohort: Cohort, attack: Attack) -> ImageFormat:
     """The format of a cohort's files for an attack; TypeError for an attack that they cannot hold, with what to do."""
     if cohort.kind == "srh":
-        if not (isinstance(attack, InSpace) and isinstance(attack.space, RawChannels)):
+        if not (isinstance(attack, Reparametrized) and isinstance(attack.space, RawChannels)):
             raise TypeError(
                 "an SRH file holds two channels and encoders see three, so an attack that moves the three cannot be"
-                f" stored. Attack the two: InSpace(RawChannels(srh_to_rgb), PGD(...)); got {attack!r}"
+                f" stored. Attack the two: Reparametrized(RawChannels(srh_to_rgb), PGD(...)); got {attack!r}"
             )
         threat, grid, channels = getattr(attack.attack, "threat", None), TIFF_GRID, CHANNELS
     else:
@@ -139,8 +139,9 @@ def save_adversarial(
 
     Patches are attacked at the size of their files, since a file holds no other; an encoder that wants another size
     resizes inside (`build_encoder(..., input_size=...)`), and its bank should be read at its files' size as well.
-    An SRH file holds two channels, so only attacks on those two can be stored: InSpace(RawChannels(srh_to_rgb), ...).
-    Attacks without a ball of pixels (stains) are refused: whole counts need not lie in what they may do.
+    An SRH file holds two channels, so only attacks on those two can be stored:
+    Reparametrized(RawChannels(srh_to_rgb), ...).  Attacks without a ball of pixels (stains) are refused: whole counts
+    need not lie in what they may do.
 
     Args:
         root: The folder to write.

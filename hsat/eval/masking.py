@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, margin
-from hsat.attacks.starts import image_seed
+from hsat.attacks.initialization import image_seed
 from hsat.classifiers import DecisionModel
 from hsat.embedding import attack_unscored, encode
 from hsat.eval.statistics.binomial import binomial_tail
@@ -201,7 +201,7 @@ class _Checks:
             generator = torch.Generator().manual_seed(image_seed(self.subject.seed, patch, -3 - draw))
             noise.append(torch.randn(self.images.shape[1:], generator=generator))
         threat = self.subject.threat
-        away = 2 * _wide(threat.eps, self.images) * threat.ascent(torch.stack(noise).to(self.images))
+        away = 2 * _wide(threat.eps, self.images) * threat.steepest_ascent(torch.stack(noise).to(self.images))
         point: Tensor = threat.project(self.images + away, self.images)
         return point
 
@@ -235,7 +235,7 @@ class _Checks:
         model, threat = self.subject.model, self.subject.threat
         if model.fitted.classes_with_rows < 2:
             return torch.zeros_like(self.labels, dtype=torch.bool)  # no decision can be wrong
-        low, high = float(getattr(threat, "low", 0.0)), float(getattr(threat, "high", 1.0))
+        low, high = threat.low, threat.high
         objective = margin(model, self.labels)
         point = start
         for size in _FULL_SIZES:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
 
-from hsat.attacks import BIM, FFGSM, FGSM, MIFGSM, PGD, AttackEnsemble, InSpace, Linf, RandomNoise
-from hsat.attacks.radius import eps_text
+from hsat.attacks import BIM, FFGSM, FGSM, MIFGSM, PGD, AttackEnsemble, Linf, RandomNoise, Reparametrized
+from hsat.attacks.threat import eps_text
 from hsat.types import Attack
 
 ALIASES = {
@@ -102,14 +102,14 @@ def add_noise_baselines(attacks: Mapping[str, Attack]) -> dict[str, Attack]:
     """The attacks, after one RandomNoise for each threat model among them.
 
     Noise is called "noise-8" after its eps, "noise-L2-0.5" where that name is taken, and numbered where that one is.
-    An attack `InSpace` gets noise in that space.  Attacks without a threat model get none.
+    An attack `Reparametrized` gets noise in that space.  Attacks without a threat model get none.
     """
     chosen: dict[str, Attack] = {}
     for attack in attacks.values():
         noise = noise_like(attack)
         if noise is None or noise in chosen.values():
             continue
-        in_space = isinstance(noise, InSpace)
+        in_space = isinstance(noise, Reparametrized)
         place = type(noise.space if in_space else noise.threat).__name__  # type: ignore[union-attr]
         eps = eps_text(noise.eps if in_space else noise.threat.eps).removesuffix("/255")  # type: ignore[union-attr]
         longer = f"noise-{place}-{eps}"
@@ -118,10 +118,10 @@ def add_noise_baselines(attacks: Mapping[str, Attack]) -> dict[str, Attack]:
     return chosen | dict(attacks)
 
 
-def noise_like(attack: Attack) -> RandomNoise | InSpace | None:
+def noise_like(attack: Attack) -> RandomNoise | Reparametrized | None:
     """Random noise under the attack's threat model, in its own space; None where it has no threat model."""
-    if isinstance(attack, InSpace):
+    if isinstance(attack, Reparametrized):
         inner = noise_like(attack.attack)
-        return None if inner is None else InSpace(attack.space, inner)
+        return None if inner is None else Reparametrized(attack.space, inner)
     threat = getattr(attack, "threat", None)
     return None if threat is None else RandomNoise(threat)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsat.attacks.radius import eps_text, eps_value
+from hsat.attacks.threat import eps_text, eps_value
 from hsat.eval.options import Scoring
 from hsat.eval.outcomes import AttackStats
 from hsat.eval.reporting.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks.starts import image_seed
+from hsat.attacks.initialization import image_seed
 from hsat.embedding import encode
 from hsat.types import EmbeddingFunction, FittedClassifier
 

@@ -28,12 +28,11 @@ from hsat.training.schedules import (
     epsilon_schedule,
     paper_clean_weight,
 )
-from hsat.training.single_step import NFGSM, Gap, Safeguard
+from hsat.training.single_step import Gap, Safeguard
 from hsat.training.step import StepResult, adversarial_step
 from hsat.training.warm_start import WarmStarts
 
 __all__ = [
-    "NFGSM",
     "Gap",
     "Safeguard",
     "StepClock",

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks.gradient import check_finite
-from hsat.attacks.pixels import admitted_to
-from hsat.attacks.running import shaped
-from hsat.attacks.starts import check_start, random_start, shortcut
+from hsat.attacks.initialization import check_start, random_start
+from hsat.attacks.loop import broadcast_size, check_finite
+from hsat.attacks.threat import require_images
 from hsat.training.step import Loss, StepResult, outer_terms, total_of
 from hsat.types import HierarchicalBatch, ThreatModel
 
@@ -60,13 +59,12 @@ def free_replays(
     if not model.training:
         raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
     check_start(start, batch.images)
-    x = admitted_to(batch.images.detach(), threat)
+    x = require_images(batch.images.detach(), threat)
     if start is None:
-        first = random_start(x, threat, generator=generator, ids=ids, restart=0, inside=True)
+        first = random_start(x, threat, generator=generator, ids=ids, restart=0)
     else:
         first = start.detach().to(x)
-    around = shortcut(threat, "around", instead_of="project")
-    project = around(x) if around is not None else lambda y: threat.project(y, x)
+    project = threat.projection_at(x)
     size = threat.eps if step_size is None else step_size
     passes = _passes(model, loss, batch, autocast=autocast)
     return _replay(passes, threat, project, replays=replays, size=size, point=first.to(x.dtype))
@@ -103,4 +101,4 @@ def _replay(
             )
         check_finite(~leaf.grad.isfinite().flatten(1).all(1))
         y = x_adv.to(work)
-        point = project(y + shaped(size, y) * threat.ascent(leaf.grad.to(work)))
+        point = project(y + broadcast_size(size, y) * threat.steepest_ascent(leaf.grad.to(work)))

@@ -1,8 +1,7 @@
-"""Training attacks of one gradient step, and the check that notices when one step has stopped to be an attack."""
+"""The check that notices when an attack of one gradient step has stopped to be an attack."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,94 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import PGD, Linf, hierarchical
-from hsat.attacks.calling import settings_text
-from hsat.attacks.pixels import admit_to
-from hsat.attacks.starts import random_start
+from hsat.attacks import PGD, hierarchical
 from hsat.models import frozen
 from hsat.training.step import Loss, local_loss, statistics_of, unwrapped
-from hsat.types import Attack, AttackResult, HierarchicalBatch, Objective
-
-
-@dataclass(frozen=True, repr=False)
-class NFGSM:
-    """One step from strong noise that is not clipped afterwards: x + noise + step_size * sign(gradient there).
-
-    de Jorge et al., arXiv:2202.01181, section 4.  noise: the start is uniform in noise * eps around the images, theirs
-    is 2.  step_size: None is their eps.  threat: the ball to defend against; the images that come out leave it on
-    purpose: they stay in the pixel range and inside `reach`, of radius noise * eps + step_size.  So it is an attack to
-    train with, which prevents catastrophic overfitting; its result is no measure of robustness.
-    Raises TypeError for a threat model that is not Linf, ValueError for numbers out of range.
-    """
-
-    threat: Linf
-    _: KW_ONLY
-    noise: float = 2.0
-    step_size: float | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.threat, Linf):
-            raise TypeError(f"NFGSM is defined for Linf balls, got {self.threat!r}")
-        if isinstance(self.threat.eps, Tensor):
-            raise TypeError("NFGSM takes one eps for all images, such as Linf(8/255); got a tensor")
-        for name, value in (("noise", self.noise), ("step_size", self.step_size)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-
-    def __repr__(self) -> str:
-        return settings_text(self)
-
-    @property
-    def reach(self) -> Linf:
-        """The ball that the images stay in."""
-        return self._ball(self.noise * self._eps + self._step)
-
-    def __call__(
-        self,
-        x: Tensor,
-        objective: Objective,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        ids: Tensor | None = None,
-        success: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Training images; arguments as for every attack."""
-        first = self._first(x, generator, ids) if start is None else start
-        return self._step_attack()(x, objective, start=first, success=success)
-
-    def run(
-        self,
-        x: Tensor,
-        objective: Objective,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        ids: Tensor | None = None,
-        success: Callable[[Tensor], Tensor] | None = None,
-    ) -> AttackResult:
-        """The same with its record; `start` replaces the noise."""
-        first = self._first(x, generator, ids) if start is None else start
-        return self._step_attack().run(x, objective, start=first, success=success)
-
-    @property
-    def _eps(self) -> float:
-        return float(self.threat.eps)
-
-    @property
-    def _step(self) -> float:
-        return self._eps if self.step_size is None else self.step_size
-
-    def _ball(self, eps: float) -> Linf:
-        return dataclasses.replace(self.threat, eps=min(eps, self.threat.high - self.threat.low))
-
-    def _step_attack(self) -> PGD:
-        return PGD(self.reach, step_size=self._step, steps=1)
-
-    def _first(self, x: Tensor, generator: torch.Generator | None, ids: Tensor | None) -> Tensor:
-        inside, _ = admit_to(x.detach(), self.threat)  # the attack itself refuses images out of range
-        ball = self._ball(self.noise * self._eps)
-        return random_start(inside, ball, generator=generator, ids=ids, restart=0, inside=True)
+from hsat.types import Attack, HierarchicalBatch
 
 
 class Gap(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsat.attacks.placing import beside
+from hsat.attacks.initialization import to_device_of
 from hsat.types import HierarchicalBatch, ThreatModel
 
 
@@ -54,7 +54,7 @@ class WarmStarts:
         Raises ValueError naming the patch whose image has another shape than the one that was kept.
         """
         x = batch.images.detach()
-        found = threat.start(x, generator)
+        found = threat.random_start(x, generator)
         deltas = [self._kept.get(key) for key in _keys(batch)]
         rows = [row for row, known in enumerate(deltas) if known is not None]
         if not rows:
@@ -67,8 +67,8 @@ class WarmStarts:
                     " warm starts need images of one size"
                 )
         known = torch.stack([delta.float() * scale for delta, scale in (deltas[row] for row in rows)])  # type: ignore[misc]
-        index = beside(torch.tensor(rows), x)
-        moved = x.index_select(0, index) + beside(known, x, x.dtype)
+        index = to_device_of(torch.tensor(rows), x)
+        moved = x.index_select(0, index) + to_device_of(known, x, x.dtype)
         return threat.project(found.index_copy(0, index, moved), x)
 
     def keep(self, batch: HierarchicalBatch, x_adv: Tensor) -> None:

@@ -13,6 +13,7 @@ from hsat.types.protocols import (
     FittedClassifier,
     MemberStats,
     Objective,
+    SuccessTest,
     ThreatModel,
 )
 from hsat.types.table import EmbeddingTable, align_labels
@@ -30,6 +31,7 @@ __all__ = [
     "Levels",
     "MemberStats",
     "Objective",
+    "SuccessTest",
     "ThreatModel",
     "align_labels",
 ]

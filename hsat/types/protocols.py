@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,7 +14,20 @@ from torch import Tensor
 from hsat.types.table import EmbeddingTable
 
 Objective = Callable[[Tensor], Tensor]
-"""Images (n, c, h, w) -> a scalar, or one value per image (n,); attacks MAXIMISE it."""
+"""Images (n, c, h, w) -> a scalar, or one value per image (n,); attacks MAXIMISE it.
+
+Any function will do.  One with values per image may offer more, and attacks use it where it is there:
+
+- `select(index)`: the same objective for the images `index` (a tensor of ints) of the batch.  Images that `success` has
+  stopped are then left out of the passes; without it the objective always sees the whole batch in order.
+- `stationary_at_clean`: True where the clean images are a stationary point, as for a drift from their own embeddings.
+  Attacks without a random start then begin at a random point all the same, and count it.
+- `success(images)`: (n,) bool, is the attack done with the image?  It is no part of the loop: hand it to the call,
+  `attack(x, objective, success=objective.success)`.
+"""
+
+SuccessTest = Callable[[Tensor], Tensor]
+"""Adversarial images (n, c, h, w) -> (n,) bool: images that succeed are stopped where they are."""
 
 EmbeddingFunction = Callable[[Tensor], Tensor]
 """Images (n, c, h, w) in [0, 1] -> embeddings (n, d); normalisation of the pixels happens inside."""
@@ -46,22 +60,71 @@ class DecisionObjective(Protocol):
         """(n,) bool: is the decision on the image wrong?"""
 
 
-@runtime_checkable
-class ThreatModel(Protocol):
-    """What the attacker may do to an image: the only place where eps and the pixel range live."""
+class ThreatModel(ABC):
+    """What the attacker may do to an image: the only place where eps and the pixel range live.  Subclass it.
 
-    @property
-    def eps(self) -> float | Tensor:
-        """Size of the ball; a float, or a tensor per image (n,) or broadcastable to (n, c, h, w)."""
+    A threat model of your own says its `eps` and three things: a random point, a direction and a projection.  What
+    follows has defaults, to be overridden where there is something better to say: `clamp`, for a pixel range;
+    `projection_at`, to compute once per batch what all projections share; `select`, where images differ.  A subclass
+    that overrides `project` alone gets the default `projection_at` back, which calls its `project`.
 
-    def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A random point of the feasible set around x (n, c, h, w)."""
+        class OnlyBrighter(ThreatModel):
+            eps = 0.1
 
-    def ascent(self, grad: Tensor) -> Tensor:
+            def random_start(self, x, generator=None):
+                return x
+
+            def steepest_ascent(self, grad):
+                return grad.clamp(min=0).sign()
+
+            def project(self, x_adv, x):
+                return torch.minimum(torch.maximum(x_adv, x), (x + self.eps).clamp(max=1))
+
+    Attributes:
+        eps: Size of the ball; a float, or a tensor per image (n,) or broadcastable to (n, c, h, w).
+        low: Least pixel value.
+        high: Largest pixel value.
+    """
+
+    eps: float | Tensor
+    low: float = 0.0
+    high: float = 1.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        project, projection_at = (
+            next(place for place, home in enumerate(cls.__mro__) if name in vars(home))
+            for name in ("project", "projection_at")
+        )
+        if project < projection_at:  # an inherited shortcut would pass the new projection by
+            setattr(cls, "projection_at", ThreatModel.projection_at)  # noqa: B010  # mypy takes no assignment here
+
+    @abstractmethod
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A random point of the feasible set around x (n, c, h, w), which lies in the pixel range; dtype of x."""
+
+    @abstractmethod
+    def steepest_ascent(self, grad: Tensor) -> Tensor:
         """Steepest-ascent direction of unit size in this norm, per image; a zero gradient gives zero."""
 
+    @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Nearest feasible point to x_adv: inside the ball around x and inside the pixel range."""
+
+    def projection_at(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """x_adv -> `project(x_adv, x)`, for a fixed x that lies in the pixel range."""
+        return lambda x_adv: self.project(x_adv, x)
+
+    def clamp(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x clamped to the pixel range, and a 0-d bool on its device: must the images be refused?
+
+        Attacks call it first, and read the flag once.  By default every image is admitted as it is.
+        """
+        return x, torch.zeros((), dtype=torch.bool, device=x.device)
+
+    def select(self, index: Tensor) -> ThreatModel:
+        """The threat model of the images `index` of a batch; by default it is the same for all images."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +191,7 @@ class Attack(Protocol):
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Callable[[Tensor], Tensor] | None = None,
+        success: SuccessTest | None = None,
     ) -> Tensor:
         """Adversarial images: same shape, dtype and device as x; detached."""
 
@@ -140,7 +203,7 @@ class Attack(Protocol):
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Callable[[Tensor], Tensor] | None = None,
+        success: SuccessTest | None = None,
     ) -> AttackResult:
         """The same, with what is worth knowing about the run."""
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.attacks import APGD, BIM, L2, PGD, Linf, classification, feature_drift, hierarchical, margin
-from hsat.attacks.apgd import checkpoints
+from hsat.attacks.apgd import checkpoint_steps
 from hsat.losses import HiDiscLoss
 from hsat.types import HierarchicalBatch
 
@@ -43,7 +43,7 @@ def paper(x, f, threat, *, steps, rho=0.75, alpha=0.75):
     step_size, halved, fmax_before = 2 * threat.eps, False, fmax
     before, now, value, rises = None, x, fmax, {}
     for k in range(steps):
-        z = threat.project(now + step_size * threat.ascent(gradient(now)), x)
+        z = threat.project(now + step_size * threat.steepest_ascent(gradient(now)), x)
         new = z if k == 0 else threat.project(now + alpha * (z - now) + (1 - alpha) * (now - before), x)
         rises[k] = float(f(new)) > value
         before, now, value = now, new, float(f(new))
@@ -72,11 +72,11 @@ def test_against_the_algorithm_image_by_image(threat, steps, rho):
 
 
 def test_checkpoints_of_the_paper():
-    assert checkpoints(100) == {22: 0, 41: 22, 57: 41, 70: 57, 80: 70, 87: 80, 93: 87, 99: 93}
-    assert list(checkpoints(10)) == [3, 5, 6, 7, 8, 9]
-    assert list(checkpoints(1000))[:3] == [220, 410, 570]
-    assert checkpoints(1) == {}
-    assert checkpoints(2) == {1: 0}
+    assert checkpoint_steps(100) == {22: 0, 41: 22, 57: 41, 70: 57, 80: 70, 87: 80, 93: 87, 99: 93}
+    assert list(checkpoint_steps(10)) == [3, 5, 6, 7, 8, 9]
+    assert list(checkpoint_steps(1000))[:3] == [220, 410, 570]
+    assert checkpoint_steps(1) == {}
+    assert checkpoint_steps(2) == {1: 0}
 
 
 @settings(max_examples=12, deadline=None)
@@ -223,7 +223,7 @@ def test_images_without_a_gradient_stay_and_are_counted():
     x = images(3)
     alive = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     objective = lambda v: waves()(v) * alive
-    start = Linf(0.1).start(x, torch.Generator().manual_seed(4))
+    start = Linf(0.1).random_start(x, torch.Generator().manual_seed(4))
     result = APGD(Linf(0.1), steps=9).run(x, objective, start=start)
     assert result.zero_gradient.tolist() == [0, 9, 0]
     assert torch.equal(result.x_adv[1], start[1])

@@ -25,9 +25,9 @@ from hsat.attacks import (
     Masked,
     RandomNoise,
     Square,
-    worst_of,
+    worst_case,
 )
-from hsat.attacks.starts import image_seed
+from hsat.attacks.initialization import image_seed
 from hsat.testing import LAWS, check_attack
 
 ABOUT_OBJECTIVES = (
@@ -69,8 +69,8 @@ def ensembles_of(threat):
     step = float(torch.as_tensor(threat.eps).max()) / 4
     pgd = PGD(threat, step_size=step, steps=4)
     return [
-        worst_of(RandomNoise(threat), pgd),
-        worst_of(FGSM(threat), APGD(threat, steps=3)),
+        worst_case(RandomNoise(threat), pgd),
+        worst_case(FGSM(threat), APGD(threat, steps=3)),
         AttackEnsemble(threat, steps=3, decision_steps=4, restarts=2, queries=5),
     ]
 
@@ -113,7 +113,9 @@ def test_universal_perturbations_keep_the_laws_that_are_not_about_objectives_and
     assert check_attack(universal(threat)) == names
     pgd = PGD(threat, step_size=threat.eps / 4, steps=4)
     assert (
-        check_attack(worst_of(universal(threat), pgd)) == check_attack(worst_of(pgd, universal(threat))) == tuple(LAWS)
+        check_attack(worst_case(universal(threat), pgd))
+        == check_attack(worst_case(pgd, universal(threat)))
+        == tuple(LAWS)
     )
 
 

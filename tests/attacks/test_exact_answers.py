@@ -43,7 +43,7 @@ def test_linf_attacks_reach_the_corner_of_a_linear_objective(seed, eps, dtype):
 def test_ffgsm_is_one_step_from_its_start(seed, eps, dtype):
     x, w, objective = problem(seed, dtype)
     threat = Linf(eps)
-    start = threat.start(x, torch.Generator().manual_seed(seed))
+    start = threat.random_start(x, torch.Generator().manual_seed(seed))
     for attack, step in ((FFGSM(threat), 1.25 * eps), (FFGSM(threat, step_size=0.4 * eps), 0.4 * eps)):
         expected = threat.project(start + step * w.sign(), x)
         assert torch.equal(attack(x, objective, generator=torch.Generator().manual_seed(seed)), expected)

@@ -45,7 +45,7 @@ def test_projection_is_exact_idempotent_and_keeps_feasible_points(seed, dtype, i
     assert size <= inner.eps
     assert 0 <= z.min() and z.max() <= 1
     assert torch.equal(threat.project(z, x), z)
-    assert torch.equal(threat.around(x)(y), z)
+    assert torch.equal(threat.projection_at(x)(y), z)
     if inner.eps == 0:
         assert torch.equal(z, x)
     elif isinstance(inner, Linf):
@@ -80,7 +80,7 @@ def test_the_corner_of_a_linear_objective_inside_the_mask():
 
 def test_the_l2_step_is_of_unit_size_inside_the_mask():
     grad = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
-    direction = Masked(L2(1.0), HALF).ascent(grad)
+    direction = Masked(L2(1.0), HALF).steepest_ascent(grad)
     torch.testing.assert_close(direction.flatten(1).norm(dim=1), torch.ones(2))
     assert not direction[:, :, 3:].any()
 
@@ -137,7 +137,7 @@ def test_masks_are_kept_compared_and_shown_by_value():
             lambda: Masked(Linf(0.1), torch.ones(4, 5)).project(images(0, torch.float32), images(0, torch.float32)),
             "4, 5",
         ),
-        (lambda: Masked(Linf(0.1), torch.ones(2, 1, 5, 4)).start(images(0, torch.float32)), r"\(2, 1, 5, 4\)"),
+        (lambda: Masked(Linf(0.1), torch.ones(2, 1, 5, 4)).random_start(images(0, torch.float32)), r"\(2, 1, 5, 4\)"),
         (
             lambda: PGD(Masked(Linf(0.1), HALF), step_size=0.1, steps=1)(255 * images(0, torch.float32), torch.sum),
             "255",

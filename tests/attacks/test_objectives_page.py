@@ -38,7 +38,7 @@ def test_the_vote(page):
     assert page["next_batch"].model is vote.model
 
 
-def test_guide_worst_of_and_levels(page):
+def test_feature_matching_worst_case_and_levels(page):
     x, net = page["x"], page["net"]
     similarity = lambda v: torch.nn.functional.cosine_similarity(net(v), page["targets"])
     assert (similarity(page["pulled"]) > similarity(x)).all()

@@ -13,32 +13,32 @@ from hsat.attacks import (
     FGSM,
     L2,
     MIFGSM,
+    NFGSM,
     NIFGSM,
     PGD,
     TIFGSM,
     VMIFGSM,
-    InSpace,
     Linf,
     Masked,
     RandomNoise,
     RawChannels,
+    Reparametrized,
     Square,
     Stains,
     UniversalPerturbation,
+    aggregate_margin,
     classification,
     dlr,
-    estimate_stains,
     feature_drift,
-    guide,
     hierarchical,
-    level_margin,
     margin,
+    match_features,
     soft_knn,
-    worst_of,
+    worst_case,
 )
 from hsat.data import srh_to_rgb
 from hsat.losses import HiDiscLoss
-from hsat.training import NFGSM
+from hsat.stains import estimate_stains
 from hsat.types import HierarchicalBatch, Levels
 
 SHAPES = [(1, 3, 8, 8), (1, 1, 8, 8), (1, 3, 1, 1), (1, 3, 1, 5)]
@@ -85,7 +85,7 @@ def attacks_of(threat, step=0.02):
         VMIFGSM(threat, **number, samples=1),
         Square(threat, queries=1),
         Square(threat, queries=3, area=1.0),
-        worst_of(PGD(threat, **number), Square(threat, queries=2)),
+        worst_case(PGD(threat, **number), Square(threat, queries=2)),
     ]
 
 
@@ -106,12 +106,12 @@ def test_every_attack(shape, threat, ids):
         *(lambda x, d=distance: feature_drift(encoder, x, d) for distance in ("cosine", "l2", "l1")),
         *(lambda x, k=k: soft_knn(encoder, BANK, LABEL, k=k) for k in (1, 5)),
         lambda x: soft_knn(encoder, (BANK[0][:1], BANK[1][:1]), LABEL, k=1, classes=2),
-        lambda x: level_margin(encoder, BANK, LABEL, LABEL, k=1),
-        lambda x: level_margin(encoder, (BANK[0][:1], BANK[1][:1]), LABEL, LABEL, k=1, classes=2),
+        lambda x: aggregate_margin(encoder, BANK, LABEL, LABEL, k=1),
+        lambda x: aggregate_margin(encoder, (BANK[0][:1], BANK[1][:1]), LABEL, LABEL, k=1, classes=2),
         lambda x: classification(encoder, LABEL),
         lambda x: margin(encoder, LABEL),
         lambda x: dlr(encoder, LABEL),
-        lambda x: guide(encoder, torch.ones(1, 5)),
+        lambda x: match_features(encoder, torch.ones(1, 5)),
         lambda x: lambda v: v.sum(),
     ],
 )
@@ -130,10 +130,12 @@ def test_masked_stains_raw_channels_and_universal():
             assert changed.any() and not changed[..., MASK == 0].any(), attack
     for per_pixel in (True, False):
         for attack in (PGD(both, step_size=0.05, steps=2), APGD(both, steps=2), Square(both, queries=2)):
-            x_adv = InSpace(Stains(per_pixel=per_pixel), attack)(x, feature_drift(encoder, x), generator=seeded())
+            x_adv = Reparametrized(Stains(per_pixel=per_pixel), attack)(
+                x, feature_drift(encoder, x), generator=seeded()
+            )
             assert x_adv.isfinite().all() and not torch.equal(x_adv, x), attack
     raw = srh_to_rgb(0.2 * torch.rand(2, 8, 8, generator=seeded(1)))[None]
-    x_adv = InSpace(RawChannels(srh_to_rgb), PGD(Linf(0.01), step_size=0.005, steps=2))(
+    x_adv = Reparametrized(RawChannels(srh_to_rgb), PGD(Linf(0.01), step_size=0.005, steps=2))(
         raw, feature_drift(encoder, raw), generator=seeded()
     )
     assert x_adv.shape == raw.shape and not torch.equal(x_adv, raw)
@@ -159,9 +161,9 @@ def test_what_one_image_cannot_do_is_named():
     [
         feature_drift,
         lambda f, x: feature_drift(f, x, reference=torch.ones(1, 5)),
-        lambda f, x: guide(f, torch.ones(1, 5)),
+        lambda f, x: match_features(f, torch.ones(1, 5)),
         lambda f, x: soft_knn(f, BANK, LABEL, k=1),
-        lambda f, x: level_margin(f, BANK, LABEL, LABEL, k=1),
+        lambda f, x: aggregate_margin(f, BANK, LABEL, LABEL, k=1),
         lambda f, x: classification(f, LABEL),
         lambda f, x: margin(f, LABEL),
         lambda f, x: dlr(f, LABEL),

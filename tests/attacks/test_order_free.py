@@ -25,9 +25,9 @@ from hsat.attacks import (
     RandomNoise,
     classification,
     feature_drift,
-    guide,
+    match_features,
     soft_knn,
-    worst_of,
+    worst_case,
 )
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
@@ -61,7 +61,7 @@ ATTACKS = {
     "bim": BIM(BALL, step_size=0.1, steps=3, restarts=2),
     "mifgsm": MIFGSM(THREAT, step_size=2 / 255, steps=3, random_start=True),
     "noise": RandomNoise(BALL),
-    "worst": worst_of(
+    "worst": worst_case(
         PGD(THREAT, step_size=2 / 255, steps=2),
         (MIFGSM(THREAT, step_size=2 / 255, steps=2, restarts=2), lambda x: feature_drift(encoder, x)),
     ),
@@ -69,7 +69,7 @@ ATTACKS = {
 OBJECTIVES = {
     "drift": lambda index: feature_drift(encoder, X).select(index),
     "classes": lambda index: classification(encoder, LABEL).select(index),
-    "guide": lambda index: guide(encoder, TARGET).select(index),
+    "guide": lambda index: match_features(encoder, TARGET).select(index),
     "vote": VOTE.select,
 }
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.attacks import L2, Linf, Masked, RandomNoise, Square, feature_drift, margin
-from hsat.attacks import square_windows as windows
+from hsat.attacks.square import bump, bump_grid, count_bumps, move_mass, random_square, square_area, square_side
 from hsat.testing import check_feasible
 
 seeded = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -27,24 +27,24 @@ def linear(x):
 
 
 def test_the_schedule_halves_at_the_papers_queries():
-    areas = [windows.area_at(q, 10_000, 0.8) for q in range(10_000)]
+    areas = [square_area(q, 10_000, 0.8) for q in range(10_000)]
     changes = [q for q in range(1, 10_000) if areas[q] != areas[q - 1]]
     assert changes == [11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001]
     assert areas[0] == 0.8 and areas[-1] == 0.8 / 512
-    assert [windows.area_at(q, 100, 0.8) for q in range(100)] == areas[::100]
+    assert [square_area(q, 100, 0.8) for q in range(100)] == areas[::100]
 
 
 def test_sides():
-    assert windows.side_of(0.05, 224, 224, bumps=False) == 50
-    assert windows.side_of(0.05, 224, 224, bumps=True) == 51
-    assert windows.side_of(1e-9, 10, 10, bumps=False) == 1
-    assert windows.side_of(1e-9, 10, 10, bumps=True) == 3
-    assert windows.side_of(1.0, 4, 9, bumps=False) == 4
+    assert square_side(0.05, 224, 224, bumps=False) == 50
+    assert square_side(0.05, 224, 224, bumps=True) == 51
+    assert square_side(1e-9, 10, 10, bumps=False) == 1
+    assert square_side(1e-9, 10, 10, bumps=True) == 3
+    assert square_side(1.0, 4, 9, bumps=False) == 4
 
 
 def test_squares_reach_every_place_and_hold_one_sign_per_channel():
     like = torch.zeros(3000, 2, 4, 5)
-    drawn = windows.square(torch.rand(3000, 4, generator=seeded()), like, 3)
+    drawn = random_square(torch.rand(3000, 4, generator=seeded()), like, 3)
     places = set()
     for image in drawn:
         rows, columns = (image[0] != 0).any(1).nonzero().flatten(), (image[0] != 0).any(0).nonzero().flatten()
@@ -71,20 +71,20 @@ def eta(h1, h2):
 def test_the_bump_is_that_of_the_paper(side):
     half = side // 2
     expected = torch.cat([eta(half, side), -eta(side - half, side)])
-    torch.testing.assert_close(windows.bump(side), expected / expected.norm())
+    torch.testing.assert_close(bump(side), expected / expected.norm())
 
 
 @pytest.mark.parametrize("shape", [(10, 10), (7, 12), (3, 3), (1, 4)])
 def test_the_first_grid_is_centred_and_full_of_bumps(shape):
     h, w = shape
-    u = torch.rand(2, 3, windows.count_tiles(h, w), generator=seeded())
-    grid = windows.tiles(u, torch.zeros(2, 3, h, w, dtype=torch.float64))
+    u = torch.rand(2, 3, count_bumps(h, w), generator=seeded())
+    grid = bump_grid(u, torch.zeros(2, 3, h, w, dtype=torch.float64))
     side = max(min(h, w) // 5, 1)
     top, left = (h % side) // 2, (w % side) // 2
     tile = grid[:, :, top : top + side, left : left + side]
     sign = torch.where(u[:, :, 0] < 0.5, -1.0, 1.0)[:, :, None, None]
-    torch.testing.assert_close(tile, (sign * windows.bump(side)).to(tile))
-    assert (grid != 0).sum() == 6 * windows.count_tiles(h, w) * (windows.bump(side) != 0).sum()
+    torch.testing.assert_close(tile, (sign * bump(side)).to(tile))
+    assert (grid != 0).sum() == 6 * count_bumps(h, w) * (bump(side) != 0).sum()
 
 
 @settings(max_examples=30, deadline=None)
@@ -93,7 +93,7 @@ def test_moved_mass_is_algorithm_3(seed, side, eps):
     x = torch.randn(2, 3, 8, 9, generator=seeded(seed), dtype=torch.float64)
     gap = 0.9 * eps * x / x.flatten(1).norm(dim=1)[:, None, None, None]
     u = torch.rand(2, 8, generator=seeded(seed + 1))
-    moved = windows.moved_mass(u, gap, eps, side)
+    moved = move_mass(u, gap, eps, side)
     for i in range(2):
         place = [int(u[i, k] * (size - side + 1)) for k, size in enumerate((8, 9, 8, 9))]
         first = (slice(place[0], place[0] + side), slice(place[1], place[1] + side))
@@ -101,11 +101,11 @@ def test_moved_mass_is_algorithm_3(seed, side, eps):
         nu, union = gap[i].clone(), torch.zeros(8, 9, dtype=torch.bool)
         union[first] = union[second] = True
         unused = eps**2 - float(nu.norm()) ** 2
-        bump = windows.bump(side) if u[i, 4] < 0.5 else windows.bump(side).T
+        pattern = bump(side) if u[i, 4] < 0.5 else bump(side).T
         for c in range(3):
             rho = -1 if u[i, 5 + c] < 0.5 else 1
             old = gap[i, c][first]
-            temporary = rho * bump + old / old.norm()
+            temporary = rho * pattern + old / old.norm()
             available = math.sqrt(float((gap[i][:, union] ** 2).sum()) + unused / 3)  # over all channels: AutoAttack
             nu[c][second] = 0
             nu[c][first] = temporary / temporary.norm() * available

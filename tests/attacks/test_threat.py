@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.attacks import L2, Linf
-from hsat.attacks.floating import next_float, round_inside
+from hsat.attacks import L2, PGD, Linf
+from hsat.attacks.projections import next_float, round_inside
+from hsat.attacks.threat import eps_text, eps_value
 from hsat.testing import DTYPES, check_feasible
+from hsat.types import ThreatModel
 
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 10_000)
@@ -101,15 +103,15 @@ def test_other_pixel_ranges(seed, dtype, ends, kind):
 @given(seeds, dtypes, st.sampled_from([Linf(8 / 255), L2(0.4), Linf(0.0), L2(0.0)]))
 def test_random_starts_are_feasible_seeded_and_leave_the_global_generator_alone(seed, dtype, threat):
     x, before = draw_images(seed, dtype), torch.get_rng_state()
-    one, two = (threat.start(x, torch.Generator().manual_seed(seed)) for _ in range(2))
+    one, two = (threat.random_start(x, torch.Generator().manual_seed(seed)) for _ in range(2))
     check_feasible(one, x, threat)
     assert torch.equal(one, two)
     assert torch.equal(torch.get_rng_state(), before)
-    assert threat.eps == 0 or not torch.equal(one, threat.start(x, torch.Generator().manual_seed(seed + 1)))
+    assert threat.eps == 0 or not torch.equal(one, threat.random_start(x, torch.Generator().manual_seed(seed + 1)))
 
 
 def test_linf_start_fills_the_ball_evenly():
-    noise = Linf(0.1).start(torch.full((1, 1, 200, 200), 0.5), torch.Generator().manual_seed(0)) - 0.5
+    noise = Linf(0.1).random_start(torch.full((1, 1, 200, 200), 0.5), torch.Generator().manual_seed(0)) - 0.5
     share = torch.histc(noise, bins=10, min=-0.1, max=0.1) / noise.numel()
     torch.testing.assert_close(share, torch.full((10,), 0.1), atol=0.01, rtol=0)
 
@@ -117,7 +119,7 @@ def test_linf_start_fills_the_ball_evenly():
 def test_l2_start_is_uniform_in_the_ball():
     """The share of points within half the radius of a d-dimensional ball is 2 ** -d."""
     x = torch.full((20_000, 1, 1, 2), 0.5, dtype=torch.float64)
-    radius = (L2(0.4).start(x, torch.Generator().manual_seed(0)) - x).flatten(1).norm(dim=1)
+    radius = (L2(0.4).random_start(x, torch.Generator().manual_seed(0)) - x).flatten(1).norm(dim=1)
     assert abs(float((radius < 0.2).double().mean()) - 0.25) < 0.02
 
 
@@ -125,8 +127,8 @@ def test_l2_start_is_uniform_in_the_ball():
 def test_ascent_has_unit_size_and_zero_stays_zero(scale):
     grad = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * scale
     grad[1] = 0
-    assert torch.equal(Linf(0.1).ascent(grad), grad.sign())
-    direction = L2(0.1).ascent(grad)
+    assert torch.equal(Linf(0.1).steepest_ascent(grad), grad.sign())
+    direction = L2(0.1).steepest_ascent(grad)
     torch.testing.assert_close(direction.flatten(1).norm(dim=1), torch.tensor([1.0, 0.0, 1.0]))
     assert (direction * grad >= 0).all()
 
@@ -215,25 +217,103 @@ def test_images_out_of_range_are_refused_with_their_extremes_and_small_excess_is
     assert threat.project(x, x).max() <= 1.0
     x[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        threat.start(x)
+        threat.random_start(x)
     with pytest.raises(ValueError, match=r"\(n, c, h, w\)"):
         threat.project(x[0], x[0])
     with pytest.raises(TypeError, match="uint8"):
         threat.project(x.to(torch.uint8), x.to(torch.uint8))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.floats(-1e4, 1e4), st.sampled_from(DTYPES), st.booleans())
-def test_next_float_is_the_neighbour(value, dtype, up):
-    t = torch.tensor([value], dtype=torch.float64).to(dtype)
-    n = next_float(t, up=up)
-    assert (n > t).item() if up else (n < t).item()
-    middle = ((n.double() + t.double()) / 2).to(dtype)  # nothing of this dtype lies between
-    assert middle.item() in (n.item(), t.item())
-    assert torch.equal(next_float(n, up=not up), t)
-
-
 @pytest.mark.parametrize("far", [float("inf"), 1e200])
 def test_l2_projection_of_points_whose_squared_distance_overflows(far):
     x = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
     torch.testing.assert_close(L2(0.4).project(x + far, x), x + 0.2)
+
+
+class Brighter(ThreatModel):
+    """The least that a threat model says."""
+
+    eps = 0.1
+
+    def random_start(self, x, generator=None):
+        return x
+
+    def steepest_ascent(self, grad):
+        return grad.clamp(min=0).sign()
+
+    def project(self, x_adv, x):
+        return torch.minimum(torch.maximum(x_adv, x), x + self.eps)
+
+
+def test_what_a_threat_model_need_not_say():
+    threat, x = Brighter(), draw_images(0, torch.float32)
+    y = far_points(x, 1, 0.3)
+    assert torch.equal(threat.projection_at(x)(y), threat.project(y, x))
+    clamped, refused = threat.clamp(x)
+    assert clamped is x and refused.shape == () and not refused
+    assert threat.select(torch.tensor([1])) is threat
+    with pytest.raises(TypeError, match="abstract"):
+        ThreatModel()
+
+
+def test_a_projection_of_a_subclass_is_the_one_that_attacks_use():
+    """An inherited `projection_at` would pass it by; with one of its own, or further up, nothing is replaced."""
+
+    class Grid(Linf):
+        def project(self, x_adv, x):
+            return (super().project(x_adv, x) * 255).round() / 255
+
+    class Finer(Grid):
+        def projection_at(self, x):
+            return lambda x_adv: x_adv
+
+    class Mixed(Brighter, Linf):
+        """Projection and the rest of Brighter come before those of Linf."""
+
+    x = torch.full((1, 1, 2, 2), 0.5)
+    assert torch.equal(Grid(0.1).projection_at(x)(x + 0.05), Grid(0.1).project(x + 0.05, x))
+    assert not torch.equal(Grid(0.1).project(x + 0.05, x), Linf(0.1).project(x + 0.05, x))
+    assert torch.equal(Finer(0.1).projection_at(x)(x + 1), x + 1)
+    assert torch.equal(Mixed(0.1).projection_at(x)(x - 0.05), x)
+
+
+def test_a_class_that_does_not_derive_is_told_what_to_do():
+    class Homemade:
+        eps = 0.1
+
+        def project(self, x_adv, x):
+            return x
+
+    with pytest.raises(TypeError, match=r"class Homemade\(hsat\.ThreatModel\).*steepest_ascent"):
+        PGD(Homemade(), step_size=0.1, steps=1)
+    with pytest.raises(TypeError, match=r"such as Linf\(8/255\)"):
+        PGD(0.1, step_size=0.1, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        (8 / 255, "8/255"),
+        (4 / 255, "4/255"),
+        (1.0, "1"),
+        (0.0, "0"),
+        (0.5, "0.5"),
+        (0.01, "0.01"),
+        (0.0123456, "0.0123456"),
+        (torch.tensor([8 / 255]), "8/255"),
+        (torch.tensor([4 / 255, 8 / 255]), "4/255..8/255"),
+    ],
+)
+def test_eps_as_text(eps, text):
+    assert eps_text(eps) == text
+
+
+def test_eps_as_a_number():
+    assert eps_value(torch.tensor([0.1, 0.25])) == 0.25
+    assert eps_value(0.5) == 0.5
+
+
+def test_eps_of_a_float32_tensor_reads_as_the_float_does():
+    for eps in (0.1, 0.2, 0.4, 8 / 255, 51 / 255, 0.05):
+        assert eps_text(torch.tensor([eps])) == eps_text(eps)
+    assert eps_text(torch.tensor([0.1, 0.2])) == "0.1..0.2"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsat.attacks import Linf, to_stains
+from hsat.attacks import Linf
 from hsat.data import srh_to_rgb
+from hsat.stains import to_stains
 from hsat.testing import check_feasible
 
 PAGE = Path(__file__).parents[2] / "docs" / "threats.md"
@@ -38,7 +39,8 @@ def test_every_threat_model_moves_what_it_may(page):
     lit = ((x > 0.1) & (x < 0.8)).all(1)
     change = (to_stains(found["stain"]) - to_stains(x)).movedim(1, -1)[lit].abs()
     assert change[:, :2].max() <= 0.1 + 1e-4 and change[:, 2].max() < 1e-4
-    for name, x_adv in found.items():
+    assert ((page["darker"] <= x) & (page["darker"] >= x - 8 / 255)).all()
+    for name, x_adv in {**found, "darker": page["darker"]}.items():
         assert (page["drift"](x_adv) > 0).all(), name
 
 

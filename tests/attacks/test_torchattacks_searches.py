@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsat.attacks import APGD, DIFGSM, L2, NIFGSM, PGD, TIFGSM, VMIFGSM, Linf, Square, classification, dlr, margin
-from hsat.attacks import square_windows as windows
+from hsat.attacks.square import bump
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -169,5 +169,5 @@ def test_square_is_about_as_strong(trained, threat, area):
 def test_the_bump_agrees(side):
     peer = torchattacks.Square(nn.Flatten())
     drawn = peer.eta(side).double()
-    mine = windows.bump(side)
+    mine = bump(side)
     assert torch.allclose(drawn, mine, atol=1e-6) or torch.allclose(drawn, mine.T, atol=1e-6)

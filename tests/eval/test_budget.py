@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hsat.attacks import PGD, InSpace, Linf, RandomNoise, Stains, feature_drift
+from hsat.attacks import PGD, Linf, RandomNoise, Reparametrized, Stains, feature_drift
 from hsat.eval import (
     BudgetResult,
     KNNClassifier,
@@ -124,7 +124,7 @@ def test_objectives_of_ones_own_and_attacks_in_other_spaces(toy_encoder, bank, q
         seen.append(batch.label.tolist())
         return feature_drift(toy_encoder.features, images, "l2")
 
-    stain = InSpace(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.03, steps=4))
+    stain = Reparametrized(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.03, steps=4))
     found = evaluate_budget(toy_encoder, bank, queries, stain, budget=PatchBudget(objective=objective), **FAST)
     assert seen == [batch.label.tolist() for batch in queries]
     assert {record.target for record in found.records} == {"custom"}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hsat.attacks import L2, PGD, InSpace, Linf, Masked, RawChannels, Stains, UniversalPerturbation
+from hsat.attacks import L2, PGD, Linf, Masked, RawChannels, Reparametrized, Stains, UniversalPerturbation
 from hsat.data import Cohort, PatchDataset, patch_loader, srh_to_rgb, write_synthetic_cohort
 from hsat.data.readers import read_raw
 from hsat.eval import (
@@ -29,7 +29,7 @@ from hsat.eval import (
 from hsat.eval.export import ShapeBatches
 from hsat.models import wrap_encoder
 
-RAW = InSpace(RawChannels(srh_to_rgb), PGD(Linf(8 / 255), step_size=2 / 255, steps=4))
+RAW = Reparametrized(RawChannels(srh_to_rgb), PGD(Linf(8 / 255), step_size=2 / 255, steps=4))
 RGB = PGD(Linf(8 / 255), step_size=2 / 255, steps=4)
 FAST = dict(options=ExportOptions(name="PGD-8"), classifier=KNNClassifier(k=3), provenance=Provenance(model="toy"))
 PAIRS = dict(options=ExportOptions(name="PGD-8", batch_size=2))
@@ -180,9 +180,9 @@ def test_a_file_that_reads_otherwise_is_noticed(encoder, srh, tmp_path, monkeypa
 
 
 def test_attacks_that_files_cannot_hold_are_refused_with_what_to_do(encoder, srh, colour, tmp_path):
-    with pytest.raises(TypeError, match=r"InSpace\(RawChannels\(srh_to_rgb\)"):
+    with pytest.raises(TypeError, match=r"Reparametrized\(RawChannels\(srh_to_rgb\)"):
         save_adversarial(tmp_path / "a", encoder, bank_of(srh, encoder), srh, RGB, **FAST)
-    stain = InSpace(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.05, steps=1))
+    stain = Reparametrized(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.05, steps=1))
     with pytest.raises(TypeError, match=r"no \.threat"):
         save_adversarial(tmp_path / "a", encoder, bank_of(colour, encoder), colour, stain, **FAST)
     for options, words in (
@@ -204,7 +204,7 @@ def test_options_are_checked(options, words):
 def test_other_targets_threat_models_and_the_encoders_mode(encoder, srh, tmp_path, target):
     mask = torch.zeros(24, 24, dtype=torch.bool)
     mask[:12] = True
-    attack = InSpace(RawChannels(srh_to_rgb), PGD(Masked(L2(1.0), mask), step_size=0.4, steps=3))
+    attack = Reparametrized(RawChannels(srh_to_rgb), PGD(Masked(L2(1.0), mask), step_size=0.4, steps=3))
     encoder.train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     result = save_adversarial(tmp_path / "adv", encoder, bank_of(srh, encoder), srh, attack, target=target, **FAST)

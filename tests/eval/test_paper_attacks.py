@@ -14,10 +14,10 @@ from hsat.attacks import (
     PGD,
     AttackEnsemble,
     FittedUniversal,
-    InSpace,
     Linf,
     Masked,
     RandomNoise,
+    Reparametrized,
     Stains,
 )
 from hsat.eval import add_noise_baselines, ensemble_attacks, paper_attacks
@@ -84,7 +84,7 @@ def pgd(threat):
 
 def test_each_threat_model_gets_one_noise_and_a_name():
     top, bottom = torch.tensor([[True], [False]]), torch.tensor([[False], [True]])
-    stain = InSpace(Stains(), pgd(Linf(0.1, low=-1, high=1)))
+    stain = Reparametrized(Stains(), pgd(Linf(0.1, low=-1, high=1)))
     attacks = {
         "a": pgd(Linf(8 / 255)),
         "b": PGD(Linf(8 / 255), step_size=0.02, steps=3),
@@ -102,7 +102,7 @@ def test_each_threat_model_gets_one_noise_and_a_name():
         "noise-L2-8": RandomNoise(L2(8 / 255)),
         "noise-Masked-8": RandomNoise(Masked(Linf(8 / 255), top)),
         "noise-Masked-8 (2)": RandomNoise(Masked(Linf(8 / 255), bottom)),
-        "noise-0.1": InSpace(Stains(), RandomNoise(Linf(0.1, low=-1, high=1))),
+        "noise-0.1": Reparametrized(Stains(), RandomNoise(Linf(0.1, low=-1, high=1))),
     }
     assert list(found) == [*noise, *attacks]
     assert add_noise_baselines({}) == {}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hsat.attacks import L2, Linf, Masked, RandomNoise
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, quantize_in_ball
+from hsat.types import ThreatModel
 
 seeds = st.integers(0, 10_000)
 
@@ -96,15 +97,15 @@ def test_a_small_perturbation_rounds_to_none_and_grids_refuse_what_is_not_on_the
 
 
 def test_a_threat_model_of_ones_own():
-    class Up:
+    class Up(ThreatModel):
         """May only brighten, by at most eps."""
 
         eps = 2 / 255
 
-        def start(self, x, generator=None):
+        def random_start(self, x, generator=None):
             return x
 
-        def ascent(self, grad):
+        def steepest_ascent(self, grad):
             return grad.clamp(min=0)
 
         def project(self, x_adv, x):

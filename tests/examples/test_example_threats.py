@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hsat.attacks import L2, PGD, InSpace, Linf
+from hsat.attacks import L2, PGD, Linf, Reparametrized
 from hsat.eval import read_records
 
 QUICK = "--steps 2 --bootstrap 0 --gallery 0 --diagnose 0 --quiet --k 5 --attacks pgd --batch_size 16".split()
@@ -31,7 +31,7 @@ def test_names_and_numbers_of_the_attacks():
     assert l2["PGD-l2-1.5"] == PGD(L2(1.5), step_size=0.375, steps=3)
     assert list(l2) == ["PGD-l2-1.5", "MIFGSM-l2-1.5", "FGSM-l2-1.5", "FFGSM-l2-1.5"]
     raw = attacks_under("raw_srh", [4 / 255, 8 / 255], **options | {"step_size": 2 / 255})
-    assert isinstance(raw["PGD-raw_srh-8"], InSpace)
+    assert isinstance(raw["PGD-raw_srh-8"], Reparametrized)
     assert raw["PGD-raw_srh-8"].attack == PGD(Linf(8 / 255), step_size=2 / 255, steps=3)
     stain = attacks_under("stain", [0.1], **options)
     assert stain["PGD-stain-0.1"].attack.threat == Linf(0.1, low=-1, high=1)

@@ -36,8 +36,7 @@ from hsat.attacks import (
     feature_drift,
     hierarchical,
 )
-from hsat.attacks.ascend import _momentum_path
-from hsat.attacks.running import Run
+from hsat.attacks.loop import AttackState, follow_gradients
 from hsat.classifiers import KNNClassifier
 from hsat.data import augment_batch, build_transform
 from hsat.eval import Provenance, Scoring, embed, evaluate_whitebox
@@ -284,9 +283,9 @@ def test_the_gradient_loop_can_be_captured_and_replayed(threat, decay, device):
     images, start = batch.images.clone(), batch.images.clone()
 
     def loop():
-        run = Run(images, objective, attack._climb(), generator=None, ids=None, success=None)
-        y, _ = _momentum_path(run, run.project(start), None, 0)
-        return run.project(y)
+        state = AttackState(images, objective, attack._config(), generator=None, ids=None, success=None)
+        y, _ = follow_gradients(state, state.project(start), None, 0)
+        return state.project(y)
 
     replay = loop if device.type == "cpu" else captured(loop)
     for source in (batch.images, other.images):

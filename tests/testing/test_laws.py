@@ -40,7 +40,7 @@ from own_attacks import (
 )
 from torch import nn
 
-from hsat.attacks import BIM, FGSM, L2, MIFGSM, PGD, FittedUniversal, Linf, RandomNoise, worst_of
+from hsat.attacks import BIM, FGSM, L2, MIFGSM, PGD, FittedUniversal, Linf, RandomNoise, worst_case
 from hsat.testing import LAWS, check_attack
 from hsat.testing.snapshot import Snapshot
 
@@ -408,7 +408,7 @@ def test_attacks_that_ask_no_objective_say_so_and_are_held_to_the_other_laws():
     fitted = FittedUniversal(threat=L2(0.5), delta=delta)
     assert set(check_attack(fitted)) == set(LAWS) - about_the_objective - {START}
     assert check_attack(
-        worst_of(FittedUniversal(threat=Linf(0.1), delta=delta), PGD(Linf(0.1), step_size=0.05, steps=3))
+        worst_case(FittedUniversal(threat=Linf(0.1), delta=delta), PGD(Linf(0.1), step_size=0.05, steps=3))
     )
 
     @dataclass(frozen=True)

@@ -22,28 +22,29 @@ from hsat.attacks import (
     FGSM,
     L2,
     MIFGSM,
+    NFGSM,
     NIFGSM,
     PGD,
     TIFGSM,
     VMIFGSM,
-    InSpace,
     Linf,
     Masked,
     RandomNoise,
     RawChannels,
+    Reparametrized,
     Square,
     Stains,
     UniversalPerturbation,
+    aggregate_margin,
     classification,
     dlr,
     feature_drift,
-    guide,
     hierarchical,
-    level_margin,
     margin,
+    match_features,
     objective_from,
     soft_knn,
-    worst_of,
+    worst_case,
 )
 from hsat.classifiers import KNNClassifier
 from hsat.data import augment_batch, build_transform, srh_to_rgb
@@ -52,7 +53,6 @@ from hsat.eval import Provenance, Scoring, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
 from hsat.training import (
-    NFGSM,
     Safeguard,
     WarmStarts,
     accumulated_step,
@@ -86,8 +86,8 @@ ATTACKS: dict[str, Any] = {
     "Square": Square(Linf(EPS), queries=8),
     "NFGSM": NFGSM(Linf(EPS)),
     "RandomNoise": RandomNoise(Linf(EPS)),
-    "raw channels": InSpace(RawChannels(srh_to_rgb), PGD(Linf(0.05), step_size=0.02, steps=3)),
-    "stains": InSpace(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.04, steps=3)),
+    "raw channels": Reparametrized(RawChannels(srh_to_rgb), PGD(Linf(0.05), step_size=0.02, steps=3)),
+    "stains": Reparametrized(Stains(), PGD(Linf(0.1, low=-1, high=1), step_size=0.04, steps=3)),
 }
 
 MORE = {  # case: (reads of the device, why); all others: one for an attack, none for a loss
@@ -103,7 +103,7 @@ MORE = {  # case: (reads of the device, why); all others: one for an attack, non
     "success": (9, "images stop one by one"),
     "step, parts": (2, "two parts, two attack calls"),
     "free": (3, "are the images in range, and the gradients finite before each of two moves?"),
-    "worst_of": (2, "two attacks"),
+    "worst_case": (2, "two attacks"),
     "stored patches": (2, "are the values in range? once for each of two pipelines"),
 }
 FREELY = {"evaluation", "warm starts", "safeguard", "universal"}  # between steps, or once per batch
@@ -164,7 +164,7 @@ OBJECTIVES: dict[str, Callable[[Place], Any]] = {
     "classification": lambda place: classification(place.model, place.labels),
     "margin": lambda place: margin(place.model, place.labels),
     "dlr": lambda place: dlr(place.model, place.labels),
-    "guide": lambda place: guide(place.model, place.model(place.batch.images.flip(0)).detach()),
+    "guide": lambda place: match_features(place.model, place.model(place.batch.images.flip(0)).detach()),
     "soft_knn": lambda place: soft_knn(place.model, place.bank, place.labels, k=5),
     "objective_from": lambda place: objective_from(place.model, supcon_loss, place.batch.patient),
 }
@@ -292,7 +292,7 @@ def universal(place: Place) -> Tensor:
 
 
 def ensemble(place: Place) -> Tensor:
-    parts = worst_of(ATTACKS["PGD"], (ATTACKS["APGD"], lambda x: feature_drift(place.model, x)))
+    parts = worst_case(ATTACKS["PGD"], (ATTACKS["APGD"], lambda x: feature_drift(place.model, x)))
     return place.attack(parts, OBJECTIVES["margin"])
 
 
@@ -315,7 +315,7 @@ def cases() -> dict[str, Callable[[Place], Any]]:
     for name in ("BIM", "FGSM", "MIFGSM"):
         found[f"from the images: {name}"] = lambda place, name=name: place.attack(ATTACKS[name], levels)
     found["level margin"] = lambda place: place.attack(
-        ATTACKS["PGD"], lambda p: level_margin(p.model, p.bank, p.batch.patient, p.batch.label, k=5)
+        ATTACKS["PGD"], lambda p: aggregate_margin(p.model, p.bank, p.batch.patient, p.batch.label, k=5)
     )
     for name in ("none", "static", "v0", "v1"):
         found[f"augmentation: {name}"] = partial(augmented, name=name)
@@ -324,5 +324,5 @@ def cases() -> dict[str, Callable[[Place], Any]]:
     found["warm starts"] = warm
     found["safeguard"] = safeguarded
     found["universal"] = universal
-    found["worst_of"] = ensemble
+    found["worst_case"] = ensemble
     return found

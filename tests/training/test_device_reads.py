@@ -16,28 +16,32 @@ from device_cases import FREELY, MORE, Place, cases
 from host_reads import PACKAGE, HostRead, HostReads
 
 ONE_READ = "raise_flags"  # were the images in range, were all gradients finite?
-CPU_ONLY = {  # file: (part of the line, why a GPU does without it); the line, or one of two above, asks for the CPU
-    "attacks/ascend.py": ("bool(start.isnan().any())", "the gradient at a start that holds NaN is NaN, and raises"),
-    "attacks/ball_and_box.py": ("bool((new == t).all())", "a GPU goes 24 rounds, the CPU as many as change something"),
-    "attacks/margins.py": ("int(labels.min())", "a label out of range ends in an assertion of the device"),
-    "attacks/pixels.py": ('x.device.type == "cpu" and bool(outside)', "the flag is read at the end of the call"),
-    "attacks/running.py": ("check_finite(bad)", "the same; the CPU raises at the step where it happens"),
-    "attacks/square.py": ("bool(bad.any())", "the same"),
-}
-ON_THE_HOST = {  # file: (part of the line, why the value lies on the CPU on any machine)
-    "attacks/floating.py": ("float(next_float(rounded", "the pixel range is two numbers of Python's"),
-    "attacks/radius.py": ("eps.double().aminmax()", "an eps of many values is kept and checked on the CPU"),
-    "attacks/staining.py": (
+CPU_ONLY = [  # (file, part of the line, why a GPU does without it); the line, or one of two above, asks for the CPU
+    ("attacks/loop.py", "bool(start.isnan().any())", "the gradient at a start that holds NaN is NaN, and raises"),
+    ("attacks/loop.py", "check_finite(bad)", "the same; the CPU raises at the step where it happens"),
+    ("attacks/margins.py", "int(labels.min())", "a label out of range ends in an assertion of the device"),
+    ("attacks/projections.py", "bool((new == t).all())", "a GPU goes 24 rounds, the CPU as many as change something"),
+    ("attacks/square.py", "bool(bad.any())", "the same"),
+    ("attacks/threat.py", 'x.device.type == "cpu" and bool(refused)', "the flag is read at the end of the call"),
+]
+ON_THE_HOST = [  # (file, part of the line, why the value lies on the CPU on any machine)
+    ("attacks/projections.py", "float(next_float(rounded", "the pixel range is two numbers of Python's"),
+    ("attacks/threat.py", "eps.double().aminmax()", "an eps of many values is kept and checked on the CPU"),
+    (
+        "attacks/stain_space.py",
         "stain_basis(self.vectors)",
         "the stains' vectors are numbers of Python's, inverted on the CPU",
     ),
-    "attacks/starts.py": ("ids.tolist()", "each image's noise has a CPU generator, seeded by its id; ids stay there"),
-    "data/replayed.py": ("", "what an augmentation draws comes from torch's CPU generator, as numbers"),
-}
+    (
+        "attacks/initialization.py",
+        "ids.tolist()",
+        "each image's noise has a CPU generator, seeded by its id; ids stay there",
+    ),
+    ("data/replayed.py", "", "what an augmentation draws comes from torch's CPU generator, as numbers"),
+]
 OTHER_PATHS = {  # file: what is done otherwise for a GPU, and so not seen here, besides CPU_ONLY
-    "attacks/pixels.py": "noise that a CPU generator draws is page-locked and copied without a wait",
-    "attacks/placing.py": "radii, masks and small tensors of the CPU are, too",
-    "attacks/threat.py": "an eps that the caller put on a GPU is not checked again",
+    "attacks/initialization.py": "noise of a CPU generator, radii, masks and small tensors are page-locked and copied"
+    " without a wait",
     "attacks/vote_bank.py": "Apple's GPUs compute votes in float32",
     "data/batched.py": "128 images at once, and white noise drawn on the device",
     "data/image_operations.py": "parameters of augmentations are page-locked and copied without a wait",
@@ -50,9 +54,9 @@ OTHER_PATHS = {  # file: what is done otherwise for a GPU, and so not seen here,
 def excused(read: HostRead) -> tuple[str, str] | None:
     """The entry of CPU_ONLY or ON_THE_HOST that the read falls under, by its innermost two lines of the package."""
     for line in read.lines[:2]:
-        for table in (CPU_ONLY, ON_THE_HOST):
-            if line.file in table and table[line.file][0] in line.text:
-                return line.file, table[line.file][0]
+        for file, part, _ in (*CPU_ONLY, *ON_THE_HOST):
+            if line.file == file and part in line.text:
+                return file, part
     return None
 
 
@@ -101,13 +105,13 @@ def test_the_exceptions_are_those_that_are_written_down(reads_of):
 
 def test_every_excuse_is_needed(every_read):
     used = {excused(read) for reads in every_read.values() for read in reads} - {None}
-    assert used == {(file, part) for table in (CPU_ONLY, ON_THE_HOST) for file, (part, _) in table.items()}
+    assert used == {(file, part) for file, part, _ in (*CPU_ONLY, *ON_THE_HOST)}
 
 
 def test_what_is_read_for_cpu_tensors_only_stands_behind_a_question_for_the_device(every_read):
     lines = {line for reads in every_read.values() for read in reads for line in read.lines[:2]}
-    asked = [line for line in lines if line.file in CPU_ONLY and CPU_ONLY[line.file][0] in line.text]
-    assert {line.file for line in asked} == set(CPU_ONLY)
+    asked = [line for line in lines if any(line.file == file and part in line.text for file, part, _ in CPU_ONLY)]
+    assert {line.file for line in asked} == {file for file, _, _ in CPU_ONLY}
     for line in asked:
         path = str(PACKAGE / line.file)
         before = [linecache.getline(path, number) for number in range(line.number - 2, line.number + 1)]
@@ -134,4 +138,4 @@ def test_code_that_goes_other_ways_on_a_gpu_is_written_down():
         for path in files
         if any(map(asks_for_the_device, ast.walk(ast.parse(path.read_text()))))
     }
-    assert asking == set(OTHER_PATHS) | set(CPU_ONLY)
+    assert asking == set(OTHER_PATHS) | {file for file, _, _ in CPU_ONLY}

@@ -34,10 +34,10 @@ from hsat.types import EmbeddingTable
 SHARED = """
 import torch
 from torch import nn
-from hsat.attacks import PGD, Linf
+from hsat.attacks import NFGSM, PGD, Linf
 from hsat.losses import HiDiscLoss
 from hsat.models import convert_to_dual
-from hsat.training import NFGSM, Safeguard, adversarial_step, average_statistics, free_replays, image_slots
+from hsat.training import Safeguard, adversarial_step, average_statistics, free_replays, image_slots
 from hsat.types import HierarchicalBatch
 
 ATTACK = PGD(Linf(8 / 255), step_size=2 / 255, steps=2)

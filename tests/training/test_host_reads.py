@@ -9,7 +9,7 @@ from host_reads import HostReads
 from torch import nn
 
 from hsat.attacks import PGD, Linf
-from hsat.attacks.pixels import admitted
+from hsat.attacks.threat import require_range
 
 VALUES = torch.tensor([1.0, 2.0, 0.0])
 ONE, THREE, MASK, COUNTS = torch.tensor(1.0), torch.tensor(3), VALUES > 0, torch.tensor([0, 1, 2])
@@ -210,12 +210,12 @@ def test_reads_in_layers_and_optimisers_are_seen():
 
 def test_the_innermost_line_of_the_package_is_named():
     with HostReads() as reads:
-        admitted(torch.rand(2, 3, 4, 4), 0.0, 1.0)
+        require_range(torch.rand(2, 3, 4, 4), 0.0, 1.0)
     read = reads[-1]
     line = read.lines[0]
-    assert (line.file, line.function, line.text) == ("attacks/pixels.py", "admitted", "if bool(outside):")
-    assert f"attacks/pixels.py:{line.number}" in repr(read)
-    assert [line.function for line in reads[0].lines] == ["round_inside", "admit", "admitted"]
+    assert (line.file, line.function, line.text) == ("attacks/threat.py", "require_range", "if bool(refused):")
+    assert f"attacks/threat.py:{line.number}" in repr(read)
+    assert [line.function for line in reads[0].lines] == ["round_inside", "clamp_to_range", "require_range"]
 
 
 @pytest.mark.parametrize(

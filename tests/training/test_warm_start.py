@@ -28,7 +28,7 @@ def seeded(seed: int) -> torch.Generator:
 @given(seed=st.integers(0, 1000), eps=st.sampled_from([0.0, 1 / 255, 8 / 255, 1.0]), ball=st.sampled_from([Linf, L2]))
 def test_comes_back_within_half_a_level_of_127(seed, eps, ball):
     threat, batch, starts = ball(eps), batch_of([1, 1, 2, 3], seed), WarmStarts()
-    x_adv = threat.start(batch.images, seeded(seed))
+    x_adv = threat.random_start(batch.images, seeded(seed))
     starts.keep(batch, x_adv)
     found = starts.points(batch, threat, generator=seeded(5))
     largest = (x_adv - batch.images).abs().amax((1, 2, 3))
@@ -38,7 +38,7 @@ def test_comes_back_within_half_a_level_of_127(seed, eps, ball):
 
 def test_views_keep_their_own_and_the_order_of_a_batch_does_not_matter():
     starts, batch = WarmStarts(), batch_of([1, 1, 2])
-    x_adv = BALL.start(batch.images, seeded(0))
+    x_adv = BALL.random_start(batch.images, seeded(0))
     starts.keep(batch, x_adv)
     other = HierarchicalBatch(
         batch.images[[2, 0, 1]], *(getattr(batch, n)[[2, 0, 1]] for n in ("patch", "slide", "patient"))
@@ -51,7 +51,7 @@ def test_views_keep_their_own_and_the_order_of_a_batch_does_not_matter():
 
 def test_unknown_images_begin_where_a_random_start_would():
     starts, batch = WarmStarts(), batch_of([1, 2, 3, 4])
-    drawn = BALL.start(batch.images, seeded(3))
+    drawn = BALL.random_start(batch.images, seeded(3))
     assert torch.equal(starts.points(batch, BALL, generator=seeded(3)), drawn)
     known = HierarchicalBatch(batch.images[1:2], batch.patch[1:2], batch.slide[1:2], batch.patient[1:2])
     starts.keep(known, known.images)
@@ -80,7 +80,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     starts, batch, model = WarmStarts(), batch_of([7, 7, 8]), torch.nn.Linear(1, 1)
     for state in (starts.state_dict(),):  # the empty one too
         WarmStarts().load_state_dict(state)
-    starts.keep(batch, BALL.start(batch.images, seeded(1)))
+    starts.keep(batch, BALL.random_start(batch.images, seeded(1)))
     extra = {"warm": starts.state_dict()}
     save_checkpoint(tmp_path / "last.pt", model=model, epoch=0, step=1, config={}, extra=extra)
     again = WarmStarts()

@@ -59,7 +59,7 @@ def test_the_record_of_a_run(x):
     result = PGD5.run(x, bumpy, generator=seeded())
     assert torch.equal(result.x_adv, PGD5(x, bumpy, generator=seeded()))
     assert torch.equal(result.value, bumpy(result.x_adv))
-    assert torch.equal(result.start_value, bumpy(THREAT.start(x, seeded())))
+    assert torch.equal(result.start_value, bumpy(THREAT.random_start(x, seeded())))
     assert (result.forwards, result.backwards) == (6, 5)
     assert result.success is None and result.zero_gradient.tolist() == [0] * 4
 
@@ -226,13 +226,13 @@ def test_channels_last_images_stay_channels_last(x):
 
 
 def test_a_threat_model_of_the_users_own(x):
-    class OnlyBrighter:
+    class OnlyBrighter(ThreatModel):
         eps = 0.1
 
-        def start(self, x, generator=None):
+        def random_start(self, x, generator=None):
             return x
 
-        def ascent(self, grad):
+        def steepest_ascent(self, grad):
             return grad.clamp(min=0).sign()
 
         def project(self, x_adv, x):
@@ -430,7 +430,7 @@ def test_an_image_that_succeeds_before_the_first_step_stays_and_reports_its_own_
 @pytest.mark.parametrize("threat", [THREAT, L2(0.5)], ids=repr)
 def test_images_are_checked_once_per_call_and_not_again_for_the_random_start(x, threat, monkeypatch):
     """The check reads the device, and an attack may do so only once."""
-    monkeypatch.setattr("hsat.attacks.threat.admitted", lambda *_: pytest.fail("the range was read again"))
+    monkeypatch.setattr("hsat.attacks.threat.require_range", lambda *_: pytest.fail("the range was read again"))
     PGD(threat, step_size=0.01, steps=2, restarts=2)(x, bumpy, generator=seeded())
 
 
@@ -440,7 +440,7 @@ def test_what_a_subclass_of_a_threat_model_changes_is_respected(x):
             return x_adv
 
     class FromTheMiddle(Linf):
-        def start(self, x, generator=None):
+        def random_start(self, x, generator=None):
             return self.project(torch.full_like(x, 0.5), x)
 
     brighter = lambda v: v.sum((1, 2, 3))

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hsat.attacks.pixels import admitted
-from hsat.types import Attack, AttackResult, Objective, ThreatModel
-
-Success = Callable[[Tensor], Tensor]
+from hsat.attacks.threat import check_threat, require_range
+from hsat.types import Attack, AttackResult, Objective, SuccessTest, ThreatModel
 
 
 @dataclass(frozen=True, eq=False)
-class Through:
-    """An objective of images, as a function of what the images are made from; see `through`."""
+class ComposedObjective:
+    """An objective of images, as a function of what the images are made from; see `compose_objective`."""
 
     transform: Callable[[Tensor], Tensor]
     objective: Objective
@@ -33,25 +31,25 @@ class Through:
         return bool(getattr(self.objective, "stationary_at_clean", False))
 
     @property
-    def select(self) -> Callable[[Tensor], Through]:
+    def select(self) -> Callable[[Tensor], ComposedObjective]:
         """The same for some images of the batch; missing (AttributeError) where the objective has none."""
         narrow = self.objective.select  # type: ignore[attr-defined]
-        own = getattr(self.transform, "select", None)
-        return lambda index: Through(self.transform if own is None else own(index), narrow(index))
+        select = getattr(self.transform, "select", None)
+        return lambda index: ComposedObjective(self.transform if select is None else select(index), narrow(index))
 
 
-def through(transform: Callable[[Tensor], Tensor], objective: Objective) -> Through:
+def compose_objective(transform: Callable[[Tensor], Tensor], objective: Objective) -> ComposedObjective:
     """The objective variable -> objective(transform(variable)): the attack moves what the images are made from.
 
     transform: a differentiable function of (n, ...) that treats every row by itself, such as `srh_to_rgb` from the two
     recorded channels to the three that encoders see.  One that knows its batch offers `.select(index)`.
     Per-image values stay per image, and `.select` and `stationary_at_clean` are those of the objective.
     """
-    return Through(transform, objective)
+    return ComposedObjective(transform, objective)
 
 
 @runtime_checkable
-class Space(Protocol):
+class Parametrization(Protocol):
     """Another description of images, next to clean ones: what an attacker moves in place of pixels."""
 
     def encode(self, y: Tensor, x: Tensor) -> Tensor:
@@ -65,41 +63,46 @@ class Space(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _Decode:
+class _Decoding:
     """`space.decode` next to a batch of clean images."""
 
-    space: Space
+    space: Parametrization
     x: Tensor
 
     def __call__(self, variable: Tensor) -> Tensor:
         return self.space.decode(variable, self.x)
 
-    def select(self, index: Tensor) -> _Decode:
-        return _Decode(self.space, self.x[index.to(self.x.device)])
+    def select(self, index: Tensor) -> _Decoding:
+        return _Decoding(self.space, self.x[index.to(self.x.device)])
 
 
 @dataclass(frozen=True)
-class InSpace:
+class Reparametrized:
     """An attack that moves another description of the images: the recorded channels, the stains.
 
-    space: `RawChannels`, `Stains`, or a `Space` of yours.  attack: any attack; its threat model holds for the variable
-    of that space, not for pixels: its eps and step size are in the variable's units.
+    space: `RawChannels`, `Stains`, or a `Parametrization` of yours.  attack: any attack; its threat model holds for the
+    variable of that space, not for pixels: its eps and step size are in the variable's units.
 
     It is an attack on images like any other: the images are described in the space, attacked there with the objective
-    carried `through` the decoding, and turned back into images.  eps = 0 gives back x bit for bit.  `start` is encoded;
+    composed with the decoding, and turned back into images.  eps = 0 gives back x bit for bit.  `start` is encoded;
     `success` is asked about images.  `eps` is that of the attack; there is no `.threat`, since there is no ball of
     pixels.  Raises ValueError for images outside [0, 1] and for a threat model that does not fit the space.
     """
 
-    space: Space
+    space: Parametrization
     attack: Attack
 
     def __post_init__(self) -> None:
-        if not isinstance(self.space, Space):
-            raise TypeError(f"space must be a Space such as RawChannels(srh_to_rgb) or Stains(), got {self.space!r}")
+        if not isinstance(self.space, Parametrization):
+            raise TypeError(
+                f"space must be a Parametrization such as RawChannels(srh_to_rgb) or Stains(), got {self.space!r}"
+            )
         if not callable(getattr(self.attack, "run", None)):
             raise TypeError(f"attack must be an attack such as PGD(Linf(8/255), ...), got {self.attack!r}")
-        self.space.check(getattr(self.attack, "threat", None))
+        threat = getattr(self.attack, "threat", None)
+        if threat is not None:
+            check_threat(threat)
+        self.space.check(threat)
 
     @property
     def eps(self) -> float | Tensor:
@@ -125,12 +128,19 @@ class InSpace:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> Tensor:
         """Adversarial images, same shape, dtype and device as x, detached; see `run`."""
-        decode, options = self._prepare(x, start, success)
-        found = self.attack(options.pop("x"), through(decode, objective), generator=generator, ids=ids, **options)
-        return decode(found).detach()
+        decode = self._decoding(x)
+        variable = self.attack(
+            self.space.encode(decode.x, decode.x),
+            compose_objective(decode, objective),
+            start=None if start is None else self.space.encode(start.detach().to(decode.x), decode.x),
+            generator=generator,
+            ids=ids,
+            success=None if success is None else compose_objective(decode, success),
+        )
+        return decode(variable).detach()
 
     def run(
         self,
@@ -140,16 +150,19 @@ class InSpace:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> AttackResult:
         """The same with the record of the attack; arguments as in every attack's `run`, in terms of images."""
-        decode, options = self._prepare(x, start, success)
-        result = self.attack.run(options.pop("x"), through(decode, objective), generator=generator, ids=ids, **options)
+        decode = self._decoding(x)
+        result = self.attack.run(
+            self.space.encode(decode.x, decode.x),
+            compose_objective(decode, objective),
+            start=None if start is None else self.space.encode(start.detach().to(decode.x), decode.x),
+            generator=generator,
+            ids=ids,
+            success=None if success is None else compose_objective(decode, success),
+        )
         return dataclasses.replace(result, x_adv=decode(result.x_adv).detach())
 
-    def _prepare(self, x: Tensor, start: Tensor | None, success: Success | None) -> tuple[_Decode, dict[str, Any]]:
-        x = admitted(x.detach(), 0.0, 1.0)
-        decode = _Decode(self.space, x)
-        first = None if start is None else self.space.encode(start.detach().to(x), x)
-        asked = None if success is None else (lambda variable: success(decode(variable)))
-        return decode, {"x": self.space.encode(x, x), "start": first, "success": asked}
+    def _decoding(self, x: Tensor) -> _Decoding:
+        return _Decoding(self.space, require_range(x.detach(), 0.0, 1.0))

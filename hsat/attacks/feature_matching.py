@@ -18,8 +18,8 @@ Which = Literal["nearest", "farthest"]
 
 
 @dataclass(frozen=True, eq=False)
-class Guide:
-    """Cosine similarity of each image's embedding to its target; see `guide`."""
+class FeatureMatch:
+    """Cosine similarity of each image's embedding to its target; see `match_features`."""
 
     encode: EmbeddingFunction
     targets: Tensor
@@ -36,16 +36,16 @@ class Guide:
             dtype = torch.promote_types(z.dtype, self.targets.dtype)
             return F.cosine_similarity(z.to(dtype), self.targets.to(dtype), dim=1)
 
-    def select(self, index: Tensor) -> Guide:
+    def select(self, index: Tensor) -> FeatureMatch:
         """The same for the images `index` of the batch."""
-        return Guide(self.encode, self.targets[index])
+        return FeatureMatch(self.encode, self.targets[index])
 
 
-def guide(encoder: EmbeddingFunction, targets: Tensor) -> Guide:
+def match_features(encoder: EmbeddingFunction, targets: Tensor) -> FeatureMatch:
     """Targeted objective: pull the embedding of each image towards a given one, such as another patient's.
 
-    encoder: images -> (n, d).  targets: (n, d), one embedding per image, of any length; `choose_guides` finds some.
-    Gives the cosine similarity to the target, one value per image, to be maximised.
+    encoder: images -> (n, d).  targets: (n, d), one embedding per image, of any length, such as
+    `choose_guide_images` finds.  Gives the cosine similarity to the target, one value per image, to be maximised.
     The feature adversaries of Sabour et al., arXiv:1511.05122, eq. 1, which minimise the Euclidean distance to the
     guide's features; here it is the cosine, since that is what kNN and the losses compare.
     Raises ValueError for targets of another shape, not finite, or of length zero.
@@ -58,10 +58,10 @@ def guide(encoder: EmbeddingFunction, targets: Tensor) -> Guide:
         raise ValueError(
             f"the target of image {int(bad[0])} is zero or not finite: it has no direction to pull towards"
         )
-    return Guide(encoder, targets.detach().to(torch.promote_types(targets.dtype, torch.float32)))
+    return FeatureMatch(encoder, targets.detach().to(torch.promote_types(targets.dtype, torch.float32)))
 
 
-def choose_guides(
+def choose_guide_images(
     bank: EmbeddingTable, z: Tensor, *, labels: Tensor, patients: Tensor | None = None, which: Which = "nearest"
 ) -> Tensor:
     """For each embedding the nearest, or farthest, row of a bank that has another class and another patient, (n, d).

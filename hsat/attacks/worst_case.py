@@ -1,4 +1,4 @@
-"""The strongest of several attacks, image by image."""
+"""The worst case of several attacks, image by image."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsat.attacks import starts
-from hsat.attacks.gradient import check_value
-from hsat.types import Attack, AttackResult, Objective, ThreatModel
+from hsat.attacks.initialization import check_ids, check_start
+from hsat.attacks.loop import check_value
+from hsat.types import Attack, AttackResult, Objective, SuccessTest, ThreatModel
 
-Success = Callable[[Tensor], Tensor]
-MakeObjective = Callable[[Tensor], Objective]
-Part = tuple[Attack, MakeObjective | None]
+ObjectiveFactory = Callable[[Tensor], Objective]
+"""Images (n, c, h, w) -> the objective that an attack climbs on them."""
+
+Part = tuple[Attack, ObjectiveFactory | None]
 
 
 @dataclass(frozen=True, repr=False)
-class WorstOf:
-    """Several attacks on the same images, of which each image keeps the strongest; see `worst_of`.
+class WorstCase:
+    """Several attacks on the same images, of which each image keeps the strongest; see `worst_case`.
 
     parts: the attacks, each with the maker of its own objective or None.  threat: that of all parts;
     `dataclasses.replace(attack, threat=...)` gives every part another one.
@@ -31,12 +32,12 @@ class WorstOf:
     threat: ThreatModel
 
     def __post_init__(self) -> None:
-        moved = tuple((_under(attack, self.threat), make) for attack, make in self.parts)
+        moved = tuple((with_threat(attack, self.threat), make) for attack, make in self.parts)
         object.__setattr__(self, "parts", moved)
 
     def __repr__(self) -> str:
         shown = (repr(a) if make is None else f"({a!r}, {_name(make)})" for a, make in self.parts)
-        return f"worst_of({', '.join(shown)})"
+        return f"worst_case({', '.join(shown)})"
 
     @property
     def random_start(self) -> bool:
@@ -51,7 +52,7 @@ class WorstOf:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> Tensor:
         """The adversarial images of `run`."""
         return self.run(x, objective, start=start, generator=generator, ids=ids, success=success).x_adv
@@ -64,7 +65,7 @@ class WorstOf:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> AttackResult:
         """Each attack in turn; the objective is the judge.  Arguments as for PGD; `start` and `ids` go to every part.
 
@@ -72,74 +73,84 @@ class WorstOf:
         an objective of its own; `stationary` holds where it did in any part.  start_value: the judge's, where the
         first part began (at the images, if that part climbs its own).
         """
-        starts.check_ids(ids, len(x))
-        starts.check_start(start, x)
-        turn = _Turn(x.detach(), objective, success)
+        check_ids(ids, len(x))
+        check_start(start, x)
+        state = _WorstCaseState(x.detach(), objective, start=start, generator=generator, ids=ids, success=success)
         for attack, make in self.parts:
-            if turn.all_fallen():
+            if state.all_broken():
                 break
-            turn.take(attack, make, start=start, generator=generator, ids=ids)
-        assert turn.best is not None  # there is at least one part
-        return turn.best
+            state.run_part(attack, make)
+        assert state.best is not None  # there is at least one part
+        return state.best
 
 
-class _Turn:
+class _WorstCaseState:
     """One call: the images, the judge, and the strongest result so far."""
 
-    def __init__(self, x: Tensor, judge: Objective, success: Success | None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        judge: Objective,
+        *,
+        start: Tensor | None,
+        generator: torch.Generator | None,
+        ids: Tensor | None,
+        success: SuccessTest | None,
+    ) -> None:
         self.x, self.judge, self.success = x, judge, success
+        self.start, self.generator, self.ids = start, generator, ids
         self.best: AttackResult | None = None
 
-    def all_fallen(self) -> bool:
+    def all_broken(self) -> bool:
         return self.best is not None and self.best.success is not None and bool(self.best.success.all())
 
-    def take(self, attack: Attack, make: MakeObjective | None, **options: Any) -> None:
-        """Run one attack on the images that are still standing and keep what is stronger."""
+    def run_part(self, attack: Attack, make: ObjectiveFactory | None) -> None:
+        """Run one attack on the images that are still robust and keep what is stronger."""
         objective = self.judge if make is None else make(self.x)
-        keep = self._standing(attack, objective)
-        result = self._run(attack, objective, keep, options)
+        keep = self._robust_images(attack, objective)
+        result = self._run(attack, objective, keep)
         if make is not None:
-            result = self._judged(result, keep)
+            result = self._with_judged_values(result, keep)
         if keep is not None and self.best is not None:
-            result = _spread(result, keep, self.best)
-        self.best = result if self.best is None else stronger(self.best, result)
+            result = _scatter(result, keep, self.best)
+        self.best = result if self.best is None else keep_worst(self.best, result)
 
-    def _standing(self, attack: Attack, objective: Objective) -> Tensor | None:
-        """The images to attack, or None for all: some have fallen, and objective, judge and attack can be narrowed."""
-        fallen = None if self.best is None else self.best.success
-        if fallen is None or not bool(fallen.any()):
+    def _robust_images(self, attack: Attack, objective: Objective) -> Tensor | None:
+        """The images to attack, or None for all: some have broken, and objective, judge and attack can be narrowed."""
+        broken = None if self.best is None else self.best.success
+        if broken is None or not bool(broken.any()):
             return None
         if not (hasattr(objective, "select") and hasattr(self.judge, "select")):
             return None
-        keep = (~fallen).nonzero().flatten()
-        threat: ThreatModel = attack.threat  # type: ignore[attr-defined]  # worst_of has looked
-        narrowable = starts.threat_of(threat, keep) is threat or dataclasses.is_dataclass(attack)
+        keep = (~broken).nonzero().flatten()
+        threat: ThreatModel = attack.threat  # type: ignore[attr-defined]  # worst_case has looked
+        narrowable = threat.select(keep) is threat or dataclasses.is_dataclass(attack)
         return keep if narrowable else None
 
-    def _run(self, attack: Any, objective: Any, keep: Tensor | None, options: dict[str, Any]) -> AttackResult:
-        success = self.success
-        if keep is None:
-            result: AttackResult = attack.run(self.x, objective, success=success, **options)
-        else:
-            narrowed = _under(attack, starts.threat_of(attack.threat, keep))
-            own = {name: options[name] if options[name] is None else options[name][keep] for name in ("start", "ids")}
-            result = narrowed.run(self.x[keep], objective.select(keep), success=self._among(keep), **options | own)
+    def _run(self, attack: Any, objective: Any, keep: Tensor | None) -> AttackResult:
+        x, start, ids, success = self.x, self.start, self.ids, self.success
+        if keep is not None:
+            attack, objective = with_threat(attack, attack.threat.select(keep)), objective.select(keep)
+            x, start, ids = x[keep], None if start is None else start[keep], None if ids is None else ids[keep]
+            success = self._among(keep)
+        result: AttackResult = attack.run(x, objective, start=start, generator=self.generator, ids=ids, success=success)
         if success is not None and result.success is None:  # an attack of the user's that does not report it
-            test = self._among(keep) if keep is not None else success
             with torch.no_grad():
-                result = dataclasses.replace(result, success=test(result.x_adv))
+                result = dataclasses.replace(result, success=success(result.x_adv))
         return result
 
-    def _among(self, keep: Tensor) -> Success:
+    def _among(self, keep: Tensor) -> SuccessTest | None:
         """`success` for some of the images: it is asked about the whole batch, as its order may matter to it."""
+        success, best = self.success, self.best
+        if success is None or best is None:  # then no image is left out
+            return None
 
         def among(images: Tensor) -> Tensor:
-            assert self.success is not None and self.best is not None  # only then are images left out
-            return self.success(self.best.x_adv.index_copy(0, keep, images))[keep]
+            return success(best.x_adv.index_copy(0, keep, images))[keep]
 
         return among
 
-    def _judged(self, result: AttackResult, keep: Tensor | None) -> AttackResult:
+    def _with_judged_values(self, result: AttackResult, keep: Tensor | None) -> AttackResult:
         """The result of another objective with the judge's values in the place of its own."""
         judge = self.judge if keep is None else self.judge.select(keep)  # type: ignore[attr-defined]
         with torch.no_grad():
@@ -150,7 +161,7 @@ class _Turn:
         return dataclasses.replace(result, value=value, start_value=begin, forwards=forwards)
 
 
-def worst_of(*parts: Attack | tuple[Attack, MakeObjective]) -> WorstOf:
+def worst_case(*parts: Attack | tuple[Attack, ObjectiveFactory]) -> WorstCase:
     """An attack that runs several attacks and keeps, for each image, the strongest.
 
     parts: attacks, which climb the objective of the call; or pairs (attack, make), where make(x) gives the objective
@@ -158,13 +169,13 @@ def worst_of(*parts: Attack | tuple[Attack, MakeObjective]) -> WorstOf:
     of the call judges in any case: a success first (where `success` is given), then the higher value; the earlier part
     on ties.  With a scalar objective the batch of the highest value is kept whole, as restarts do.
 
-    With `success`, images that have fallen are kept as they are; later attacks do not see them, where the objectives
+    With `success`, images that have broken are kept as they are; later attacks do not see them, where the objectives
     have `.select`.  With `ids` all parts that start at random begin at the same points, so the result is the best of
     what each gives alone.  An ensemble in the sense of Croce and Hein, arXiv:2003.01690, section 4.
     Raises TypeError for parts that are not attacks with a threat model, ValueError where their threat models differ.
     """
     if not parts:
-        raise ValueError("worst_of needs at least one attack: worst_of(PGD(...), MIFGSM(...))")
+        raise ValueError("worst_case needs at least one attack: worst_case(PGD(...), MIFGSM(...))")
     pairs: list[Part] = []
     for part in parts:
         attack, make = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
@@ -176,10 +187,10 @@ def worst_of(*parts: Attack | tuple[Attack, MakeObjective]) -> WorstOf:
     threats = [attack.threat for attack, _ in pairs]  # type: ignore[attr-defined]
     if other := [threat for threat in threats if threat != threats[0]]:
         raise ValueError(f"the attacks allow different things, so none is the strongest: {threats[0]} and {other[0]}")
-    return WorstOf(tuple(pairs), threats[0])
+    return WorstCase(tuple(pairs), threats[0])
 
 
-def _under(attack: Any, threat: ThreatModel) -> Any:
+def with_threat(attack: Any, threat: ThreatModel) -> Any:
     """The attack with another threat model."""
     if attack.threat is threat or attack.threat == threat:
         return attack
@@ -188,11 +199,11 @@ def _under(attack: Any, threat: ThreatModel) -> Any:
     return dataclasses.replace(attack, threat=threat)  # type: ignore[type-var]
 
 
-def _name(make: MakeObjective) -> str:
+def _name(make: ObjectiveFactory) -> str:
     return getattr(make, "__qualname__", "") or repr(make)
 
 
-def _spread(part: AttackResult, keep: Tensor, whole: AttackResult) -> AttackResult:
+def _scatter(part: AttackResult, keep: Tensor, whole: AttackResult) -> AttackResult:
     """The result of the images `keep` as one of the whole batch, in which the others are worth nothing."""
 
     def put(into: Tensor, rows: Tensor) -> Tensor:
@@ -209,13 +220,17 @@ def _spread(part: AttackResult, keep: Tensor, whole: AttackResult) -> AttackResu
     )
 
 
-def stronger(old: AttackResult, new: AttackResult) -> AttackResult:
-    """The stronger of the two per image, or as a whole where values are scalars; what is counted is added."""
+def keep_worst(old: AttackResult, new: AttackResult) -> AttackResult:
+    """The worse of two results for the model; what is counted is added.
+
+    A success comes first, then the higher value, the old result on ties: per image where values are per image, else
+    the batch as a whole.
+    """
     value = new.value.to(old.value.dtype)
-    better, success = value > old.value, None
+    better, success = torch.nan_to_num(value, nan=-torch.inf) > torch.nan_to_num(old.value, nan=-torch.inf), None
     if old.success is not None and new.success is not None:
         better, success = ~old.success & (new.success | better), old.success | new.success
-    seen = [result.stationary for result in (old, new) if result.stationary is not None]
+    stationary = [result.stationary for result in (old, new) if result.stationary is not None]
     return AttackResult(
         x_adv=torch.where(better[:, None, None, None] if better.ndim else better, new.x_adv, old.x_adv),
         value=torch.where(better, value, old.value),
@@ -224,5 +239,5 @@ def stronger(old: AttackResult, new: AttackResult) -> AttackResult:
         success=success,
         forwards=old.forwards + new.forwards,
         backwards=old.backwards + new.backwards,
-        stationary=torch.stack(seen).any(0) if seen else None,
+        stationary=torch.stack(stationary).any(0) if stationary else None,
     )

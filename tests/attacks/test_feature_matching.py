@@ -1,4 +1,4 @@
-"""guide and choose_guides: the pull, whose embedding it is, and errors."""
+"""guide and choose_guide_images: the pull, whose embedding it is, and errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hsat.attacks import PGD, Linf, choose_guides, guide
+from hsat.attacks import PGD, Linf, choose_guide_images, match_features
 from hsat.types import EmbeddingTable
 
 
@@ -29,18 +29,18 @@ def encoder():
 
 def test_values_gradient_and_select(encoder):
     x, targets = torch.rand(4, 3, 4, 4, generator=seeded()), torch.randn(4, 5, generator=seeded(3))
-    pull = guide(encoder, targets * 7)
+    pull = match_features(encoder, targets * 7)
     torch.testing.assert_close(pull(x), torch.nn.functional.cosine_similarity(encoder(x), targets))
     index = torch.tensor([2, 0])
     torch.testing.assert_close(pull.select(index)(x[index]), pull(x)[index])
     z = torch.randn(4, 5, generator=seeded(4), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(guide(lambda v: v, targets.double()), (z,))
+    assert torch.autograd.gradcheck(match_features(lambda v: v, targets.double()), (z,))
 
 
 def test_the_attack_reaches_the_guide(encoder):
     """A linear encoder and a wide ball: the embedding can be turned all the way."""
     x = torch.rand(4, 3, 4, 4, generator=seeded()) * 0.2 + 0.4
-    pull = guide(encoder, torch.randn(4, 5, generator=seeded(3)))
+    pull = match_features(encoder, torch.randn(4, 5, generator=seeded(3)))
     result = PGD(Linf(0.4), step_size=0.02, steps=60).run(x, pull, generator=seeded())
     assert (result.value > 0.98).all() and (pull(x) < 0.9).all()
 
@@ -50,7 +50,7 @@ def test_the_attack_reaches_the_guide(encoder):
 def test_guides_are_what_a_loop_finds(bank, which, known):
     z = torch.randn(9, 5, generator=seeded(5))
     labels, patients = torch.arange(9) % 3, torch.arange(9) % 8
-    found = choose_guides(bank, z, labels=labels, patients=patients if known else None, which=which)
+    found = choose_guide_images(bank, z, labels=labels, patients=patients if known else None, which=which)
     for i in range(9):
         allowed = [j for j in range(40) if bank.label[j] != labels[i] and (not known or bank.patient[j] != patients[i])]
         similar = {
@@ -63,19 +63,19 @@ def test_guides_are_what_a_loop_finds(bank, which, known):
 def test_errors(bank, encoder):
     z, labels = torch.randn(2, 5), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="which must be 'nearest' or 'farthest', got 'near'"):
-        choose_guides(bank, z, labels=labels, which="near")
+        choose_guide_images(bank, z, labels=labels, which="near")
     with pytest.raises(ValueError, match=r"embeddings must be \(n, 5\) as the bank's are, got \(2, 4\)"):
-        choose_guides(bank, z[:, :4], labels=labels)
+        choose_guide_images(bank, z[:, :4], labels=labels)
     with pytest.raises(ValueError, match="labels run from 0 to 3, but the bank has 3 classes"):
-        choose_guides(bank, z, labels=torch.tensor([0, 3]))
+        choose_guide_images(bank, z, labels=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"2 labels but patients of shape \(3,\)"):
-        choose_guides(bank, z, labels=labels, patients=torch.arange(3))
+        choose_guide_images(bank, z, labels=labels, patients=torch.arange(3))
     one = EmbeddingTable(bank.z[:3], [1, 1, 1], range(3), range(3), range(3), ("a", "b", "c"))
     with pytest.raises(ValueError, match="no row of another class and patient for image 1"):
-        choose_guides(one, z, labels=labels)
+        choose_guide_images(one, z, labels=labels)
     with pytest.raises(ValueError, match=r"floats \(n, d\), one embedding per image; got torch.float32 \(5,\)"):
-        guide(encoder, z[0])
+        match_features(encoder, z[0])
     with pytest.raises(ValueError, match="the target of image 1 is zero or not finite"):
-        guide(encoder, torch.tensor([[1.0, 0], [0, 0]]))
+        match_features(encoder, torch.tensor([[1.0, 0], [0, 0]]))
     with pytest.raises(ValueError, match=r"gave embeddings \(3, 5\), the targets are \(2, 5\)"):
-        guide(encoder, z)(torch.rand(3, 3, 4, 4))
+        match_features(encoder, z)(torch.rand(3, 3, 4, 4))

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsat.attacks import radius
-from hsat.attacks.ascend import Climb, ascend
-from hsat.types import AttackResult, Objective, ThreatModel
-
-Success = Callable[[Tensor], Tensor]
+from hsat.attacks.loop import AscentConfig, ascend
+from hsat.attacks.threat import check_threat, settings_number
+from hsat.types import AttackResult, Objective, SuccessTest, ThreatModel
 
 
-class Ascent(ABC):
-    """The two ways to call an attack, once; each final class below provides the numbers of its ascent."""
+class GradientAttack(ABC):
+    """The two ways to call an attack, once; each final class provides the numbers of its ascent."""
 
     @abstractmethod
-    def _climb(self) -> Climb: ...
+    def _config(self) -> AscentConfig: ...
 
     def __repr__(self) -> str:
         return settings_text(self)
@@ -35,12 +33,12 @@ class Ascent(ABC):
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> Tensor:
         """Adversarial images, same shape, dtype and device as x, detached; see `run` for the arguments."""
-        climb = self._climb()
+        config = self._config()
         return ascend(
-            x, objective, climb, start=start, generator=generator, ids=ids, success=success, score=False
+            x, objective, config, start=start, generator=generator, ids=ids, success=success, score=False
         ).x_adv
 
     def run(
@@ -51,19 +49,30 @@ class Ascent(ABC):
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
         score: bool = True,
     ) -> AttackResult:
         """The attack with its record.
 
-        x: (n, c, h, w) floats in the threat model's range.  objective: images -> scalar or (n,), maximised.
-        start: (n, c, h, w), replaces the first restart's start and is projected first.  generator: source of random
-        starts (torch's global one if None).  ids: (n,) ints that make each image's noise its own.  success:
-        (x_adv) -> (n,) bool, stops images early.  score=False saves the last forward pass of a single restart, and
-        `value` is then not the value at x_adv.
+        Args:
+            x: (n, c, h, w) floats in the threat model's range.
+            objective: Images -> scalar or (n,), maximised.
+            start: (n, c, h, w), replaces the first restart's start and is projected first.
+            generator: Source of random starts (torch's global one if None).
+            ids: (n,) ints that make each image's noise its own.
+            success: (x_adv) -> (n,) bool, stops images early.
+            score: False saves the last forward pass of a single restart, and `value` is then not the value at x_adv.
+
+        Returns:
+            The result; see `AttackResult`.
+
+        Raises:
+            ValueError: For images out of range, wrong shapes, or a scalar objective with `success`.
+            RuntimeError: Under inference_mode, or for an objective without a gradient path.
+            FloatingPointError: For non-finite gradients.
         """
-        climb = self._climb()
-        return ascend(x, objective, climb, start=start, generator=generator, ids=ids, success=success, score=score)
+        config = self._config()
+        return ascend(x, objective, config, start=start, generator=generator, ids=ids, success=success, score=score)
 
 
 def settings_text(attack: Any, *, leave_out: Sequence[str] = ()) -> str:
@@ -73,14 +82,8 @@ def settings_text(attack: Any, *, leave_out: Sequence[str] = ()) -> str:
         if option.name in leave_out or option.type == "KW_ONLY":
             continue
         value = getattr(attack, option.name)
-        parts.append(f"{option.name}={radius.text(value) if option.name == 'step_size' and value else repr(value)}")
+        parts.append(f"{option.name}={settings_number(value) if option.name == 'step_size' and value else repr(value)}")
     return f"{type(attack).__name__}({', '.join(parts)})"
-
-
-def check_threat(threat: ThreatModel) -> None:
-    """Raise TypeError unless it is a threat model."""
-    if not isinstance(threat, ThreatModel):
-        raise TypeError(f"threat must be a threat model such as Linf(8/255), got {threat!r}")
 
 
 def check_steps(threat: ThreatModel, step_size: float, steps: int = 1, restarts: int = 1) -> None:

@@ -1,22 +1,22 @@
-"""The named attacks: frozen settings of one gradient loop."""
+"""PGD and its named relatives: frozen settings of one gradient loop."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
-from hsat.attacks import starts
-from hsat.attacks.ascend import Climb
-from hsat.attacks.calling import Ascent, Success, check_number, check_steps, check_threat
-from hsat.attacks.gradient import check_value
-from hsat.attacks.pixels import admitted_to
-from hsat.types import AttackResult, Objective, ThreatModel
+from hsat.attacks.base import GradientAttack, check_number, check_steps, settings_text
+from hsat.attacks.initialization import check_ids, check_start, random_start
+from hsat.attacks.loop import AscentConfig, check_value
+from hsat.attacks.threat import Linf, check_threat, clamp_images, require_images
+from hsat.types import AttackResult, Objective, SuccessTest, ThreatModel
 
 
-def _steps_of(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) -> Climb:
-    return Climb(
+def _ascent_config(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) -> AscentConfig:
+    return AscentConfig(
         threat=attack.threat,
         step_size=attack.step_size,
         steps=attack.steps,
@@ -27,7 +27,7 @@ def _steps_of(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) -> Clim
 
 
 @dataclass(frozen=True, repr=False)
-class PGD(Ascent):
+class PGD(GradientAttack):
     """Projected gradient ascent, x <- project(x + step_size * ascent(gradient)), from a random start.
 
     Madry et al., arXiv:1706.06083, section 2.1.  HSAT trains with Linf(8/255), step_size=2/255, steps=5.
@@ -44,12 +44,12 @@ class PGD(Ascent):
     def __post_init__(self) -> None:
         check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
-    def _climb(self) -> Climb:
-        return _steps_of(self)
+    def _config(self) -> AscentConfig:
+        return _ascent_config(self)
 
 
 @dataclass(frozen=True, repr=False)
-class BIM(Ascent):
+class BIM(GradientAttack):
     """Basic iterative method: PGD that starts at the images themselves (Kurakin et al., arXiv:1607.02533, eq. 2).
 
     With random_start=True it is PGD, which is what the published HSAT evaluation runs under this name.  Restarts after
@@ -66,12 +66,12 @@ class BIM(Ascent):
     def __post_init__(self) -> None:
         check_steps(self.threat, self.step_size, self.steps, self.restarts)
 
-    def _climb(self) -> Climb:
-        return _steps_of(self)
+    def _config(self) -> AscentConfig:
+        return _ascent_config(self)
 
 
 @dataclass(frozen=True, repr=False)
-class MIFGSM(Ascent):
+class MIFGSM(GradientAttack):
     """Momentum iterative method: m <- decay * m + g / mean|g| per image, then a step along ascent(m).
 
     Dong et al., arXiv:1710.06081, algorithm 1 (there with the sum |g|; a positive factor per image and step, and with
@@ -91,12 +91,12 @@ class MIFGSM(Ascent):
         check_steps(self.threat, self.step_size, self.steps, self.restarts)
         check_number("decay", self.decay)
 
-    def _climb(self) -> Climb:
-        return _steps_of(self, decay=self.decay)
+    def _config(self) -> AscentConfig:
+        return _ascent_config(self, decay=self.decay)
 
 
 @dataclass(frozen=True, repr=False)
-class FGSM(Ascent):
+class FGSM(GradientAttack):
     """One step of size eps from the images (Goodfellow et al., arXiv:1412.6572, section 4)."""
 
     threat: ThreatModel
@@ -104,12 +104,12 @@ class FGSM(Ascent):
     def __post_init__(self) -> None:
         check_threat(self.threat)
 
-    def _climb(self) -> Climb:
-        return Climb(threat=self.threat, step_size=self.threat.eps, steps=1)
+    def _config(self) -> AscentConfig:
+        return AscentConfig(threat=self.threat, step_size=self.threat.eps, steps=1)
 
 
 @dataclass(frozen=True, repr=False)
-class FFGSM(Ascent):
+class FFGSM(GradientAttack):
     """One step from a random start, project(start + step_size * ascent(gradient)).
 
     Wong et al., arXiv:2001.03994, algorithm 3.  step_size=None is their 1.25 eps; the published HSAT code uses 10/255
@@ -125,9 +125,90 @@ class FFGSM(Ascent):
         if self.step_size is not None:
             check_steps(self.threat, self.step_size)
 
-    def _climb(self) -> Climb:
+    def _config(self) -> AscentConfig:
         step_size = 1.25 * self.threat.eps if self.step_size is None else self.step_size
-        return Climb(threat=self.threat, step_size=step_size, steps=1, random_start=True)
+        return AscentConfig(threat=self.threat, step_size=step_size, steps=1, random_start=True)
+
+
+@dataclass(frozen=True, repr=False)
+class NFGSM:
+    """One step from strong noise that is not clipped afterwards: x + noise + step_size * sign(gradient there).
+
+    de Jorge et al., arXiv:2202.01181, section 4.  noise: the start is uniform in noise * eps around the images, theirs
+    is 2.  step_size: None is their eps.  threat: the ball to defend against; the images that come out leave it on
+    purpose: they stay in the pixel range and inside `reach`, of radius noise * eps + step_size.  So it is an attack to
+    train with, which prevents catastrophic overfitting; its result is no measure of robustness.
+    Raises TypeError for a threat model that is not Linf, ValueError for numbers out of range.
+    """
+
+    threat: Linf
+    _: KW_ONLY
+    noise: float = 2.0
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Linf):
+            raise TypeError(f"NFGSM is defined for Linf balls, got {self.threat!r}")
+        if isinstance(self.threat.eps, Tensor):
+            raise TypeError("NFGSM takes one eps for all images, such as Linf(8/255); got a tensor")
+        check_number("noise", self.noise)
+        if self.step_size is not None:
+            check_number("step_size", self.step_size)
+
+    def __repr__(self) -> str:
+        return settings_text(self)
+
+    @property
+    def reach(self) -> Linf:
+        """The ball that the images stay in."""
+        return self._ball(self.noise * self._eps + self._step)
+
+    def __call__(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: SuccessTest | None = None,
+    ) -> Tensor:
+        """Training images; arguments as for every attack."""
+        first = self._first(x, generator, ids) if start is None else start
+        return self._step_attack()(x, objective, start=first, success=success)
+
+    def run(
+        self,
+        x: Tensor,
+        objective: Objective,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+        success: SuccessTest | None = None,
+    ) -> AttackResult:
+        """The same with its record; `start` replaces the noise."""
+        first = self._first(x, generator, ids) if start is None else start
+        return self._step_attack().run(x, objective, start=first, success=success)
+
+    @property
+    def _eps(self) -> float:
+        return float(self.threat.eps)
+
+    @property
+    def _step(self) -> float:
+        return self._eps if self.step_size is None else self.step_size
+
+    def _ball(self, eps: float) -> Linf:
+        return dataclasses.replace(self.threat, eps=min(eps, self.threat.high - self.threat.low))
+
+    def _step_attack(self) -> PGD:
+        return PGD(self.reach, step_size=self._step, steps=1)
+
+    def _first(self, x: Tensor, generator: torch.Generator | None, ids: Tensor | None) -> Tensor:
+        inside, _ = clamp_images(x.detach(), self.threat)  # the attack itself refuses images out of range
+        ball = self._ball(self.noise * self._eps)
+        return random_start(inside, ball, generator=generator, ids=ids, restart=0)
 
 
 @dataclass(frozen=True)
@@ -152,15 +233,15 @@ class RandomNoise:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
     ) -> Tensor:
         """Images with noise; the objective and `success` are not asked.  `start` replaces the noise."""
-        starts.check_ids(ids, len(x))
-        starts.check_start(start, x)
+        check_ids(ids, len(x))
+        check_start(start, x)
         if start is not None:
             return self.threat.project(start.detach().to(x), x.detach())
-        inside = admitted_to(x.detach(), self.threat)
-        return starts.random_start(inside, self.threat, generator=generator, ids=ids, restart=0, inside=True)
+        inside = require_images(x.detach(), self.threat)
+        return random_start(inside, self.threat, generator=generator, ids=ids, restart=0)
 
     def run(
         self,
@@ -170,7 +251,7 @@ class RandomNoise:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
-        success: Success | None = None,
+        success: SuccessTest | None = None,
         score: bool = True,
     ) -> AttackResult:
         """The same with the objective's value at the images and at the noisy images; see `unguided_result`."""
@@ -179,7 +260,7 @@ class RandomNoise:
 
 
 def unguided_result(
-    x_adv: Tensor, x: Tensor, objective: Objective, *, success: Success | None, score: bool
+    x_adv: Tensor, x: Tensor, objective: Objective, *, success: SuccessTest | None, score: bool
 ) -> AttackResult:
     """The result of an attack that asked the objective nothing on its way.
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.attacks import DIFGSM, L2, MIFGSM, NIFGSM, TIFGSM, VMIFGSM, Linf, feature_drift
-from hsat.attacks.gradient_views import Layout, blur, gaussian
-from hsat.attacks.starts import Noise
+from hsat.attacks.initialization import NoiseSource
+from hsat.attacks.momentum import ResizePad, blur, gaussian_kernel
 
 NUMBERS = {"step_size": 0.01, "steps": 4}
 THREAT = Linf(0.03)
@@ -89,8 +89,8 @@ def test_nesterov_in_a_euclidean_ball_looks_one_share_of_a_step_ahead():
 
     attack = NIFGSM(L2(0.5), step_size=0.1, steps=2, decay=0.5)
     attack(x, watched)
-    first = x + 0.1 * L2(0.5).ascent(gradient(x))
-    torch.testing.assert_close(seen[1], first + 0.5 * 0.1 * L2(0.5).ascent(gradient(x)), atol=1e-12, rtol=0)
+    first = x + 0.1 * L2(0.5).steepest_ascent(gradient(x))
+    torch.testing.assert_close(seen[1], first + 0.5 * 0.1 * L2(0.5).steepest_ascent(gradient(x)), atol=1e-12, rtol=0)
 
 
 def test_variance_tuning_follows_its_algorithm():
@@ -136,7 +136,7 @@ def test_translation_invariance_blurs_the_gradient():
 
 @pytest.mark.parametrize(("size", "sigma"), [(1, 3.0), (5, 2.0), (15, 3.0)])
 def test_the_kernel(size, sigma):
-    kernel = gaussian(size, sigma)
+    kernel = gaussian_kernel(size, sigma)
     assert float(kernel.sum()) == pytest.approx(1)
     assert torch.equal(kernel, kernel.flip(0))
     assert int(kernel.argmax()) == size // 2
@@ -149,9 +149,9 @@ def test_the_kernel(size, sigma):
 def test_a_layout_is_resize_and_pad(seed, h, w, resize):
     x = torch.rand(4, 2, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     u = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed + 1))
-    layout = Layout.drawn(u, x, probability=0.75, resize=resize)
-    shown = layout.view(x, None)
-    assert torch.equal(layout.view(x[[2, 0]], torch.tensor([2, 0])), shown[[2, 0]])
+    layout = ResizePad.draw(u, x, probability=0.75, resize=resize)
+    shown = layout.transform(x, None)
+    assert torch.equal(layout.transform(x[[2, 0]], torch.tensor([2, 0])), shown[[2, 0]])
     for i in range(4):
         height, width = int(layout.height[i]), int(layout.width[i])
         top, left = int(layout.top[i]), int(layout.left[i])
@@ -169,15 +169,15 @@ def test_a_layout_is_resize_and_pad(seed, h, w, resize):
 
 def test_the_view_can_be_differentiated():
     x = images(2, 5, 5)
-    layout = Layout.drawn(torch.tensor([[0.1, 0.6, 0.3, 0.0], [0.9, 0.2, 0.8, 0.9]]), x, probability=0.5, resize=0.6)
+    layout = ResizePad.draw(torch.tensor([[0.1, 0.6, 0.3, 0.0], [0.9, 0.2, 0.8, 0.9]]), x, probability=0.5, resize=0.6)
     assert layout.changed.tolist() == [True, False]
-    assert torch.autograd.gradcheck(lambda v: layout.view(v, None), x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda v: layout.transform(v, None), x.requires_grad_())
 
 
 def test_layouts_reach_every_place_and_as_often_as_they_should():
     x = torch.zeros(4000, 1, 10, 10)
-    u = Noise(4000, generator=torch.Generator().manual_seed(0), ids=None, restart=0).uniform(4, like=x)
-    layout = Layout.drawn(u, x, probability=0.3, resize=0.7)
+    u = NoiseSource(4000, generator=torch.Generator().manual_seed(0), ids=None, restart=0).uniform(4, like=x)
+    layout = ResizePad.draw(u, x, probability=0.3, resize=0.7)
     assert set(layout.height.tolist()) == {7, 8, 9}
     assert {(h, t) for h, t in zip(layout.height.tolist(), layout.top.tolist(), strict=True)} == {
         (h, t) for h in (7, 8, 9) for t in range(10 - h)

@@ -60,6 +60,5 @@ class RawChannels:
 
     def check(self, threat: ThreatModel | None) -> None:
         """Refuse a range other than [0, 1]: to_rgb clamps what lies outside."""
-        low, high = getattr(threat, "low", 0.0), getattr(threat, "high", 1.0)
-        if not 0.0 <= low < high <= 1.0:
-            raise ValueError(f"raw channels lie in [0, 1]; the threat model's range is [{low}, {high}]")
+        if threat is not None and not 0.0 <= threat.low < threat.high <= 1.0:
+            raise ValueError(f"raw channels lie in [0, 1]; the threat model's range is [{threat.low}, {threat.high}]")
