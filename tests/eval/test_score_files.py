@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from hsat.attacks import PGD, Linf
-from hsat.eval import ScoreTable, evaluate_whitebox, load_scores, save_scores, score_levels, score_tables
+from hsat.eval import (
+    KNNClassifier,
+    Provenance,
+    RunOptions,
+    ScoreTable,
+    Scoring,
+    evaluate_whitebox,
+    load_scores,
+    save_scores,
+    score_levels,
+    score_tables,
+)
 
 GOOD = dict(
     scores=np.array([[0.2, 0.8], [0.6, 0.4]]),
@@ -67,7 +78,16 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_of_an_evaluation(toy_encoder, toy_batches):
     attack = PGD(Linf(8 / 255), step_size=2 / 255, steps=2)
     bank, queries = toy_batches(seed=1, sizes=(45,), first_id=1000), toy_batches(seed=2, sizes=(20, 16))
-    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": attack}, k=(15, 5), bootstrap=0, model="toy")
+    result = evaluate_whitebox(
+        toy_encoder,
+        bank,
+        queries,
+        {"PGD-8": attack},
+        classifier=[KNNClassifier(k=15), KNNClassifier(k=5)],
+        scoring=Scoring(bootstrap=0),
+        run=RunOptions(noise=False),
+        provenance=Provenance(model="toy"),
+    )
     tables = score_tables(result)
     assert [(t.model, t.condition, t.k) for t in tables] == [
         ("toy", name, k) for name in ("clean", "PGD-8") for k in (15, 5)
