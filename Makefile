@@ -29,7 +29,7 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-# sizes of the committed versions, measured on Linux with Python 3.13; GPU libraries are 2.2 of the 3.2 GB, torch 0.8
+# sizes of the committed versions, measured on Linux with Python 3.13; GPU libraries are 2.2 of 3.2 GB, torch with triton 0.8
 announce:
 	@if $(MAKE) --question --no-print-directory $(STAMP) 2>/dev/null; \
 	then echo "$(VENV) is complete: nothing is downloaded."; \

@@ -9,10 +9,10 @@ one branch, --model.branch.  Attacks move what --target says: "decision" (the kN
 "features" (what kNN reads) or "embedding" (as in the paper); they start at random points, as in the published
 evaluation, which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is:
 linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
-patch as robust only if all of them fail on it; with several checkpoints it transfers between them.  --cache keeps
-embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.  --compat
-paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from the
-first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
+patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
+--cache keeps embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.
+--compat paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
+the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
 same results (docs/devices.md):
 
     torchrun --nproc_per_node=4 examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors

@@ -158,6 +158,8 @@ def test_the_page_on_devices_runs():
     from pathlib import Path
 
     page = Path(__file__).parents[2] / "docs" / "devices.md"
-    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
     with torch.random.fork_rng(devices=[]):
-        exec(compile(code, str(page), "exec"), {})
+        for code in blocks:
+            exec(compile(code, str(page), "exec"), {})
