@@ -39,7 +39,7 @@ from hsat.attacks import (
 from hsat.attacks.ascend import _momentum_path
 from hsat.attacks.running import Run
 from hsat.data import augment_batch, build_transform
-from hsat.eval import KNNClassifier, embed, evaluate_whitebox
+from hsat.eval import KNNClassifier, Provenance, Scoring, embed, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
 from hsat.training import adversarial_step, check_gradients, largest_gradient, load_training_state, save_checkpoint
@@ -338,10 +338,10 @@ def test_whitebox_evaluation_is_that_of_the_cpu(device):
             [batch_on(first=100)],
             [batch_on(seed=2)],
             attacks,
-            k=3,
-            bootstrap=0,
-            noise=True,
-            class_names=("a", "b"),
+            classifier=KNNClassifier(k=3),
+            target="features",
+            scoring=Scoring(bootstrap=0),
+            provenance=Provenance(class_names=("a", "b")),
         )
         for place in ("cpu", device)
     ]

@@ -47,7 +47,7 @@ from hsat.attacks import (
 )
 from hsat.data import augment_batch, build_transform, srh_to_rgb
 from hsat.data.on_device import DrawnBatch
-from hsat.eval import evaluate_whitebox
+from hsat.eval import KNNClassifier, Provenance, Scoring, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
 from hsat.training import (
@@ -257,7 +257,9 @@ def evaluated(place: Place) -> list[Any]:
     if place.device.type != "cpu":
         batch, others = batch.pin_memory(), others.pin_memory()
     attacks = {"PGD-8": ATTACKS["PGD"], "MIFGSM-8": ATTACKS["MIFGSM, random start"], "PGD-l2": ATTACKS["PGD, L2"]}
-    found = evaluate_whitebox(encoder, [others], [batch], attacks, k=3, bootstrap=0, class_names=("a", "b"), noise=True)
+    options = dict(classifier=KNNClassifier(k=3), target="features", scoring=Scoring(bootstrap=0))
+    named = Provenance(class_names=("a", "b"))
+    found = evaluate_whitebox(encoder, [others], [batch], attacks, provenance=named, **options)
     return [torch.from_numpy(found.tables[name].z) for name in found.tables] + [
         torch.tensor([record.value for record in found.records])
     ]
