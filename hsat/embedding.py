@@ -17,6 +17,8 @@ from hsat.distributed import ShardedLoader, World, gather_objects
 from hsat.types import Attack, AttackResult, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective
 from hsat.types.row_checks import check_rows
 
+__all__ = ["embed", "gather_table"]
+
 Layer = Literal["features", "embedding"]
 LAYERS = ("features", "embedding")
 IDS = ("label", "patch", "slide", "patient")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsat.eval import KNNClassifier
+from hsat.classifiers import KNNClassifier
 from hsat.testing import check_feasible
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
@@ -35,7 +35,7 @@ def test_the_vote(page):
     assert torch.equal(page["quick"].success, vote.success(page["quick"].x_adv))
     assert (page["entropy"](page["x_adv"]) > page["entropy"](x)).all()
     torch.testing.assert_close(page["scores"], torch.from_numpy(knn.predict_proba(page["net"](x))))
-    assert page["next_batch"].bank is vote.bank
+    assert page["next_batch"].model is vote.model
 
 
 def test_guide_worst_of_and_levels(page):
@@ -45,12 +45,12 @@ def test_guide_worst_of_and_levels(page):
     assert page["strongest"].success.sum() >= page["quick"].success.sum()
     alone = page["attack"].run(x, page["vote"], generator=torch.Generator().manual_seed(0))
     assert (page["judged"].value >= alone.value).all()
-    assert page["margin"].wrong(page["turned"]).sum() > page["margin"].wrong(x).sum()
+    assert page["slide_margin"].wrong(page["turned"]).sum() > page["slide_margin"].wrong(x).sum()
     for name in ("pulled", "turned"):
         check_feasible(page[name], x, page["attack"].threat)
 
 
 def test_evaluation_and_order(page):
-    record = page["found"].records[-1]
-    assert (record.target, record.settings["attacked_k"]) == ("knn", 10)
+    record = page["result"].records[-1]
+    assert (record.target, record.settings["attacked_k"]) == ("decision", 10)
     assert page["same"] > 0.98

@@ -123,15 +123,25 @@ def loader(parts):
     return Loader(HierarchicalBatch(X[i], IDS[i], IDS[i], IDS[i], LABEL[i]) for i in parts)
 
 
-@pytest.mark.parametrize("target", ["features", "knn"])
+@pytest.mark.parametrize("target", ["features", "decision"])
 def test_evaluation(target):
-    from hsat.eval import evaluate_whitebox  # not above: the ranks below import this file
+    from hsat.classifiers import KNNClassifier  # not above: the ranks below import this file
+    from hsat.eval import RunOptions, Scoring, evaluate_whitebox
 
     bank = EmbeddingTable(BANK[0].numpy(), BANK[1].numpy(), *[np.arange(50)] * 3, ("a", "b", "c"))
     attacks = {"PGD-8": ATTACKS["restarts"], "worst": ATTACKS["worst"]}
 
     def run(parts):
-        return evaluate_whitebox(encoder, bank, loader(parts), attacks, target=target, k=9, bootstrap=0)
+        return evaluate_whitebox(
+            encoder,
+            bank,
+            loader(parts),
+            attacks,
+            classifier=KNNClassifier(k=9),
+            target=target,
+            scoring=Scoring(bootstrap=0),
+            run=RunOptions(noise=False),
+        )
 
     whole = run([torch.arange(N)])
     for size in (1, 3, 8):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hsat.attacks import PGD, Linf
+from hsat.classifiers import KNNClassifier
 from hsat.eval import (
-    KNNClassifier,
     Provenance,
     RunOptions,
     ScoreTable,
@@ -84,6 +84,7 @@ def test_of_an_evaluation(toy_encoder, toy_batches):
         queries,
         {"PGD-8": attack},
         classifier=[KNNClassifier(k=15), KNNClassifier(k=5)],
+        target="features",
         scoring=Scoring(bootstrap=0),
         run=RunOptions(noise=False),
         provenance=Provenance(model="toy"),

@@ -38,8 +38,9 @@ from hsat.attacks import (
 )
 from hsat.attacks.ascend import _momentum_path
 from hsat.attacks.running import Run
+from hsat.classifiers import KNNClassifier
 from hsat.data import augment_batch, build_transform
-from hsat.eval import KNNClassifier, Provenance, Scoring, embed, evaluate_whitebox
+from hsat.eval import Provenance, Scoring, embed, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
 from hsat.training import adversarial_step, check_gradients, largest_gradient, load_training_state, save_checkpoint

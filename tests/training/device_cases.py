@@ -45,9 +45,10 @@ from hsat.attacks import (
     soft_knn,
     worst_of,
 )
+from hsat.classifiers import KNNClassifier
 from hsat.data import augment_batch, build_transform, srh_to_rgb
 from hsat.data.on_device import DrawnBatch
-from hsat.eval import KNNClassifier, Provenance, Scoring, evaluate_whitebox
+from hsat.eval import Provenance, Scoring, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
 from hsat.training import (
@@ -257,9 +258,16 @@ def evaluated(place: Place) -> list[Any]:
     if place.device.type != "cpu":
         batch, others = batch.pin_memory(), others.pin_memory()
     attacks = {"PGD-8": ATTACKS["PGD"], "MIFGSM-8": ATTACKS["MIFGSM, random start"], "PGD-l2": ATTACKS["PGD, L2"]}
-    options = dict(classifier=KNNClassifier(k=3), target="features", scoring=Scoring(bootstrap=0))
-    named = Provenance(class_names=("a", "b"))
-    found = evaluate_whitebox(encoder, [others], [batch], attacks, provenance=named, **options)
+    found = evaluate_whitebox(
+        encoder,
+        [others],
+        [batch],
+        attacks,
+        classifier=KNNClassifier(k=3),
+        target="features",
+        scoring=Scoring(bootstrap=0),
+        provenance=Provenance(class_names=("a", "b")),
+    )
     return [torch.from_numpy(found.tables[name].z) for name in found.tables] + [
         torch.tensor([record.value for record in found.records])
     ]
