@@ -26,7 +26,7 @@ from hsat.eval import (
 )
 from hsat.eval.scoring import level_scores
 from hsat.eval.whitebox import black_box_flags
-from hsat.types import AttackResult, HierarchicalBatch, MemberStats
+from hsat.types import AttackResult, EmbeddingTable, HierarchicalBatch, MemberStats
 
 PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=6)
 QUIET = RunOptions(noise=False)
@@ -315,6 +315,33 @@ def test_the_bank_of_another_encoder(toy_encoder, bank, queries):
     for target in ("features", "decision"):
         with pytest.raises(ValueError, match=r"width 3.*4.*another encoder or layer"):
             evaluate_whitebox(toy_encoder, table, queries, {"never": Never()}, **FAST | dict(target=target))
+
+
+def test_a_bank_on_disk_in_float16_can_be_attacked(toy_encoder, bank, queries, tmp_path):
+    table = embed(toy_encoder, bank)
+    table.save(tmp_path / "half", dtype="float16")
+    mapped = EmbeddingTable.load(tmp_path / "half", memory_map=True)
+    options = FAST | dict(target="decision")
+    results = [evaluate_whitebox(toy_encoder, table, queries, {"PGD-8": PGD8}, **options)]
+    with pytest.warns(UserWarning, match="the bank is a file"):  # what that costs is said before
+        results.append(evaluate_whitebox(toy_encoder, mapped, queries, {"PGD-8": PGD8}, **options))
+    values = [[record.value for record in result.records] for result in results]
+    assert np.isfinite(values).all()
+    np.testing.assert_allclose(*values, atol=0.2)
+
+
+def test_records_say_how_good_an_approximate_index_was(toy_encoder, bank, queries):
+    table = embed(toy_encoder, bank)
+    approximate = KNNClassifier(k=9, index="IVF8,Flat;nprobe=2")
+    result = evaluate_whitebox(toy_encoder, table, queries, {"PGD-8": PGD8}, **FAST | dict(classifier=approximate))
+    knn = approximate.fit(table)
+    for record in result.records:
+        z = result.tables[record.attack_name].z
+        assert record.settings["index_recall"] == knn.recall(z) < 1
+        assert record.settings["index_agreement"] == knn.agreement(z)
+        assert record.settings["index_queries"] == 36
+    exact = evaluate_whitebox(toy_encoder, table, queries, {}, **FAST)
+    assert not any("index_recall" in record.settings for record in exact.records)
 
 
 # --- ensembles ----------------------------------------------------------------------------------------------------
