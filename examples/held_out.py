@@ -15,8 +15,9 @@ from hsat.distributed import row_share
 from hsat.embedding import gather_table
 from hsat.eval import KNNClassifier, embed, metrics
 from hsat.models import branch, is_dual, save_encoder, trained_branch
+from hsat.run_folder import write_json
 from hsat.types import Attack, EmbeddingTable
-from runs import Run, write_json
+from runs import Run
 
 if TYPE_CHECKING:
     from train_hsat import TrainHSAT

@@ -55,7 +55,7 @@ def adversarial_step(
 
     model: images -> embeddings, in train mode (frozen parts may be in eval mode).  DistributedDataParallel is unwrapped
     for the attack, so the inner steps wait for no other rank; an inner loss with `gather=True` is used without it.
-    Build it with broadcast_buffers=False: torch 2.6 refuses a backward pass through two passes with one between.
+    Build it with broadcast_buffers=False: torch 2.8 refuses a backward pass through two passes with one between.
     A model with dual BatchNorm uses the branch "pgd" for the attack and the adversarial pass, "normal" for the clean.
     loss, inner_loss: (embeddings, batch) -> terms with `.total`, such as HiDiscLoss, or a scalar; HiDiscLoss.from_code
     gives the inner losses of the paper's ablations.

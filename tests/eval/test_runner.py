@@ -157,8 +157,6 @@ dist.destroy_process_group()
 
 def two_ranks(out, root):
     """Run all that; returns the exit codes, the answers of both ranks, and the last words of the one that is left."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-        pytest.xfail("with torch 2.6 a rank hangs, not raises, after an error of the other: seen, cause not yet found")
     (out / "rank.py").write_text(RANK)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     running = [
