@@ -38,8 +38,8 @@ from hsat.eval import (  # noqa: E402
     write_records,
 )
 from hsat.models import checkpoint_hash, load_encoder  # noqa: E402
-from runs import device_named, versions  # noqa: E402
-from train_hsat import TrainHSAT, train  # noqa: E402
+from hsat.training.folder import device_named, versions  # noqa: E402
+from hsat.cli.train import TrainHSAT, train  # noqa: E402
 
 METHODS = {  # name: (attacked, patients in units of the batch, slides, patches)
     "HiDisc": (False, 1, 2, 2),

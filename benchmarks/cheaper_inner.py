@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort  # noqa: E402
 from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks  # noqa: E402
 from hsat.models import load_encoder  # noqa: E402
-from runs import versions, write_json  # noqa: E402
-from settings import read_yaml  # noqa: E402
-from train_hsat import DEMO, TrainHSAT, train  # noqa: E402
+from hsat.training.folder import versions, write_json  # noqa: E402
+from hsat.cli.options import read_yaml  # noqa: E402
+from hsat.cli.train import DEMO, TrainHSAT, train  # noqa: E402
 
 
 def pgd(steps: int, name: str = "pgd") -> list[str]:

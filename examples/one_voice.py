@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from hsat.distributed import RankFailedError
-from ranks import GRACE, Ranks
+from hsat.cli.ranks import GRACE, Ranks
 
 
 @contextmanager

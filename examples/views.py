@@ -11,7 +11,7 @@ from hsat.data import HierarchicalDataset, PackedPatches, PatientBatchSampler, h
 from hsat.types import HierarchicalBatch
 
 if TYPE_CHECKING:
-    from train_hsat import TrainHSAT
+    from hsat.cli.train import TrainHSAT
 
 
 def view_loader(

@@ -1,0 +1,149 @@
+r"""How few patches must an attacker alter to change the diagnosis of a patient?  records.jsonl, groups.csv, table.md.
+
+    python examples/hierarchical_budget.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    python examples/hierarchical_budget.py --checkpoint a=runs/a/final.safetensors,b=runs/b/best.safetensors \
+        --level slide
+
+Every validation patch is attacked; then the fewest attacked patches are counted that turn the pooled decision of their
+patient or slide (docs/threats.md).  groups.csv has that number for each of them.  --query_patches thins the patches,
+and with them the patients' sizes: the fractions stay what they say, of the patches that are left.  --resume goes on
+after an interruption, and torchrun shares the work among processes, as for evaluate_whitebox.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from hsat.cli.encoders import open_encoders
+from hsat.cli.evaluate import loaders
+from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
+from hsat.data import Cohort
+from hsat.eval import (
+    BudgetResult,
+    KNNClassifier,
+    PatchBudget,
+    Provenance,
+    Record,
+    RunOptions,
+    Scoring,
+    evaluate_budget,
+    markdown_table,
+    write_records,
+)
+from hsat.run_folder import write_run_file
+from hsat.cli.ranks import Ranks
+from hsat.cli.options import Names, Pixels, listed
+from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
+
+Fractions = Annotated[list[float], BeforeValidator(listed)]
+
+
+class HierarchicalBudget(EvaluationSettings):
+    """The smallest share of a patient's or slide's patches whose alteration changes the decision."""
+
+    level: Literal["slide", "patient"] = Field("patient", description="whose decision is to change")
+    fractions: Fractions = Field([0.05, 0.1, 0.25, 0.5, 1.0], description="shares of the patches, for the table")
+    order: Literal["worst", "random"] = Field("worst", description="the attacker chooses the patches, or chance does")
+    attacks: Names = Field(["pgd"], description="names separated by commas")
+    threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
+    eps: Lengths = Field([8 / 255], description="radii: 4/255,8/255; in the unit of --threat")
+    step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")
+    steps: int = Field(10, gt=0, description="gradient steps")
+    target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
+    k: int = Field(200, gt=0, description="neighbours")
+    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
+    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
+    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
+    batch_size: int = Field(64, gt=0, description="patches per batch")
+    bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
+    seed: int = Field(0, ge=0, description="of the attacks' random starts, and of --order random")
+    out: Path = Field(Path("runs/budget"), description="folder for the results")
+
+    @field_validator("eps")
+    @classmethod
+    def _radii_fit(cls, eps: list[float], info: ValidationInfo) -> list[float]:
+        return check_radii(info.data.get("threat", "linf"), eps)
+
+
+def evaluate(settings: HierarchicalBudget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, str], BudgetResult]:
+    """Results by encoder and attack."""
+    check_threat(settings.threat, cohort)
+    budget = PatchBudget(level=settings.level, fractions=settings.fractions, order=settings.order)
+    encoders = open_encoders(settings.checkpoint, settings.model)
+    bank, queries = loaders(settings, cohort)
+    attacks = attacks_under(
+        settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
+    )
+    ranks.begin()
+    results: dict[tuple[str, str], BudgetResult] = {}
+    for title, encoder, digest in encoders:
+        if settings.threat == "raw_srh" and encoder.fixed_size is None:
+            encoder.input_size = (settings.data.image_size,) * 2  # patches come at their own size
+        for name, attack in attacks.items():
+            print(f"{title}: {name} on {settings.target}", file=sys.stderr)
+            results[title, name] = evaluate_budget(
+                encoder.to(ranks.device),
+                bank,
+                queries,
+                attack,
+                budget=dataclasses.replace(budget, name=name),
+                classifier=KNNClassifier(k=settings.k, temperature=settings.temperature),
+                target=settings.target,
+                scoring=Scoring(bootstrap=settings.bootstrap),
+                run=RunOptions(
+                    seed=settings.seed,
+                    resume_dir=settings.state_of(f"{title} {name}"),
+                    progress=not settings.quiet,
+                ),
+                provenance=Provenance(model=title, checkpoint=digest),
+            )
+    return results
+
+
+def records_of(results: dict[tuple[str, str], BudgetResult]) -> list[Record]:
+    """All records; the clean ones, which the attacks of an encoder share, once."""
+    records: list[Record] = []
+    seen: set[str] = set()
+    for (title, _), result in results.items():
+        records += [record for record in result.records if record.attack_name != "clean" or title not in seen]
+        seen.add(title)
+    return records
+
+
+def write_groups(path: Path, results: dict[tuple[str, str], BudgetResult]) -> None:
+    """One line per encoder, attack and group; `needed` is empty where no number of patches changes the decision."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "attack", "level", "group", "class", "patches", "needed", "fraction"))
+        for (title, name), result in results.items():
+            columns = zip(result.groups, result.labels, result.sizes, result.needed, strict=True)
+            for group, label, size, needed in columns:
+                count = ("", "") if needed == float("inf") else (int(needed), f"{needed / size:.6g}")
+                writer.writerow((title, name, result.level, int(group), int(label), int(size), *count))
+
+
+def write_results(settings: HierarchicalBudget, cohort: Cohort, results: dict[tuple[str, str], BudgetResult]) -> str:
+    """Write records, groups, table and the account of the run; returns the table."""
+    records = records_of(results)
+    write_records(settings.out / "records.jsonl", records)
+    write_groups(settings.out / "groups.csv", results)
+    table = markdown_table(records, metrics=("accuracy", "smallest_fraction"), levels=(settings.level,))
+    (settings.out / "table.md").write_text(table)
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
+    remove_state(settings)
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, evaluate, write, print."""
+    run_evaluation(HierarchicalBudget.load(argv), evaluate, write_results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

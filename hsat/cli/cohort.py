@@ -1,0 +1,73 @@
+"""From data settings to a cohort with a training and a validation split."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hsat.data import Cohort, PackedPatches, pack_cohort, write_synthetic_cohort
+from hsat.cli.options import DataSettings
+
+SYNTHETIC = Path("runs/synthetic")
+
+
+def open_cohort(data: DataSettings, *, seed: int = 0) -> Cohort:
+    """The user's cohort, or the synthetic one where no root is given; split by patient if it has no split of its own.
+
+    Bad data ends the program with the reason: missing folders, unreadable tables, patients in two splits.
+    """
+    try:
+        cohort = _read(data, seed)
+        if not cohort.splits:
+            cohort = cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
+        for split in ("train", "val"):
+            cohort.rows(split)
+        cohort.check_files()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    for note in cohort.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return cohort
+
+
+def _read(data: DataSettings, seed: int) -> Cohort:
+    if data.root is None:
+        root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
+        print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
+        return Cohort.read(root, "opensrh")
+    options = {"manifest": data.manifest} if data.layout == "csv" else {}
+    return Cohort.read(data.root, data.layout, **options)
+
+
+def open_packed(cohort: Cohort, data: DataSettings, *, out: Path) -> PackedPatches | None:
+    """The cohort packed in --data.packed, made where it is not there yet; None where that is not asked for.
+
+    auto is a folder beside the run, named by paths and sizes of the cohort's files: runs of one cohort share it, also
+    under other splits.
+    """
+    if data.packed is None:
+        return None
+    folder = data.packed
+    if folder == "auto":
+        folder = out.parent / f"packed-{_files_named(cohort)}"
+    return pack_cohort(cohort, folder, on_bad="raise" if data.on_bad == "raise" else "record", wait=True)
+
+
+def _files_named(cohort: Cohort) -> str:
+    """The beginning of the fingerprint that the cohort has without its splits."""
+    records = [record._replace(split="") for record in cohort.records]
+    plain = Cohort(root=cohort.root, records=records, class_names=cohort.class_names, kind=cohort.kind)
+    return plain.fingerprint()[:12]
+
+
+def describe(cohort: Cohort) -> str:
+    """Patients, slides and patches of each split, in a line each."""
+    lines = []
+    for split, classes in cohort.summary().items():
+        counts = {unit: sum(c[unit] for c in classes.values()) for unit in ("patients", "slides", "patches")}
+        per_class = ", ".join(f"{name} {c['patches']}" for name, c in classes.items())
+        lines.append(
+            f"{split or 'no split'}: {counts['patients']} patients, {counts['slides']} slides,"
+            f" {counts['patches']} patches ({per_class})"
+        )
+    return "\n".join(lines)

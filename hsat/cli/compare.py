@@ -1,0 +1,219 @@
+"""What each convention of the published evaluation does to the numbers of one encoder.
+
+    python examples/compare_conventions.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+
+The encoder is evaluated under hsat's conventions, under the published ones (all at once, as with --compat paper), and
+under hsat's with one convention switched at a time.  Where only arithmetic changes, nothing is attacked again.
+records.jsonl holds every number (settings.convention says which evaluation it belongs to), table.md the differences.
+docs/conventions.md explains them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import Field
+
+from hsat.cli.cohort import describe, open_cohort
+from hsat.cli.encoders import naming_branch, stored_encoder
+from hsat.cli.evaluate import loaders
+from hsat.data import BadPatch, Cohort
+from hsat.eval import (
+    CONVENTIONS,
+    PAPER,
+    KNNClassifier,
+    Provenance,
+    Record,
+    RunOptions,
+    Scoring,
+    Target,
+    WhiteboxResult,
+    conventions_table,
+    evaluate_whitebox,
+    paper_attacks,
+    rescore,
+    write_records,
+)
+from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
+from hsat.run_folder import write_run_file
+from hsat.training.folder import device_named
+from hsat.cli.options import DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
+
+OWN, PUBLISHED = "hsat", "the published code"
+SCORING = {
+    "pooling": Scoring(pooling=PAPER.scoring.pooling),
+    "absent classes": Scoring(absent_classes=PAPER.scoring.absent_classes),
+    "grouping": Scoring(group_by=PAPER.scoring.group_by),
+}
+"""The conventions of arithmetic, each switched alone."""
+TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
+
+
+class CompareConventions(Settings):
+    """Evaluate one encoder under hsat's conventions and the paper's, and with one convention switched at a time."""
+
+    checkpoint: Path | None = Field(None, description="file of the encoder")
+    data: DataSettings = DataSettings()
+    model: StoredModelSettings = StoredModelSettings()
+    attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
+    eps: PixelsList = Field([8 / 255], description="radii: 4/255,8/255")
+    step_size: Pixels = Field(2 / 255, description="size of a step")
+    steps: int = Field(10, gt=0, description="gradient steps")
+    k: int = Field(200, gt=0, description="neighbours")
+    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
+    metrics: Names = Field(["accuracy", "mca", "map"], description="shown in table.md: accuracy, mca, map, top2, top3")
+    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
+    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
+    batch_size: int = Field(64, gt=0, description="patches per batch")
+    bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
+    seed: int = Field(0, ge=0, description="of the attacks' random starts")
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    out: Path = Field(Path("runs/conventions"), description="folder for the results")
+    quiet: bool = Field(False, description="no progress bars")
+
+
+class Evaluation:
+    """The encoder and the patches, to be attacked as often as conventions want it."""
+
+    def __init__(self, settings: CompareConventions, cohort: Cohort, file: Path) -> None:
+        self.settings, self.name, self.digest = settings, file.stem, checkpoint_hash(file)
+        self.encoder = stored_encoder(settings.model, file).to(device_named(settings.device))
+        self.dual = is_dual(self.encoder)
+        self.bank, self.queries = loaders(settings, cohort)
+
+    def attacked(self, *, switched: Sequence[str], published: bool = False) -> WhiteboxResult:
+        """The evaluation with these conventions of stage "attack" as published, the others hsat's.
+
+        published: The published arithmetic as well.
+        """
+        chosen = self.settings
+        attacks = paper_attacks(
+            chosen.eps,
+            steps=chosen.steps,
+            step_size=chosen.step_size,
+            names=chosen.attacks,
+            random_start=True if "random start" in switched else None,
+            ffgsm_step=10 / 255 if "FFGSM step" in switched else None,
+        )
+        own_branch = "dual BatchNorm" in switched and self.dual
+        before = active_branch(self.encoder)
+        if own_branch:
+            set_branch(self.encoder, "normal")
+        print(f"attacking: {', '.join(switched) or 'no convention'} as published", file=sys.stderr)
+        target = Target("embedding" if "target" in switched else "features", branch="pgd" if own_branch else None)
+        result = evaluate_whitebox(
+            self.encoder,
+            self.bank,
+            self.queries,
+            attacks,
+            classifier=KNNClassifier(k=chosen.k, temperature=chosen.temperature),
+            target=PAPER.target if published else target,
+            scoring=replace(PAPER.scoring if published else Scoring(), bootstrap=chosen.bootstrap),
+            run=RunOptions(seed=chosen.seed, noise=False, progress=not chosen.quiet),
+            provenance=Provenance(model=self.name, checkpoint=self.digest),
+        )
+        result = naming_branch(result, self.encoder)
+        if own_branch:
+            set_branch(self.encoder, str(before))
+        return result
+
+    def applies(self, name: str) -> bool:
+        """Whether a convention can change anything here."""
+        kinds = set(" ".join(self.settings.attacks).lower().replace("_", " ").replace("-", " ").split())
+        momentum_or_bim = any("bim" in kind or "mifgs" in kind for kind in kinds)
+        needs = {"random start": momentum_or_bim, "FFGSM step": any("ffgsm" in kind for kind in kinds)}
+        return (needs | {"dual BatchNorm": self.dual}).get(name, True)
+
+
+def evaluate(settings: CompareConventions, cohort: Cohort, file: Path) -> dict[str, tuple[Record, ...]]:
+    """Records by what was switched: "hsat" (nothing), one convention each, "the published code" (everything)."""
+    evaluation = Evaluation(settings, cohort, file)
+    own = evaluation.attacked(switched=())
+    results = {OWN: own.records}
+    applying = [each for each in CONVENTIONS if each.stage != "training" and evaluation.applies(each.name)]
+    for convention in applying:
+        if convention.stage == "attack":
+            results[convention.name] = evaluation.attacked(switched=(convention.name,)).records
+        else:
+            results[convention.name] = rescore(own, SCORING[convention.name]).records
+    attacks = [convention.name for convention in applying if convention.stage == "attack"]
+    results[PUBLISHED] = evaluation.attacked(switched=attacks, published=True).records
+    return {
+        name: tuple(replace(record, settings={**record.settings, "convention": name}) for record in records)
+        for name, records in results.items()
+    }
+
+
+def differences(found: dict[str, tuple[Record, ...]], metrics: Sequence[str]) -> str:
+    """One row per convention, condition, level and metric that it changes; a line names those without effect."""
+    own = {_place(record): record for record in found[OWN]}
+    lines = [
+        f"| convention | condition | level | metric | {OWN}, % | switched, % | difference |",
+        "|" + " --- |" * 7,
+    ]
+    without = []
+    for name, records in found.items():
+        rows = []
+        for record in records:
+            before = own.get(_place(record))
+            if before is None or record.metric not in metrics or abs(record.value - before.value) < 5e-5:
+                continue
+            numbers = f"{_cell(before)} | {_cell(record)} | {100 * (record.value - before.value):+.2f}"
+            rows.append(f"| {name} | {record.attack_name} | {record.level} | {TITLES[record.metric]} | {numbers} |")
+        lines += rows
+        if not rows and name != OWN:
+            without.append(name)
+    text = "\n".join(lines) + "\n"
+    if without:
+        text += f"\nNothing changed by: {', '.join(without)}.\n"
+    left_out = [each.name for each in CONVENTIONS if each.stage != "training" and each.name not in found]
+    if left_out:
+        text += f"\nNot applicable to this encoder and these attacks: {', '.join(left_out)}.\n"
+    return text
+
+
+def _place(record: Record) -> tuple[str, str, str]:
+    return record.attack_name, record.level, record.metric
+
+
+def _cell(record: Record) -> str:
+    if record.low is None or record.high is None:
+        return f"{100 * record.value:.2f}"
+    return f"{100 * record.value:.2f} [{100 * record.low:.1f}, {100 * record.high:.1f}]"
+
+
+def write_results(settings: CompareConventions, cohort: Cohort, found: dict[str, tuple[Record, ...]]) -> str:
+    """Write records, table and the account of the run; returns the table."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_records(settings.out / "records.jsonl", [record for records in found.values() for record in records])
+    table = differences(found, settings.metrics)
+    explained = f"{table}\nWhat the conventions are (those of training are for train_hsat.py --compat paper):\n\n"
+    working = settings.out / ".table.md.partial"
+    working.write_text(explained + conventions_table())
+    working.replace(settings.out / "table.md")
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, evaluate, write, print."""
+    settings = CompareConventions.load(argv)
+    if settings.checkpoint is None:
+        raise SystemExit("error: give --checkpoint FILE; train_hsat.py writes best.safetensors")
+    if unknown := [name for name in settings.metrics if name not in TITLES]:
+        raise SystemExit(f"error: unknown metrics {unknown}; choose from {', '.join(TITLES)}")
+    cohort = open_cohort(settings.data, seed=settings.seed)
+    print(describe(cohort), file=sys.stderr)
+    try:
+        table = write_results(settings, cohort, evaluate(settings, cohort, settings.checkpoint))
+    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table)
+    print(f"results are in {settings.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

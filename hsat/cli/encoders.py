@@ -1,0 +1,150 @@
+"""From model settings to an encoder: a new one to train, or one from a file to evaluate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from hsat.eval import WhiteboxResult
+from hsat.models import (
+    Encoder,
+    active_branch,
+    build_encoder,
+    checkpoint_hash,
+    is_dual,
+    load_encoder,
+    set_branch,
+    states_its_encoder,
+    trained_branch,
+    untouched_branches,
+)
+from hsat.cli.options import ModelSettings, StoredModelSettings
+
+
+class NamedEncoder(NamedTuple):
+    """An encoder to evaluate; digest: the SHA-256 of its file."""
+
+    title: str
+    encoder: Encoder
+    digest: str
+
+
+def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
+    """The encoder to train, its random weights drawn from the seed."""
+    return build_encoder(
+        model.backbone,
+        embedding_dim=model.embedding_dim,
+        head=None if model.head == "none" else model.head,
+        head_hidden=model.head_hidden,
+        weights=model.weights,
+        pretrained=model.pretrained,
+        input_size=model.input_size,
+        dual_norm=model.dual_norm,
+        seed=seed,
+    )
+
+
+def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True) -> Encoder:
+    """The encoder in a file, its BatchNorm branch chosen; what was not said and had to be inferred goes to stderr.
+
+    A file of train_hsat.py says how to build its encoder.  --model.backbone and the options beside it are for files
+    that do not; with several files (alone=False) those that do say keep to it.  Raises ValueError, OSError.
+    """
+    own = "backbone" not in model.model_fields_set or (not alone and states_its_encoder(path))
+    said_head = "head" in model.model_fields_set
+    try:
+        encoder = load_encoder(
+            path,
+            None if own else model.backbone,
+            head=("auto" if not said_head else None if model.head == "none" else model.head),
+            embedding_dim=model.embedding_dim,
+            head_hidden=model.head_hidden,
+            dual_norm=model.dual_norm,
+            input_size=model.input_size,
+        )
+    except ValueError as error:
+        raise ValueError(_as_typed(str(error))) from error
+    if not own:
+        _say_what_was_read(path, encoder, inferred=not said_head or model.embedding_dim is None)
+    choose_branch(encoder, model.branch, path)
+    return encoder
+
+
+def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, paper: bool = False) -> list[NamedEncoder]:
+    """The encoders of --checkpoint: `file` or `name=file` each.  ValueError for what cannot be read, and equal names.
+
+    paper: as the published evaluation, which attacks branch "pgd" of a dual encoder and scores "normal".
+    """
+    encoders: list[NamedEncoder] = []
+    for text in checkpoints:
+        title, file = ("", text) if Path(text).exists() or "=" not in text else text.split("=", 1)
+        path = Path(file)
+        title = title or (path.parent.name if path.stem in ("best", "final", "last") else path.stem)
+        try:
+            encoder = stored_encoder(model, path, alone=len(checkpoints) < 2)
+        except OSError as error:
+            raise ValueError(f"--checkpoint {text}: {error}") from error
+        if paper and model.branch is None and is_dual(encoder):
+            set_branch(encoder, "normal")
+            print(f"{path}: --compat paper scores branch normal; the attacks go through pgd", file=sys.stderr)
+        encoders.append(NamedEncoder(title, encoder, checkpoint_hash(path)))
+        check_titles(one.title for one in encoders)
+    return encoders
+
+
+def check_titles(titles: Iterable[str]) -> None:
+    """ValueError for two encoders of one name."""
+    known: set[str] = set()
+    for title in titles:
+        if title in known:
+            raise ValueError(f"two encoders are called {title!r}; name them: --checkpoint a=FILE,b=FILE")
+        known.add(title)
+
+
+def choose_branch(encoder: Encoder, wanted: str | None, path: Path) -> None:
+    """Set the BatchNorm branch of a dual encoder: the one asked for, or the one that was trained with attacks."""
+    if not is_dual(encoder):
+        if wanted is not None:
+            raise ValueError(
+                f"{path} holds no dual BatchNorm, so --model.branch {wanted} chooses nothing; leave it out"
+            )
+        return
+    chosen = wanted or trained_branch(encoder)
+    set_branch(encoder, chosen)
+    if wanted is None:
+        print(f"{path}: dual BatchNorm, using branch {chosen}; --model.branch chooses", file=sys.stderr)
+    if chosen in untouched_branches(encoder):
+        print(f"note: branch {chosen} of {path} was never trained", file=sys.stderr)
+
+
+def naming_branch(result: WhiteboxResult, encoder: Encoder) -> WhiteboxResult:
+    """The result with the BatchNorm branch in the settings of its records; unchanged where there is one only."""
+    if (name := active_branch(encoder)) is None:
+        return result
+    records = [replace(record, settings={**record.settings, "branch": name}) for record in result.records]
+    return replace(result, records=tuple(records))
+
+
+def _as_typed(message: str) -> str:
+    """An error of load_encoder with the options of the command line beside its arguments."""
+    for argument, option in (("head=None", "--model.head none"), ("name its backbone", "--model.backbone NAME")):
+        message = message.replace(argument, f"{argument} ({option})")
+    return message
+
+
+def _say_what_was_read(path: Path, encoder: Encoder, *, inferred: bool) -> None:
+    spec, report = encoder.spec or {}, encoder.weights_report
+    if report is None:
+        return
+    head = spec["head"]
+    hidden = f", hidden {spec['head_hidden']}" if spec["head_hidden"] else ""
+    words = (
+        f"head {head}, embedding_dim {encoder.embedding_dim}{hidden}" if head else "no head: embeddings are features"
+    )
+    source = "inferred from the file" if inferred else "as asked for"
+    print(f"{path}: {report.loaded} tensors ({report.layout}); {words} ({source})", file=sys.stderr)
+    if report.dropped:
+        print(f"{path}: left out {len(report.dropped)} entries, from {report.dropped[0]} on", file=sys.stderr)

@@ -1,0 +1,212 @@
+"""White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
+
+    python examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    python examples/evaluate_whitebox.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
+
+A checkpoint written by train_hsat.py says how to build its encoder.  For any other file (published, plain) give
+--model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
+one branch, --model.branch.  Attacks move what --target says: "decision" (the kNN vote itself, of the first --k),
+"features" (what kNN reads) or "embedding" (as in the paper); they start at random points, as in the published
+evaluation, which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is:
+linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
+patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
+--cache keeps embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.
+--compat paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
+the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
+same results (docs/devices.md):
+
+    torchrun --nproc_per_node=4 examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from hsat.cli.evaluate import Way, computing_as, precision
+from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders
+from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
+from hsat.data import Cohort, PatchDataset, patch_loader
+from hsat.eval import (
+    PAPER,
+    KNNClassifier,
+    Provenance,
+    RunOptions,
+    Scoring,
+    Target,
+    WhiteboxResult,
+    evaluate_whitebox,
+)
+from hsat.models import Encoder, build_encoder
+from hsat.types import Attack
+from hsat.cli.ranks import Ranks
+from hsat.training.folder import device_named
+from hsat.cli.options import Counts, Names, Pixels, listed
+from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
+from hsat.cli.results import write_results
+
+ENSEMBLE = "ensemble"
+
+
+class EvaluateWhitebox(EvaluationSettings):
+    """Measure the white-box robustness of encoders by kNN at patch, slide and patient level."""
+
+    attacks: Names = Field(
+        ["pgd", "bim", "mifgsm"], description="names separated by commas; ensemble is several attacks in turn"
+    )
+    threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
+    eps: Lengths = Field(EPS["linf"], description="radii: 4/255,8/255; in the unit of --threat, with its own defaults")
+    step_size: Pixels = Field(2 / 255, description="size of a step; eps / 4 where --threat is given and this is not")
+    steps: int = Field(10, gt=0, description="gradient steps")
+    k: Counts = Field([200], description="neighbours; several with commas between")
+    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
+    target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
+    compat: Literal["paper"] | None = Field(
+        None, description="paper: the published evaluation throughout (docs/conventions.md); single options win over it"
+    )
+    noise: bool = Field(True, description="measure random noise of each eps, too")
+    diagnose: int = Field(
+        32, ge=0, description="look for masked gradients on this many patches per attack (about 80 steps each); 0: none"
+    )
+    untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
+    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
+    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
+    batch_size: int = Field(64, gt=0, description="patches per batch")
+    bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
+    gallery: int = Field(6, ge=0, description="patches in the picture of perturbations")
+    compute: Annotated[list[Way], BeforeValidator(listed)] = Field(
+        [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
+    )
+    out: Path = Field(Path("runs/whitebox"), description="folder for the results")
+    cache: Path | None = Field(None, description="folder that keeps clean embeddings for later runs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _radii_of_the_threat(cls, values: Any) -> Any:
+        threat = values.get("threat") if isinstance(values, dict) else None
+        return {"eps": EPS[threat], **values} if threat in EPS else values
+
+    @field_validator("eps")
+    @classmethod
+    def _radii_fit(cls, eps: list[float], info: ValidationInfo) -> list[float]:
+        return check_radii(info.data.get("threat", "linf"), eps)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_target(cls, values: Any) -> Any:
+        """Under --compat paper the attacks move the embedding, unless --target says otherwise."""
+        published = isinstance(values, dict) and values.get("compat") == "paper"
+        return {"target": "embedding", **values} if published else values
+
+
+def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]:
+    """The bank (clean training patches) and the queries (validation patches), thinned evenly where asked."""
+    found, on_gpu = [], device_named(settings.device).type == "cuda"
+    for split, wanted in (("train", settings.bank_patches), ("val", settings.query_patches)):
+        own_size = getattr(settings, "threat", "") == "raw_srh"  # resized, they are not made of two channels any more
+        dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size)
+        if wanted is not None and wanted < len(dataset):
+            dataset.rows = dataset.rows[np.linspace(0, len(dataset) - 1, wanted).round().astype(int)]
+        workers = settings.data.workers
+        found.append(patch_loader(dataset, batch_size=settings.batch_size, workers=workers, pin_memory=on_gpu))
+    return found[0], found[1]
+
+
+def target_and_scoring(target: str, compat: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
+    """What the attacks maximise and how embeddings become numbers; a target that was named wins over --compat."""
+    if compat != "paper":
+        return Target.of(target), Scoring(bootstrap=bootstrap)
+    return replace(PAPER.target, objective=target), replace(PAPER.scoring, bootstrap=bootstrap)
+
+
+def evaluate(settings: EvaluateWhitebox, cohort: Cohort, ranks: Ranks | None = None) -> dict[str, WhiteboxResult]:
+    """Results by the name of the encoder.
+
+    ranks: which of several processes this is; all of them call this, and all get the results of one.
+    """
+    check_threat(settings.threat, cohort)
+    ranks = ranks or Ranks(0, 1, device_named(settings.device))
+    encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.compat == "paper")
+    if settings.untrained:
+        spec = {key: value for key, value in encoders[0].encoder.spec.items() if key != "input_size"}
+        encoders.append(NamedEncoder("untrained", build_encoder(**spec, seed=settings.seed).eval(), ""))
+    check_titles(one.title for one in encoders)
+    encoders = [one._replace(encoder=computing_as(one.encoder, settings.compute)) for one in encoders]
+    attacks = attacks_of(settings)
+    if ranks.first and not (settings.resume or ranks.again):
+        remove_state(settings)
+    ranks.begin()
+    results = {}
+    surrogates = {title: encoder.to(ranks.device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
+    for one in encoders:
+        print(f"evaluating {one.title} (target {settings.target})", file=sys.stderr)
+        if settings.threat == "raw_srh" and one.encoder.fixed_size is None:
+            size = settings.data.image_size
+            one.encoder.input_size = (size, size)  # the encoder resizes what the dataset no longer does
+        others = {title: encoder for title, encoder in surrogates.items() if encoder is not one.encoder}
+        with precision(settings.compute, ranks.device):
+            results[one.title] = evaluate_encoder(settings, cohort, one, attacks, surrogates=others, ranks=ranks)
+    return results
+
+
+def evaluate_encoder(
+    settings: EvaluateWhitebox,
+    cohort: Cohort,
+    one: NamedEncoder,
+    attacks: Mapping[str, Attack],
+    *,
+    surrogates: Mapping[str, Encoder],
+    ranks: Ranks,
+) -> WhiteboxResult:
+    """The result of one encoder; its records say which branch of a dual BatchNorm was measured."""
+    bank, queries = loaders(settings, cohort)
+    target, scoring = target_and_scoring(settings.target, settings.compat, bootstrap=settings.bootstrap)
+    result = evaluate_whitebox(
+        one.encoder.to(ranks.device),
+        bank,
+        queries,
+        attacks,
+        classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+        target=target,
+        scoring=scoring,
+        run=RunOptions(
+            seed=settings.seed,
+            cache_dir=settings.cache,
+            resume_dir=settings.state_of(one.title),
+            noise=settings.noise,
+            diagnose=settings.diagnose,
+            keep_examples=settings.gallery,
+            progress=not settings.quiet,
+        ),
+        provenance=Provenance(model=one.title, checkpoint=one.digest),
+        surrogates=surrogates,
+    )
+    return naming_branch(result, one.encoder)
+
+
+def attacks_of(settings: EvaluateWhitebox) -> dict[str, Any]:
+    """The attacks that were asked for; ensembles last, since they take the others into account."""
+    stated = settings.threat == "linf" or "step_size" in settings.model_fields_set
+    size = settings.step_size if stated else None
+    names = [name for name in settings.attacks if name.lower() != ENSEMBLE]
+    found: dict[str, Any] = attacks_under(
+        settings.threat, settings.eps, names=names, steps=settings.steps, step_size=size
+    )
+    if len(names) < len(settings.attacks):
+        found |= ensembles_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, evaluate, write, print."""
+    run_evaluation(EvaluateWhitebox.load(argv), evaluate, write_results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

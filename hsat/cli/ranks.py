@@ -1,0 +1,148 @@
+"""One process of several: what torchrun says about this one, and how they find each other."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from hsat.cli.environment import Place, place_of
+from hsat.rendezvous import SOON, common_room
+from hsat.training.folder import device_named
+
+PATIENCE = timedelta(minutes=30)
+BEGUN = "hsat/begun"
+GRACE = 5.0  # seconds for a rank that failed to say why, before another one says that it did
+
+
+class Ranks(NamedTuple):
+    """Process number `rank` of `size`, which computes on `device`.
+
+    again: this torchrun began the run before, and has started its processes anew.  board: what outlives them.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    again: bool = False
+    board: dist.Store | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def begin(self) -> None:
+        """Say, once it is settled that the run may begin, that processes started anew are to go on with it."""
+        if self.first and self.board is not None:
+            self.board.set(BEGUN, "1")
+
+
+@contextmanager
+def joined(device: str, *, patience: timedelta = SOON) -> Iterator[Ranks]:
+    """The ranks that the environment tells of (torchrun's variables), connected inside the block; or one by itself.
+
+    device: what --device says.  On GPUs each process of a machine takes its own (NCCL); on CPUs they talk over gloo.
+    patience: how long to wait for the others.  Raises ValueError for variables that are incomplete or make no sense
+    (see `place_of`) and for ranks of other worlds, kinds of devices or versions of torch; TimeoutError naming the
+    ranks that did not come.
+    """
+    place = place_of(os.environ)
+    if place is None:
+        yield Ranks(0, 1, device_named(device))
+        return
+    chosen = _own_device(device, place)
+    board, rank, size = _board(place, patience), place.rank, place.size
+    terms = f"device {chosen.type}, torch {torch.__version__}"
+    try:
+        room = common_room(board, rank=rank, size=size, patience=patience, terms=terms)
+        room.set_timeout(PATIENCE)
+        if rank == 0:
+            room.set("again", str(int(_begun(board))))
+        again = room.get("again") == b"1"
+    except ValueError:
+        time.sleep(GRACE if rank else 0)  # rank 0 says the same, and torchrun ends all when the first one ends
+        raise
+    except RuntimeError as error:  # torch's own
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"rank {rank} of {size} lost the store at {place.address}:{place.port} ({reason}); whoever kept it, rank 0"
+            " or torchrun, has ended: see what it wrote"
+        ) from None
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=room, rank=rank, world_size=size, timeout=PATIENCE)
+    yield Ranks(rank, size, chosen, again, board)
+    dist.destroy_process_group()  # after an error the others may wait for this one: torchrun ends them
+
+
+@contextmanager
+def one_after_the_first(ranks: Ranks) -> Iterator[None]:
+    """The first rank does what is in the block, then all others do, and say nothing about it."""
+    if ranks.size == 1:
+        yield
+        return
+    if not ranks.first:
+        dist.barrier()
+    with contextlib.nullcontext() if ranks.first else contextlib.redirect_stderr(io.StringIO()):
+        yield
+    if ranks.first:
+        dist.barrier()
+
+
+def _begun(board: dist.Store) -> bool:
+    """Whether earlier processes of this torchrun began the run; where they took their store along, by its count."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return board.check([BEGUN])
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _board(place: Place, patience: timedelta) -> dist.Store:
+    """The store in which the processes meet: torchrun's, or one that rank 0 keeps.
+
+    Nobody waits in it for the others: `common_room` does, and names those that do not come.
+    """
+    keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"{place.address}:{place.port} (MASTER_ADDR:MASTER_PORT)"
+    try:
+        return dist.TCPStore(
+            place.address, place.port, place.size, is_master=keeps, timeout=patience, wait_for_workers=False
+        )
+    except RuntimeError as error:  # torch's own: DistNetworkError and DistStoreError
+        reason = str(error).splitlines()[0]
+        if keeps:
+            raise OSError(
+                f"rank 0 cannot listen at {where}: {reason}. A second process with RANK=0, or an earlier run, may hold"
+                " that port; give another one, as in torchrun --master_port 29501"
+            ) from None
+        raise TimeoutError(
+            f"rank {place.rank} of {place.size} waited {patience.total_seconds():g} s in vain for rank 0 at {where}:"
+            f" {reason}. See whether it was started and what it wrote"
+        ) from None
+
+
+def _own_device(device: str, place: Place) -> torch.device:
+    found = device_named(device)
+    if found.type != "cuda":
+        return found
+    if found.index is not None:
+        raise ValueError(f"under torchrun every process takes a GPU of its own; write --device cuda, not {device}")
+    if place.local is None:
+        raise ValueError(
+            "the environment has RANK but no LOCAL_RANK, which says which GPU of this machine is rank"
+            f" {place.rank}'s; start all processes by torchrun, or compute on --device cpu"
+        )
+    if place.local >= torch.cuda.device_count():
+        raise ValueError(
+            f"torchrun started a process number {place.local}, but this machine has {torch.cuda.device_count()} GPU(s);"
+            " lower --nproc_per_node"
+        )
+    torch.cuda.set_device(place.local)
+    return torch.device("cuda", place.local)

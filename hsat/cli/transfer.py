@@ -1,0 +1,150 @@
+"""Black-box transfer between encoders: records.jsonl, table.md, heat maps.
+
+    python examples/evaluate_transfer.py --checkpoint a=runs/a/best.safetensors,b=FILE,c=FILE --data.root /data/opensrh
+    python examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE,c=FILE --surrogates a,b --target embedding --resume
+
+Every encoder of --surrogates is attacked on the validation patches, once per attack; every encoder of --targets then
+classifies what came out with its own bank of clean training patches.  Acc-D and MCA-D are the target's clean accuracy
+minus its accuracy on these images.  The paper's tables attack the embedding (--target embedding).
+
+The folder `state` in --out keeps what is finished: after an interruption the same command with --resume goes on from
+there and ends with the same records; encoders and attacks may be added later.  Several GPUs or processes share the
+work, with the same results (docs/devices.md):
+
+    torchrun --nproc_per_node=4 examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE --data.root /data/opensrh
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from hsat.cli.encoders import open_encoders
+from hsat.cli.evaluate import loaders, target_and_scoring
+from hsat.cli.evaluation import EvaluationSettings, run_evaluation
+from hsat.data import Cohort
+from hsat.eval import (
+    KNNClassifier,
+    Provenance,
+    Record,
+    RunOptions,
+    TransferResult,
+    evaluate_transfer,
+    paper_attacks,
+    plot_transfer,
+    transfer_table,
+    write_records,
+)
+from hsat.models import active_branch
+from hsat.run_folder import write_run_file
+from hsat.cli.ranks import Ranks
+from hsat.training.folder import device_named
+from hsat.cli.options import Counts, Names, Pixels, PixelsList
+
+
+class EvaluateTransfer(EvaluationSettings):
+    """Measure how attacks on one encoder hurt others, by kNN at patch, slide and patient level."""
+
+    checkpoint: Names = Field([], description="encoders: name=file,name=file,... or files alone")
+    surrogates: Names = Field([], description="names of the encoders to attack; all if not given")
+    targets: Names = Field([], description="names of the encoders to measure; all if not given")
+    attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
+    eps: PixelsList = Field([4 / 255, 8 / 255], description="radii: 4/255,8/255")
+    step_size: Pixels = Field(2 / 255, description="size of a step")
+    steps: int = Field(10, gt=0, description="gradient steps")
+    k: Counts = Field([200], description="neighbours; several with commas between")
+    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
+    target: Literal["features", "embedding"] | None = Field(
+        None, description="what the attacks move on the surrogate; features, or embedding with --compat paper"
+    )
+    compat: Literal["paper"] | None = Field(None, description="paper: the published arithmetic and attack target")
+    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
+    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
+    batch_size: int = Field(64, gt=0, description="patches per batch")
+    bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
+    intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
+    out: Path = Field(Path("runs/transfer"), description="folder for the results and the state")
+    resume: bool = Field(False, description="go on with what is finished in the folder of --out")
+
+    @property
+    def state(self) -> Path:
+        """The folder of finished batches; it stays, so that encoders and attacks can be added."""
+        return self.out / "state"
+
+
+def pairs_of(settings: EvaluateTransfer, titles: Sequence[str]) -> list[tuple[str, str]]:
+    """Every surrogate with every target.  ValueError for names that are none of the encoders'."""
+    chosen = {}
+    for option in ("surrogates", "targets"):
+        chosen[option] = list(dict.fromkeys(getattr(settings, option) or titles))
+        if unknown := [name for name in chosen[option] if name not in titles]:
+            raise ValueError(f"unknown {option} {unknown}; --checkpoint has {list(titles)}")
+    return list(itertools.product(chosen["surrogates"], chosen["targets"]))
+
+
+def evaluate(settings: EvaluateTransfer, cohort: Cohort, ranks: Ranks | None = None) -> TransferResult:
+    """The whole matrix; its records say which branch of a dual BatchNorm was measured.
+
+    ranks: which of several processes this is; all of them call this, and all get the result of one.
+    """
+    ranks = ranks or Ranks(0, 1, device_named(settings.device))
+    encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.compat == "paper")
+    pairs = pairs_of(settings, [one.title for one in encoders])
+    bank, queries = loaders(settings, cohort)
+    goal = settings.target or ("embedding" if settings.compat == "paper" else "features")
+    target, scoring = target_and_scoring(goal, settings.compat, bootstrap=settings.bootstrap)
+    attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
+    ranks.begin()
+    result = evaluate_transfer(
+        {one.title: one.encoder.to(ranks.device) for one in encoders},
+        bank,
+        queries,
+        attacks,
+        pairs=pairs,
+        classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+        target=target,
+        scoring=scoring,
+        run=RunOptions(seed=settings.seed, device=ranks.device, resume_dir=settings.state, progress=not settings.quiet),
+        provenance={one.title: Provenance(checkpoint=one.digest) for one in encoders},
+    )
+    branches = {one.title: active_branch(one.encoder) for one in encoders}
+    return replace(result, records=tuple(_naming_branch(record, branches) for record in result.records))
+
+
+def _naming_branch(record: Record, branches: dict[str, str | None]) -> Record:
+    found = {"branch": branches[record.model], "surrogate_branch": branches.get(record.surrogate)}
+    return replace(record, settings=record.settings | {key: value for key, value in found.items() if value})
+
+
+def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferResult) -> str:
+    """Write records, table, heat maps and the account of the run; returns the table."""
+    out = settings.out
+    write_records(out / "records.jsonl", result.records)
+    table = transfer_table(result.records, intervals=settings.intervals)
+    (out / "table.md").write_text(table)
+    write_run_file(
+        out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, attacked_in_this_run=result.made
+    )
+    used = {record.k for record in result.records}
+    k = settings.k[0] if settings.k[0] in used else max(used)
+    try:
+        for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
+            plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)
+    except ImportError as error:
+        print(f"no figures: {error}", file=sys.stderr)
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, evaluate, write, print."""
+    run_evaluation(EvaluateTransfer.load(argv), evaluate, write_results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,133 @@
+r"""One label-free perturbation for all images, fitted on one encoder and measured on every encoder.
+
+    python examples/universal.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors \
+        --data.root /data/opensrh --eps 8/255
+
+It is fitted on the training patches of --fit_on (the first checkpoint), without their labels, and added to the
+validation patches; noise of the same size is beside it.  Writes universal.safetensors (`FittedUniversal.load` reads
+it), records.jsonl, table.md and run.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from hsat.cli.cohort import describe, open_cohort
+from hsat.cli.encoders import open_encoders
+from hsat.cli.evaluate import loaders
+from hsat.attacks import L2, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
+from hsat.attacks.threat import eps_text
+from hsat.data import BadPatch, Cohort
+from hsat.eval import (
+    KNNClassifier,
+    Provenance,
+    Record,
+    RunOptions,
+    Scoring,
+    evaluate_whitebox,
+    markdown_table,
+    write_records,
+)
+from hsat.models import frozen
+from hsat.run_folder import lock_folder, write_run_file
+from hsat.training.folder import device_named
+from hsat.cli.options import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
+from hsat.cli.attacks import Lengths, check_radii
+
+
+class Universal(Settings):
+    """Fit a universal perturbation on one encoder and measure it on all."""
+
+    checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
+    fit_on: str | None = Field(None, description="name of the encoder it is fitted on; the first if not given")
+    data: DataSettings = DataSettings()
+    model: StoredModelSettings = StoredModelSettings()
+    threat: Literal["linf", "l2"] = Field("linf", description="the ball of the perturbation")
+    eps: Lengths = Field([8 / 255], description="its radius; one")
+    step_size: Pixels | None = Field(None, description="size of a step; eps / 8 if not given")
+    epochs: int = Field(5, gt=0, description="passes over the training patches")
+    distance: Literal["cosine", "l2", "l1"] = Field("cosine", description="drift of the features that is climbed")
+    k: Counts = Field([200], description="neighbours; several with commas between")
+    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
+    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
+    query_patches: int | None = Field(None, gt=0, description="measure on this many validation patches; all if not")
+    batch_size: int = Field(64, gt=0, description="patches per batch")
+    bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
+    seed: int = Field(0, ge=0, description="of the random start")
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    out: Path = Field(Path("runs/universal"), description="folder for the results")
+    quiet: bool = Field(False, description="no progress bars")
+
+
+def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Record]]:
+    """The perturbation, and its records on every encoder."""
+    if len(settings.eps) != 1:
+        raise ValueError(f"one perturbation has one radius; --eps has {len(settings.eps)}")
+    (eps,) = check_radii(settings.threat, settings.eps)
+    device, (bank, queries) = device_named(settings.device), loaders(settings, cohort)
+    encoders = {
+        title: (encoder.to(device), digest)
+        for title, encoder, digest in open_encoders(settings.checkpoint, settings.model)
+    }
+    source = settings.fit_on or next(iter(encoders))
+    if source not in encoders:
+        raise ValueError(f"--fit_on {source} is none of the encoders {', '.join(encoders)}")
+    threat = Linf(eps) if settings.threat == "linf" else L2(eps)
+    fit = UniversalPerturbation(
+        threat=threat, step_size=settings.step_size or eps / 8, epochs=settings.epochs, distance=settings.distance
+    )
+    encoder, _ = encoders[source]
+    print(f"fitting on {source}", file=sys.stderr)
+    with frozen(encoder):
+        generator = torch.Generator().manual_seed(settings.seed)
+        note = f"train split of {cohort.fingerprint()[:12]} on {source}"
+        delta = fit.fit(bank, encoder.features, generator=generator, device=device, note=note)
+    print("mean drift of each pass: " + ", ".join(f"{value:.4g}" for value in delta.history), file=sys.stderr)
+    name = f"universal-{eps_text(eps).removesuffix('/255')}"
+    records: list[Record] = []
+    for title, (other, digest) in encoders.items():
+        result = evaluate_whitebox(
+            other,
+            bank,
+            queries,
+            {name: delta, name.replace("universal", "noise"): RandomNoise(threat)},
+            classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+            target="features",  # what the perturbation was fitted on
+            scoring=Scoring(bootstrap=settings.bootstrap),
+            run=RunOptions(seed=settings.seed, noise=False, progress=not settings.quiet),
+            provenance=Provenance(model=title, checkpoint=digest),
+        )
+        records += result.records
+    return delta, records
+
+
+def main(argv: list[str]) -> None:
+    """Read the options, fit, measure, write, print."""
+    settings = Universal.load(argv)
+    if not settings.checkpoint:
+        raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
+    cohort = open_cohort(settings.data, seed=settings.seed)
+    print(describe(cohort), file=sys.stderr)
+    try:
+        with lock_folder(settings.out):
+            delta, records = run(settings, cohort)
+            delta.save(settings.out / "universal.safetensors")
+            write_records(settings.out / "records.jsonl", records)
+            table = markdown_table(records)
+            (settings.out / "table.md").write_text(table)
+            write_run_file(
+                settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, history=delta.history
+            )
+    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table)
+    print(f"results are in {settings.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,62 @@
+"""The demo, shortened: everything it promises is there and says what the records say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_the_demo_refuses_unknown_targets(capsys):
+    import hsat.cli.demo as demo
+
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--targets", "features,logits"])
+    assert "targets" in str(stop.value) and "'embedding' or 'decision'" in str(stop.value)
+
+
+@pytest.mark.slow
+def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, capsys):
+    import hsat.cli.demo as demo
+    from hsat.eval import read_records
+
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--steps",
+        "2",
+        "--query_patches",
+        "30",
+        "--targets",
+        "features,embedding,decision",
+        "--quiet",
+        "--out",
+        "run",
+    ]
+    demo.main(options)
+    printed = capsys.readouterr().out
+    out = tmp_path / "run"
+    report = (out / "report.md").read_text()
+    for target in ("features", "embedding"):
+        records = read_records(out / target / "records.jsonl")
+        assert {record.model for record in records} == {"HiDisc", "HSAT", "untrained"}
+        names = {f"{kind}-{eps}" for kind in ("PGD", "BIM", "MIFGSM", "noise") for eps in (4, 8)}
+        assert {record.attack_name for record in records} == names | {"clean"}
+        assert {record.k for record in records} == {20, 200} and {record.target for record in records} == {target}
+        assert (out / target / "accuracy_vs_eps.png").stat().st_size > 5000
+        assert list((out / target).glob("patches_HSAT_*.png"))
+        sentence = demo.verdict(list(records))
+        kept = 100 * demo.value(list(records), "HSAT", "PGD-8", "accuracy")
+        assert sentence in report and sentence in printed and f"HSAT keeps {kept:.1f} %" in sentence
+        assert f"]({target}/accuracy_vs_eps.png)" in report
+    (voted,) = [
+        r
+        for r in read_records(out / "decision" / "records.jsonl")
+        if r.model == "HSAT" and (r.attack_name, r.metric, r.level) == ("PGD-8", "accuracy", "patch")
+    ]
+    assert voted.target == "decision" and "on the kNN vote itself" in report
+    page = (out / "report.html").read_text()
+    assert "hsat demo" in page and "HSAT" in page
+    assert json.loads((out / "chance.json").read_text())["mca"] == pytest.approx(0.2)
+    first = (out / "hsat" / "final.safetensors").read_bytes()
+    demo.main([*options[:-3], "--out", "run"])  # finished trainings are not repeated
+    assert (out / "hsat" / "final.safetensors").read_bytes() == first

@@ -1,0 +1,178 @@
+"""Two real ranks that were given other things: they end before the first step, and leave no run behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tifffile
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+CASES = """
+import json, os, sys
+sys.path.insert(0, {examples!r})
+import hsat.cli.train as train_hsat
+from hsat.cli.transfer import EvaluateTransfer
+from hsat.cli.evaluate import EvaluateWhitebox
+from hsat.cli.evaluation import open_run
+from hsat.cli.ranks import joined
+
+rank = int(os.environ["RANK"])
+opened = {{
+    "train": lambda argv, ranks: train_hsat.train(train_hsat.load_settings(argv), ranks),
+    "whitebox": lambda argv, ranks: open_run(EvaluateWhitebox.load(argv), ranks),
+    "transfer": lambda argv, ranks: open_run(EvaluateTransfer.load(argv), ranks),
+}}
+found = {{}}
+with joined("cpu") as ranks:
+    for name, (script, *both) in json.load(open("cases.json")).items():
+        try:
+            opened[script](both[rank], ranks)
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error)
+json.dump(found, open(f"rank{{rank}}.json", "w"))
+"""
+
+
+def started(words, *, cwd, **environment):
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process):
+    try:
+        return process.communicate(timeout=300)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def by_hand(commands, *, cwd):
+    """What processes write that somebody started without torchrun, but with its variables."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    place |= {"WORLD_SIZE": str(len(commands))}
+    running = [started(words, cwd=cwd, RANK=str(rank), **place) for rank, words in enumerate(commands)]
+    shown = [finished(process) for process in running]
+    return shown, [process.returncode for process in running]
+
+
+@pytest.fixture(scope="module")
+def other_pixels(root, tmp_path_factory):
+    """(a copy of the cohort in which one patch has other pixels, the path of that patch)."""
+    copy = Path(shutil.copytree(root, tmp_path_factory.mktemp("other") / "srh"))
+    path = sorted((copy / "studies").rglob("*.tif"))[5]
+    tifffile.memmap(path, mode="r+")[...] += 1
+    return copy, path.relative_to(copy).as_posix()
+
+
+def test_ranks_that_differ_are_named_before_anything_is_written(root, options, other_pixels, tmp_path):
+    """Several runs in turn, of the same two ranks."""
+    from hsat.cli.encoders import new_encoder
+    from hsat.cli.train import load_settings
+
+    settings = load_settings(options)
+    for seed in range(2):
+        torch.save(new_encoder(settings.model, seed=seed).backbone.state_dict(), tmp_path / f"{seed}.pt")
+    out, copy = ["--out", str(tmp_path / "out")], ["--data.root", str(other_pixels[0])]
+    evaluation = ["--data.root", str(root), "--checkpoint", "a=x,b=y", "--device", "cpu", *out]
+    train = [*options, *out]
+    cases = {
+        "pixels": ("train", train, [*train, *copy]),
+        "learning rate": ("train", train, [*train, "--train.lr", "0.5", "--data.workers", "1"]),
+        "weights": ("train", *([*train, "--model.weights", str(tmp_path / f"{seed}.pt")] for seed in range(2))),
+        "whitebox pixels": ("whitebox", evaluation, [*evaluation, *copy]),
+        "whitebox steps": ("whitebox", evaluation, [*evaluation, "--steps", "3"]),
+        "transfer pixels": ("transfer", evaluation, [*evaluation, *copy]),
+        "transfer steps": ("transfer", evaluation, [*evaluation, "--steps", "3"]),
+        "whitebox agrees": ("whitebox", evaluation, [*evaluation, "--quiet"]),
+    }
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    (tmp_path / "script.py").write_text(CASES.format(examples=str(EXAMPLES)))
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "script.py"]
+    process = started(torchrun, cwd=tmp_path)
+    shown = finished(process)
+    assert process.returncode == 0, shown
+    found, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert found == other, "both say the same"
+    assert found.pop("whitebox agrees") == ""
+    assert all("rank 1 disagrees with rank 0 about the" in message for message in found.values())
+    for name in ("pixels", "whitebox pixels", "transfer pixels"):
+        assert f"pixels of patches: {other_pixels[1]} is " in found[name]
+    assert "settings: train.lr is 0.5, not 0.001." in found["learning rate"], "workers may differ"
+    assert "the weights: backbone." in found["weights"]
+    for name in ("whitebox steps", "transfer steps"):
+        assert "settings: steps is 3, not 10." in found[name]
+    assert not any((tmp_path / "out").rglob("*")), "no run.json, no state"
+
+
+def test_ranks_started_by_hand_end_with_one_reason(root, options, other_pixels, tmp_path):
+    """They used to train each by itself: nothing but torchrun's own mark was looked at."""
+    train = [EXAMPLES / "train_hsat.py", *options, "--out", "out"]
+    shown, codes = by_hand([train, [*train, "--data.root", other_pixels[0]]], cwd=tmp_path)
+    assert codes == [1, 1]
+    lines = [line for line in "".join(shown).splitlines() if line]
+    assert lines and all(
+        f"rank 1 disagrees with rank 0 about the pixels of patches: {other_pixels[1]}" in line for line in lines
+    ), shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ranks_started_by_hand_train_together(options, tmp_path):
+    from hsat.cli.train import main
+
+    argv = [*options, "--data.tune_fraction", "0", "--train.steps", "3", "--out"]
+    shown, codes = by_hand([[EXAMPLES / "train_hsat.py", *argv, "ranks"]] * 2, cwd=tmp_path)
+    assert codes == [0, 0], shown
+    main([*argv, str(tmp_path / "parts"), "--train.accumulate", "2"])
+    found, wanted = (load_file(tmp_path / name / "final.safetensors") for name in ("ranks", "parts"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    with (tmp_path / "ranks" / "train.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 3, "one run wrote here, not two"
+
+
+def test_an_error_of_the_connection_says_that_rank_0_has_ended(monkeypatch):
+    """What it kept is gone: another error is still told, one of the connection would only puzzle."""
+    import hsat.cli.ranks as one_voice
+    from hsat.cli.ranks import Ranks
+
+    monkeypatch.setattr(one_voice, "GRACE", 0.1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for error, expected, words in (
+            (RuntimeError("Connection closed by peer"), SystemExit, "rank 0 has ended"),
+            (ValueError("no such option"), ValueError, "no such option"),
+        ):
+            kept = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+            board = dist.TCPStore("127.0.0.1", kept.port, 2, is_master=False, wait_for_workers=False)
+            with (
+                pytest.raises(expected, match=words),
+                one_voice.one_voice(Ranks(1, 2, torch.device("cpu"), board=board)),
+            ):
+                del kept
+                raise error
+    finally:
+        dist.destroy_process_group()
