@@ -1,0 +1,183 @@
+"""The options of a training: views, inner maximisation, outer minimisation.  `hsat train` offers the same ones."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from hsat.training.resources import parse_memory
+
+Levels = Literal["p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt"]
+InnerAttackName = Literal["none", "pgd", "fgsm_rs", "nfgsm", "free", "warm"]
+
+
+def parse_pixels(value: Any) -> float:
+    """A size in units of the pixel range, from a fraction such as "8/255" or a number such as 0.03.
+
+    Raises:
+        ValueError: For other texts, and for sizes outside [0, 1], such as a bare 8.
+    """
+    try:
+        number = float(Fraction(value.strip()) if isinstance(value, str) else value)
+    except (ValueError, ZeroDivisionError, TypeError) as error:
+        raise ValueError(f"write a fraction such as 8/255 or a number such as 0.03; got {value!r}") from error
+    if not 0 <= number <= 1:
+        raise ValueError(f"it must lie in [0, 1], the range of the pixels; got {value}. For 8 grey levels write 8/255")
+    return number
+
+
+Pixels = Annotated[float, BeforeValidator(parse_pixels)]
+
+
+class Section(BaseModel):
+    """A group of options; unknown names are refused, values are checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ViewConfig(Section):
+    """How the views of a batch are drawn."""
+
+    image_size: int = Field(300, gt=0, description="side of the square the network sees, in pixels")
+    slides: int = Field(2, gt=0, description="slides per patient")
+    patches: int = Field(2, gt=0, description="patches per slide")
+    views: int = Field(2, gt=0, description="augmented views per patch")
+    augmentation: Literal["none", "static", "v0", "v1"] = Field("v0", description="augmentation pipeline")
+    strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
+    dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")
+    ids: Literal["true", "slots"] | None = Field(
+        None, description="what counts as a positive: true ids, or one id per place in the batch; true but for the preset"
+    )
+    order: Literal["spread", "plain"] | None = Field(
+        None, description="keep repeats of a patient apart, or shuffle plainly; spread but for the preset"
+    )
+    uncropped: Literal["resize", "keep"] | None = Field(
+        None, description="what happens to patches that are not cropped; resize but for the preset"
+    )
+    static_epochs: int | None = Field(
+        None,
+        ge=0,
+        description="epochs at the start with the static augmentation; 0, or the first plateau with the preset",
+    )
+    on_bad: Literal["raise", "replace"] = Field("raise", description="what to do with an unreadable training patch")
+    workers: int = Field(0, ge=0, description="processes that read patches")
+    augment: Literal["images", "items"] = Field(
+        "images", description="augment views one by one, or all views of an item at once (other draws, faster)"
+    )
+
+
+class InnerAttackConfig(Section):
+    """The inner maximisation."""
+
+    name: InnerAttackName = Field(
+        "pgd", description="none trains the HiDisc baseline; the last four are cheaper (docs/cheaper_inner.md)"
+    )
+    eps: Pixels = Field(8 / 255, description="radius of the l_inf ball")
+    step_size: Pixels = Field(2 / 255, description="size of a step")
+    steps: int = Field(5, gt=0, description="gradient steps")
+    levels: Levels = Field("p_s_pt", description="terms of the loss that it maximises")
+    warmup_epochs: int | None = Field(None, ge=0, description="eps grows from 1/255 over these; an eighth of the run")
+    replays: int = Field(4, gt=0, description="free: optimiser steps on each batch; give fewer train.steps for it")
+    check_every: int = Field(20, ge=0, description="fgsm_rs, nfgsm: steps between comparisons with PGD; 0 is never")
+    check_share: float = Field(0.5, ge=0, le=1, description="they train with PGD below this share of its rise in loss")
+
+
+class OuterConfig(Section):
+    """The outer minimisation, its precision, checkpoints and held-out evaluations."""
+
+    epochs: int = Field(40_000, gt=0, description="passes over the (class-balanced) patients")
+    steps: int | None = Field(None, gt=0, description="optimiser steps; instead of epochs")
+    batch_patients: int = Field(16, gt=0, description="patients per batch, of all ranks and parts together")
+    accumulate: int = Field(1, gt=0, description="parts that a batch is computed in; less memory, the same negatives")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    loss: Levels = Field("p_s_pt", description="terms of the loss that it minimises")
+    temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
+    clean: bool = Field(False, description="mix clean and adversarial losses with the paper's dynamic weight")
+    plateau: int | None = Field(None, gt=0, description="epochs of equal augmentation strength; a share of the run")
+    precision: Literal["32", "bf16", "16"] = Field(
+        "32", description="of the passes through the encoder; bf16 is autocast, 16 is float16 with a scaled loss"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the encoder; TORCH_LOGS=graph_breaks shows where its graph breaks"
+    )
+    global_negatives: bool = Field(True, description="under torchrun: negatives of all ranks, not of each by itself")
+    sync_norm: bool = Field(False, description="under torchrun: BatchNorm over the batch of all ranks (GPUs only)")
+    max_memory: str | None = Field(None, description="such as 8GB: say after the first step what would fit into it")
+    channels_last: bool = Field(False, description="memory layout that many CPUs and GPUs compute faster in")
+    save_every: int = Field(500, gt=0, description="steps between checkpoints")
+    eval_every: int | None = Field(None, gt=0, description="steps between held-out evaluations; a tenth of the run")
+    eval_patches: int = Field(512, gt=0, description="held-out patches looked at in such an evaluation")
+    eval_eps: Pixels = Field(4 / 255, description="radius of the PGD-5 attack in it")
+    k: int = Field(20, gt=0, description="neighbours in it")
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError(f"give epochs or steps, not both; got epochs {self.epochs} and steps {self.steps}")
+        return self
+
+    @field_validator("max_memory")
+    @classmethod
+    def _check_memory(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_memory(value)
+        return value
+
+
+class TrainConfig(OuterConfig):
+    """All options of a training; the defaults are the paper's for OpenSRH.
+
+    The fields of `OuterConfig`, and:
+
+    Attributes:
+        views: How batches are drawn.
+        attack: The inner maximisation.
+        seed: Of draws, augmentation and attacks.
+        preset: "paper" draws and augments as the published code does (docs/conventions.md).
+
+    Raises:
+        pydantic.ValidationError: For unknown names and values out of range; a ValueError.
+        ValueError: For an inner maximisation that the other options do not allow, with what to change.
+
+    Example:
+        >>> TrainConfig(steps=2000, attack={"eps": "4/255"}).attack.eps == 4 / 255
+        True
+    """
+
+    views: ViewConfig = ViewConfig()
+    attack: InnerAttackConfig = InnerAttackConfig()
+    seed: int = Field(0, ge=0, description="of draws, augmentation and attacks")
+    preset: Literal["paper"] | None = Field(
+        None, description="paper: draws and augments as the published code (docs/conventions.md)"
+    )
+
+    @classmethod
+    def hsat(cls, **changes: Any) -> Self:
+        """Published HSAT: PGD with 5 steps of 2/255 at eps 8/255 on all three levels (arXiv:2503.10629)."""
+        return cls(**changes)
+
+    @classmethod
+    def hidisc(cls, **changes: Any) -> Self:
+        """The baseline HiDisc: no attack (arXiv:2303.01605)."""
+        return cls(**{"attack": InnerAttackConfig(name="none"), **changes})
+
+    @model_validator(mode="after")
+    def _check_inner_attack(self) -> Self:
+        views, attack = self.views, self.attack
+        if attack.name == "warm" and (views.augmentation != "none" or views.ids == "slots" or self.preset == "paper"):
+            raise ValueError(
+                "warm starts belong to fixed pixels of known patches: give augmentation none and true ids"
+                f" (got augmentation {views.augmentation}, ids {views.ids or 'true'}, preset {self.preset})"
+            )
+        if attack.name == "free" and self.precision == "16":
+            raise ValueError("free training moves the images by an unscaled gradient; give precision bf16 or 32")
+        if attack.name == "free" and (self.clean or attack.levels != self.loss):
+            raise ValueError(
+                "free training attacks the loss that it descends, on adversarial images only: leave out clean and"
+                f" give the attack levels {self.loss}"
+            )
+        return self
