@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsat.data import Cohort, PackedPatches
+from hsat.data import PatchStore, read_opensrh
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def same_run(one, other):
 
 def test_packed_training_and_evaluation_are_those_of_the_files(train, root, tmp_path, files_are_closed, monkeypatch):
     packed = train("packed", "--data.packed", tmp_path / "patches")
-    assert len(PackedPatches.open(tmp_path / "patches", Cohort.from_opensrh(root))) == len(Cohort.from_opensrh(root))
+    assert len(PatchStore.open(tmp_path / "patches", read_opensrh(root))) == len(read_opensrh(root))
     again = train("again", "--data.packed", tmp_path / "patches")  # opened, as it is there
     monkeypatch.undo()
     files = train("files")
