@@ -94,16 +94,21 @@ class PatchDataset(Dataset[Sample]):
         """Class i of the labels is class_names[i]; the same for every split of the cohort."""
         return self.cohort.class_names
 
-    def subset(self, items: Sequence[int] | np.ndarray) -> PatchDataset:
+    def subset(self, items: Sequence[int] | np.ndarray | slice) -> PatchDataset:
         """The same dataset with some of its items only, in the order given.
 
         Args:
-            items: (m,) numbers below len(self), as in dataset[number]; there may be none.
+            items: (m,) numbers below len(self), as in dataset[number], or a slice of them; there may be none.
 
         Raises:
             IndexError: A number is out of range.
+            TypeError: They are no whole numbers; a mask has to go through np.flatnonzero.
         """
-        numbers = [_check_index(item, len(self), "patches") for item in np.asarray(items).tolist()]
+        numbers: Sequence[int]
+        if isinstance(items, slice):
+            numbers = range(len(self))[items]
+        else:
+            numbers = [_check_index(item, len(self), "patches") for item in np.asarray(items)]
         part = copy.copy(self)
         part.rows = self.rows[np.array(numbers, dtype=np.int64)]
         return part

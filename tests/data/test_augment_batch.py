@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_the_same_seed_gives_the_same_image_to_rounding(name, size, strength):
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_several_images_at_once_equal_one_by_one(name, monkeypatch):
     """What a GPU does: all images of a size go through the operations together."""
-    import hsat.data.augment_batch as room
+    room = importlib.import_module("hsat.data.augment_batch")  # the package has a function of this name
 
     pipeline = build_transform(name, image_size=18, strength=0.9)
     patches, seeds = [*some_patches(2), *some_patches(2, 30, 17)], [*range(30)]

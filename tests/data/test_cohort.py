@@ -345,3 +345,23 @@ def test_reading_a_cohort_loads_no_torchvision() -> None:
     heavy = "{'torchvision', 'timm', 'faiss'}"
     code = f"import sys; from hsat.data import Cohort, read_patch; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_plain_rows_become_records_and_json_comes_back(tmp_path: Path) -> None:
+    options = dict(root=tmp_path, class_names=("a", "b"), kind="rgb")
+    rows = [("a/p0/s/1.png", "a", "p0", "s"), ["b/p2/s/1.png", "b", "p2", "s", "val"]]
+    cohort = Cohort(records=rows, **options)
+    assert cohort.records == (PatchRecord(*rows[0]), PatchRecord(*rows[1])) and cohort.splits == ("val",)
+    assert {type(row) for row in cohort.records} == {PatchRecord}
+    assert Cohort.model_validate_json(cohort.model_dump_json()) == cohort
+    for wrong in (("a", "b"), "abcde", {"path": "x"}):
+        with pytest.raises(TypeError, match="record 0 must be a PatchRecord"):
+            Cohort(records=[wrong], **options)
+
+
+def test_a_part_of_one_split_does_not_join_another(tmp_path: Path) -> None:
+    cohort = cohort_of(_patients([2, 2]), tmp_path, ("class0", "class1")).with_split(val_fraction=0.5)
+    with pytest.raises(
+        ValueError, match=r"split 'val' has patients already; name another, as in names=\('train', 'tune'\)"
+    ):
+        cohort.with_split(of="train")

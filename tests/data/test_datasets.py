@@ -119,8 +119,11 @@ def test_a_subset_shows_the_chosen_patches_in_the_order_given(cohort):
     assert part.rows.tolist() == whole.rows[[4, 12, 0]].tolist()
     assert len(whole) == 13 and len(part.subset([1])) == 1 and len(whole.subset([])) == 0
     assert (part.split, part.class_names, part.image_size) == ("train", ("a", "b"), 9)
+    assert whole.subset(slice(2, None, 5)).rows.tolist() == whole.rows[2::5].tolist()
     with pytest.raises(IndexError, match="index 3 is out of range for 3 patches"):
         part.subset([3])
+    with pytest.raises(TypeError):
+        part.subset([True, False, True])
 
 
 def test_an_unreadable_patch_is_named(cohort):

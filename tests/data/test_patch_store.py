@@ -405,7 +405,7 @@ def test_who_waits_opens_what_another_process_wrote(srh, tmp_path, slow_writing,
 
 
 def test_a_store_of_an_earlier_version_opens(tmp_path):
-    """Written by pack_cohort of 91c38be, whose format this is."""
+    """Written by pack_cohort of 611429e; the format is still this one."""
     golden = Path(__file__).parents[1] / "golden/patch_store"
     cohort = read_folders(golden / "cohort")
     store = PatchStore.open(golden / "packed", cohort, verify=True)

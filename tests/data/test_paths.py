@@ -1,4 +1,4 @@
-"""Links out of the root, when they are allowed; and records that come as plain rows."""
+"""Links out of the root, when they are allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from hsat.data import Cohort, PatchDataset, read_csv, read_folders, read_opensrh
-from hsat.data.cohort import PatchRecord
 
 
 @pytest.fixture
@@ -70,23 +69,3 @@ def test_links_in_a_manifest_and_an_opensrh_folder(linked_root: Path, write_open
     with pytest.raises(ValueError, match="leads out of the cohort's root"):
         read_opensrh(root).check_files()
     read_opensrh(root, allow_links=True).check_files()
-
-
-def test_plain_rows_become_records_and_json_comes_back(linked_root: Path) -> None:
-    options = dict(root=linked_root, class_names=("a", "b"), kind="rgb")
-    rows = [("a/p0/s/1.png", "a", "p0", "s"), ["b/p2/s/1.png", "b", "p2", "s", "val"]]
-    cohort = Cohort(records=rows, **options)
-    assert cohort.records == (PatchRecord(*rows[0]), PatchRecord(*rows[1])) and cohort.splits == ("val",)
-    assert {type(row) for row in cohort.records} == {PatchRecord}
-    assert Cohort.model_validate_json(cohort.model_dump_json()) == cohort
-    for wrong in (("a", "b"), "abcde", {"path": "x"}):
-        with pytest.raises(TypeError, match="record 0 must be a PatchRecord"):
-            Cohort(records=[wrong], **options)
-
-
-def test_a_part_of_one_split_does_not_join_another(linked_root: Path) -> None:
-    cohort = read_folders(linked_root).with_split(val_fraction=0.5)
-    with pytest.raises(
-        ValueError, match=r"split 'val' has patients already; name another, as in names=\('train', 'tune'\)"
-    ):
-        cohort.with_split(of="train")
