@@ -7,8 +7,10 @@ torch's global CPU generator, so a caller that forks and seeds that generator de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from numbers import Real
 from typing import Any, Literal
 
@@ -16,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AugmentationName = Literal["none", "static", "v0", "v1"]
-AUGMENTATIONS: tuple[AugmentationName, ...] = ("none", "static", "v0", "v1")
+AUGMENTATIONS = ("none", "static", "v0", "v1")
 
 Uncropped = Literal["resize", "keep"]
 
 Transform = Callable[[Tensor], Tensor]
+
+PAPER_STATIC_EPOCHS = 50
+"""The published training keeps its static augmentation for the first plateau of the dynamic one."""
 
 _JITTER, _HUE = 0.4, 0.1  # at strength 1: brightness, contrast and saturation within 40%, hue within a tenth of a turn
 _SMALLEST_SIDE = 5  # the Gaussian blur's kernel; reflection needs at least half of it
@@ -101,7 +105,7 @@ class Augmentation:
     image_size is None.  x is not changed.  Raises TypeError or ValueError naming what is wrong with x.
     """
 
-    name: AugmentationName
+    name: str
     image_size: int | None
     strength: float
     prob: float
@@ -142,12 +146,8 @@ def build_transform(
     ranges and does nothing, so it is left out.  v0 at strength 0 fails there (blur of width 0); here operations of
     probability zero are left out.
     """
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {name!r}; known are {', '.join(AUGMENTATIONS)}")
-    if uncropped not in ("resize", "keep"):
-        raise ValueError(f"uncropped must be 'resize' or 'keep', got {uncropped!r}")
+    _check_choices(name, uncropped, prob)
     _check_share("strength", strength)
-    _check_share("prob", prob)
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size must be a whole number of pixels, at least 1, or None; got {image_size!r}")
     steps: tuple[Transform, ...]
@@ -162,6 +162,70 @@ def build_transform(
     if name != "none":
         steps = tuple(replace(step, uncropped=uncropped) if isinstance(step, CropToSize) else step for step in steps)
     return Augmentation(name, image_size, float(strength), float(prob), steps)
+
+
+@dataclass(frozen=True)
+class AugmentationPolicy:
+    """A published pipeline over the epochs of a training; its strength comes with each draw.
+
+    Attributes:
+        name: The pipeline, see `build_transform`.
+        prob: The probability of each operation of "static" and "v0".
+        uncropped: See `CropToSize`.
+        static_epochs: In epochs below it the static pipeline takes the place of `name`.
+        batched: Run hsat's own operations on all views of an item (`augment_batch`) in place of torchvision's on one
+            view after another: the same draws, the same images up to float rounding, in a third of the time.
+
+    Raises:
+        ValueError: For an unknown name or uncropped, prob outside [0, 1], or negative static_epochs.
+    """
+
+    name: str = "v0"
+    prob: float = 0.5
+    uncropped: Uncropped = "resize"
+    static_epochs: int = 0
+    batched: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choices(self.name, self.uncropped, self.prob)
+        if self.static_epochs < 0:
+            raise ValueError(f"static_epochs must be 0 or more, got {self.static_epochs}")
+
+    @classmethod
+    def paper(cls, name: str = "v0") -> AugmentationPolicy:
+        """The published choices: uncropped="keep", and 50 static epochs for "v0" and "v1".
+
+        The first strength of the published training never comes to be used, since the static pipeline runs meanwhile.
+        """
+        return cls(name, uncropped="keep", static_epochs=PAPER_STATIC_EPOCHS if name in ("v0", "v1") else 0)
+
+    def pipeline(self, image_size: int | None, *, epoch: int = 0, strength: float = 1.0) -> Augmentation:
+        """The pipeline of an epoch, ending at image_size; raises as `build_transform` does."""
+        name = "static" if epoch < self.static_epochs else self.name
+        return _cached_pipeline(name, image_size, strength, self.prob, self.uncropped)
+
+
+@lru_cache(maxsize=16)
+def _cached_pipeline(
+    name: str, image_size: int | None, strength: float, prob: float, uncropped: Uncropped
+) -> Augmentation:
+    return build_transform(name, image_size=image_size, strength=strength, prob=prob, uncropped=uncropped)
+
+
+@contextmanager
+def fork_cpu_rng() -> Iterator[None]:
+    """Leave torch's CPU generator as it was, and compute on one thread inside.
+
+    One thread, because sums over a large patch differ in the last bits with the number of threads, and worker processes
+    have one.  Devices' generators are neither read nor seeded: transforms run on the CPU.
+    """
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _static_steps(size: int | None, p: float) -> tuple[Transform, ...]:
@@ -211,12 +275,20 @@ def _v1_steps(size: int | None, s: float) -> tuple[Transform, ...]:
     return (*before, tv.RandomApply([jitter], 0.8 * s), tv.RandomGrayscale(0.2 * s))
 
 
+def _check_choices(name: str, uncropped: str, prob: float) -> None:
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {name!r}; known are {', '.join(AUGMENTATIONS)}")
+    if uncropped not in ("resize", "keep"):
+        raise ValueError(f"uncropped must be 'resize' or 'keep', got {uncropped!r}")
+    _check_share("prob", prob)
+
+
 def _check_share(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
-def check_patches(patches: Sequence[Tensor], name: AugmentationName) -> None:
+def check_patches(patches: Sequence[Tensor], name: str) -> None:
     """Raise TypeError or ValueError, naming what is wrong, for what the pipeline `name` does not take.
 
     Their device is read once, however many there are.
@@ -229,7 +301,7 @@ def check_patches(patches: Sequence[Tensor], name: AugmentationName) -> None:
             raise ValueError(f"augmentations take values in [0, 1], got {low:g} to {high:g}")
 
 
-def _check_form(x: Tensor, name: AugmentationName) -> None:
+def _check_form(x: Tensor, name: str) -> None:
     smallest = 1 if name == "none" else _SMALLEST_SIDE
     if not isinstance(x, Tensor):
         raise TypeError(f"augmentations take a tensor (3, h, w) with values in [0, 1], got {type(x).__name__}")

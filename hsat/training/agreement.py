@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hsat.data import BadPatch, Cohort, PackedPatches
-from hsat.data.fingerprint import patient_digests
+from hsat.data import BadPatch, Cohort, PatchStore
+from hsat.data.cohort import patient_digests
 from hsat.data.readers import read_stored
 from hsat.training.devices import of_all_ranks, ranks_here
 
@@ -69,7 +69,7 @@ def assert_ranks_agree(
     *,
     settings: Mapping[str, Any] | None = None,
     cohort: Cohort | None = None,
-    packed: PackedPatches | None = None,
+    packed: PatchStore | None = None,
     model: nn.Module | None = None,
     optimizer: Optimizer | None = None,
     seed: int = 0,
@@ -124,7 +124,7 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def stored_digests(cohort: Cohort, *, packed: PackedPatches | None, seed: int, patches: int) -> dict[str, str]:
+def stored_digests(cohort: Cohort, *, packed: PatchStore | None, seed: int, patches: int) -> dict[str, str]:
     """A digest of the stored integers of some patches by path, chosen by the seed; read as training reads them.
 
     A patch that cannot be read is "unreadable" here: what to do about it is for the training to say.

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from hsat.data import write_synthetic_cohort
+from hsat.data import read_opensrh, write_synthetic_cohort
 from hsat.eval import read_records
 from hsat.models import build_encoder, load_encoder, save_encoder, state_fingerprint, untouched_branches
 
@@ -223,12 +223,11 @@ def test_dual_norm_resumes_bit_for_bit(dual, place):
 
 
 def test_the_held_out_score_is_that_of_the_trained_branch(dual, place, monkeypatch):
-    import hsat.training.validation as held_out
-    from hsat.data import Cohort
+    import held_out
     from hsat.cli.train import hold_out, load_settings
 
     settings = load_settings(["--config", str(SMOKE[2]), *DUAL.split()])
-    cohort = hold_out(Cohort.from_opensrh(place / "runs" / "synthetic-0"), settings)
+    cohort = hold_out(read_opensrh(place / "runs" / "synthetic-0"), settings)
     seen = []
     honest = held_out.embed
 

@@ -36,10 +36,10 @@ def split_by_patient(
         if len(patients) == 1:
             alone.append(class_name)
             continue
-        wanted = min(max(round(val_fraction * len(patients)), 1), len(patients) - 1)
+        count = min(max(round(val_fraction * len(patients)), 1), len(patients) - 1)
         order = _class_generator(seed, class_name).permutation(len(patients))
         in_order = sorted(patients)
-        held_out.update(in_order[i] for i in order[:wanted])
+        held_out.update(in_order[i] for i in order[:count])
     if not held_out:
         raise ValueError(
             f"no class has two patients, so {names[1]!r} would be empty; a split needs more patients than the one each"
