@@ -71,6 +71,21 @@ class World:
             ) from error
         return values
 
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values, on every rank.
+
+        Raises:
+            RankFailedError: If another rank has stopped.
+        """
+        if self._group is None:
+            return value
+        tensor = torch.tensor(value)
+        try:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            raise RankFailedError("another rank of this run has stopped; its own message says why") from error
+        return int(tensor)
+
     def gather_by_index(self, values: Mapping[int, Value]) -> list[Value]:
         """Collect numbered values of all ranks, on every rank, by ascending number.
 

@@ -1,4 +1,4 @@
-"""How the processes of one attempt find each other in a store that remembers the attempts before it."""
+"""How the ranks of one attempt find each other in a store that remembers the attempts before it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-SOON = timedelta(minutes=5)
+PATIENCE = timedelta(minutes=5)
 PAUSE = 0.02
 
 
-def common_room(
-    store: dist.Store, *, rank: int, size: int, patience: timedelta = SOON, terms: str = ""
+def meet_ranks(
+    store: dist.Store, *, rank: int, size: int, patience: timedelta = PATIENCE, terms: str = ""
 ) -> dist.PrefixStore:
     """A part of the store for the `size` processes that call this now; no earlier process ever wrote into it.
 

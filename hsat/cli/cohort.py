@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 from hsat.data import Cohort, PatchStore, read_cohort, read_opensrh, write_patch_store, write_synthetic_cohort
-from hsat.cli.options import DataSettings
+from hsat.cli.options import DataSettings, EvaluationDataSettings
 
 SYNTHETIC = Path("runs/synthetic")
 
 
-def open_cohort(data: DataSettings, *, seed: int = 0) -> Cohort:
+def open_cohort(data: DataSettings | EvaluationDataSettings, *, seed: int = 0) -> Cohort:
     """The user's cohort, or the synthetic one where no root is given; split by patient if it has no split of its own.
 
     Bad data ends the program with the reason: missing folders, unreadable tables, patients in two splits.
@@ -30,7 +30,7 @@ def open_cohort(data: DataSettings, *, seed: int = 0) -> Cohort:
     return cohort
 
 
-def _read(data: DataSettings, seed: int) -> Cohort:
+def _read(data: DataSettings | EvaluationDataSettings, seed: int) -> Cohort:
     if data.root is None:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
         print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
@@ -38,7 +38,7 @@ def _read(data: DataSettings, seed: int) -> Cohort:
     return read_cohort(data.root, data.layout, manifest=data.manifest)
 
 
-def open_packed(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:
+def open_store(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:
     """The cohort packed in --data.packed, made where it is not there yet; None where that is not asked for.
 
     auto is a folder beside the run, named by paths and sizes of the cohort's files: runs of one cohort share it, also

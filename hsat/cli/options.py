@@ -1,7 +1,7 @@
-"""Command line, YAML file and defaults of the examples, in one place and one order: options win over the file.
+"""Options of the commands: the command line wins over a YAML file, that over a recipe, that over the defaults.
 
-Every option of a class below is a flag (`--data.root`, `--attack.eps 8/255`) and a key of the YAML file given with
-`--config`.  A key that does not exist is an error.  Nothing is read from the environment.
+Every option of a class below is a flag (`--data.root`, `--attack.eps 8/255`) and a key of the YAML file that `--config`
+names.  A key that does not exist is an error.  Nothing is read from the environment.
 """
 
 from __future__ import annotations
@@ -9,85 +9,52 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from hsat.training.config import Pixels, Section, ViewConfig, parse_pixels
+
+__all__ = ["Counts", "Names", "Pixels", "PixelsList", "Section", "Settings", "parse_pixels", "split_commas"]
 
 
-def pixels(value: Any) -> float:
-    """A size in units of the pixel range: 8/255, 0.03; a bare 8 is refused with a hint."""
-    try:
-        number = float(Fraction(value.strip()) if isinstance(value, str) else value)
-    except (ValueError, ZeroDivisionError, TypeError) as error:
-        raise ValueError(f"write a fraction such as 8/255 or a number such as 0.03; got {value!r}") from error
-    if not 0 <= number <= 1:
-        raise ValueError(f"it must lie in [0, 1], the range of the pixels; got {value}. For 8 grey levels write 8/255")
-    return number
-
-
-def listed(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
     """a,b,c as a list; lists stay."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Pixels = Annotated[float, BeforeValidator(pixels)]
-PixelsList = Annotated[list[Pixels], BeforeValidator(listed)]
-Names = Annotated[list[str], BeforeValidator(listed)]
-Counts = Annotated[list[int], BeforeValidator(listed)]
+PixelsList = Annotated[list[Pixels], BeforeValidator(split_commas)]
+Names = Annotated[list[str], BeforeValidator(split_commas)]
+Counts = Annotated[list[int], BeforeValidator(split_commas)]
 
 
-class Section(BaseModel):
-    """A group of options."""
+class DataSettings(ViewConfig):
+    """Where the patches are, and how batches are drawn from them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    root: Path | None = Field(None, description="folder of the cohort; without it a synthetic cohort is written")
+    layout: Literal["opensrh", "folders", "csv"] = Field("opensrh", description="how the folder is laid out")
+    manifest: str = Field("manifest.csv", description="csv layout: the table, relative to the root")
+    val_fraction: float = Field(0.3, gt=0, lt=1, description="share of patients to validate on, without split files")
+    split_seed: int = Field(0, ge=0, description="seed of that split")
+    tune_fraction: float = Field(0.15, ge=0, lt=1, description="share of training patients held out to choose the best")
+    packed: Literal["auto"] | Path | None = Field(
+        None, description="folder of packed patches, made where it does not exist; auto puts one beside the run"
+    )
 
 
-class DataSettings(Section):
-    """Where the patches are and how batches are drawn from them."""
+class EvaluationDataSettings(Section):
+    """Where the patches are."""
 
     root: Path | None = Field(None, description="folder of the cohort; without it a synthetic cohort is written")
     layout: Literal["opensrh", "folders", "csv"] = Field("opensrh", description="how the folder is laid out")
     manifest: str = Field("manifest.csv", description="csv layout: the table, relative to the root")
     image_size: int = Field(300, gt=0, description="side of the square the network sees, in pixels")
-    slides: int = Field(2, gt=0, description="slides per patient")
-    patches: int = Field(2, gt=0, description="patches per slide")
-    views: int = Field(2, gt=0, description="augmented views per patch")
-    augmentation: Literal["none", "static", "v0", "v1"] = Field("v0", description="augmentation pipeline")
-    strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
-    dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")
-    ids: Literal["true", "slots"] | None = Field(
-        None, description="who counts as a positive: true ids, or one id per place in the batch; true unless --compat"
-    )
-    order: Literal["spread", "plain"] | None = Field(
-        None, description="keep repeats of a patient apart, or shuffle plainly; spread unless --compat"
-    )
-    uncropped: Literal["resize", "keep"] | None = Field(
-        None, description="what happens to patches that are not cropped; resize unless --compat"
-    )
-    static_epochs: int | None = Field(
-        None,
-        ge=0,
-        description="epochs at the start with the static augmentation; 0, or the first plateau with --compat",
-    )
     val_fraction: float = Field(0.3, gt=0, lt=1, description="share of patients to validate on, without split files")
     split_seed: int = Field(0, ge=0, description="seed of that split")
-    tune_fraction: float = Field(0.15, ge=0, lt=1, description="share of training patients held out to choose the best")
-    on_bad: Literal["raise", "replace"] = Field("raise", description="what to do with an unreadable training patch")
     workers: int = Field(0, ge=0, description="processes that read patches")
-    packed: Literal["auto"] | Path | None = Field(
-        None, description="folder of packed patches, made where it does not exist; auto puts one beside the run"
-    )
-    augment: Literal["images", "items"] = Field("images", description="views one by one, or an item at a time (faster)")
 
 
 class EncoderSettings(Section):
@@ -126,31 +93,30 @@ class LoggerSettings(Section):
 
 
 class Settings(BaseSettings):
-    """Base of every example's settings; `load` reads the command line."""
+    """Base of every command's options; `load` reads the command line."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, cli_avoid_json=True, cli_enforce_required=False)
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, validate_default=True, cli_avoid_json=True, cli_enforce_required=False
+    )
 
     config: Path | None = Field(None, description="YAML file with any of these options")
 
     @classmethod
-    def load(cls, argv: list[str] | None = None) -> Self:
-        """Settings from argv over the YAML file named in it over the defaults; bad options end the program with why."""
-        argv = sys.argv[1:] if argv is None else argv
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("--config", type=Path)
-        path = finder.parse_known_args(argv)[0].config
+    def load(cls, argv: list[str], *, recipe: dict[str, Any] | None = None) -> Self:
+        """Options from argv over the YAML file named in it over a recipe; bad ones end the program with the reason."""
+        path = find_option(argv, "config", Path)
+        layer = merge_layers(recipe or {}, read_yaml(path) if path else {})
         try:
-            return cls.over(read_yaml(path) if path else {}, argv)
+            return cls(**layer, _cli_parse_args=normalize_words(argv, option_names(cls, kind=bool)), _cli_prog_name=cls.program())
         except ValidationError as error:
             raise SystemExit(explain(error, cls, path)) from None
         except SettingsError as error:
             raise SystemExit(f"error: {error}; write --section.option VALUE, as in --data.root PATH") from None
 
     @classmethod
-    def over(cls, layer: dict[str, Any], argv: list[str]) -> Self:
-        """Settings from argv over a nested dictionary over the defaults.  Raises ValidationError."""
-        words = _for_argparse(argv, option_names(cls, kind=bool))
-        return _layered(cls, layer)(_cli_parse_args=words, _cli_prog_name=Path(sys.argv[0]).name)  # type: ignore[call-arg]
+    def program(cls) -> str:
+        """How the command is called, for its help."""
+        return f"hsat {cls.__module__.rpartition('.')[2]}"
 
     @classmethod
     def settings_customise_sources(
@@ -160,32 +126,61 @@ class Settings(BaseSettings):
         return (sources["init_settings"],)
 
     def plain(self) -> dict[str, Any]:
-        """The settings as numbers, strings and lists, for records."""
+        """The options as numbers, texts and lists, for records."""
         return self.model_dump(mode="json", exclude={"config"})
 
 
-def _layered(cls: type[Settings], layer: dict[str, Any]) -> type[Settings]:
-    class Layered(cls):  # type: ignore[misc, valid-type]
-        @classmethod
-        def settings_customise_sources(
-            inner, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return sources["init_settings"], InitSettingsSource(settings_cls, init_kwargs=layer)
-
-    Layered.__name__, Layered.__doc__ = cls.__name__, cls.__doc__
-    return Layered
+def find_option(argv: list[str], name: str, kind: type) -> Any:
+    """The value of one option that has to be known before the others are read; None where it is not given."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(f"--{name}", type=kind)
+    return getattr(finder.parse_known_args(argv)[0], name)
 
 
-def _for_argparse(argv: list[str], flags: list[str]) -> list[str]:
+def merge_layers(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Nested options: those of `upper`, and those of `lower` that it does not name."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        merged[key] = merge_layers(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def normalize_words(argv: list[str], flags: list[str]) -> list[str]:
     """What people type as argparse wants it: --k 20 as -k 20 (one letter, one dash), --resume as --resume true."""
-    found: list[str] = []
+    words: list[str] = []
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         name, equals, value = word.partition("=")
         is_short = len(name) == 3 and name.startswith("--")
-        found += [name[1:], *([value] if equals else [])] if is_short else [word]
+        words += [name[1:], *([value] if equals else [])] if is_short else [word]
         if word.removeprefix("--") in flags and following.startswith("-"):
-            found.append("true")
-    return found
+            words.append("true")
+    return words
+
+
+def collect_words(argv: list[str], option: str) -> list[str]:
+    """The words before the first option and all those behind `--option` as one `--option a,b,c`; the rest as it was.
+
+    An option of one word is followed by that word only, so that `--k 20 DIR` leaves DIR where it is.  Commas separate
+    folders here as in a configuration file; a folder whose own name holds one ends the program.
+    """
+    collected: list[str] = []
+    rest: list[str] = []
+    collecting = True
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            collecting = name == f"--{option}"
+            if not collecting:
+                rest.append(word)
+            elif equals:
+                collected.append(value)
+        else:
+            (collected if collecting else rest).append(word)
+    for word in collected:
+        if "," in word and Path(word).exists():
+            raise SystemExit(f"error: commas separate folders, so {word!r} cannot be named here; rename it")
+    return [*rest, *([f"--{option}", ",".join(collected)] if collected else [])]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -221,7 +216,7 @@ def explain(error: ValidationError, cls: type[BaseModel], path: Path | None) -> 
 
 
 def option_names(cls: type[BaseModel], prefix: str = "", *, kind: type | None = None) -> list[str]:
-    """Every option of a settings class (of one kind, such as bool) as it is typed, without the dashes."""
+    """Every option of a class (of one kind, such as bool) as it is typed, without the dashes."""
     names = []
     for name, field in cls.model_fields.items():
         inner = field.annotation
@@ -230,3 +225,25 @@ def option_names(cls: type[BaseModel], prefix: str = "", *, kind: type | None = 
         elif kind is None or inner is kind:
             names.append(prefix + name)
     return names
+
+
+def device_of(name: str) -> str:
+    """The name of the device that --device means; auto is a GPU where there is one.
+
+    Raises:
+        ValueError: For a device that cannot be used here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def say(text: str) -> None:
+    """Write a line for people to standard error."""
+    print(text, file=sys.stderr)

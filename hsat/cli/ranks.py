@@ -1,12 +1,13 @@
-"""One process of several: what torchrun says about this one, and how they find each other."""
+"""The ranks of a command: what torchrun says about this process, how the ranks meet, and which of them speaks."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -15,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from hsat.cli.environment import Place, place_of
-from hsat.rendezvous import SOON, common_room
-from hsat.training.folder import device_named
+from hsat.cli.options import device_of
+from hsat.distributed import RankFailedError
+from hsat.rendezvous import PATIENCE as MEETING_PATIENCE
+from hsat.rendezvous import meet_ranks
 
 PATIENCE = timedelta(minutes=30)
 BEGUN = "hsat/begun"
@@ -36,18 +39,23 @@ class Ranks(NamedTuple):
     board: dist.Store | None = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
 
+    @classmethod
+    def alone(cls, device: str = "auto") -> Ranks:
+        """One process by itself, on the device that --device names."""
+        return cls(0, 1, torch.device(device_of(device)))
+
     def begin(self) -> None:
         """Say, once it is settled that the run may begin, that processes started anew are to go on with it."""
-        if self.first and self.board is not None:
+        if self.is_main and self.board is not None:
             self.board.set(BEGUN, "1")
 
 
 @contextmanager
-def joined(device: str, *, patience: timedelta = SOON) -> Iterator[Ranks]:
+def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterator[Ranks]:
     """The ranks that the environment tells of (torchrun's variables), connected inside the block; or one by itself.
 
     device: what --device says.  On GPUs each process of a machine takes its own (NCCL); on CPUs they talk over gloo.
@@ -57,13 +65,13 @@ def joined(device: str, *, patience: timedelta = SOON) -> Iterator[Ranks]:
     """
     place = place_of(os.environ)
     if place is None:
-        yield Ranks(0, 1, device_named(device))
+        yield Ranks.alone(device)
         return
     chosen = _own_device(device, place)
     board, rank, size = _board(place, patience), place.rank, place.size
     terms = f"device {chosen.type}, torch {torch.__version__}"
     try:
-        room = common_room(board, rank=rank, size=size, patience=patience, terms=terms)
+        room = meet_ranks(board, rank=rank, size=size, patience=patience, terms=terms)
         room.set_timeout(PATIENCE)
         if rank == 0:
             room.set("again", str(int(_begun(board))))
@@ -84,16 +92,16 @@ def joined(device: str, *, patience: timedelta = SOON) -> Iterator[Ranks]:
 
 
 @contextmanager
-def one_after_the_first(ranks: Ranks) -> Iterator[None]:
+def first_rank_first(ranks: Ranks) -> Iterator[None]:
     """The first rank does what is in the block, then all others do, and say nothing about it."""
     if ranks.size == 1:
         yield
         return
-    if not ranks.first:
+    if not ranks.is_main:
         dist.barrier()
-    with contextlib.nullcontext() if ranks.first else contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO()):
         yield
-    if ranks.first:
+    if ranks.is_main:
         dist.barrier()
 
 
@@ -129,7 +137,7 @@ def _board(place: Place, patience: timedelta) -> dist.Store:
 
 
 def _own_device(device: str, place: Place) -> torch.device:
-    found = device_named(device)
+    found = torch.device(device_of(device))
     if found.type != "cuda":
         return found
     if found.index is not None:
@@ -146,3 +154,51 @@ def _own_device(device: str, place: Place) -> torch.device:
         )
     torch.cuda.set_device(place.local)
     return torch.device("cuda", place.local)
+
+
+@contextmanager
+def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
+    """Only the first rank writes to standard error inside the block; of ranks that fail, one goes on with its error.
+
+    That is the one that failed first; the others, which often fail for the same reason or because it is gone, end
+    without a word.
+    """
+    if ranks.size == 1 or ranks.board is None:
+        yield
+        return
+    word = [secrets.token_hex(8)]
+    dist.broadcast_object_list(word, device=ranks.device)
+    failed = f"hsat/failed/{word[0]}"  # of this attempt: the board outlives it
+    try:
+        with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (Exception, SystemExit) as error:
+        if _another_spoke(ranks.board, failed, error):
+            time.sleep(GRACE)  # torchrun ends all when the first one ends, which has to speak before
+            raise SystemExit(1) from None
+        raise
+
+
+def _another_spoke(board: dist.Store, failed: str, error: BaseException) -> bool:
+    """Whether another rank failed before this one, and so says why.
+
+    Where the store is gone, rank 0 kept it and has ended: an error of the connection tells no more than that.
+    """
+    try:
+        end = time.monotonic() + GRACE
+        while isinstance(error, RankFailedError) and time.monotonic() < end and not board.check([failed]):
+            time.sleep(0.05)
+        return board.add(failed, 1) > 1
+    except RuntimeError:
+        if not isinstance(error, RuntimeError):
+            return False
+        raise SystemExit("error: rank 0 has ended or cannot be reached; its own message says why") from None
+
+
+def describe_launcher(environment: Mapping[str, str]) -> list[str]:
+    """The words that start this command again, up to its name: hsat, or torchrun with its options."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ["hsat"]
+    machines = environment.get("GROUP_WORLD_SIZE", "1")
+    several = [] if machines == "1" else [f"--nnodes={machines}", "..."]
+    return ["torchrun", *several, f"--nproc_per_node={environment['LOCAL_WORLD_SIZE']}", "-m", "hsat"]

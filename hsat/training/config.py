@@ -34,7 +34,7 @@ Pixels = Annotated[float, BeforeValidator(parse_pixels)]
 class Section(BaseModel):
     """A group of options; unknown names are refused, values are checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ViewConfig(Section):
@@ -74,8 +74,8 @@ class InnerAttackConfig(Section):
     name: InnerAttackName = Field(
         "pgd", description="none trains the HiDisc baseline; the last four are cheaper (docs/cheaper_inner.md)"
     )
-    eps: Pixels = Field(8 / 255, description="radius of the l_inf ball")
-    step_size: Pixels = Field(2 / 255, description="size of a step")
+    eps: Pixels = Field("8/255", description="radius of the l_inf ball")
+    step_size: Pixels = Field("2/255", description="size of a step")
     steps: int = Field(5, gt=0, description="gradient steps")
     levels: Levels = Field("p_s_pt", description="terms of the loss that it maximises")
     warmup_epochs: int | None = Field(None, ge=0, description="eps grows from 1/255 over these; an eighth of the run")
@@ -111,7 +111,7 @@ class OuterConfig(Section):
     save_every: int = Field(500, gt=0, description="steps between checkpoints")
     eval_every: int | None = Field(None, gt=0, description="steps between held-out evaluations; a tenth of the run")
     eval_patches: int = Field(512, gt=0, description="held-out patches looked at in such an evaluation")
-    eval_eps: Pixels = Field(4 / 255, description="radius of the PGD-5 attack in it")
+    eval_eps: Pixels = Field("4/255", description="radius of the PGD-5 attack in it")
     k: int = Field(20, gt=0, description="neighbours in it")
 
     @model_validator(mode="after")

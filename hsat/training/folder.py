@@ -1,151 +1,153 @@
-"""A run folder: what was run on what, the training log, and optional loggers."""
+"""The folder of a training: run.json, train.csv, last.pt, best and final encoder, and optional loggers."""
 
 from __future__ import annotations
 
 import json
-import sys
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hsat.run_folder import RUN_FILE, TrainingLog, read_run_file, write_json, write_run_file
-from hsat.cli.options import LoggerSettings
 
-MAY_DIFFER = {
-    "resume",
-    "data.workers",
-    "train.save_every",
-    "train.max_memory",
-    "device",
-    "rank_timeout",
-    "quiet",
-    "change",
-    "log.tensorboard",
-    "log.wandb",
-    "out",
-    "data.root",
-}
-CHANGEABLE = {"train.lr", "train.precision"}  # with --change: what may keep numbers finite
-MAY_DIFFER_BY_RANK = {  # paths, behind which what is read is compared; and what changes no number
-    "data.root",
-    "data.packed",
-    "model.weights",
-    "out",
-    "device",  # its kind is compared when the ranks meet
-    "rank_timeout",
-    "data.workers",
-    "log.tensorboard",
-    "log.wandb",
-    "quiet",
-}
+NumberLogger = Callable[[dict[str, float], int], None]
+"""Takes the numbers of a step and the step, such as a TensorBoard writer."""
+
+MAY_DIFFER = frozenset({"views.workers", "save_every", "max_memory"})
+"""Dotted names of options that change no number, so that a resumed run may have others."""
+
+_log = logging.getLogger("hsat")
 
 
-def device_named(name: str) -> torch.device:
-    """The device that --device names; auto is a GPU where there is one.  ValueError for one that cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+class SettingsChangedError(ValueError):
+    """A run is resumed with other settings than it began with.
+
+    Attributes:
+        names: Dotted names of the settings.
+    """
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+class OccupiedRunError(ValueError):
+    """The folder holds a run, and a new one was to begin in it."""
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings with dotted names."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
-def same_on_all_ranks(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings, with dotted names, that have to be the same on all ranks of a run."""
-    return {key: value for key, value in flat(settings).items() if key not in MAY_DIFFER_BY_RANK}
+class TrainingFolder:
+    """The folder `out` of one training.
 
+    Args:
+        out: The folder.
+        settings: What run.json records of the run, nested; a resumed run has to have the same.
+        cohort: Fingerprint of the cohort.
+        command: The words of the command line.
+        defaults: Values of settings that an earlier version did not have, for runs that it began.
+        may_differ: Dotted names of settings that may have other values in a resumed run.
+        change: Dotted names of settings that have other values on purpose from the next step on.
+        resume: Go on with the run in the folder; without one a new run begins all the same.
+        writes: False for ranks that only read last.pt, where another one checks, logs and writes.
+        loggers: Take the numbers of every step besides train.csv.
 
-class Run:
-    """The folder `out` of one training: run.json, train.csv, last.pt, best and final encoder.
-
-    defaults: values of options that the run began without, because it began with an earlier version.  writes=False:
-    a rank that only reads last.pt; another one checks, logs and writes.
+    Raises:
+        OccupiedRunError: If the folder holds a run and resume is False.
+        SettingsChangedError: If the run began with other settings.
+        ValueError: If run.json is damaged or the run was trained on another cohort.
     """
 
     def __init__(
         self,
         out: Path,
-        settings: dict[str, Any],
+        settings: Mapping[str, Any],
         *,
         cohort: str,
-        resume: bool,
-        log: LoggerSettings,
-        defaults: dict[str, Any] | None = None,
+        command: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+        may_differ: Collection[str] = MAY_DIFFER,
+        change: Collection[str] = (),
+        resume: bool = False,
         writes: bool = True,
+        loggers: Sequence[NumberLogger] = (),
     ) -> None:
-        self.out, self.settings, self.cohort = out, settings, cohort
-        self.last, self.writes = out / "last.pt", writes
-        self._changeable, self.began = set(settings.get("change", ())), settings
-        self._defaults = flat(json.loads(json.dumps(defaults or {}, default=str)))
+        self.out, self.settings, self.cohort = Path(out), dict(settings), cohort
+        self.last, self.writes = self.out / "last.pt", writes
+        self.change, self.began = frozenset(change), self.settings
+        self._may_differ, self._defaults = frozenset(may_differ), flatten(_as_json(defaults or {}))
+        self._loggers = tuple(loggers)
         if not writes:
             return
-        begun = (out / RUN_FILE).exists()
+        begun = (self.out / RUN_FILE).exists()
+        if begun and not resume:
+            raise OccupiedRunError(f"{self.out} holds a run already; go on with it (--resume), or choose another --out")
         if begun:
-            if not resume:
-                raise SystemExit(
-                    f"error: {out} holds a run already; add --resume to go on with it, or choose another --out"
-                )
-            self._check_same(out / RUN_FILE)
-        out.mkdir(parents=True, exist_ok=True)
-        self._loggers = _loggers(out, settings, log)  # first: one that is not installed leaves no run behind
-        if not begun:
-            write_run_file(out, settings, cohort=cohort, command=sys.argv)
-        self._log = TrainingLog(out)
+            self._check_run_file()
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_run_file(self.out, self.settings, cohort=cohort, command=command)
+        self._log = TrainingLog(self.out)
 
-    def _check_same(self, path: Path) -> None:
+    def _check_run_file(self) -> None:
+        path = self.out / RUN_FILE
         try:
-            earlier = read_run_file(self.out)
-            before, cohort = earlier["settings"], str(earlier["cohort"])
-            self.check_settings(before, "the run began with")
-            self.began = before
+            content = read_run_file(self.out)
+            before, cohort = content["settings"], str(content["cohort"])
+            differing = self._differing(before)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SystemExit(
-                f"error: {path} is damaged ({type(error).__name__}: {error}); --resume needs it, or take another --out"
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}); --resume needs it, or take another --out"
             ) from None
+        self._refuse(differing, "the run began with")
+        self.began = before
         if cohort != self.cohort:
-            raise SystemExit(
-                f"error: {self.out} was trained on another cohort (fingerprint {cohort[:12]},"
-                f" now {self.cohort[:12]}); resuming would mix the two"
+            raise ValueError(
+                f"{self.out} was trained on another cohort (fingerprint {cohort[:12]}, now {self.cohort[:12]});"
+                " resuming would mix the two"
             )
 
-    def check_settings(self, earlier: dict[str, Any], whose: str) -> None:
-        """End the program where these differ from the settings of now, but for those that may."""
-        refused = {key: pair for key, pair in self._differing(earlier).items() if key not in self._changeable}
+    def check_settings(self, earlier: Mapping[str, Any], origin: str) -> None:
+        """Raise SettingsChangedError where these differ from the settings of now, but for those that may.
+
+        Args:
+            earlier: Settings of the run at an earlier time.
+            origin: Where they come from, as in "the run began with".
+        """
+        self._refuse(self._differing(earlier), origin)
+
+    def _refuse(self, differing: Mapping[str, Sequence[Any]], origin: str) -> None:
+        refused = {key: pair for key, pair in differing.items() if key not in self.change}
         if refused:
             listed = "; ".join(f"{key} was {before}, now {now}" for key, (before, now) in refused.items())
-            hint = f"; or add --change {','.join(refused)}" if refused.keys() <= CHANGEABLE else ""
-            raise SystemExit(f"error: --resume needs the settings {whose}: {listed}{hint}")
+            raise SettingsChangedError(f"--resume needs the settings {origin}: {listed}", list(refused))
 
-    def _differing(self, earlier: dict[str, Any]) -> dict[str, list[Any]]:
+    def _differing(self, earlier: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Settings that are others now, as [then, now], but for those that change no number."""
-        before = self._defaults | flat(json.loads(json.dumps(earlier, default=str)))
-        now = flat(json.loads(json.dumps(self.settings, default=str)))
+        before = self._defaults | flatten(_as_json(earlier))
+        now = flatten(_as_json(self.settings))
         return {
             key: [before.get(key), now.get(key)]
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in MAY_DIFFER
+            if before.get(key) != now.get(key) and key not in self._may_differ
         }
 
-    def note_changes(self, earlier: dict[str, Any], step: int) -> None:
-        """Say, and write into run.json, which settings are others from this step on (--change)."""
+    def note_changes(self, earlier: Mapping[str, Any], step: int) -> None:
+        """Log, and write into run.json, which settings are others from this step on."""
         changes = self._differing(earlier)
         if not (self.writes and changes):
             return
         for key, (before, now) in changes.items():
-            print(f"note: from step {step} on {key} is {now}; it was {before}", file=sys.stderr)
+            _log.info("note: from step %d on %s is %s; it was %s", step, key, now, before)
         content, entry = read_run_file(self.out), {"step": step, "settings": changes}
-        if entry not in (earlier_changes := content.setdefault("changes", [])):
-            earlier_changes.append(entry)
+        if entry not in (noted := content.setdefault("changes", [])):
+            noted.append(entry)
             write_json(self.out / RUN_FILE, content)
 
     def keep_rows_before(self, step: int) -> None:
@@ -153,36 +155,17 @@ class Run:
         if self.writes:
             self._log.keep_rows_before(step)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Append one row to train.csv and to the loggers; `step` is required."""
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to train.csv and hand its numbers to the loggers; `step` is required."""
         if not self.writes:
             return
         self._log.append(row)
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for logger in self._loggers:
             logger(numbers, int(row["step"]))
 
 
-def _loggers(out: Path, settings: dict[str, Any], log: LoggerSettings) -> list[Any]:
-    found: list[Any] = []
-    if log.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise SystemExit('error: --log.tensorboard needs an extra: pip install "hsat[train]"') from None
-        writer = SummaryWriter(str(out))
-
-        def to_tensorboard(numbers: dict[str, float], step: int) -> None:
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
-
-        found.append(to_tensorboard)
-    if log.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise SystemExit('error: --log.wandb needs an extra: pip install "hsat[train]"') from None
-        session = wandb.init(project=log.wandb, dir=str(out), config=settings)
-        found.append(lambda numbers, step: session.log(numbers, step=step))
-    return found
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they come back from a JSON file, so that a tuple equals a list."""
+    content: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return content

@@ -1,136 +1,134 @@
-"""The cheaper inner maximisations of train_hsat.py, and what they keep between steps (docs/cheaper_inner.md)."""
+"""The inner maximisation of a training: PGD as published, and cheaper ones with what they keep between steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsat.attacks import FFGSM, NFGSM, PGD, Linf
-from hsat.training import Gap, Safeguard, WarmStarts, of_all_ranks
+from hsat.distributed import gather_objects
+from hsat.training.config import InnerAttackConfig
+from hsat.training.fast import LossGap, OverfittingGuard
+from hsat.training.step import Loss
+from hsat.training.warm_start import WarmStarts
 from hsat.types import Attack, HierarchicalBatch
-
-if TYPE_CHECKING:
-    from hsat.cli.train import TrainHSAT
-    from hsat.training.trainer import Trainer
 
 SINGLE_STEP = {"fgsm_rs": FFGSM, "nfgsm": NFGSM}
 
 
-class Inner:
+class InnerAttack:
     """Chooses the attack and its start for each batch.
 
-    pgd: the paper's.  fgsm_rs, nfgsm: one step, checked against the PGD every so many steps and replaced by it where it
-    fails.  warm: the PGD from where it ended on the same patches last time.  free: no attack; see `hsat.free_replays`.
-    ranks: how many processes train together; warm serves one, without --train.accumulate, and free no parts.
+    "pgd" is the paper's.  "fgsm_rs" and "nfgsm" make one step, are compared with the PGD every so many steps, and
+    replaced by it where they fail.  "warm" is the PGD from where it ended on the same patches last time.  "free" makes
+    no attack: see `free_replays`.
+
+    Args:
+        config: Which one.
+        model: The encoder that is attacked.
+        loss: What the attacks maximise.
+        autocast: Makes the context of every pass.
     """
 
-    def __init__(self, settings: TrainHSAT, *, ranks: int = 1) -> None:
-        self.settings = settings.attack
-        self.gap: Gap | None = None
-        self.warm = WarmStarts() if self.settings.name == "warm" else None
-        _check(settings)
-        _check_groups(settings, ranks)
+    def __init__(
+        self,
+        config: InnerAttackConfig,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.config, self.model, self.loss, self.autocast = config, model, loss, autocast
+        self.gap: LossGap | None = None
+        self.warm_starts = WarmStarts() if config.name == "warm" else None
 
     def choose(
         self,
-        trainer: Trainer,
-        parts: Sequence[HierarchicalBatch],
         pgd: PGD | None,
+        parts: Sequence[HierarchicalBatch],
+        step: int,
         *,
         generator: torch.Generator,
-        ids: Tensor | None,
+        ids: Tensor | None = None,
     ) -> tuple[Attack | None, Tensor | None]:
         """The attack for this batch, and where it starts (None: where the attack itself wants to).
 
-        parts: the batch, or its parts where each is attacked by itself.  ids: of all their images, or None.
+        Args:
+            pgd: The PGD of this epoch; None for a training without attack.
+            parts: The batch, or its parts where each is attacked by itself.
+            step: Number of the training step.
+            generator: Of the noise.
+            ids: Places of all images, (n,), by which noise is drawn; or None.
         """
         if pgd is None:
             return None, None
-        if self.warm is not None:
-            return pgd, self.warm.points(parts[0], pgd.threat, generator=generator)  # there are no more
-        if self.settings.name not in SINGLE_STEP:
+        if self.warm_starts is not None:
+            return pgd, self.warm_starts.points(parts[0], pgd.threat, generator=generator)  # there are no more parts
+        if self.config.name not in SINGLE_STEP or not isinstance(pgd.threat, Linf):
             return pgd, None
-        assert isinstance(pgd.threat, Linf)  # the trainer made it
-        fast = SINGLE_STEP[self.settings.name](pgd.threat)
-        if self.settings.check_every == 0:
+        fast = SINGLE_STEP[self.config.name](pgd.threat)
+        if self.config.check_every == 0:
             return fast, None
-        guard = Safeguard(fast, pgd, every=self.settings.check_every, least=self.settings.check_share)
-        if guard.due(trainer.step):
+        guard = OverfittingGuard(fast, pgd, every=self.config.check_every, least=self.config.check_share)
+        if guard.due(step):
             own = torch.Generator().manual_seed(generator.initial_seed())  # a check must not change the draws
-            self.gap = _measured(guard, trainer, parts, generator=own, ids=ids)
+            self.gap = self._measure(guard, parts, generator=own, ids=ids)
         return guard.attack(self.gap), None
+
+    def _measure(
+        self,
+        guard: OverfittingGuard,
+        parts: Sequence[HierarchicalBatch],
+        *,
+        generator: torch.Generator,
+        ids: Tensor | None,
+    ) -> LossGap:
+        """The mean over the parts of all ranks, so that all of them decide alike."""
+        own = [None] * len(parts) if ids is None else torch.split(ids, [len(part) for part in parts])
+        gaps = [
+            guard.measure(self.model, self.loss, part, autocast=self.autocast, generator=generator, ids=part_ids)
+            for part, part_ids in zip(parts, own, strict=True)
+        ]
+        of_all = gather_objects([list(gap) for gap in gaps])
+        return LossGap.mean([LossGap(*gap) for of_rank in of_all for gap in of_rank])
 
     def keep(self, batch: HierarchicalBatch, x_adv: Tensor | None) -> None:
         """Remember the perturbations, where that is wanted."""
-        if self.warm is not None and x_adv is not None:
-            self.warm.keep(batch, x_adv)
+        if self.warm_starts is not None and x_adv is not None:
+            self.warm_starts.keep(batch, x_adv)
 
     def logged(self) -> dict[str, float]:
-        """What train.csv says of the safeguard."""
+        """What train.csv says of the comparison with PGD."""
         return {} if self.gap is None else {"single_step_share": self.gap.share}
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {
             "gap": None if self.gap is None else list(self.gap),
-            "warm": None if self.warm is None else self.warm.state_dict(),
+            "warm": None if self.warm_starts is None else self.warm_starts.state_dict(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """From the checkpoint."""
-        self.gap = None if state["gap"] is None else Gap(*state["gap"])
-        if self.warm is not None:
-            self.warm.load_state_dict(state["warm"])
+        self.gap = None if state["gap"] is None else LossGap(*state["gap"])
+        if self.warm_starts is not None:
+            self.warm_starts.load_state_dict(state["warm"])
 
 
-def _measured(
-    guard: Safeguard,
-    trainer: Trainer,
-    parts: Sequence[HierarchicalBatch],
-    *,
-    generator: torch.Generator,
-    ids: Tensor | None,
-) -> Gap:
-    """The mean over the parts of all ranks, so that all of them decide alike."""
-    own = [None] * len(parts) if ids is None else torch.split(ids, [len(part) for part in parts])
-    found = [
-        guard.measure(trainer.model, trainer.inner_loss, part, autocast=trainer.autocast, generator=generator, ids=mine)
-        for part, mine in zip(parts, own, strict=True)
-    ]
-    return Gap.mean([Gap(*gap) for gaps in of_all_ranks([list(gap) for gap in found]) for gap in gaps])
-
-
-def _check_groups(settings: TrainHSAT, ranks: int) -> None:
+def check_groups(config: InnerAttackConfig, *, ranks: int, accumulate: int) -> None:
     """Raise ValueError where an inner maximisation cannot serve several ranks or parts, with what to type."""
-    name, accumulate = settings.attack.name, settings.train.accumulate
-    if name == "warm" and ranks * accumulate > 1:
+    if config.name == "warm" and ranks * accumulate > 1:
         raise ValueError(
             "--attack.name warm remembers perturbations within one process, and from epoch to epoch patients change"
             f" theirs: it works without torchrun and without --train.accumulate (got {ranks} rank(s),"
             f" --train.accumulate {accumulate}); or use pgd, fgsm_rs or nfgsm"
         )
-    if name == "free" and accumulate > 1:
+    if config.name == "free" and accumulate > 1:
         raise ValueError(
             "--attack.name free moves the images by one backward pass through the whole batch: it works without"
             f" --train.accumulate (got {accumulate}); share the batch among ranks (torchrun), or use fgsm_rs or nfgsm"
-        )
-
-
-def _check(settings: TrainHSAT) -> None:
-    """Raise ValueError for settings that an inner maximisation cannot serve, with what to type."""
-    data, train, attack = settings.data, settings.train, settings.attack
-    if attack.name == "warm" and (data.augmentation != "none" or data.ids == "slots" or settings.compat == "paper"):
-        raise ValueError(
-            "warm starts belong to fixed pixels of known patches: give --data.augmentation none and true ids"
-            f" (got augmentation {data.augmentation}, ids {data.ids or 'true'}, compat {settings.compat})"
-        )
-    if attack.name == "free" and train.precision == "16":
-        raise ValueError("free training moves the images by an unscaled gradient; give --train.precision bf16 or 32")
-    if attack.name == "free" and (train.clean or attack.levels != train.loss):
-        raise ValueError(
-            "free training attacks the loss that it descends, on adversarial images only: leave out --train.clean and"
-            f" give --attack.levels {train.loss}"
         )

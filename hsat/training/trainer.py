@@ -1,212 +1,403 @@
-"""The training loop's state and one step of it."""
+"""A training from its first step to its last: batches, steps, held-out evaluations, checkpoints, the log."""
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
 
-from hsat.training.precision import adamw, autocast_of, check_memory, compile_in_place, in_parallel, scaler_of
-from hsat.cli.encoders import new_encoder
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, PatchStore, PatientBatchSampler
-from hsat.losses import HiDiscLoss
-from hsat.training import (
-    StepClock,
-    StepResult,
-    TrainingState,
-    accumulated_step,
-    adversarial_step,
-    assert_ranks_agree,
-    assert_same_on_all_ranks,
-    augmentation_strength,
+from hsat.data import (
+    AugmentationPolicy,
+    Cohort,
+    HierarchicalDataset,
+    PatchStore,
+    PatientBatchSampler,
+    hierarchical_loader,
+)
+from hsat.distributed import (
+    World,
     average_statistics,
+    batch_share,
+    global_indices,
+    shared_world,
+    synchronize_batchnorm,
+    world_rank,
+    world_size,
+)
+from hsat.losses import HiDiscLoss
+from hsat.models import DualBatchNorm, Encoder, save_encoder
+from hsat.run_folder import write_json
+from hsat.training.accumulation import SplitBatch, accumulated_step, split_batch
+from hsat.training.agreement import assert_ranks_agree, assert_same
+from hsat.training.checkpoint import (
+    RandomStateMismatch,
+    TrainingState,
+    load_training_state,
+    save_checkpoint,
+)
+from hsat.training.config import TrainConfig
+from hsat.training.folder import TrainingFolder
+from hsat.training.free import free_replays
+from hsat.training.gradients import (
     check_gradients,
     check_state,
     check_trainable,
+    largest_gradient,
+    non_finite_gradients,
+)
+from hsat.training.inner_attack import InnerAttack, check_groups
+from hsat.training.interrupts import StopRequest, TrainingInterrupted, stop_on_signals
+from hsat.training.precision import average_gradients, compile_in_place, make_adamw, make_autocast, make_scaler
+from hsat.training.resources import StepClock, memory_report, peak_memory
+from hsat.training.schedules import (
+    augmentation_strength,
     cosine_with_warmup,
     epsilon_schedule,
-    free_replays,
-    image_slots,
-    largest_gradient,
-    load_training_state,
     paper_clean_weight,
-    peak_memory,
-    save_checkpoint,
-    share_of_batch,
-    split_batch,
-    synchronised_norm,
 )
-from hsat.training.gradients import non_finite_gradients
+from hsat.training.step import StepResult, adversarial_step
+from hsat.training.validation import HELD_OUT, Validation, held_out_validation
 from hsat.types import LEVELS, HierarchicalBatch
-from hsat.training.inner_attack import Inner
-from hsat.cli.ranks import Ranks
-from hsat.training.folder import Run, device_named
-from hsat.training.trainer import view_loader
 
-if TYPE_CHECKING:
-    from hsat.cli.train import TrainHSAT
+_log = logging.getLogger("hsat")
+
+
+class FolderFactory(Protocol):
+    """Opens the run folder once the trainer knows the cohort's fingerprint."""
+
+    def __call__(self, *, cohort: str, writes: bool) -> TrainingFolder:
+        """The folder of the run."""
 
 
 class Trainer:
-    """Everything a run keeps between steps.
+    """Trains an encoder with HSAT, or with the baseline HiDisc, on the training split of a cohort.
 
-    model is the encoder itself; parallel is what the outer passes call: the encoder, or it in DistributedDataParallel.
-    Where there are several groups of patients (ranks x --train.accumulate), each group is attacked by itself, with
-    noise by an image's place in the whole batch: two ranks compute what one process computes with --train.accumulate 2.
+    `fit` is the whole training.  A loop of one's own is
+
+        for batch in trainer.batches():
+            row = trainer.step(batch)
+
+    Under torch.distributed every rank makes the same trainer; the first one writes.  Where there are several groups of
+    patients (ranks x accumulate), each group is attacked by itself, with noise by an image's place in the whole batch:
+    two ranks compute what one process computes with accumulate=2.
+
+    Args:
+        encoder: The network that is trained, in place; moved to `device`.
+        cohort: With a split "train".  Patients of a split "tune" are held out to choose the best encoder.
+        config: All options.
+        out: The run folder: run.json, train.csv, last.pt, best.safetensors, final.safetensors.  A function opens a
+            folder with other settings in run.json, as the command does.
+        validate: Encoder -> numbers, of which "score" chooses the best encoder; by default `held_out_validation` on the
+            split "tune", where the cohort has it.
+        device: Where it computes; None is where the encoder is.
+        store: The cohort's patch store, read in place of its files.
+        resume: Go on with the run in the folder.
+        progress: Show a progress bar.
+
+    Attributes:
+        encoder: The network.
+        done: Steps made so far.
+        total: Steps of the whole run.
+
+    Raises:
+        ValueError: For options that do not fit together, a cohort without a training split, a folder that holds
+            another run, and ranks that disagree.
     """
 
     def __init__(
-        self, settings: TrainHSAT, cohort: Cohort, ranks: Ranks | None = None, packed: PatchStore | None = None
+        self,
+        encoder: Encoder,
+        cohort: Cohort,
+        config: TrainConfig = TrainConfig(),
+        *,
+        out: str | Path | FolderFactory = "runs/hsat",
+        validate: Validation | None = None,
+        device: torch.device | str | None = None,
+        store: PatchStore | None = None,
+        resume: bool = False,
+        progress: bool = False,
     ) -> None:
-        self.settings, self.cohort = settings, cohort
-        data, train = settings.data, settings.train
-        self.ranks = ranks or Ranks(0, 1, device_named(settings.device))
-        self.device, self.several = self.ranks.device, self.ranks.size * train.accumulate > 1
-        self.inner = Inner(settings, ranks=self.ranks.size)
-        torch.manual_seed(settings.seed + self.ranks.rank)  # for backbones with dropout; nothing of hsat draws from it
-        self.sampler = PatientBatchSampler(
-            cohort,
-            "train",
-            batch_patients=share_of_batch(
-                train.batch_patients, ranks=self.ranks.size, parts=train.accumulate, name="--train.batch_patients"
-            ),
-            seed=settings.seed,
-            order=data.order,
-            compat=settings.compat,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-        )
-        per_epoch = self.sampler.batches_per_epoch
-        self.steps = train.steps or train.epochs * per_epoch
-        self.epochs = math.ceil(self.steps / per_epoch)
-        self.eps_warmup = _or(settings.attack.warmup_epochs, self.epochs // 8)
-        self.plateau = _or(train.plateau, max(1, self.epochs // 800))
-        self.loader = view_loader(settings, self.sampler, plateau=self.plateau, device=self.device, packed=packed)
-        self.eval_every = _or(train.eval_every, max(1, self.steps // 10))
-        self.layout = torch.channels_last if train.channels_last else torch.preserve_format
-        self.model = new_encoder(settings.model, seed=settings.seed)
-        check_trainable(self.model)
-        if train.sync_norm and self.ranks.size > 1:
-            synchronised_norm(self.model, device=self.device)
-        assert_ranks_agree(model=self.model)  # DistributedDataParallel would make them rank 0's in silence
-        self.model.to(self.device, memory_format=self.layout)
-        self.parallel = in_parallel(self.model, settings) if self.ranks.size > 1 else self.model
-        self.autocast = autocast_of(train.precision, self.device)
-        everywhere = train.global_negatives and self.ranks.size > 1
-        self.loss = HiDiscLoss.from_code(train.loss, temperature=train.temperature, gather=everywhere)
-        self.inner_loss = HiDiscLoss.from_code(settings.attack.levels, temperature=train.temperature)
-        self.optimizer = adamw(self.model, lr=train.lr, weight_decay=train.weight_decay)
-        self.scaler = scaler_of(train.precision, self.device)
-        warmup = int(train.warmup * self.steps)
-        self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=self.steps, warmup=warmup))
-        self.step, self.best = 0, -1.0
+        self.encoder, self.cohort, self.config, self.store = encoder, cohort, config, store
+        self.device = torch.device(device) if device is not None else next(encoder.parameters()).device
+        self.rank, self.ranks, self.progress = world_rank(), world_size(), progress
+        check_groups(config.attack, ranks=self.ranks, accumulate=config.accumulate)
+        torch.manual_seed(config.seed + self.rank)  # for backbones with dropout; nothing of hsat draws from it
+        self._plan_steps()
+        self._prepare_encoder()
+        self.optimizer = make_adamw(encoder, lr=config.lr, weight_decay=config.weight_decay)
+        self.scaler = make_scaler(config.precision, self.device)
+        warmup = int(config.warmup * self.total)
+        self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=self.total, warmup=warmup))
+        self.done, self.best = 0, -1.0
         self.saved: int | None = None  # steps in last.pt
         self.skipped = 0  # steps that float16 left out
-        self.clock, self.memory_before, self.compiled = StepClock(), peak_memory(self.device), not train.compile
+        self.clock, self.memory_before = StepClock(), peak_memory(self.device)
+        self._compiled = not config.compile
+        self._validate = validate if validate is not None else self._default_validation()
+        fingerprint = cohort.fingerprint()
+        writes = self.rank == 0
+        self.folder = (
+            out(cohort=fingerprint, writes=writes)
+            if callable(out)
+            else TrainingFolder(
+                Path(out),
+                {"train": config.model_dump(mode="json"), "encoder": encoder.spec or repr(type(encoder).__name__)},
+                cohort=fingerprint,
+                resume=resume,
+                writes=writes,
+            )
+        )
+        self._restore()
+
+    def _plan_steps(self) -> None:
+        """The sampler and the lengths that follow from it."""
+        config = self.config
+        self.sampler = PatientBatchSampler(
+            self.cohort,
+            "train",
+            batch_patients=batch_share(
+                config.batch_patients, ranks=self.ranks, parts=config.accumulate, name="--train.batch_patients"
+            ),
+            seed=config.seed,
+            order=config.views.order,
+            compat=config.preset,
+            rank=self.rank,
+            world_size=self.ranks,
+        )
+        per_epoch = self.sampler.batches_per_epoch
+        self.total = config.steps or config.epochs * per_epoch
+        self.epochs = math.ceil(self.total / per_epoch)
+        self.eps_warmup = _or(config.attack.warmup_epochs, self.epochs // 8)
+        self.plateau = _or(config.plateau, max(1, self.epochs // 800))
+        self.eval_every = _or(config.eval_every, max(1, self.total // 10))
+        self.loader = view_loader(
+            config, self.sampler, plateau=self.plateau, pin_memory=self.device.type == "cuda", store=self.store
+        )
+
+    def _prepare_encoder(self) -> None:
+        """Losses, precision and the forms of the encoder that the passes call."""
+        config = self.config
+        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
+        check_trainable(self.encoder)
+        if config.sync_norm and self.ranks > 1:
+            synchronize_batchnorm(self.encoder, device=self.device)
+        assert_ranks_agree(model=self.encoder)  # DistributedDataParallel would make them rank 0's in silence
+        self.encoder.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        if self.ranks > 1 and not config.clean:
+            _freeze_unused_branch(self.encoder, attacked=config.attack.name != "none")
+        self.parallel: nn.Module = average_gradients(self.encoder) if self.ranks > 1 else self.encoder
+        self.autocast = make_autocast(config.precision, self.device)
+        everywhere = config.global_negatives and self.ranks > 1
+        self.loss = HiDiscLoss.from_code(config.loss, temperature=config.temperature, gather=everywhere)
+        self.inner_loss = HiDiscLoss.from_code(config.attack.levels, temperature=config.temperature)
+        self.inner = InnerAttack(config.attack, self.encoder, self.inner_loss, autocast=self.autocast)
+
+    def _default_validation(self) -> Validation | None:
+        if HELD_OUT not in self.cohort.splits:
+            return None
+        config = self.config
+        return held_out_validation(
+            self.cohort,
+            image_size=config.views.image_size,
+            patches=config.eval_patches,
+            eps=config.eval_eps,
+            k=config.k,
+            robust=config.attack.name != "none",
+            workers=config.views.workers,
+            store=self.store,
+        )
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Path:
+        """Train to the end; returns the path of the best encoder (the final one where no patient was held out).
+
+        Ctrl-C and SIGTERM end the training after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+
+        Raises:
+            TrainingInterrupted: After such a signal.
+            FloatingPointError: Before a loss or gradient that is not finite is stepped on; names the last good state.
+            ValueError: If float16 skipped every step.
+        """
+        silent = not self.progress or self.rank > 0
+        bar = tqdm(total=self.total, initial=self.done, desc="training", unit="step", disable=silent)
+        with self._naming_last_state(), stop_on_signals() as request, shared_world() as world, bar:
+            for batch in self.batches():
+                row = self.step(batch)
+                self._log_notes()
+                row |= self.validate_if_due()
+                self.folder.log(row)
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                self._save_if_due()
+                self._stop_if_requested(request, world)
+        return self._finish()
+
+    def batches(self) -> Iterator[HierarchicalBatch]:
+        """The batches from the current step to the last one, epoch by epoch."""
+        per_epoch = self.sampler.batches_per_epoch
+        while self.done < self.total:
+            epoch, begun = divmod(self.done, per_epoch)
+            self.sampler.set_epoch(epoch, strength=self.strength(epoch), start_batch=begun)
+            for batch in self.loader:
+                yield batch
+                if self.done >= self.total:
+                    break
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step."""
+        return self.done // self.sampler.batches_per_epoch
+
+    def strength(self, epoch: int) -> float:
+        """Augmentation strength in this epoch; the static pipelines ignore it."""
+        views = self.config.views
+        return views.strength * (augmentation_strength(epoch, self.epochs, self.plateau) if views.dynamic else 1.0)
 
     def attack(self, epoch: int) -> PGD | None:
-        """The inner maximisation in this epoch, or None for the baseline."""
-        chosen = self.settings.attack
+        """The PGD of the inner maximisation in this epoch, or None for the baseline."""
+        chosen = self.config.attack
         if chosen.name == "none":
             return None
         eps = epsilon_schedule(epoch, warmup=self.eps_warmup, eps=chosen.eps, epochs=max(self.epochs, self.eps_warmup))
         return PGD(Linf(eps), step_size=chosen.step_size, steps=chosen.steps)
 
-    def strength(self, epoch: int) -> float:
-        """Augmentation strength in this epoch; the static pipelines ignore it."""
-        data = self.settings.data
-        return data.strength * (augmentation_strength(epoch, self.epochs, self.plateau) if data.dynamic else 1.0)
+    def step(self, batch: HierarchicalBatch) -> dict[str, float]:
+        """One batch, with one optimiser step (free: several).
 
-    def train_step(self, batch: Any, epoch: int) -> dict[str, float]:
-        """One batch, with one optimiser step (free: several); returns what is logged of the last.
+        Returns:
+            What train.csv says of it, of the last optimiser step: step, epoch, loss, lr, the terms of the loss, eps,
+            strength.
 
-        Raises FloatingPointError before a loss or a gradient that is not finite is stepped on, and ValueError where no
-        parameter got a gradient.
+        Raises:
+            FloatingPointError: Before a loss or a gradient that is not finite is stepped on.
+            ValueError: If no parameter got a gradient.
         """
-        count = self.settings.train.accumulate
-        parts = split_batch(batch, count) if count > 1 else []  # on the CPU, where ids are counted
-        batch, parts = self._moved(batch), [self._moved(part) for part in parts]
+        epoch, count = self.epoch, self.config.accumulate
+        parts = split_batch(batch, count) if count > 1 else None  # on the CPU, where ids are counted
+        batch = self._to_device(batch)
+        if parts is not None:
+            parts = SplitBatch(batch, tuple(map(self._to_device, parts.parts)))
         # a GPU draws its noise itself: 128 images of 300 pixels cost a CPU 0.17 s
         home = self.device if self.device.type == "cuda" else torch.device("cpu")
-        generator = torch.Generator(home).manual_seed(_mixed(self.settings.seed, self.step))
-        weight = paper_clean_weight(self.strength(epoch)) if self.settings.train.clean else 0.0
+        generator = torch.Generator(home).manual_seed(_mix_seed(self.config.seed, self.done))
         attack = self.attack(epoch)
         self.parallel.train()
-        if not self.compiled:
-            compile_in_place(self.model, self.device)
-            self.compiled = True
+        if not self._compiled:
+            compile_in_place(self.encoder, self.device)
+            self._compiled = True
         try:
-            for result in self._results(batch, parts, attack, clean_weight=weight, generator=generator):
-                values = self._descend(result, has_gradients=bool(parts))
+            for result in self._results(batch, parts, attack, epoch=epoch, generator=generator):
+                values = self._descend(result, has_gradients=parts is not None)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {self.step}: {error}") from error
+            raise FloatingPointError(f"step {self.done}: {error}") from error
         self.inner.keep(batch, result.x_adv)
-        row = {"step": self.step, "epoch": epoch, "loss": values.pop("loss")}
+        row = {"step": self.done, "epoch": epoch, "loss": values.pop("loss")}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row |= values
         with warnings.catch_warnings():  # float16: a first step that overflows is left out, as it should be
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.schedule.step()
-        self.step += 1
+        self.done += 1
         row |= {"eps": 0.0 if attack is None else float(attack.threat.eps), "strength": self.strength(epoch)}
         return row | self.inner.logged()
 
-    def notes(self) -> Iterator[str]:
-        """After a step: what there is to say about the length and the memory of the run, each once."""
-        if (estimate := self.clock.tick(self.steps - self.step)) is not None:
-            yield estimate
-        if self.memory_before and (text := check_memory(self.settings, self.ranks, before=self.memory_before)):
-            yield text
-        self.memory_before = 0
+    def validate_if_due(self) -> dict[str, float]:
+        """The held-out numbers where it is time for them, and the best encoder kept; else nothing."""
+        if self._validate is None or not (self.done % self.eval_every == 0 or self.done == self.total):
+            return {}
+        self.check_state()
+        values = dict(self._validate(self.encoder))
+        score = values.pop("score")
+        if score > self.best and self.skipped < self.done:
+            self.best = score
+            if self.folder.writes:
+                facts = {"step": self.done, "cohort": self.folder.cohort, "score": score}
+                save_encoder(self.encoder, self.folder.out / "best.safetensors", metadata=facts)
+                write_json(self.folder.out / "best.json", facts | values)
+        if self.progress:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            _log.info("step %d: held out: %s", self.done, shown)
+        return values
 
-    def _moved(self, batch: HierarchicalBatch) -> HierarchicalBatch:
+    def check_state(self) -> None:
+        """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state."""
+        try:
+            check_state(self.encoder, self.optimizer)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"after step {self.done - 1}: {error}") from error
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _to_device(self, batch: HierarchicalBatch) -> HierarchicalBatch:
         batch = batch.to(self.device, non_blocking=True)
         return batch.replace(images=batch.images.to(memory_format=self.layout))
 
     def _results(
         self,
         batch: HierarchicalBatch,
-        parts: list[HierarchicalBatch],
+        parts: SplitBatch | None,
         pgd: PGD | None,
         *,
-        clean_weight: float,
+        epoch: int,
         generator: torch.Generator,
     ) -> Iterator[StepResult]:
         """The losses to descend on this batch, one after the other: one, or with free training one per replay."""
-        ids = image_slots(len(batch), rank=self.ranks.rank) if self.several else None
-        if pgd is not None and self.settings.attack.name == "free":
+        several = self.ranks * self.config.accumulate > 1
+        ids = global_indices(len(batch), rank=self.rank) if several else None
+        if pgd is not None and self.config.attack.name == "free":
             yield from free_replays(
                 self.parallel,
                 self.loss,
                 batch,
                 threat=pgd.threat,
-                replays=self.settings.attack.replays,
+                replays=self.config.attack.replays,
                 autocast=self.autocast,
                 generator=generator,
                 ids=ids,
             )
             return
-        attack, start = self.inner.choose(self, parts or [batch], pgd, generator=generator, ids=ids)
-        common: dict[str, Any] = {
-            "inner_loss": self.inner_loss,
-            "clean_weight": clean_weight,
-            "autocast": self.autocast,
-            "generator": generator,
-            "ids": ids,
-        }
-        if parts:
+        groups = (batch,) if parts is None else parts.parts
+        attack, start = self.inner.choose(pgd, groups, self.done, generator=generator, ids=ids)
+        weight = paper_clean_weight(self.strength(epoch)) if self.config.clean else 0.0
+        if parts is not None:
             self.optimizer.zero_grad(set_to_none=True)
-            yield accumulated_step(self.parallel, self.loss, attack, batch, parts, scale=self.scaler.scale, **common)
+            yield accumulated_step(
+                self.parallel,
+                self.loss,
+                attack,
+                parts,
+                inner_loss=self.inner_loss,
+                clean_weight=weight,
+                autocast=self.autocast,
+                generator=generator,
+                ids=ids,
+                scale=self.scaler.scale,
+            )
         else:
-            yield adversarial_step(self.parallel, self.loss, attack, batch, start=start, **common)
+            yield adversarial_step(
+                self.parallel,
+                self.loss,
+                attack,
+                batch,
+                inner_loss=self.inner_loss,
+                clean_weight=weight,
+                autocast=self.autocast,
+                generator=generator,
+                start=start,
+                ids=ids,
+            )
 
     def _descend(self, result: StepResult, *, has_gradients: bool) -> dict[str, float]:
         """One optimiser step; the loss and its terms as numbers, read in one go with the largest gradient.
@@ -220,20 +411,20 @@ class Trainer:
         if not has_gradients:
             self.optimizer.zero_grad(set_to_none=True)
             if result.loss.requires_grad:  # else nothing has a gradient, which largest_gradient says
-                self.scaler.scale(result.loss).backward()
-        named["gradient"] = largest_gradient(self.model).to(result.loss.dtype)
+                self.scaler.scale(result.loss).backward()  # type: ignore[no-untyped-call]
+        named["gradient"] = largest_gradient(self.encoder).to(result.loss.dtype)
         values = dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']}")
         overflow = not math.isfinite(values.pop("gradient"))
         if overflow and not self.scaler.is_enabled():
-            check_gradients(self.model)  # raises, naming parameters
+            check_gradients(self.encoder)  # raises, naming parameters
         self.scaler.step(self.optimizer)  # which leaves out a step whose gradients overflow
         self.scaler.update()
         if self.scaler.is_enabled():
             self._count_skipped(overflow)
             values["skipped"] = float(overflow)
-        average_statistics(self.model)
+        average_statistics(self.encoder)
         return values
 
     def _count_skipped(self, overflow: bool) -> None:
@@ -242,111 +433,181 @@ class Trainer:
         if overflow and (scale := self.scaler.get_scale()) < 1:
             raise FloatingPointError(
                 f"float16 gradients overflow although the loss is no longer scaled up (scale {scale:g};"
-                f" {self.skipped} of {self.step + 1} steps were skipped): {non_finite_gradients(self.model)}"
+                f" {self.skipped} of {self.done + 1} steps were skipped): {non_finite_gradients(self.encoder)}"
             )
 
-    def check_state(self) -> None:
-        """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state."""
-        try:
-            check_state(self.model, self.optimizer)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"after step {self.step - 1}: {error}") from error
+    # --- what happens around the steps --------------------------------------------------------------------------------
 
-    def check_learned(self, run: Run) -> str | None:
-        """At the end: a sentence on skipped steps, or None without any.  Raises ValueError if every one was skipped."""
-        if self.skipped < self.step or not self.step:
-            text = f"note: {self.skipped} of {self.step} steps were skipped, for float16 gradients overflowed"
-            return text if self.skipped else None
-        raise ValueError(
-            f"every one of the {self.step} steps was skipped, for float16 gradients overflowed: nothing was trained,"
-            f" and {run.out} holds an encoder as it began. Take another --out with --train.precision bf16; or with more"
-            f" steps, as each one halves the scale of the loss, now {self.scaler.get_scale():g}"
-        )
+    def _log_notes(self) -> None:
+        """After a step: what there is to say about the length and the memory of the run, each once."""
+        if (estimate := self.clock.tick(self.total - self.done)) is not None and self.progress:
+            _log.info("%s", estimate)
+        if self.memory_before and self.config.max_memory is not None:
+            config = self.config
+            text = memory_report(
+                config.max_memory or "",
+                before=self.memory_before,
+                peak=peak_memory(self.device),
+                patients=config.batch_patients,
+                groups=self.ranks * config.accumulate,
+            )
+            _log.info("%s", text)
+        self.memory_before = 0
 
-    def save(self, run: Run) -> None:
-        """The checkpoint to resume from; all ranks call this, the first one writes."""
+    def _stop_if_requested(self, request: StopRequest, world: World) -> None:
+        """After a signal: save, and end with TrainingInterrupted."""
+        if request.agreed(world) and self.done < self.total:
+            self.save()
+            raise TrainingInterrupted(step=self.done, total=self.total, signal=request.signal)
+
+    def _save_if_due(self) -> None:
+        if self.done % self.config.save_every == 0 or self.done == self.total:
+            self.save()
+
+    def save(self) -> None:
+        """Write last.pt, the checkpoint to resume from; all ranks call this, the first one writes."""
+        if self.saved == self.done:
+            return
+        extra = {"best": self.best, "encoder": self.encoder.spec, "inner": self.inner.state_dict()}
+        if self.scaler.is_enabled():
+            extra |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
         save_checkpoint(
-            run.last,
-            model=self.model,
+            self.folder.last,
+            model=self.encoder,
             optimizer=self.optimizer,
             scheduler=self.schedule,
-            epoch=self.step // self.sampler.batches_per_epoch,
-            step=self.step,
-            config=run.settings,
-            extra={"best": self.best, "encoder": self.model.spec, "inner": self.inner.state()}
-            | ({"scaler": self.scaler.state_dict(), "skipped": self.skipped} if self.scaler.is_enabled() else {}),
+            epoch=self.epoch,
+            step=self.done,
+            config=self.folder.settings,
+            extra=extra,
         )
-        self.saved = self.step
+        self.saved = self.done
 
-    def restore(self, run: Run) -> None:
+    def _finish(self) -> Path:
+        """Write the final encoder; raises ValueError if float16 skipped every step."""
+        if self.skipped and self.skipped >= self.done:
+            raise ValueError(
+                f"every one of the {self.done} steps was skipped, for float16 gradients overflowed: nothing was trained,"
+                f" and {self.folder.out} holds an encoder as it began. Take another --out with --train.precision bf16;"
+                f" or with more steps, as each one halves the scale of the loss, now {self.scaler.get_scale():g}"
+            )
+        if self.skipped:
+            _log.info("note: %d of %d steps were skipped, for float16 gradients overflowed", self.skipped, self.done)
+        final, best = self.folder.out / "final.safetensors", self.folder.out / "best.safetensors"
+        if self.folder.writes:
+            save_encoder(self.encoder, final, metadata={"step": self.done, "cohort": self.folder.cohort})
+        return best if best.exists() else final
+
+    @contextmanager
+    def _naming_last_state(self) -> Iterator[None]:
+        """Where a number is not finite inside the block, the error says which state is kept.
+
+        The state in memory is not saved then.  Its weights are those before the bad step, but BatchNorm's statistics
+        have moved, and free training may have taken a part of the step; and the nearer a state is to the failure, the
+        less room there is to steer clear of it.  last.pt is a state that the run passed through.
+        """
+        try:
+            yield
+        except FloatingPointError as error:
+            kept = (
+                f"nothing was saved before it (--train.save_every {self.config.save_every})"
+                if self.saved is None
+                else f"the last good state, after {self.saved} steps, is in {self.folder.last}"
+            )
+            raise FloatingPointError(f"{error}; {kept}") from error
+
+    def _restore(self) -> None:
         """Go on from the last checkpoint, if there is one."""
-        if run.last.exists():
-            state = self._loaded(run)
-            run.check_settings(state.config, f"that {run.last} was written with")
-            try:
-                self.step, self.best = state.step, float(state.extra["best"])
-                if "inner" in state.extra:  # older checkpoints have none
-                    self.inner.restore(state.extra["inner"])
-                if "scaler" in state.extra:
-                    self.scaler.load_state_dict(state.extra["scaler"])
-                self.skipped = int(state.extra.get("skipped", 0))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{run.last} is damaged ({type(error).__name__}: {error})") from error
-            if self.step > self.steps:
-                raise ValueError(f"{run.last} is damaged: it stands at step {self.step} of {self.steps}")
-            self.saved = self.step
+        folder = self.folder
+        if folder.last.exists():
+            state = self._load_state()
+            folder.check_settings(state.config, f"that {folder.last} was written with")
+            self._take_extra(state.extra)
+            self.done = state.step
+            if self.done > self.total:
+                raise ValueError(f"{folder.last} is damaged: it stands at step {self.done} of {self.total}")
+            self.saved = self.done
             self._take_rate()
-            run.note_changes(state.config, self.step)
+            folder.note_changes(state.config, self.done)
         else:
-            run.note_changes(run.began, 0)
-        assert_same_on_all_ranks("the step to go on from", self.step)
-        if self.step:
-            assert_ranks_agree(model=self.model, optimizer=self.optimizer)
-        run.keep_rows_before(self.step)
+            folder.note_changes(folder.began, 0)
+        assert_same("the step to go on from", self.done)
+        if self.done:
+            assert_ranks_agree(model=self.encoder, optimizer=self.optimizer)
+        folder.keep_rows_before(self.done)
+
+    def _load_state(self) -> TrainingState:
+        path, encoder = self.folder.last, self.encoder
+        try:
+            return load_training_state(path, model=encoder, optimizer=self.optimizer, scheduler=self.schedule)
+        except RandomStateMismatch:
+            _log.info("note: resuming with another number of ranks; dropout, if any, draws afresh")
+        return load_training_state(
+            path, model=encoder, optimizer=self.optimizer, scheduler=self.schedule, restore_random=False
+        )
+
+    def _take_extra(self, extra: Mapping[str, Any]) -> None:
+        try:
+            self.best = float(extra["best"])
+            if "inner" in extra:  # older checkpoints have none
+                self.inner.load_state_dict(extra["inner"])
+            if "scaler" in extra:
+                self.scaler.load_state_dict(extra["scaler"])
+            self.skipped = int(extra.get("skipped", 0))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.folder.last} is damaged ({type(error).__name__}: {error})") from error
 
     def _take_rate(self) -> None:
-        """The learning rate of the settings, where a checkpoint of another one was loaded (--change train.lr)."""
-        rate = self.settings.train.lr
+        """The learning rate of the options, where a checkpoint of another one was loaded."""
+        rate = self.config.lr
         if self.schedule.base_lrs == [rate] * len(self.schedule.base_lrs):
             return
         self.schedule.base_lrs = [rate] * len(self.schedule.base_lrs)
         for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * factor(self.schedule.last_epoch)
 
-    def _loaded(self, run: Run) -> TrainingState:
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.schedule}
-        try:
-            return load_training_state(run.last, **parts)
-        except ValueError as error:
-            if "random states of" not in str(error):
-                raise
-        if self.ranks.first:
-            print("note: resuming with another number of ranks; dropout, if any, draws afresh", file=sys.stderr)
-        return load_training_state(run.last, restore_random=False, **parts)
+
+def view_loader(
+    config: TrainConfig, sampler: PatientBatchSampler, *, plateau: int, pin_memory: bool, store: PatchStore | None
+) -> Iterable[HierarchicalBatch]:
+    """Batches of augmented views.  Under the preset "paper" the first plateau of a dynamic augmentation is static."""
+    views, static_epochs = config.views, config.views.static_epochs
+    if static_epochs is None:
+        dynamic = views.dynamic and views.augmentation in ("v0", "v1")
+        static_epochs = plateau if config.preset == "paper" and dynamic else 0
+    policy = AugmentationPolicy(
+        views.augmentation,
+        uncropped=views.uncropped or ("keep" if config.preset == "paper" else "resize"),
+        static_epochs=static_epochs,
+        batched=views.augment == "items",
+    )
+    dataset = HierarchicalDataset(
+        sampler.cohort,
+        "train",
+        image_size=views.image_size,
+        transform=policy,
+        slides=views.slides,
+        patches=views.patches,
+        views=views.views,
+        seed=config.seed,
+        on_bad=views.on_bad,
+        store=store,
+    )
+    return hierarchical_loader(
+        dataset, sampler, workers=views.workers, pin_memory=pin_memory, ids=views.ids, compat=config.preset
+    )
 
 
-@contextmanager
-def naming_last_state(trainer: Trainer, run: Run) -> Iterator[None]:
-    """Where a number is not finite inside the block, the error says which state is kept.
-
-    The state in memory is not saved then.  Its weights are those before the bad step, but BatchNorm's statistics have
-    moved, and free training may have taken a part of the step; and the nearer a state is to the failure, the less room
-    there is to steer clear of it.  last.pt is a state that the run passed through.
-    """
-    try:
-        yield
-    except FloatingPointError as error:
-        kept = (
-            f"nothing was saved before it (--train.save_every {trainer.settings.train.save_every})"
-            if trainer.saved is None
-            else f"the last good state, after {trainer.saved} steps, is in {run.last}"
-        )
-        raise FloatingPointError(f"{error}; {kept}") from error
+def _freeze_unused_branch(encoder: nn.Module, *, attacked: bool) -> None:
+    """A branch of dual BatchNorm that this run never uses gets no gradient, for which ranks would wait in vain."""
+    for layer in encoder.modules():
+        if isinstance(layer, DualBatchNorm):
+            layer.bn_list[0 if attacked else 1].requires_grad_(False)  # bn_list is (normal, pgd)
 
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _mixed(seed: int, step: int) -> int:
+def _mix_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)

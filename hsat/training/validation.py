@@ -1,80 +1,92 @@
-"""The held-out evaluation that chooses the best encoder."""
+"""Held-out evaluation during a training, by which the best encoder is chosen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from hsat.attacks import PGD, Linf
+from hsat.classifiers import KNNClassifier
 from hsat.data import Cohort, PatchDataset, PatchStore, patch_loader
 from hsat.distributed import row_share
-from hsat.embedding import gather_table
-from hsat.eval import KNNClassifier, embed, metrics
-from hsat.models import branch, is_dual, save_encoder, trained_branch
-from hsat.run_folder import write_json
+from hsat.embedding import embed, gather_table
+from hsat.models import branch, is_dual, trained_branch
 from hsat.types import Attack, EmbeddingTable
-from hsat.training.folder import Run
 
-if TYPE_CHECKING:
-    from hsat.cli.train import TrainHSAT
-    from hsat.training.trainer import Trainer
+Validation = Callable[[nn.Module], dict[str, float]]
+"""Encoder -> numbers by name; the entry "score" decides which encoder is the best, the others go to train.csv."""
 
-BATCH = 64
+HELD_OUT = "tune"
+_BATCH = 64
 
 
-def held_out_accuracy(
-    encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, *, packed: PatchStore | None = None
-) -> dict[str, float]:
-    """Clean and PGD-5 kNN patch accuracy and MCA on held-out patients; the bank is the training split.
+def held_out_validation(
+    cohort: Cohort,
+    *,
+    image_size: int,
+    split: str = HELD_OUT,
+    patches: int = 512,
+    eps: float = 4 / 255,
+    k: int = 20,
+    robust: bool = True,
+    workers: int = 0,
+    store: PatchStore | None = None,
+) -> Validation:
+    """A function that measures an encoder by kNN on held-out patients; the bank is the training split.
 
     Several ranks share the work and get the same numbers: each embeds whole batches of its own, and all get all rows.
-    With dual BatchNorm one branch serves bank, queries and attack: "pgd", or "normal" in a baseline without attack.
+    With dual BatchNorm one branch serves bank, queries and attack: the trained one.
+
+    Args:
+        cohort: With the splits "train" and `split`.
+        image_size: Side of the images.
+        split: The held-out patients.
+        patches: Held-out patches that are looked at, the same ones every time; the bank takes four times as many.
+        eps: Radius of the attack: PGD with five steps of half of it, on the features.
+        k: Neighbours.
+        robust: The score is the mean of accuracy and mean class accuracy under attack; if False, on clean patches.
+        workers: Processes that read patches.
+        store: The cohort's patch store.
+
+    Returns:
+        encoder -> tune_clean_accuracy, tune_clean_mca, tune_robust_accuracy, tune_robust_mca and score.
     """
-    with branch(encoder, trained_branch(encoder)) if is_dual(encoder) else nullcontext():
-        return _held_out(encoder, cohort, settings, packed)
-
-
-def _held_out(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, packed: PatchStore | None) -> dict[str, float]:
-    eps, size = settings.train.eval_eps, settings.train.eval_patches
     attack = PGD(Linf(eps), step_size=eps / 2, steps=5)
     datasets = {}
-    for split in ("train", "tune"):
-        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size, store=packed)
-        chosen = np.random.default_rng(0).permutation(len(dataset))[: size if split == "tune" else 4 * size]
-        datasets[split] = dataset.subset(np.sort(chosen))
-    bank = _embedded(encoder, datasets["train"], None, settings)
-    knn = KNNClassifier(k=min(settings.train.k, len(bank))).fit(bank)
-    found = {}
-    for name, chosen_attack in (("clean", None), ("robust", attack)):
-        table = _embedded(encoder, datasets["tune"], chosen_attack, settings)
-        result = metrics(knn.predict_proba(table), table.label)
-        found |= {f"tune_{name}_accuracy": result.accuracy, f"tune_{name}_mca": result.mca}
-    return found
+    for name, count in (("train", 4 * patches), (split, patches)):
+        dataset = PatchDataset(cohort, name, image_size=image_size, store=store)
+        chosen = np.random.default_rng(0).permutation(len(dataset))[:count]
+        datasets[name] = dataset.subset(np.sort(chosen))
+
+    def embed_shared(encoder: nn.Module, name: str, attack: Attack | None) -> EmbeddingTable:
+        dataset = datasets[name]
+        share = dataset.subset(row_share(len(dataset), batch_size=_BATCH))
+        if not len(share):
+            return gather_table(None)
+        on_gpu = next(encoder.parameters()).is_cuda
+        loader = patch_loader(share, batch_size=_BATCH, workers=workers, pin_memory=on_gpu)
+        return gather_table(embed(encoder, loader, attack=attack))
+
+    def validate(encoder: nn.Module) -> dict[str, float]:
+        values: dict[str, float] = {}
+        with branch(encoder, trained_branch(encoder)) if is_dual(encoder) else nullcontext():
+            bank = embed_shared(encoder, "train", None)
+            knn = KNNClassifier(k=min(k, len(bank))).fit(bank)
+            for name, chosen_attack in (("clean", None), ("robust", attack)):
+                table = embed_shared(encoder, split, chosen_attack)
+                accuracy, mca = score_predictions(knn.predict_proba(table).argmax(1), table.label)
+                values |= {f"tune_{name}_accuracy": accuracy, f"tune_{name}_mca": mca}
+        kind = "robust" if robust else "clean"
+        values["score"] = float(np.mean([values[f"tune_{kind}_accuracy"], values[f"tune_{kind}_mca"]]))
+        return values
+
+    return validate
 
 
-def _embedded(encoder: nn.Module, dataset: PatchDataset, attack: Attack | None, settings: TrainHSAT) -> EmbeddingTable:
-    dataset = dataset.subset(row_share(len(dataset), batch_size=BATCH))
-    if not len(dataset):
-        return gather_table(None)
-    on_gpu = next(encoder.parameters()).is_cuda
-    loader = patch_loader(dataset, batch_size=BATCH, workers=settings.data.workers, pin_memory=on_gpu)
-    return gather_table(embed(encoder, loader, attack=attack))
-
-
-def keep_best(trainer: Trainer, run: Run, row: dict[str, Any], fingerprint: str) -> None:
-    """Write the encoder when its held-out score is the highest so far.
-
-    The score is the mean of accuracy and MCA under attack; for a training without attack, that on clean patches.
-    """
-    kind = "clean" if trainer.settings.attack.name == "none" else "robust"
-    score = float(np.mean([row[f"tune_{kind}_accuracy"], row[f"tune_{kind}_mca"]]))
-    if score > trainer.best:
-        trainer.best = score
-        if not trainer.ranks.first:
-            return
-        about = {"step": trainer.step, "cohort": fingerprint, f"held_out_{kind}": score}
-        save_encoder(trainer.model, run.out / "best.safetensors", metadata=about)
-        write_json(run.out / "best.json", about | {key: value for key, value in row.items() if key.startswith("tune")})
+def score_predictions(predicted: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+    """Accuracy and mean class accuracy (mean recall of the classes that occur) of predictions (n,) for labels (n,)."""
+    right = predicted == label
+    return float(right.mean()), float(np.mean([right[label == one].mean() for one in np.unique(label)]))

@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM end a training between two steps, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from hsat.distributed import World
+
+
+class TrainingInterrupted(Exception):  # noqa: N818  (an interruption, as KeyboardInterrupt is)
+    """A training was ended by a signal after a whole step, and its state was saved.
+
+    Attributes:
+        step: Steps made.
+        total: Steps of the whole run.
+        signal: Number of the signal.
+    """
+
+    def __init__(self, *, step: int, total: int, signal: int) -> None:
+        super().__init__(f"stopped after step {step} of {total}, which is saved")
+        self.step, self.total, self.signal = step, total, signal
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop.
+
+    Attributes:
+        signal: Number of the signal; 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def agreed(self, world: World) -> bool:
+        """Whether any rank was asked to stop, so that all of them do; called by all ranks after every step."""
+        self.signal = world.largest(self.signal)
+        return self.signal != 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within the block the first SIGINT or SIGTERM makes a request; a second SIGINT raises KeyboardInterrupt."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # Python handles signals in the main thread only
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
