@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.torch_files import UNREADABLE, check_archive, reason_of
+from hsat.tensor_files import UNREADABLE, check_archive, reason_of
 from hsat.untrusted import open_regular
 
 

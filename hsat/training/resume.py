@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hsat.models.finite import listed_entries
+from hsat.models.state_dicts import list_entries
 from hsat.training.checkpoint_file import read_checkpoint, write_checkpoint
 from hsat.training.gradients import non_finite_state
 
@@ -80,7 +80,7 @@ def save_checkpoint(
         if entries := values["not finite"]:
             raise FloatingPointError(
                 f"{path} was not written{' and is as it was before' if path.exists() else ''}, for the state"
-                f"{f' of rank {rank}' if len(ranks) > 1 else ''} is not finite in {listed_entries(entries)}"
+                f"{f' of rank {rank}' if len(ranks) > 1 else ''} is not finite in {list_entries(entries)}"
             )
     content = {
         "format": FORMAT,
