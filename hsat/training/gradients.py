@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hsat.models.state_dicts import find_non_finite, largest_magnitude, list_entries
+
+
+class Stateful(Protocol):
+    """An optimiser, a learning-rate schedule, a gradient scaler: whatever keeps its state in a dict."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take the state back."""
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -74,7 +84,7 @@ def non_finite_gradients(model: nn.Module) -> str:
     return f"the gradient is not finite in {len(entries)} of {len(grads)} parameters: {list_entries(entries)}"
 
 
-def check_state(model: nn.Module, optimizer: Any = None) -> None:
+def check_state(model: nn.Module, optimizer: Stateful | None = None) -> None:
     """Raise FloatingPointError naming what is NaN or infinite in the state of a model, or of its optimiser.
 
     One read of the device.  `save_checkpoint` and `save_encoder` do this by themselves.
@@ -83,16 +93,16 @@ def check_state(model: nn.Module, optimizer: Any = None) -> None:
         raise FloatingPointError(f"the state is not finite in {list_entries(entries)}")
 
 
-def non_finite_state(model: nn.Module, optimizer: Any = None) -> list[str]:
+def non_finite_state(model: nn.Module, optimizer: Stateful | None = None) -> list[str]:
     """Entries of the state dicts of a model and its optimiser that hold NaN or infinity, as `find_non_finite`."""
-    named: dict[str, Any] = dict(model.state_dict())
+    named: dict[str, object] = dict(model.state_dict())
     if optimizer is not None:
-        named |= _flat(optimizer.state_dict(), "optimizer", _places(model, optimizer))
+        named |= _flat(optimizer.state_dict(), "optimizer", _parameter_names(model, optimizer))
     return find_non_finite(named)
 
 
-def _places(model: nn.Module, optimizer: Any) -> dict[int, str]:
-    """Names of the model's parameters by their place in the state dict of a torch optimiser."""
+def _parameter_names(model: nn.Module, optimizer: Stateful) -> dict[int, str]:
+    """Names of the model's parameters by their place in the state dict of a torch optimiser; empty for other things."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -100,7 +110,7 @@ def _places(model: nn.Module, optimizer: Any) -> dict[int, str]:
     return {place: names[id(parameter)] for place, parameter in enumerate(held) if id(parameter) in names}
 
 
-def _flat(value: Any, where: str, names: Mapping[int, str]) -> dict[str, Tensor]:
+def _flat(value: object, where: str, names: Mapping[int, str]) -> dict[str, Tensor]:
     """The tensors in nested dicts and lists, by where they stand."""
     if isinstance(value, Tensor):
         return {where: value}
