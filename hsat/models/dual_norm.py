@@ -96,10 +96,10 @@ def set_branch(module: nn.Module, name: str) -> None:
 
 def active_branch(module: nn.Module) -> str | None:
     """The branch in use, or None without dual BatchNorm.  ValueError if the layers disagree."""
-    found = sorted({part.active for part in module.modules() if isinstance(part, DualBatchNorm)})
-    if len(found) > 1:
-        raise ValueError(f"{type(module).__name__} has layers in branch {' and in branch '.join(map(repr, found))}")
-    return found[0] if found else None
+    names = sorted({part.active for part in module.modules() if isinstance(part, DualBatchNorm)})
+    if len(names) > 1:
+        raise ValueError(f"{type(module).__name__} has layers in branch {' and in branch '.join(map(repr, names))}")
+    return names[0] if names else None
 
 
 def trained_branch(module: nn.Module) -> str:
@@ -113,11 +113,11 @@ def trained_branch(module: nn.Module) -> str:
     return "normal" if normal > pgd else "pgd"
 
 
-def untouched_branches(module: nn.Module) -> tuple[str, ...]:
+def unused_branches(module: nn.Module) -> tuple[str, ...]:
     """Branches that never saw a batch although the other one did: they normalise with initial statistics."""
     layers = _layers(module, BRANCHES[0])
-    seen = [sum(_batches(layer.bn_list[i]) for layer in layers) for i in range(len(BRANCHES))]
-    return tuple(name for name, count in zip(BRANCHES, seen, strict=True) if count == 0 < max(seen))
+    counts = [sum(_batches(layer.bn_list[i]) for layer in layers) for i in range(len(BRANCHES))]
+    return tuple(name for name, count in zip(BRANCHES, counts, strict=True) if count == 0 < max(counts))
 
 
 def _batches(norm: nn.Module) -> int:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsat.fingerprints import fingerprint_state
-from hsat.models.modes import frozen
+from hsat.models.frozen import frozen
+from hsat.models.metadata import LoadReport
 from hsat.types.row_checks import SQUEEZED, is_squeezed
-
-if TYPE_CHECKING:
-    from hsat.models.weight_files import LoadReport
 
 Features = Callable[[Tensor], Tensor]
 PROBED_SIZES = (224, 96, 64, 32)
@@ -51,7 +49,6 @@ class Encoder(nn.Module):
         input_size: int | tuple[int, int] | None = None,
         features: str | Features | None = None,
         fixed_size: tuple[int, int] | None = None,
-        spec: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -59,7 +56,7 @@ class Encoder(nn.Module):
         self.mean, self.std = check_normalisation(mean, std)
         self.input_size = check_size(input_size)
         self.fixed_size = fixed_size
-        self.spec = None if spec is None else dict(spec)
+        self.spec: dict[str, Any] | None = None
         self.weights_report: LoadReport | None = None
         self.batchnorm_folded = False
         self._feature_dim = feature_dim
@@ -147,8 +144,8 @@ class Encoder(nn.Module):
                 f"the backbone takes {height}x{width} images, got {x.shape[2]}x{x.shape[3]};"
                 f" pass input_size={height if height == width else self.fixed_size} to resize inside the encoder"
             )
-        wanted = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), x.dtype)
-        return x.to(wanted)
+        dtype = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), x.dtype)
+        return x.to(dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
         if self.pixel_mean is None or self.pixel_std is None:
@@ -162,13 +159,14 @@ class Encoder(nn.Module):
         """Width of what function gives for black images, leaving modes, buffers and random numbers alone."""
         size = self.input_size or self.fixed_size
         sizes = [size] if size is not None else [(side, side) for side in PROBED_SIZES]
-        where = next((t.device for t in (*self.backbone.parameters(), *self.backbone.buffers())), torch.device("cpu"))
-        channels = self._channels()
+        tensors = (*self.backbone.parameters(), *self.backbone.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        channels = self.channels
         errors = []
         for height, width in sizes:
-            black = torch.zeros(1, channels, height, width, device=where)
+            black = torch.zeros(1, channels, height, width, device=device)
             try:
-                with frozen(self), torch.no_grad(), torch.random.fork_rng([where] if where.type == "cuda" else []):
+                with frozen(self), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                     return function(black).shape[1]
             except Exception as error:
                 errors.append(error)
@@ -178,7 +176,9 @@ class Encoder(nn.Module):
             f" Pass feature_dim=, or input_size= if it needs one size"
         ) from errors[0]
 
-    def _channels(self) -> int:
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images: that of mean and std, else what the first convolution reads, else 3."""
         if self.mean is not None and len(self.mean) > 1:
             return len(self.mean)
         return next((m.in_channels for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), 3)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from hsat.models.dual_norm import BatchNorm, DualBatchNorm
 from hsat.models.encoder import PROBED_SIZES, Encoder
-from hsat.models.modes import frozen
+from hsat.models.frozen import frozen
 
 _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # exactly these: subclasses may do more to their weights
 TOLERATED = 1e-4
@@ -191,9 +191,9 @@ def _absorb(layer: Any, scale: Tensor, shift: Tensor) -> None:
     """Multiply a layer's outputs by scale and add shift, by way of its weights."""
     weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
     bias = shift if layer.bias is None else layer.bias.double() * scale + shift
-    wanted = layer.weight.requires_grad
-    layer.weight = nn.Parameter(weight.to(layer.weight), requires_grad=wanted)
-    layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=wanted)
+    trained = layer.weight.requires_grad
+    layer.weight = nn.Parameter(weight.to(layer.weight), requires_grad=trained)
+    layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=trained)
 
 
 def _check(encoder: object) -> None:
@@ -221,4 +221,4 @@ def _two_images(encoder: Encoder) -> Tensor:
     height, width = encoder.input_size or encoder.fixed_size or (PROBED_SIZES[2],) * 2
     first = next(encoder.parameters())
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(2, encoder._channels(), height, width, generator=generator).to(first.device)
+    return torch.rand(2, encoder.channels, height, width, generator=generator).to(first.device)

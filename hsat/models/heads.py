@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import Tensor, nn
 
 HEADS = ("linear", "mlp", "mlp3_bn")
 PAPER_EMBEDDING_DIM = 128
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The options of a projection head, see `projection_head`.
+
+    Attributes:
+        kind: "linear", "mlp" or "mlp3_bn".
+        embedding_dim: Width of the embedding; None is the default of the kind.
+        hidden: Widths of the hidden layers; empty is the default of the kind.
+    """
+
+    kind: str
+    embedding_dim: int | None = None
+    hidden: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        kind = f"HeadSpec({self.kind!r}, hidden={self.hidden})" if self.hidden else repr(self.kind)
+        return f"head={kind}, embedding_dim={self.embedding_dim}"
 
 
 class ProjectionHead(nn.Module):
@@ -45,19 +65,33 @@ def projection_head(
     """
     if kind not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, or None for no head; got {kind!r}")
-    for name, widths in (("embedding_dim", () if embedding_dim is None else (embedding_dim,)), ("head_hidden", hidden)):
+    for name, widths in (("embedding_dim", () if embedding_dim is None else (embedding_dim,)), ("hidden", hidden)):
         if any(width < 1 for width in widths):
             raise ValueError(f"{name} must hold positive widths, got {tuple(widths)}")
     if kind == "linear" and hidden:
-        raise ValueError(f"head='linear' has no hidden layers, got head_hidden={tuple(hidden)}; write head='mlp'")
+        raise ValueError(f"head='linear' has no hidden layers, got hidden={tuple(hidden)}; write head='mlp'")
     if kind == "mlp3_bn":
         if len(hidden) not in {0, 2}:
-            raise ValueError(f"head='mlp3_bn' has two hidden layers, got head_hidden={tuple(hidden)}")
+            raise ValueError(f"head='mlp3_bn' has two hidden layers, got hidden={tuple(hidden)}")
         embedding_dim = in_features if embedding_dim is None else embedding_dim
     out = PAPER_EMBEDDING_DIM if embedding_dim is None else embedding_dim
     inner = () if kind == "linear" else tuple(hidden) or (in_features, in_features)
     layers = _layers((in_features, *inner, out), batch_norm=kind == "mlp3_bn")
     return ProjectionHead(layers, in_features=in_features, out_features=out)
+
+
+def head_spec(head: str | int | HeadSpec, embedding_dim: int | None) -> HeadSpec:
+    """The options of a head that was given by its kind, by its width (a linear one) or as options.
+
+    Raises:
+        ValueError: If head and embedding_dim say different widths.
+    """
+    spec = head if isinstance(head, HeadSpec) else HeadSpec("linear", head) if isinstance(head, int) else HeadSpec(head)
+    if embedding_dim is None:
+        return spec
+    if spec.embedding_dim not in {None, embedding_dim}:
+        raise ValueError(f"head={head!r} and embedding_dim={embedding_dim} disagree; give one of them")
+    return replace(spec, embedding_dim=embedding_dim)
 
 
 def _layers(widths: Sequence[int], *, batch_norm: bool) -> list[nn.Module]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +53,11 @@ class WarmStarts:
         Raises ValueError naming the patch whose image has another shape than the one that was kept.
         """
         x = batch.images.detach()
-        found = threat.random_start(x, generator)
+        points = threat.random_start(x, generator)
         deltas = [self._kept.get(key) for key in _keys(batch)]
         rows = [row for row, known in enumerate(deltas) if known is not None]
         if not rows:
-            return found
+            return points
         for row in rows:
             shape = tuple(deltas[row][0].shape)  # type: ignore[index]
             if shape != tuple(x.shape[1:]):
@@ -69,7 +68,7 @@ class WarmStarts:
         known = torch.stack([delta.float() * scale for delta, scale in (deltas[row] for row in rows)])  # type: ignore[misc]
         index = to_device_of(torch.tensor(rows), x)
         moved = x.index_select(0, index) + to_device_of(known, x, x.dtype)
-        return threat.project(found.index_copy(0, index, moved), x)
+        return threat.project(points.index_copy(0, index, moved), x)
 
     def keep(self, batch: HierarchicalBatch, x_adv: Tensor) -> None:
         """Remember what an attack made of a batch (reads the device).
@@ -89,7 +88,7 @@ class WarmStarts:
         while self.capacity is not None and len(self._kept) > self.capacity:
             del self._kept[next(iter(self._kept))]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors."""
         kept = list(self._kept.values())
         return {
@@ -98,7 +97,7 @@ class WarmStarts:
             "deltas": torch.stack([delta for delta, _ in kept]) if kept else torch.zeros(0, dtype=torch.int8),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take everything back; raises ValueError when the parts do not belong together."""
         keys, scales, deltas = (state_dict[name] for name in ("keys", "scales", "deltas"))
         if not len(keys) == len(scales) == len(deltas):

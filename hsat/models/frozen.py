@@ -31,17 +31,17 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     for module in modules:
         _check_is_module(module)
     flags = {id(part): (part, part.training) for module in modules for part in module.modules()}
-    wanted = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
+    gradients = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
     try:
         for part, _ in flags.values():
             part.training = False
-        for parameter, _ in wanted.values():
+        for parameter, _ in gradients.values():
             parameter.requires_grad_(False)
         yield
     finally:
         for part, training in flags.values():
             part.training = training
-        for parameter, requires_grad in wanted.values():
+        for parameter, requires_grad in gradients.values():
             parameter.requires_grad_(requires_grad)
 
 

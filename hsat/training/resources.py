@@ -80,5 +80,6 @@ class StepClock:
             self._begin = time.perf_counter()
         if self._ticks != self._after + 1:
             return None
-        each = (time.perf_counter() - self._begin) / self._after
-        return f"{each:.2g} s per step (over {self._after} steps), about {time_text(each * left)} for {left} more steps"
+        seconds = (time.perf_counter() - self._begin) / self._after
+        rest = time_text(seconds * left)
+        return f"{seconds:.2g} s per step (over {self._after} steps), about {rest} for {left} more steps"
