@@ -38,8 +38,8 @@ from hsat.eval import (  # noqa: E402
     write_records,
 )
 from hsat.models import checkpoint_hash, load_encoder  # noqa: E402
-from hsat.training.folder import device_named, versions  # noqa: E402
-from hsat.cli.train import TrainHSAT, train  # noqa: E402
+from hsat.training.folder import device_of, versions  # noqa: E402
+from hsat.cli.train import Train, train  # noqa: E402
 
 METHODS = {  # name: (attacked, patients in units of the batch, slides, patches)
     "HiDisc": (False, 1, 2, 2),
@@ -106,7 +106,7 @@ def trained(name: str, scale: Scale, root: Path, out: Path, *, seed: int, device
             },
         }
         argv = ["--out", str(out), "--seed", str(seed), "--device", device, "--resume", "true", "--quiet", "true"]
-        train(TrainHSAT.over(layer, argv))
+        train(Train.over(layer, argv))
     return final
 
 
@@ -119,7 +119,7 @@ def evaluated(name: str, checkpoint: Path, root: Path, scale: Scale, *, seed: in
     bank, queries = (
         patch_loader(PatchDataset(cohort, split, image_size=scale.size), batch_size=64) for split in ("train", "val")
     )
-    encoder = load_encoder(checkpoint).to(device_named(device))
+    encoder = load_encoder(checkpoint).to(device_of(device))
     records: list[Record] = []
     for target in TARGETS:
         found = evaluate_whitebox(

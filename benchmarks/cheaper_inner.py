@@ -32,7 +32,7 @@ from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, pap
 from hsat.models import load_encoder  # noqa: E402
 from hsat.training.folder import versions, write_json  # noqa: E402
 from hsat.cli.options import read_yaml  # noqa: E402
-from hsat.cli.train import DEMO, TrainHSAT, train  # noqa: E402
+from hsat.cli.train import DEMO, Train, train  # noqa: E402
 
 
 def pgd(steps: int, name: str = "pgd") -> list[str]:
@@ -80,7 +80,7 @@ def run_one(name: str, seed: int, runs: Path, steps: int) -> dict[str, Any]:
     argv += ["--train.steps", str(steps)]
     argv += [part.format(quarter=steps // 4) for part in VARIANTS[name]]
     begin = time.process_time()
-    encoder = load_encoder(train(TrainHSAT.over(read_yaml(DEMO), argv)))
+    encoder = load_encoder(train(Train.over(read_yaml(DEMO), argv)))
     seconds = time.process_time() - begin
     cohort = read_opensrh(root)
     bank, queries = (

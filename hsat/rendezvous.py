@@ -5,16 +5,18 @@ from __future__ import annotations
 import secrets
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+
+Store = Any
+"""torch.distributed.Store, which torch exports without saying so to type checkers."""
 
 PATIENCE = timedelta(minutes=5)
 PAUSE = 0.02
 
 
-def meet_ranks(
-    store: dist.Store, *, rank: int, size: int, patience: timedelta = PATIENCE, terms: str = ""
-) -> dist.PrefixStore:
+def meet_ranks(store: Store, *, rank: int, size: int, patience: timedelta = PATIENCE, terms: str = "") -> Store:
     """A part of the store for the `size` processes that call this now; no earlier process ever wrote into it.
 
     torchrun keeps one store for all restarts, and torch writes the addresses of an attempt under the keys of the
@@ -38,10 +40,11 @@ def meet_ranks(
             " they wrote, then start the same command again on all ranks; with --resume it goes on from the last"
             " checkpoint"
         )
-    return dist.PrefixStore(f"hsat/{room}/room", store)
+    prefixed: Store = dist.PrefixStore(f"hsat/{room}/room", store)  # type: ignore[attr-defined]  # which torch does export
+    return prefixed
 
 
-def _called(store: dist.Store, word: str, *, size: int, end: float) -> tuple[str, list[int]]:
+def _called(store: Store, word: str, *, size: int, end: float) -> tuple[str, list[int]]:
     """Rank 0's part: the word of the room, and the ranks that did not come."""
     missing = list(range(1, size))
     store.set("hsat/call", word)
@@ -56,7 +59,7 @@ def _called(store: dist.Store, word: str, *, size: int, end: float) -> tuple[str
         time.sleep(PAUSE)
 
 
-def _answered(store: dist.Store, word: str, rank: int, *, end: float) -> tuple[str, list[int]]:
+def _answered(store: Store, word: str, rank: int, *, end: float) -> tuple[str, list[int]]:
     """The part of another rank, in the same form; `word` is its own."""
     call = ""
     while True:

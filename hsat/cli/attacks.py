@@ -12,10 +12,10 @@ from pydantic import BeforeValidator
 
 from hsat.attacks import L2, AttackEnsemble, Linf, RawChannels, Reparametrized, Stains
 from hsat.attacks.threat import eps_text
+from hsat.cli.options import parse_pixels, split_commas
 from hsat.data import Cohort, srh_to_rgb
 from hsat.eval import ensemble_attacks, paper_attacks
 from hsat.types import Attack
-from hsat.cli.options import listed, pixels
 
 Threat = Literal["linf", "l2", "raw_srh", "stain", "stain_image"]
 EPS = {
@@ -31,7 +31,7 @@ EPS = {
 def lengths(value: Any) -> list[float]:
     """Radii of any size, 8/255 or 1.5; `check_radii` knows which threat models allow more than 1."""
     try:
-        numbers = [float(Fraction(part) if isinstance(part, str) else part) for part in listed(value)]
+        numbers = [float(Fraction(part) if isinstance(part, str) else part) for part in split_commas(value)]
     except (ValueError, ZeroDivisionError, TypeError) as error:
         raise ValueError(f"write fractions such as 8/255 or numbers such as 0.03; got {value!r}") from error
     if not all(0 <= number < math.inf for number in numbers):
@@ -44,7 +44,7 @@ Lengths = Annotated[list[float], BeforeValidator(lengths)]
 
 def check_radii(threat: Threat, eps_values: list[float]) -> list[float]:
     """The radii; ValueError for one above the pixel range where eps is a share of it."""
-    return [pixels(eps) for eps in eps_values] if threat in ("linf", "raw_srh") else eps_values
+    return [parse_pixels(eps) for eps in eps_values] if threat in ("linf", "raw_srh") else eps_values
 
 
 def attacks_under(
@@ -69,11 +69,11 @@ def attacks_under(
 def ensembles_under(
     threat: Threat, eps_values: Sequence[float], *, steps: int, step_size: float | None
 ) -> dict[str, AttackEnsemble]:
-    """The ensembles under a ball of pixels, {"ensemble-8": ...} or {"ensemble-l2-1": ...}; None is eps / 4."""
+    """The ensembles under a ball of parse_pixels, {"ensemble-8": ...} or {"ensemble-l2-1": ...}; None is eps / 4."""
     if threat == "linf":
         return ensemble_attacks(eps_values, steps=steps, step_size=step_size)
     if threat != "l2":
-        raise ValueError(f"--attacks ensemble needs a ball of pixels: --threat linf or l2, not {threat}")
+        raise ValueError(f"--attacks ensemble needs a ball of parse_pixels: --threat linf or l2, not {threat}")
     return {
         f"ensemble-l2-{eps_text(eps).removesuffix('/255')}": AttackEnsemble(L2(eps), steps=steps, step_size=step_size)
         for eps in eps_values

@@ -20,9 +20,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluate import loaders
-from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
+from hsat.cli.evaluation import PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.options import Names, Pixels, split_commas
+from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
 from hsat.eval import (
     BudgetResult,
@@ -37,14 +39,11 @@ from hsat.eval import (
     write_records,
 )
 from hsat.run_folder import write_run_file
-from hsat.cli.ranks import Ranks
-from hsat.cli.options import Names, Pixels, listed
-from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
 
-Fractions = Annotated[list[float], BeforeValidator(listed)]
+Fractions = Annotated[list[float], BeforeValidator(split_commas)]
 
 
-class HierarchicalBudget(EvaluationSettings):
+class Budget(PatchSettings):
     """The smallest share of a patient's or slide's patches whose alteration changes the decision."""
 
     level: Literal["slide", "patient"] = Field("patient", description="whose decision is to change")
@@ -58,9 +57,6 @@ class HierarchicalBudget(EvaluationSettings):
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
     k: int = Field(200, gt=0, description="neighbours")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
-    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
-    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
-    batch_size: int = Field(64, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts, and of --order random")
     out: Path = Field(Path("runs/budget"), description="folder for the results")
@@ -71,12 +67,12 @@ class HierarchicalBudget(EvaluationSettings):
         return check_radii(info.data.get("threat", "linf"), eps)
 
 
-def evaluate(settings: HierarchicalBudget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, str], BudgetResult]:
+def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, str], BudgetResult]:
     """Results by encoder and attack."""
     check_threat(settings.threat, cohort)
     budget = PatchBudget(level=settings.level, fractions=settings.fractions, order=settings.order)
     encoders = open_encoders(settings.checkpoint, settings.model)
-    bank, queries = loaders(settings, cohort)
+    bank, queries = open_loaders(settings, cohort)
     attacks = attacks_under(
         settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
     )
@@ -128,7 +124,7 @@ def write_groups(path: Path, results: dict[tuple[str, str], BudgetResult]) -> No
                 writer.writerow((title, name, result.level, int(group), int(label), int(size), *count))
 
 
-def write_results(settings: HierarchicalBudget, cohort: Cohort, results: dict[tuple[str, str], BudgetResult]) -> str:
+def write_results(settings: Budget, cohort: Cohort, results: dict[tuple[str, str], BudgetResult]) -> str:
     """Write records, groups, table and the account of the run; returns the table."""
     records = records_of(results)
     write_records(settings.out / "records.jsonl", records)
@@ -142,8 +138,4 @@ def write_results(settings: HierarchicalBudget, cohort: Cohort, results: dict[tu
 
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    run_evaluation(HierarchicalBudget.load(argv), evaluate, write_results)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_evaluation(Budget.load(argv), evaluate, write_results)

@@ -18,8 +18,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluate import loaders
-from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
+from hsat.cli.evaluation import Loader, PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.options import split_commas
+from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
 from hsat.eval import (
     CertificateResult,
@@ -37,14 +38,13 @@ from hsat.eval import (
     plot_certified_accuracy,
     write_records,
 )
+from hsat.models import Encoder
 from hsat.run_folder import write_run_file
-from hsat.cli.ranks import Ranks
-from hsat.cli.options import listed
 
-Radii = Annotated[list[float], BeforeValidator(listed)]
+Radii = Annotated[list[float], BeforeValidator(split_commas)]
 
 
-class Certify(EvaluationSettings):
+class Certify(PatchSettings):
     """Certify the kNN vote of encoders at patch, slide and patient level."""
 
     sigma: float = Field(0.1, gt=0, description="standard deviation of the noise, in units of the pixel range")
@@ -58,9 +58,6 @@ class Certify(EvaluationSettings):
     layer: Literal["features", "embedding"] = Field("features", description="what kNN reads")
     k: int = Field(200, gt=0, description="neighbours")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
-    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
-    query_patches: int | None = Field(None, gt=0, description="certify this many validation patches; all if not given")
-    batch_size: int = Field(64, gt=0, description="patches, or noisy copies, per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the noise")
     out: Path = Field(Path("runs/certificates"), description="folder for the results")
@@ -77,7 +74,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
         seed=settings.seed,
         chunk=settings.batch_size,
     )
-    bank, queries = loaders(settings, cohort)
+    bank, queries = open_loaders(settings, cohort)
     encoders = open_encoders(settings.checkpoint, settings.model)
     ranks.begin()
     records: list[Record] = []
@@ -101,7 +98,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
 
 
 def attack_certificates(
-    settings: Certify, title: str, encoder: object, queries: object, certified: CertificateResult
+    settings: Certify, title: str, encoder: Encoder, queries: Loader, certified: CertificateResult
 ) -> None:
     """Attack certified patches and say what came of it; certificates that do not hold end the program."""
     if not (certified.levels["patch"].radius > 0).any():
@@ -137,7 +134,3 @@ def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> s
 def main(argv: list[str]) -> None:
     """Read the options, certify, write, print."""
     run_evaluation(Certify.load(argv), evaluate, write_results)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hsat.data import Cohort, PatchStore, read_cohort, read_opensrh, write_patch_store, write_synthetic_cohort
 from hsat.cli.options import DataSettings, EvaluationDataSettings
+from hsat.data import Cohort, PatchStore, read_cohort, read_opensrh, write_patch_store, write_synthetic_cohort
 
 SYNTHETIC = Path("runs/synthetic")
 

@@ -2,7 +2,7 @@
 
     python examples/compare_conventions.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
 
-The encoder is evaluated under hsat's conventions, under the published ones (all at once, as with --compat paper), and
+The encoder is evaluated under hsat's conventions, under the published ones (all at once, as with --preset paper), and
 under hsat's with one convention switched at a time.  Where only arithmetic changes, nothing is attacked again.
 records.jsonl holds every number (settings.convention says which evaluation it belongs to), table.md the differences.
 docs/conventions.md explains them.
@@ -19,7 +19,8 @@ from pydantic import Field
 
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import naming_branch, stored_encoder
-from hsat.cli.evaluate import loaders
+from hsat.cli.evaluation import open_loaders
+from hsat.cli.options import EvaluationDataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings, device_of
 from hsat.data import BadPatch, Cohort
 from hsat.eval import (
     CONVENTIONS,
@@ -39,8 +40,6 @@ from hsat.eval import (
 )
 from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
 from hsat.run_folder import write_run_file
-from hsat.training.folder import device_named
-from hsat.cli.options import DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
 
 OWN, PUBLISHED = "hsat", "the published code"
 SCORING = {
@@ -52,11 +51,11 @@ SCORING = {
 TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
 
 
-class CompareConventions(Settings):
+class Compare(Settings):
     """Evaluate one encoder under hsat's conventions and the paper's, and with one convention switched at a time."""
 
     checkpoint: Path | None = Field(None, description="file of the encoder")
-    data: DataSettings = DataSettings()
+    data: EvaluationDataSettings = EvaluationDataSettings()
     model: StoredModelSettings = StoredModelSettings()
     attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
     eps: PixelsList = Field([8 / 255], description="radii: 4/255,8/255")
@@ -78,11 +77,11 @@ class CompareConventions(Settings):
 class Evaluation:
     """The encoder and the patches, to be attacked as often as conventions want it."""
 
-    def __init__(self, settings: CompareConventions, cohort: Cohort, file: Path) -> None:
+    def __init__(self, settings: Compare, cohort: Cohort, file: Path) -> None:
         self.settings, self.name, self.digest = settings, file.stem, checkpoint_hash(file)
-        self.encoder = stored_encoder(settings.model, file).to(device_named(settings.device))
+        self.encoder = stored_encoder(settings.model, file).to(device_of(settings.device))
         self.dual = is_dual(self.encoder)
-        self.bank, self.queries = loaders(settings, cohort)
+        self.bank, self.queries = open_loaders(settings, cohort)
 
     def attacked(self, *, switched: Sequence[str], published: bool = False) -> WhiteboxResult:
         """The evaluation with these conventions of stage "attack" as published, the others hsat's.
@@ -128,7 +127,7 @@ class Evaluation:
         return (needs | {"dual BatchNorm": self.dual}).get(name, True)
 
 
-def evaluate(settings: CompareConventions, cohort: Cohort, file: Path) -> dict[str, tuple[Record, ...]]:
+def evaluate(settings: Compare, cohort: Cohort, file: Path) -> dict[str, tuple[Record, ...]]:
     """Records by what was switched: "hsat" (nothing), one convention each, "the published code" (everything)."""
     evaluation = Evaluation(settings, cohort, file)
     own = evaluation.attacked(switched=())
@@ -185,12 +184,12 @@ def _cell(record: Record) -> str:
     return f"{100 * record.value:.2f} [{100 * record.low:.1f}, {100 * record.high:.1f}]"
 
 
-def write_results(settings: CompareConventions, cohort: Cohort, found: dict[str, tuple[Record, ...]]) -> str:
+def write_results(settings: Compare, cohort: Cohort, found: dict[str, tuple[Record, ...]]) -> str:
     """Write records, table and the account of the run; returns the table."""
     settings.out.mkdir(parents=True, exist_ok=True)
     write_records(settings.out / "records.jsonl", [record for records in found.values() for record in records])
     table = differences(found, settings.metrics)
-    explained = f"{table}\nWhat the conventions are (those of training are for train_hsat.py --compat paper):\n\n"
+    explained = f"{table}\nWhat the conventions are (those of training are for train_hsat.py --preset paper):\n\n"
     working = settings.out / ".table.md.partial"
     working.write_text(explained + conventions_table())
     working.replace(settings.out / "table.md")
@@ -200,7 +199,7 @@ def write_results(settings: CompareConventions, cohort: Cohort, found: dict[str,
 
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    settings = CompareConventions.load(argv)
+    settings = Compare.load(argv)
     if settings.checkpoint is None:
         raise SystemExit("error: give --checkpoint FILE; train_hsat.py writes best.safetensors")
     if unknown := [name for name in settings.metrics if name not in TITLES]:
@@ -213,7 +212,3 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: {error}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,14 +20,15 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.cohort import describe, open_cohort
-from hsat.cli.evaluate import EvaluateWhitebox, evaluate
+from hsat.cli.evaluate import Evaluate, evaluate
+from hsat.cli.options import Settings, split_commas
+from hsat.cli.results import write_results
+from hsat.cli.train import load_settings, train
 from hsat.data import Cohort
 from hsat.eval import Record, markdown_table, read_records, write_report
+from hsat.recipes import read_recipe
 from hsat.run_folder import installed_versions, write_json
-from hsat.training.folder import flat
-from hsat.cli.options import Settings, listed, read_yaml
-from hsat.cli.train import DEMO, TrainHSAT, train
-from hsat.cli.results import write_results
+from hsat.training.folder import flatten
 
 NAMED = {"features": "the features", "embedding": "the embedding", "decision": "the kNN vote itself"}
 K = 20  # neighbours in the short table; the small bank makes the paper's 200 blur, the full tables have both
@@ -37,7 +39,7 @@ class Demo(Settings):
 
     out: Path = Field(Path("runs/demo"), description="folder for everything")
     seed: int = Field(0, ge=0, description="of the cohort, the weights, the draws and the attacks")
-    targets: Annotated[list[Literal["features", "embedding", "decision"]], BeforeValidator(listed)] = Field(
+    targets: Annotated[list[Literal["features", "embedding", "decision"]], BeforeValidator(split_commas)] = Field(
         ["features", "decision"], description="what the attacks move: features, embedding, the kNN vote; commas between"
     )
     steps: int | None = Field(None, gt=0, description="training steps, if not the recipe's")
@@ -53,14 +55,14 @@ def train_both(demo: Demo) -> dict[str, Path]:
         argv = ["--attack.name", attack, "--out", str(out), "--seed", str(demo.seed), "--resume", "true"]
         argv += ["--quiet", str(demo.quiet)] + (["--train.steps", str(demo.steps)] if demo.steps else [])
         print(f"training {name}", file=sys.stderr)
-        train(TrainHSAT.over(read_yaml(DEMO), argv))
+        train(load_settings(["--recipe", "demo", *argv]))
         found[name] = out / "final.safetensors"
     return found
 
 
 def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[str, Cohort]:
     """White-box evaluation of both encoders and an untrained one against attacks on `target`; returns the table."""
-    recipe = {"data": read_yaml(DEMO)["data"]}
+    recipe = {"data": {"image_size": read_recipe("demo")["data"]["image_size"]}}
     argv = ["--checkpoint", ",".join(f"{name}={path}" for name, path in encoders.items()), "--target", target]
     argv += ["--out", str(demo.out / target), "--seed", str(demo.seed), "--quiet", str(demo.quiet)]
     argv += ["--steps", "10", "--eps", "4/255,8/255"]
@@ -69,7 +71,7 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     else:
         argv += ["--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
     argv += ["--query_patches", str(demo.query_patches)] if demo.query_patches else []
-    settings = EvaluateWhitebox.over(recipe, argv)
+    settings = Evaluate.load(argv, recipe=recipe)
     cohort = open_cohort(settings.data, seed=demo.seed)
     return write_results(settings, cohort, evaluate(settings, cohort)), cohort
 
@@ -110,7 +112,7 @@ def verdict(records: list[Record]) -> str:
     )
 
 
-def report(demo: Demo, tables: dict[str, str], cohort: Cohort, seconds: float) -> str:
+def report(demo: Demo, tables: Mapping[str, str], cohort: Cohort, seconds: float) -> str:
     """The report in Markdown: what was done, every table, the figures, how it was made."""
     lines = [
         "# hsat demo",
@@ -124,7 +126,7 @@ def report(demo: Demo, tables: dict[str, str], cohort: Cohort, seconds: float) -
         lines += [f"![accuracy against eps]({target}/accuracy_vs_eps.png)", ""]
         gallery = sorted((demo.out / target).glob("patches_HSAT_*.png"))
         lines += [f"![patches]({target}/{path.name})" for path in gallery]
-    recipe = ", ".join(f"{key} {item}" for key, item in flat(read_yaml(DEMO)).items())
+    recipe = ", ".join(f"{key} {item}" for key, item in flatten(read_recipe("demo")).items())
     lines += ["", "## How it was made", "", f"- Cohort (synthetic, seed {demo.seed}): `{cohort.fingerprint()}`"]
     lines += [f"- {line}" for line in describe(cohort).splitlines()]
     lines += [f"- Recipe: {recipe}", f"- {seconds:.0f} seconds on {torch.get_num_threads()} threads"]
@@ -158,7 +160,3 @@ def main(argv: list[str]) -> None:
         run(demo)
     except (FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

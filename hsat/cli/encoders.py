@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from hsat.cli.options import EncoderSettings, ModelSettings, StoredModelSettings
 from hsat.eval import WhiteboxResult
 from hsat.models import (
     Encoder,
@@ -22,7 +23,6 @@ from hsat.models import (
     trained_branch,
     unused_branches,
 )
-from hsat.cli.options import EncoderSettings, ModelSettings, StoredModelSettings
 
 
 class NamedEncoder(NamedTuple):
@@ -92,7 +92,7 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
             raise ValueError(f"--checkpoint {text}: {error}") from error
         if paper and model.branch is None and is_dual(encoder):
             set_branch(encoder, "normal")
-            print(f"{path}: --compat paper scores branch normal; the attacks go through pgd", file=sys.stderr)
+            print(f"{path}: --preset paper scores branch normal; the attacks go through pgd", file=sys.stderr)
         encoders.append(NamedEncoder(title, encoder, checkpoint_hash(path)))
         check_titles(one.title for one in encoders)
     return encoders

@@ -11,7 +11,7 @@ evaluation, which makes BIM the same algorithm as PGD.  --threat says what they 
 linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
 patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
 --cache keeps embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.
---compat paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
+--preset paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
 the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
 same results (docs/devices.md):
 
@@ -21,18 +21,22 @@ same results (docs/devices.md):
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
+import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from hsat.cli.evaluate import Way, computing_as, precision
+from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders
-from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
-from hsat.data import Cohort, PatchDataset, patch_loader
+from hsat.cli.evaluation import PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.options import Counts, Names, Pixels, split_commas
+from hsat.cli.ranks import Ranks
+from hsat.cli.results import write_results
+from hsat.data import Cohort
 from hsat.eval import (
     PAPER,
     KNNClassifier,
@@ -43,18 +47,16 @@ from hsat.eval import (
     WhiteboxResult,
     evaluate_whitebox,
 )
-from hsat.models import Encoder, build_encoder
+from hsat.eval.options import TargetName
+from hsat.models import Encoder, build_encoder, fold_batchnorm
 from hsat.types import Attack
-from hsat.cli.ranks import Ranks
-from hsat.training.folder import device_named
-from hsat.cli.options import Counts, Names, Pixels, listed
-from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
-from hsat.cli.results import write_results
 
 ENSEMBLE = "ensemble"
+Compute = Literal["channels_last", "bfloat16", "fold_batchnorm"]
+"""Ways to compute that are faster on some machines and move the last bits."""
 
 
-class EvaluateWhitebox(EvaluationSettings):
+class Evaluate(PatchSettings):
     """Measure the white-box robustness of encoders by kNN at patch, slide and patient level."""
 
     attacks: Names = Field(
@@ -67,7 +69,7 @@ class EvaluateWhitebox(EvaluationSettings):
     k: Counts = Field([200], description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
-    compat: Literal["paper"] | None = Field(
+    preset: Literal["paper"] | None = Field(
         None, description="paper: the published evaluation throughout (docs/conventions.md); single options win over it"
     )
     noise: bool = Field(True, description="measure random noise of each eps, too")
@@ -75,12 +77,9 @@ class EvaluateWhitebox(EvaluationSettings):
         32, ge=0, description="look for masked gradients on this many patches per attack (about 80 steps each); 0: none"
     )
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
-    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
-    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
-    batch_size: int = Field(64, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     gallery: int = Field(6, ge=0, description="patches in the picture of perturbations")
-    compute: Annotated[list[Way], BeforeValidator(listed)] = Field(
+    compute: Annotated[list[Compute], BeforeValidator(split_commas)] = Field(
         [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
     )
     out: Path = Field(Path("runs/whitebox"), description="folder for the results")
@@ -100,46 +99,33 @@ class EvaluateWhitebox(EvaluationSettings):
     @model_validator(mode="before")
     @classmethod
     def _published_target(cls, values: Any) -> Any:
-        """Under --compat paper the attacks move the embedding, unless --target says otherwise."""
-        published = isinstance(values, dict) and values.get("compat") == "paper"
+        """Under --preset paper the attacks move the embedding, unless --target says otherwise."""
+        published = isinstance(values, dict) and values.get("preset") == "paper"
         return {"target": "embedding", **values} if published else values
 
 
-def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]:
-    """The bank (clean training patches) and the queries (validation patches), thinned evenly where asked."""
-    found, on_gpu = [], device_named(settings.device).type == "cuda"
-    for split, wanted in (("train", settings.bank_patches), ("val", settings.query_patches)):
-        own_size = getattr(settings, "threat", "") == "raw_srh"  # resized, they are not made of two channels any more
-        dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size)
-        if wanted is not None and wanted < len(dataset):
-            dataset = dataset.subset(np.linspace(0, len(dataset) - 1, wanted).round().astype(int))
-        workers = settings.data.workers
-        found.append(patch_loader(dataset, batch_size=settings.batch_size, workers=workers, pin_memory=on_gpu))
-    return found[0], found[1]
-
-
-def target_and_scoring(target: str, compat: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
-    """What the attacks maximise and how embeddings become numbers; a target that was named wins over --compat."""
-    if compat != "paper":
+def target_and_scoring(target: TargetName, preset: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
+    """What the attacks maximise and how embeddings become numbers; a target that was named wins over --preset."""
+    if preset != "paper":
         return Target.of(target), Scoring(bootstrap=bootstrap)
     return replace(PAPER.target, objective=target), replace(PAPER.scoring, bootstrap=bootstrap)
 
 
-def evaluate(settings: EvaluateWhitebox, cohort: Cohort, ranks: Ranks | None = None) -> dict[str, WhiteboxResult]:
+def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> dict[str, WhiteboxResult]:
     """Results by the name of the encoder.
 
     ranks: which of several processes this is; all of them call this, and all get the results of one.
     """
     check_threat(settings.threat, cohort)
-    ranks = ranks or Ranks(0, 1, device_named(settings.device))
-    encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.compat == "paper")
+    ranks = ranks or Ranks.alone(settings.device)
+    encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
     if settings.untrained:
-        spec = {key: value for key, value in encoders[0].encoder.spec.items() if key != "input_size"}
+        spec = {key: value for key, value in (encoders[0].encoder.spec or {}).items() if key != "input_size"}
         encoders.append(NamedEncoder("untrained", build_encoder(**spec, seed=settings.seed).eval(), ""))
     check_titles(one.title for one in encoders)
-    encoders = [one._replace(encoder=computing_as(one.encoder, settings.compute)) for one in encoders]
+    encoders = [one._replace(encoder=convert_encoder(one.encoder, settings.compute)) for one in encoders]
     attacks = attacks_of(settings)
-    if ranks.first and not (settings.resume or ranks.again):
+    if ranks.is_main and not (settings.resume or ranks.again):
         remove_state(settings)
     ranks.begin()
     results = {}
@@ -150,13 +136,13 @@ def evaluate(settings: EvaluateWhitebox, cohort: Cohort, ranks: Ranks | None = N
             size = settings.data.image_size
             one.encoder.input_size = (size, size)  # the encoder resizes what the dataset no longer does
         others = {title: encoder for title, encoder in surrogates.items() if encoder is not one.encoder}
-        with precision(settings.compute, ranks.device):
+        with use_precision(settings.compute, ranks.device):
             results[one.title] = evaluate_encoder(settings, cohort, one, attacks, surrogates=others, ranks=ranks)
     return results
 
 
 def evaluate_encoder(
-    settings: EvaluateWhitebox,
+    settings: Evaluate,
     cohort: Cohort,
     one: NamedEncoder,
     attacks: Mapping[str, Attack],
@@ -165,8 +151,8 @@ def evaluate_encoder(
     ranks: Ranks,
 ) -> WhiteboxResult:
     """The result of one encoder; its records say which branch of a dual BatchNorm was measured."""
-    bank, queries = loaders(settings, cohort)
-    target, scoring = target_and_scoring(settings.target, settings.compat, bootstrap=settings.bootstrap)
+    bank, queries = open_loaders(settings, cohort, own_size=settings.threat == "raw_srh")
+    target, scoring = target_and_scoring(settings.target, settings.preset, bootstrap=settings.bootstrap)
     result = evaluate_whitebox(
         one.encoder.to(ranks.device),
         bank,
@@ -190,7 +176,7 @@ def evaluate_encoder(
     return naming_branch(result, one.encoder)
 
 
-def attacks_of(settings: EvaluateWhitebox) -> dict[str, Any]:
+def attacks_of(settings: Evaluate) -> dict[str, Any]:
     """The attacks that were asked for; ensembles last, since they take the others into account."""
     stated = settings.threat == "linf" or "step_size" in settings.model_fields_set
     size = settings.step_size if stated else None
@@ -205,8 +191,16 @@ def attacks_of(settings: EvaluateWhitebox) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    run_evaluation(EvaluateWhitebox.load(argv), evaluate, write_results)
+    run_evaluation(Evaluate.load(argv), evaluate, write_results)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def convert_encoder(encoder: Encoder, ways: Sequence[Compute]) -> Encoder:
+    """The encoder, or a copy of it with BatchNorm folded, its weights laid out as asked for."""
+    if "fold_batchnorm" in ways:
+        encoder = fold_batchnorm(encoder)
+    return encoder.to(memory_format=torch.channels_last) if "channels_last" in ways else encoder
+
+
+def use_precision(ways: Sequence[Compute], device: torch.device) -> AbstractContextManager[object]:
+    """The block in which to evaluate: autocast to bfloat16, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if "bfloat16" in ways else nullcontext()

@@ -10,26 +10,28 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar, cast
 
+import numpy as np
 from pydantic import Field
+from torch.utils.data import DataLoader
 
 from hsat.cli.cohort import describe, open_cohort
-from hsat.data import BadPatch, Cohort
+from hsat.cli.options import EvaluationDataSettings, Names, Settings, StoredModelSettings, device_of
+from hsat.cli.ranks import Ranks, first_rank_first, join_ranks, silence_other_ranks
+from hsat.cli.train import same_on_all_ranks
+from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
 from hsat.distributed import RankFailedError
 from hsat.run_folder import lock_folder
 from hsat.training import assert_ranks_agree
-from hsat.cli.ranks import one_voice
-from hsat.cli.ranks import Ranks, joined, one_after_the_first
-from hsat.training.folder import same_on_all_ranks
-from hsat.cli.options import DataSettings, Names, Settings, StoredModelSettings
+from hsat.types import HierarchicalBatch
 
 
 class EvaluationSettings(Settings):
     """What every evaluation that can be resumed and shared among processes is told."""
 
     checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
-    data: DataSettings = DataSettings()
+    data: EvaluationDataSettings = EvaluationDataSettings()
     model: StoredModelSettings = StoredModelSettings()
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
@@ -49,6 +51,48 @@ class EvaluationSettings(Settings):
         return self.state / f"{readable}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
 
 
+class PatchSettings(EvaluationSettings):
+    """What evaluations of a bank and of queries are told beside that."""
+
+    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
+    query_patches: int | None = Field(None, gt=0, description="take this many validation patches; all if not given")
+    batch_size: int = Field(64, gt=0, description="patches per batch")
+
+
+class HasPatches(Protocol):
+    """Options that choose patches, of any command."""
+
+    @property
+    def data(self) -> EvaluationDataSettings: ...  # noqa: D102
+    @property
+    def bank_patches(self) -> int | None: ...  # noqa: D102
+    @property
+    def query_patches(self) -> int | None: ...  # noqa: D102
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+
+
+Loader = DataLoader[HierarchicalBatch]
+
+
+def open_loaders(settings: HasPatches, cohort: Cohort, *, own_size: bool = False) -> tuple[Loader, Loader]:
+    """The bank (clean training patches) and the queries (validation patches), thinned evenly where asked.
+
+    own_size: Patches keep the size of their files; resized, SRH patches are not made of two channels any more.
+    """
+    loaders = []
+    on_gpu = device_of(settings.device).startswith("cuda")
+    for split, count in (("train", settings.bank_patches), ("val", settings.query_patches)):
+        dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size)
+        if count is not None and count < len(dataset):
+            dataset = dataset.subset(np.linspace(0, len(dataset) - 1, count).round().astype(int))
+        workers = settings.data.workers
+        loaders.append(patch_loader(dataset, batch_size=settings.batch_size, workers=workers, pin_memory=on_gpu))
+    return cast(Loader, loaders[0]), cast(Loader, loaders[1])  # datasets give samples, their loaders batches
+
+
 S = TypeVar("S", bound=EvaluationSettings)
 Result = TypeVar("Result")
 
@@ -56,14 +100,14 @@ Result = TypeVar("Result")
 def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
     """The cohort, after the first rank has found the folder for the results free and made it."""
     assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
-    with one_after_the_first(ranks):  # which may write the synthetic cohort
-        if ranks.first and settings.state.exists() and not (settings.resume or ranks.again):
+    with first_rank_first(ranks):  # which may write the synthetic cohort
+        if ranks.is_main and settings.state.exists() and not (settings.resume or ranks.again):
             raise ValueError(
                 f"{settings.out} holds finished batches of an earlier run; add --resume to go on with it, or delete"
                 f" {settings.state} to begin anew"
             )
         cohort = open_cohort(settings.data, seed=settings.seed)
-        if ranks.first:
+        if ranks.is_main:
             print(describe(cohort), file=sys.stderr)
             settings.out.mkdir(parents=True, exist_ok=True)
     assert_ranks_agree(cohort=cohort, seed=settings.seed)
@@ -88,12 +132,15 @@ def run_evaluation(
             "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; train_hsat.py writes best.safetensors"
         )
     try:
-        with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
-            with lock_folder(settings.out) if ranks.first else nullcontext():
+        with (
+            join_ranks(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks,
+            silence_other_ranks(ranks),
+        ):
+            with lock_folder(settings.out) if ranks.is_main else nullcontext():
                 cohort = open_run(settings, ranks)
                 result = evaluate(settings, cohort, ranks)
-                table = write(settings, cohort, result) if ranks.first else ""
-        if not ranks.first:
+                table = write(settings, cohort, result) if ranks.is_main else ""
+        if not ranks.is_main:
             return
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -18,8 +18,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from hsat.cli.attacks import Lengths, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
+from hsat.cli.options import Names, Pixels
+from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
 from hsat.eval import (
     ExportOptions,
@@ -33,12 +36,9 @@ from hsat.eval import (
 )
 from hsat.eval.export import ShapeBatches
 from hsat.run_folder import write_run_file
-from hsat.cli.ranks import Ranks
-from hsat.cli.options import Names, Pixels
-from hsat.cli.attacks import Lengths, attacks_under, check_radii, check_threat
 
 
-class ExportAdversarial(EvaluationSettings):
+class Export(EvaluationSettings):
     """Attack the patches of a split, write them as lossless files, and score the files."""
 
     checkpoint: Names = Field([], description="file, or name=file; one")
@@ -56,7 +56,7 @@ class ExportAdversarial(EvaluationSettings):
     out: Path = Field(Path("runs/adversarial"), description="folder for the files and the results")
 
 
-def evaluate(settings: ExportAdversarial, cohort: Cohort, ranks: Ranks) -> ExportResult:
+def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
     """Attack, write, score."""
     for option in ("checkpoint", "attacks", "eps"):
         if len(given := getattr(settings, option)) != 1:
@@ -93,7 +93,7 @@ def evaluate(settings: ExportAdversarial, cohort: Cohort, ranks: Ranks) -> Expor
         raise ValueError(str(error)) from error
 
 
-def write_results(settings: ExportAdversarial, cohort: Cohort, result: ExportResult) -> str:
+def write_results(settings: Export, cohort: Cohort, result: ExportResult) -> str:
     """Write records, table and the account of the run; returns the table."""
     write_records(settings.out / "records.jsonl", result.records)
     table = markdown_table(result.records)
@@ -109,8 +109,4 @@ def write_results(settings: ExportAdversarial, cohort: Cohort, result: ExportRes
 
 def main(argv: list[str]) -> None:
     """Read the options, attack, write, print."""
-    run_evaluation(ExportAdversarial.load(argv), evaluate, write_results)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_evaluation(Export.load(argv), evaluate, write_results)

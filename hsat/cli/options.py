@@ -107,7 +107,11 @@ class Settings(BaseSettings):
         path = find_option(argv, "config", Path)
         layer = merge_layers(recipe or {}, read_yaml(path) if path else {})
         try:
-            return cls(**layer, _cli_parse_args=normalize_words(argv, option_names(cls, kind=bool)), _cli_prog_name=cls.program())
+            return cls(
+                **layer,
+                _cli_parse_args=normalize_words(argv, option_names(cls, kind=bool)),
+                _cli_prog_name=cls.program(),
+            )
         except ValidationError as error:
             raise SystemExit(explain(error, cls, path)) from None
         except SettingsError as error:
@@ -120,10 +124,15 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is passed in: no environment variables, no secret files."""
-        return (sources["init_settings"],)
+        return (init_settings,)
 
     def plain(self) -> dict[str, Any]:
         """The options as numbers, texts and lists, for records."""

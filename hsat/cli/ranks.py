@@ -19,7 +19,7 @@ from hsat.cli.environment import Place, place_of
 from hsat.cli.options import device_of
 from hsat.distributed import RankFailedError
 from hsat.rendezvous import PATIENCE as MEETING_PATIENCE
-from hsat.rendezvous import meet_ranks
+from hsat.rendezvous import Store, meet_ranks
 
 PATIENCE = timedelta(minutes=30)
 BEGUN = "hsat/begun"
@@ -36,7 +36,7 @@ class Ranks(NamedTuple):
     size: int
     device: torch.device
     again: bool = False
-    board: dist.Store | None = None
+    board: Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -105,14 +105,14 @@ def first_rank_first(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
 
 
-def _begun(board: dist.Store) -> bool:
+def _begun(board: Store) -> bool:
     """Whether earlier processes of this torchrun began the run; where they took their store along, by its count."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return board.check([BEGUN])
+        return bool(board.check([BEGUN]))
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def _board(place: Place, patience: timedelta) -> dist.Store:
+def _board(place: Place, patience: timedelta) -> Store:
     """The store in which the processes meet: torchrun's, or one that rank 0 keeps.
 
     Nobody waits in it for the others: `common_room` does, and names those that do not come.
@@ -120,7 +120,7 @@ def _board(place: Place, patience: timedelta) -> dist.Store:
     keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{place.address}:{place.port} (MASTER_ADDR:MASTER_PORT)"
     try:
-        return dist.TCPStore(
+        return dist.TCPStore(  # type: ignore[attr-defined]  # which torch does export
             place.address, place.port, place.size, is_master=keeps, timeout=patience, wait_for_workers=False
         )
     except RuntimeError as error:  # torch's own: DistNetworkError and DistStoreError
@@ -179,7 +179,7 @@ def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def _another_spoke(board: dist.Store, failed: str, error: BaseException) -> bool:
+def _another_spoke(board: Store, failed: str, error: BaseException) -> bool:
     """Whether another rank failed before this one, and so says why.
 
     Where the store is gone, rank 0 kept it and has ended: an error of the connection tells no more than that.
@@ -188,7 +188,7 @@ def _another_spoke(board: dist.Store, failed: str, error: BaseException) -> bool
         end = time.monotonic() + GRACE
         while isinstance(error, RankFailedError) and time.monotonic() < end and not board.check([failed]):
             time.sleep(0.05)
-        return board.add(failed, 1) > 1
+        return bool(board.add(failed, 1) > 1)
     except RuntimeError:
         if not isinstance(error, RuntimeError):
             return False

@@ -9,15 +9,13 @@ page needs no network and no other file.  docs/report.md says what it shows.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from hsat.cli.options import gathered
+from hsat.cli.options import Names, Settings, collect_words
 from hsat.eval import write_report
-from hsat.cli.options import Names, Settings
 
 
 class Report(Settings):
@@ -32,7 +30,7 @@ class Report(Settings):
 
 def main(argv: list[str]) -> None:
     """Read the options, write the page, say where it is."""
-    settings = Report.load(gathered(argv, "runs"))
+    settings = Report.load(collect_words(argv, "runs"))
     if not settings.runs:
         raise SystemExit("error: give run folders: python examples/report.py runs/whitebox runs/hsat")
     out = settings.out or Path(settings.runs[0]) / "report.html"
@@ -41,7 +39,3 @@ def main(argv: list[str]) -> None:
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"report: {path}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

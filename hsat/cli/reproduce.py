@@ -19,15 +19,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from hsat.cli.options import gathered
+from hsat.cli.options import Names, Settings, collect_words, read_yaml
 from hsat.eval import PaperRow, PaperTable, Record, paper_csv, paper_latex, paper_lines, paper_markdown, read_records
 from hsat.eval.reporting.grouping import branch_of, setting_of, unique
-from hsat.cli.options import Names, Settings, read_yaml
 
 NUMBERS = Path(__file__).parent / "paper_numbers.yaml"
 
 
-class ReproducePaper(Settings):
+class Reproduce(Settings):
     """Build the paper's tables from records."""
 
     table: Annotated[Literal["1", "2", "3", "4", "all"], BeforeValidator(str)] = Field("1", description="which one")
@@ -153,12 +152,14 @@ def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
         }
         for what, found in kinds.items():
             if len(found) > 1:
-                listed = "; ".join(map(str, found))
-                raise ValueError(f"{row}, {column}: runs of different {what} ({listed}); give those of one kind only")
+                split_commas = "; ".join(map(str, found))
+                raise ValueError(
+                    f"{row}, {column}: runs of different {what} ({split_commas}); give those of one kind only"
+                )
 
 
 def of_one_setting(
-    rows: dict[str, list[Record]], settings: ReproducePaper, table: PaperTable
+    rows: dict[str, list[Record]], settings: Reproduce, table: PaperTable
 ) -> tuple[dict[str, list[Record]], list[str]]:
     """The records of one target and k, and remarks on what they are; ValueError where a choice is needed."""
     records = [record for found in rows.values() for record in found]
@@ -177,8 +178,8 @@ def of_one_setting(
     data = {name: sorted({f"{r.cohort[:12]} ({r.split})" for r in found}) for name, found in kept.items() if found}
     places = sorted({place for found in data.values() for place in found})
     if len(places) > 1:
-        listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in data.items())
-        remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {listed}.")
+        split_commas = "; ".join(f"{name}: {', '.join(found)}" for name, found in data.items())
+        remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {split_commas}.")
     else:
         remarks.append(f"Cohort and split of ours: {', '.join(places)}. The paper's is OpenSRH.")
     remarks += [f"No record of {name} has target {target} and k = {k}." for name, found in kept.items() if not found]
@@ -197,7 +198,7 @@ def _chosen(what: str, asked: Any, paper: Any, there: Sequence[Any]) -> Any:
     raise ValueError(f"the runs hold several of {what} ({', '.join(map(str, known))}); choose one with --{what}")
 
 
-def write_table(table: PaperTable, settings: ReproducePaper) -> str:
+def write_table(table: PaperTable, settings: Reproduce) -> str:
     """Write a table in three forms; returns the Markdown."""
     kept, remarks = of_one_setting(by_row(table, settings.runs), settings, table)
     lines = paper_lines(table, kept)
@@ -217,7 +218,7 @@ def write_table(table: PaperTable, settings: ReproducePaper) -> str:
 
 def main(argv: list[str]) -> None:
     """Read the options, write the tables, print them."""
-    settings = ReproducePaper.load(gathered(argv, "runs"))
+    settings = Reproduce.load(collect_words(argv, "runs"))
     if not settings.runs:
         raise SystemExit("error: give runs: --runs DIR, or --runs HiDisc=DIR HSAT=DIR")
     tables = read_tables(settings.numbers)
@@ -232,7 +233,3 @@ def main(argv: list[str]) -> None:
                 raise SystemExit(f"error: {error}") from None
             print(f"table {number} is left out: {error}", file=sys.stderr)
     print(f"tables are in {settings.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,15 +1,19 @@
-"""The files of a white-box evaluation: records, table, scores, evidence, figures."""
+"""The files of a white-box evaluation: records, table, scores, evidence, ensembles, figures."""
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hsat.cli.results import write_ensembles
 from hsat.cli.evaluation import remove_state
 from hsat.data import Cohort
 from hsat.eval import (
+    EnsembleOutcome,
     Record,
     WhiteboxResult,
     compare_models,
@@ -22,13 +26,14 @@ from hsat.eval import (
     write_evidence,
     write_records,
 )
+from hsat.files import write_file
 from hsat.run_folder import write_json, write_run_file
 
 if TYPE_CHECKING:
-    from hsat.cli.evaluate import EvaluateWhitebox
+    from hsat.cli.evaluate import Evaluate
 
 
-def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
+def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
     """Write records, table, plots and the account of the run; returns the table."""
     out = settings.out
     records: list[Record] = [record for result in results.values() for record in result.records]
@@ -37,7 +42,7 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
     save_scores(out / "scores.npz", scores)
     table = markdown_table(records)
     if len(results) > 1:
-        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.compat)
+        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, preset=settings.preset)
         table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
         write_json(out / "differences.json", [asdict(each) for each in found])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
@@ -52,7 +57,7 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
     return table
 
 
-def keep_evidence(settings: EvaluateWhitebox, results: dict[str, WhiteboxResult]) -> None:
+def keep_evidence(settings: Evaluate, results: dict[str, WhiteboxResult]) -> None:
     """What report.py shows besides numbers: predictions, a map of the embeddings, the first patches."""
     for title, result in results.items():
         write_evidence(
@@ -63,12 +68,12 @@ def keep_evidence(settings: EvaluateWhitebox, results: dict[str, WhiteboxResult]
             class_names=result.class_names,
             examples=result.examples,
             target=settings.target,
-            compat=settings.compat,
+            preset=settings.preset,
             checkpoint=result.records[0].checkpoint,
         )
 
 
-def draw(settings: EvaluateWhitebox, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
+def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
     """Accuracy against eps for the first k, and each encoder's patches under the first attack at its largest eps."""
     used = {record.k for record in records}
     k = settings.k[0] if settings.k[0] in used else max(used)
@@ -80,3 +85,18 @@ def draw(settings: EvaluateWhitebox, records: list[Record], results: dict[str, W
             clean, x_adv = result.examples["clean"], result.examples[name]
             heads = [f"patch {i + 1}" for i in range(len(clean))]
             plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
+
+
+def write_ensembles(out: Path, outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:
+    """Write ensemble.csv, a line per encoder, ensemble and patch; returns the tables in Markdown, "" without any."""
+    text, file = "", io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(["model", "attack", "patch", "broken_by", "margin"])
+    for title, ensembles in outcomes.items():
+        for name, outcome in ensembles.items():
+            text += f"\n**{name}** on {title}: how many patches each attack broke\n\n{outcome.to_markdown()}"
+            rows = zip(outcome.patch, outcome.broken_by, outcome.margin, strict=True)
+            lines.writerows([title, name, int(patch), by, f"{margin:.6f}"] for patch, by, margin in rows)
+    if text:
+        write_file(out / "ensemble.csv", file.getvalue())
+    return text

@@ -31,7 +31,6 @@ from hsat.cli.options import (
     ModelSettings,
     Settings,
     find_option,
-    read_yaml,
     say,
     split_commas,
 )
@@ -40,7 +39,7 @@ from hsat.data import BadPatch, Cohort
 from hsat.recipes import SCALES, read_recipe
 from hsat.run_folder import lock_folder
 from hsat.training import assert_ranks_agree, is_out_of_memory
-from hsat.training.config import InnerAttackConfig, OuterConfig, TrainConfig, ViewConfig
+from hsat.training.config import InnerAttackConfig, OuterConfig, TrainConfig, ViewConfig, written
 from hsat.training.folder import NumberLogger, SettingsChangedError, TrainingFolder, flatten
 from hsat.training.interrupts import TrainingInterrupted
 from hsat.training.trainer import Trainer
@@ -97,10 +96,10 @@ class Train(Settings):
     seed: int = Field(0, ge=0, description="of weights, draws, augmentation and attacks")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
-    out: Path = Field("runs/hsat", description="run folder")
+    out: Path = Field(written("runs/hsat"), description="run folder")
     resume: bool = Field(False, description="go on where the run in --out stopped")
     change: Annotated[list[Literal["train.lr", "train.precision"]], BeforeValidator(split_commas)] = Field(
-        "", description="with --resume: options that may have other values than the run began with"
+        [], description="with --resume: options that may have other values than the run began with"
     )
     quiet: bool = Field(False, description="no progress bars")
 
@@ -108,9 +107,7 @@ class Train(Settings):
         """The options as the trainer takes them."""
         views = {name: getattr(self.data, name) for name in ViewConfig.model_fields}
         outer = {name: getattr(self.train, name) for name in self.train.model_fields_set}
-        return TrainConfig(
-            **outer, views=ViewConfig(**views), attack=self.attack, seed=self.seed, preset=self.preset
-        )
+        return TrainConfig(**outer, views=ViewConfig(**views), attack=self.attack, seed=self.seed, preset=self.preset)
 
 
 def load_settings(argv: list[str]) -> Train:
@@ -241,7 +238,9 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: {error}. {advise_finite(settings, argv)}") from None
     except SettingsChangedError as error:
         changeable = set(error.names) <= set(CHANGEABLE)
-        raise SystemExit(f"error: {error}" + (f"; or add --change {','.join(error.names)}" if changeable else "")) from None
+        raise SystemExit(
+            f"error: {error}" + (f"; or add --change {','.join(error.names)}" if changeable else "")
+        ) from None
     except (BadPatch, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     except (RuntimeError, MemoryError) as error:
@@ -282,7 +281,7 @@ def advise_finite(settings: Train, argv: Sequence[str]) -> str:
         reason, changed = "bf16 has the range of float32, which float16 lacks", {"train.precision": "bf16"}
     else:
         reason, changed = "a lower learning rate may avoid it", {"train.lr": f"{settings.train.lr / 10:g}"}
-    names = {**dict.fromkeys(settings.change), **changed}
+    names = [*settings.change, *(name for name in changed if name not in settings.change)]
     values = {f"--{name}": value for name, value in changed.items()} | {"--change": ",".join(names)}
     command = command_to_resume(argv, values)
     return f"The same options would come to the same step again; {reason}. To go on:\n  {command}"
@@ -290,14 +289,16 @@ def advise_finite(settings: Train, argv: Sequence[str]) -> str:
 
 def command_to_resume(argv: Sequence[str], values: dict[str, str] | None = None) -> str:
     """The command that goes on with a run, with other values of some options."""
-    values = values or {}
-    words = [*_without(argv, {*values, "--resume"}), "--resume", *(word for pair in values.items() for word in pair)]
+    values = dict(values or {})
+    changed = [word for pair in values.items() for word in pair]
+    words = [*_without(argv, {*values, "--resume"}), "--resume", *changed]
     return shlex.join([*describe_launcher(os.environ), "train", *words])
 
 
 def _without(argv: Sequence[str], names: set[str]) -> list[str]:
     """The options but for these and their values."""
-    kept, drop = [], False
+    kept: list[str] = []
+    drop = False
     for word in argv:
         name, equals, _ = word.partition("=")
         if name in names:

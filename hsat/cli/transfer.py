@@ -26,8 +26,10 @@ from typing import Literal
 from pydantic import Field
 
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluate import loaders, target_and_scoring
-from hsat.cli.evaluation import EvaluationSettings, run_evaluation
+from hsat.cli.evaluate import target_and_scoring
+from hsat.cli.evaluation import PatchSettings, open_loaders, run_evaluation
+from hsat.cli.options import Counts, Names, Pixels, PixelsList
+from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
 from hsat.eval import (
     KNNClassifier,
@@ -43,12 +45,9 @@ from hsat.eval import (
 )
 from hsat.models import active_branch
 from hsat.run_folder import write_run_file
-from hsat.cli.ranks import Ranks
-from hsat.training.folder import device_named
-from hsat.cli.options import Counts, Names, Pixels, PixelsList
 
 
-class EvaluateTransfer(EvaluationSettings):
+class Transfer(PatchSettings):
     """Measure how attacks on one encoder hurt others, by kNN at patch, slide and patient level."""
 
     checkpoint: Names = Field([], description="encoders: name=file,name=file,... or files alone")
@@ -61,12 +60,9 @@ class EvaluateTransfer(EvaluationSettings):
     k: Counts = Field([200], description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     target: Literal["features", "embedding"] | None = Field(
-        None, description="what the attacks move on the surrogate; features, or embedding with --compat paper"
+        None, description="what the attacks move on the surrogate; features, or embedding with --preset paper"
     )
-    compat: Literal["paper"] | None = Field(None, description="paper: the published arithmetic and attack target")
-    bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
-    query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
-    batch_size: int = Field(64, gt=0, description="patches per batch")
+    preset: Literal["paper"] | None = Field(None, description="paper: the published arithmetic and attack target")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
     out: Path = Field(Path("runs/transfer"), description="folder for the results and the state")
@@ -78,7 +74,7 @@ class EvaluateTransfer(EvaluationSettings):
         return self.out / "state"
 
 
-def pairs_of(settings: EvaluateTransfer, titles: Sequence[str]) -> list[tuple[str, str]]:
+def pairs_of(settings: Transfer, titles: Sequence[str]) -> list[tuple[str, str]]:
     """Every surrogate with every target.  ValueError for names that are none of the encoders'."""
     chosen = {}
     for option in ("surrogates", "targets"):
@@ -88,17 +84,17 @@ def pairs_of(settings: EvaluateTransfer, titles: Sequence[str]) -> list[tuple[st
     return list(itertools.product(chosen["surrogates"], chosen["targets"]))
 
 
-def evaluate(settings: EvaluateTransfer, cohort: Cohort, ranks: Ranks | None = None) -> TransferResult:
+def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> TransferResult:
     """The whole matrix; its records say which branch of a dual BatchNorm was measured.
 
     ranks: which of several processes this is; all of them call this, and all get the result of one.
     """
-    ranks = ranks or Ranks(0, 1, device_named(settings.device))
-    encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.compat == "paper")
+    ranks = ranks or Ranks.alone(settings.device)
+    encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
     pairs = pairs_of(settings, [one.title for one in encoders])
-    bank, queries = loaders(settings, cohort)
-    goal = settings.target or ("embedding" if settings.compat == "paper" else "features")
-    target, scoring = target_and_scoring(goal, settings.compat, bootstrap=settings.bootstrap)
+    bank, queries = open_loaders(settings, cohort)
+    goal = settings.target or ("embedding" if settings.preset == "paper" else "features")
+    target, scoring = target_and_scoring(goal, settings.preset, bootstrap=settings.bootstrap)
     attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
     ranks.begin()
     result = evaluate_transfer(
@@ -122,7 +118,7 @@ def _naming_branch(record: Record, branches: dict[str, str | None]) -> Record:
     return replace(record, settings=record.settings | {key: value for key, value in found.items() if value})
 
 
-def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferResult) -> str:
+def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) -> str:
     """Write records, table, heat maps and the account of the run; returns the table."""
     out = settings.out
     write_records(out / "records.jsonl", result.records)
@@ -143,8 +139,4 @@ def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferRe
 
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    run_evaluation(EvaluateTransfer.load(argv), evaluate, write_results)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_evaluation(Transfer.load(argv), evaluate, write_results)

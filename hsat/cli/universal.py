@@ -17,11 +17,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from hsat.cli.cohort import describe, open_cohort
-from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluate import loaders
 from hsat.attacks import L2, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
 from hsat.attacks.threat import eps_text
+from hsat.cli.attacks import Lengths, check_radii
+from hsat.cli.cohort import describe, open_cohort
+from hsat.cli.encoders import open_encoders
+from hsat.cli.evaluation import open_loaders
+from hsat.cli.options import Counts, EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
 from hsat.data import BadPatch, Cohort
 from hsat.eval import (
     KNNClassifier,
@@ -35,9 +37,6 @@ from hsat.eval import (
 )
 from hsat.models import frozen
 from hsat.run_folder import lock_folder, write_run_file
-from hsat.training.folder import device_named
-from hsat.cli.options import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
-from hsat.cli.attacks import Lengths, check_radii
 
 
 class Universal(Settings):
@@ -45,7 +44,7 @@ class Universal(Settings):
 
     checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
     fit_on: str | None = Field(None, description="name of the encoder it is fitted on; the first if not given")
-    data: DataSettings = DataSettings()
+    data: EvaluationDataSettings = EvaluationDataSettings()
     model: StoredModelSettings = StoredModelSettings()
     threat: Literal["linf", "l2"] = Field("linf", description="the ball of the perturbation")
     eps: Lengths = Field([8 / 255], description="its radius; one")
@@ -69,7 +68,7 @@ def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Reco
     if len(settings.eps) != 1:
         raise ValueError(f"one perturbation has one radius; --eps has {len(settings.eps)}")
     (eps,) = check_radii(settings.threat, settings.eps)
-    device, (bank, queries) = device_named(settings.device), loaders(settings, cohort)
+    device, (bank, queries) = device_of(settings.device), open_loaders(settings, cohort)
     encoders = {
         title: (encoder.to(device), digest)
         for title, encoder, digest in open_encoders(settings.checkpoint, settings.model)
@@ -127,7 +126,3 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: {error}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

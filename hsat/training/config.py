@@ -28,6 +28,11 @@ def parse_pixels(value: Any) -> float:
     return number
 
 
+def written(default: str) -> Any:
+    """A default as a person writes it and --help shows it; it is parsed like a value that was given."""
+    return default
+
+
 Pixels = Annotated[float, BeforeValidator(parse_pixels)]
 
 
@@ -48,7 +53,8 @@ class ViewConfig(Section):
     strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
     dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")
     ids: Literal["true", "slots"] | None = Field(
-        None, description="what counts as a positive: true ids, or one id per place in the batch; true but for the preset"
+        None,
+        description="what counts as a positive: true ids, or one id per place in the batch; true but for the preset",
     )
     order: Literal["spread", "plain"] | None = Field(
         None, description="keep repeats of a patient apart, or shuffle plainly; spread but for the preset"
@@ -74,8 +80,8 @@ class InnerAttackConfig(Section):
     name: InnerAttackName = Field(
         "pgd", description="none trains the HiDisc baseline; the last four are cheaper (docs/cheaper_inner.md)"
     )
-    eps: Pixels = Field("8/255", description="radius of the l_inf ball")
-    step_size: Pixels = Field("2/255", description="size of a step")
+    eps: Pixels = Field(written("8/255"), description="radius of the l_inf ball")
+    step_size: Pixels = Field(written("2/255"), description="size of a step")
     steps: int = Field(5, gt=0, description="gradient steps")
     levels: Levels = Field("p_s_pt", description="terms of the loss that it maximises")
     warmup_epochs: int | None = Field(None, ge=0, description="eps grows from 1/255 over these; an eighth of the run")
@@ -111,7 +117,7 @@ class OuterConfig(Section):
     save_every: int = Field(500, gt=0, description="steps between checkpoints")
     eval_every: int | None = Field(None, gt=0, description="steps between held-out evaluations; a tenth of the run")
     eval_patches: int = Field(512, gt=0, description="held-out patches looked at in such an evaluation")
-    eval_eps: Pixels = Field("4/255", description="radius of the PGD-5 attack in it")
+    eval_eps: Pixels = Field(written("4/255"), description="radius of the PGD-5 attack in it")
     k: int = Field(20, gt=0, description="neighbours in it")
 
     @model_validator(mode="after")

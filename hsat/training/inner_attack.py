@@ -74,10 +74,10 @@ class InnerAttack:
         if self.config.check_every == 0:
             return fast, None
         guard = OverfittingGuard(fast, pgd, every=self.config.check_every, least=self.config.check_share)
-        if guard.due(step):
+        if guard.is_due(step):
             own = torch.Generator().manual_seed(generator.initial_seed())  # a check must not change the draws
             self.gap = self._measure(guard, parts, generator=own, ids=ids)
-        return guard.attack(self.gap), None
+        return guard.choose_attack(self.gap), None
 
     def _measure(
         self,

@@ -11,7 +11,7 @@ from types import FrameType
 from hsat.distributed import World
 
 
-class TrainingInterrupted(Exception):  # noqa: N818  (an interruption, as KeyboardInterrupt is)
+class TrainingInterrupted(Exception):
     """A training was ended by a signal after a whole step, and its state was saved.
 
     Attributes:

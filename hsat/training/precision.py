@@ -40,7 +40,8 @@ def average_gradients(model: nn.Module) -> DistributedDataParallel:
     """
     known = inspect.signature(DistributedDataParallel).parameters  # newer versions of torch call the option otherwise
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{name: False})
+    options: Any = {name: False}
+    return DistributedDataParallel(model, **options)
 
 
 def compile_in_place(model: nn.Module, device: torch.device) -> None:

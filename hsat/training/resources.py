@@ -83,3 +83,27 @@ class StepClock:
         seconds = (time.perf_counter() - self._begin) / self._after
         rest = time_text(seconds * left)
         return f"{seconds:.2g} s per step (over {self._after} steps), about {rest} for {left} more steps"
+
+
+def memory_report(limit_text: str, *, before: int, peak: int, patients: int, groups: int) -> str:
+    """After the first step: a sentence about its peak and a limit, and which batch would fit.
+
+    Args:
+        limit_text: The limit, as in "8GB".
+        before: Bytes in use before the step.
+        peak: Most bytes in use during it.
+        patients: Patients per batch, of all groups together.
+        groups: Ranks times parts of a batch.
+    """
+    limit = parse_memory(limit_text)
+    text = f"peak memory of the first step: {memory_text(peak)} of --train.max_memory {memory_text(limit)}"
+    if peak <= limit:
+        return text
+    if before >= limit:
+        return f"{text}; {memory_text(before)} were in use before it, by program and encoder: no batch would fit"
+    fits = largest_batch(patients // groups, before=before, peak=peak, limit=limit) * groups
+    if not fits:
+        return (
+            f"{text}; not even one patient at a time fits: lower --data.image_size, or use a smaller --model.backbone"
+        )
+    return f"{text}; about --train.batch_patients {fits} would fit, or raise --train.accumulate"

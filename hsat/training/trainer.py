@@ -70,6 +70,8 @@ from hsat.training.step import StepResult, adversarial_step
 from hsat.training.validation import HELD_OUT, Validation, held_out_validation
 from hsat.types import LEVELS, HierarchicalBatch
 
+DEFAULTS = TrainConfig()
+
 _log = logging.getLogger("hsat")
 
 
@@ -119,7 +121,7 @@ class Trainer:
         self,
         encoder: Encoder,
         cohort: Cohort,
-        config: TrainConfig = TrainConfig(),
+        config: TrainConfig = DEFAULTS,
         *,
         out: str | Path | FolderFactory = "runs/hsat",
         validate: Validation | None = None,
@@ -487,9 +489,9 @@ class Trainer:
         """Write the final encoder; raises ValueError if float16 skipped every step."""
         if self.skipped and self.skipped >= self.done:
             raise ValueError(
-                f"every one of the {self.done} steps was skipped, for float16 gradients overflowed: nothing was trained,"
-                f" and {self.folder.out} holds an encoder as it began. Take another --out with --train.precision bf16;"
-                f" or with more steps, as each one halves the scale of the loss, now {self.scaler.get_scale():g}"
+                f"every one of the {self.done} steps was skipped, for float16 gradients overflowed: nothing was"
+                f" trained, and {self.folder.out} holds an encoder as it began. Take another --out with"
+                f" --train.precision bf16; or with more steps, as each one halves the scale of the loss, now {self.scaler.get_scale():g}"
             )
         if self.skipped:
             _log.info("note: %d of %d steps were skipped, for float16 gradients overflowed", self.skipped, self.done)

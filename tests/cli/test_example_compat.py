@@ -11,13 +11,13 @@ from hsat.fingerprints import fingerprint_weights
 
 
 def trainer(root, *argv):
-    from hsat.cli.train import TrainHSAT
+    from hsat.cli.train import Train
     from hsat.training.trainer import Trainer
 
     small = (
         "--data.image_size 32 --model.backbone test_byobnet --model.embedding_dim 16 --train.batch_patients 2".split()
     )
-    settings = TrainHSAT.load(["--data.root", str(root), *small, "--train.epochs", "1600", *argv])
+    settings = Train.load(["--data.root", str(root), *small, "--train.epochs", "1600", *argv])
     return Trainer(settings, read_opensrh(root))
 
 
@@ -45,8 +45,8 @@ def test_what_compat_sets_and_what_wins(argv, expected, root):
 
 
 def test_a_run_with_compat_trains_and_says_so(options, root, trained, tmp_path):
-    from hsat.models import load_encoder
     from hsat.cli.train import main
+    from hsat.models import load_encoder
 
     main([*options, "--compat", "paper", "--train.steps", "4", "--out", str(tmp_path / "run")])
     about = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -64,7 +64,7 @@ def test_patches_of_another_size_are_refused_with_the_way_out(options, tmp_path,
 
 
 def test_another_compat_is_refused(stops):
-    from hsat.cli.train import TrainHSAT
+    from hsat.cli.train import Train
 
-    message = stops(TrainHSAT.load, ["--compat", "published"])
+    message = stops(Train.load, ["--compat", "published"])
     assert "compat" in message and "paper" in message

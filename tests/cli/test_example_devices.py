@@ -119,9 +119,9 @@ def pretended():
     """pretended(rank, *argv): the trainer of one of two ranks, in a process group that is really of one."""
     import torch.distributed as dist
 
-    from hsat.data import read_opensrh
     from hsat.cli.ranks import Ranks
     from hsat.cli.train import hold_out, load_settings
+    from hsat.data import read_opensrh
     from hsat.training.trainer import Trainer
 
     def build(rank, *argv):

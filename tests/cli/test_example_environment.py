@@ -1,4 +1,4 @@
-"""What the environment says about ranks: joined, refused with what to type, or nobody there."""
+"""What the environment says about ranks: join_ranks, refused with what to type, or nobody there."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_second_rank_0_is_told_about_the_port(environment, root, tmp_path, sto
 
 def test_rank_0_that_ends_while_others_wait_is_named(environment):
     """It had met rank 1 and waited for rank 2 in vain; what rank 1 then reads from is gone."""
-    from hsat.cli.ranks import joined
+    from hsat.cli.ranks import join_ranks
 
     kept = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     environment(RANK=1, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=kept.port)
@@ -132,7 +132,7 @@ def test_rank_0_that_ends_while_others_wait_is_named(environment):
 
     def wait():
         try:
-            with joined("cpu"):
+            with join_ranks("cpu"):
                 pass
         except OSError as error:
             errors.append(str(error))

@@ -255,7 +255,7 @@ def test_a_real_process_refuses_a_web_page_without_a_traceback(launch, root, tmp
 def test_loaders_lock_pages_for_a_gpu_alone(root, monkeypatch, kind):
     import evaluate_whitebox as script
 
-    monkeypatch.setattr(script, "device_named", lambda _name: torch.device(kind))
-    settings = script.EvaluateWhitebox.load(["--data.root", str(root), "--checkpoint", "x"])
+    monkeypatch.setattr(script, "device_of", lambda _name: torch.device(kind))
+    settings = script.Evaluate.load(["--data.root", str(root), "--checkpoint", "x"])
     for loader in script.loaders(settings, read_opensrh(root)):
         assert loader.pin_memory == (kind == "cuda")

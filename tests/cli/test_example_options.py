@@ -19,15 +19,15 @@ EVALUATE = "checkpoint data.root data.layout data.image_size attacks eps steps k
 
 
 def train_settings(*argv):
-    from hsat.cli.train import TrainHSAT
+    from hsat.cli.train import Train
 
-    return TrainHSAT.load(list(argv))
+    return Train.load(list(argv))
 
 
 def evaluate_settings(*argv):
-    from hsat.cli.evaluate import EvaluateWhitebox
+    from hsat.cli.evaluate import Evaluate
 
-    return EvaluateWhitebox.load(list(argv))
+    return Evaluate.load(list(argv))
 
 
 @pytest.mark.parametrize(("script", "names"), [("train_hsat", TRAIN), ("evaluate_whitebox", EVALUATE), ("demo", [])])

@@ -24,19 +24,19 @@ CASES = """
 import json, os, sys
 sys.path.insert(0, {examples!r})
 import hsat.cli.train as train_hsat
-from hsat.cli.transfer import EvaluateTransfer
-from hsat.cli.evaluate import EvaluateWhitebox
+from hsat.cli.transfer import Transfer
+from hsat.cli.evaluate import Evaluate
 from hsat.cli.evaluation import open_run
-from hsat.cli.ranks import joined
+from hsat.cli.ranks import join_ranks
 
 rank = int(os.environ["RANK"])
 opened = {{
     "train": lambda argv, ranks: train_hsat.train(train_hsat.load_settings(argv), ranks),
-    "whitebox": lambda argv, ranks: open_run(EvaluateWhitebox.load(argv), ranks),
-    "transfer": lambda argv, ranks: open_run(EvaluateTransfer.load(argv), ranks),
+    "whitebox": lambda argv, ranks: open_run(Evaluate.load(argv), ranks),
+    "transfer": lambda argv, ranks: open_run(Transfer.load(argv), ranks),
 }}
 found = {{}}
-with joined("cpu") as ranks:
+with join_ranks("cpu") as ranks:
     for name, (script, *both) in json.load(open("cases.json")).items():
         try:
             opened[script](both[rank], ranks)
@@ -156,10 +156,10 @@ def test_ranks_started_by_hand_train_together(options, tmp_path):
 
 def test_an_error_of_the_connection_says_that_rank_0_has_ended(monkeypatch):
     """What it kept is gone: another error is still told, one of the connection would only puzzle."""
-    import hsat.cli.ranks as one_voice
+    import hsat.cli.ranks as silence_other_ranks
     from hsat.cli.ranks import Ranks
 
-    monkeypatch.setattr(one_voice, "GRACE", 0.1)
+    monkeypatch.setattr(silence_other_ranks, "GRACE", 0.1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for error, expected, words in (
@@ -170,7 +170,7 @@ def test_an_error_of_the_connection_says_that_rank_0_has_ended(monkeypatch):
             board = dist.TCPStore("127.0.0.1", kept.port, 2, is_master=False, wait_for_workers=False)
             with (
                 pytest.raises(expected, match=words),
-                one_voice.one_voice(Ranks(1, 2, torch.device("cpu"), board=board)),
+                silence_other_ranks.silence_other_ranks(Ranks(1, 2, torch.device("cpu"), board=board)),
             ):
                 del kept
                 raise error

@@ -73,14 +73,14 @@ def test_mistakes_end_the_report_with_their_name(argv, named, run, stops):
 
 
 def test_folders_on_the_command_line():
-    from hsat.cli.options import gathered
+    from hsat.cli.options import collect_words
 
-    assert gathered(["a", "b", "--k", "3", "--runs", "c", "d", "--out", "e"], "runs") == [
+    assert collect_words(["a", "b", "--k", "3", "--runs", "c", "d", "--out", "e"], "runs") == [
         *("--k", "3", "--out", "e"),
         *("--runs", "a,b,c,d"),
     ]
-    assert gathered(["--runs=a", "b"], "runs") == ["--runs", "a,b"]
-    assert gathered(["--k", "3"], "runs") == ["--k", "3"]
+    assert collect_words(["--runs=a", "b"], "runs") == ["--runs", "a,b"]
+    assert collect_words(["--k", "3"], "runs") == ["--k", "3"]
 
 
 def test_a_folder_with_a_comma_is_refused(tmp_path, stops):
@@ -257,12 +257,13 @@ def test_the_page_about_the_report_runs(tmp_path, capsys):
 
 def test_the_commands_of_the_page_parse():
     import report as script
+
     import hsat.cli.reproduce as reproduce_paper
-    from hsat.cli.options import gathered
+    from hsat.cli.options import collect_words
 
     text = (ROOT / "docs" / "report.md").read_text() + (script.__doc__ or "") + (reproduce_paper.__doc__ or "")
     found = re.findall(r"^ *python examples/(report|reproduce_paper)\.py (.*)$", text, re.MULTILINE)
     assert len(found) >= 8
     for name, words in found:
-        settings = {"report": script.Report, "reproduce_paper": reproduce_paper.ReproducePaper}[name]
-        assert settings.over({}, gathered(words.split(), "runs")).runs
+        settings = {"report": script.Report, "reproduce_paper": reproduce_paper.Reproduce}[name]
+        assert settings.over({}, collect_words(words.split(), "runs")).runs

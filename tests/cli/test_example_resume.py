@@ -109,8 +109,8 @@ def test_a_finished_run_resumes_to_itself(copied, trained, options):
 
 
 def test_the_log_is_not_rewritten_at_every_step(tmp_path):
-    from hsat.training.folder import Run
     from hsat.cli.options import LoggerSettings
+    from hsat.training.folder import Run
 
     run = Run(tmp_path, {}, cohort="", resume=False, log=LoggerSettings())
     run.keep_rows_before(0)

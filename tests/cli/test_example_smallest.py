@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hsat.cli.transfer import main as transfer
+from hsat.cli.budget import main as budget
 from hsat.cli.evaluate import main as whitebox
 from hsat.cli.export import main as export
-from hsat.cli.budget import main as budget
+from hsat.cli.report import main as report
+from hsat.cli.transfer import main as transfer
+from hsat.cli.universal import main as universal
 from hsat.data import write_synthetic_cohort
 from hsat.eval import read_records
-from hsat.cli.report import main as report
-from hsat.cli.universal import main as universal
 
 QUICK = "--data.image_size 32 --k 1 --bootstrap 10 --quiet".split()
 

@@ -17,9 +17,9 @@ def evaluate(*words):
 
 
 def settings_of(*words):
-    from hsat.cli.evaluate import EvaluateWhitebox
+    from hsat.cli.evaluate import Evaluate
 
-    return EvaluateWhitebox.load([*words])
+    return Evaluate.load([*words])
 
 
 def test_names_and_numbers_of_the_attacks():

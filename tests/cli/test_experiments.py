@@ -225,6 +225,7 @@ def test_dual_norm_resumes_bit_for_bit(dual, place):
 
 def test_the_held_out_score_is_that_of_the_trained_branch(dual, place, monkeypatch):
     import held_out
+
     from hsat.cli.train import hold_out, load_settings
 
     settings = load_settings(["--config", str(SMOKE[2]), *DUAL.split()])
@@ -365,9 +366,9 @@ def test_the_commands_of_the_page_parse(words, monkeypatch):
     script = importlib.import_module(Path(words[0]).stem)
     monkeypatch.chdir(ROOT)
     if script.__name__ == "report":
-        assert str(script.Report.load(script.gathered(words[1:], "runs")).out) == "report.html"
+        assert str(script.Report.load(script.collect_words(words[1:], "runs")).out) == "report.html"
         return
-    kind = {"train_hsat": "TrainHSAT", "evaluate_whitebox": "EvaluateWhitebox", "evaluate_transfer": "EvaluateTransfer"}
+    kind = {"train_hsat": "Train", "evaluate_whitebox": "Evaluate", "evaluate_transfer": "Transfer"}
     found = getattr(script, kind[script.__name__]).load(words[1:])
     assert str(found.out) == words[words.index("--out") + 1]
     assert ("smoke" in str(found.out)) == (found.data.root is None)

@@ -1,0 +1,1 @@
+"""The command `hsat`: training, evaluations and reports, one module each."""
