@@ -139,7 +139,7 @@ def run(demo: Demo) -> None:
     """Train, evaluate, print, write."""
     begin = time.monotonic()
     encoders = train_both(demo)
-    tables = {}
+    tables: dict[str, str] = {}
     for target in demo.targets:
         tables[target], cohort = evaluate_both(demo, encoders, target)
         records = list(read_records(demo.out / target / "records.jsonl"))

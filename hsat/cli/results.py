@@ -42,7 +42,7 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     save_scores(out / "scores.npz", scores)
     table = markdown_table(records)
     if len(results) > 1:
-        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, preset=settings.preset)
+        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.preset)
         table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
         write_json(out / "differences.json", [asdict(each) for each in found])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
@@ -68,7 +68,7 @@ def keep_evidence(settings: Evaluate, results: dict[str, WhiteboxResult]) -> Non
             class_names=result.class_names,
             examples=result.examples,
             target=settings.target,
-            preset=settings.preset,
+            compat=settings.preset,
             checkpoint=result.records[0].checkpoint,
         )
 

@@ -491,7 +491,8 @@ class Trainer:
             raise ValueError(
                 f"every one of the {self.done} steps was skipped, for float16 gradients overflowed: nothing was"
                 f" trained, and {self.folder.out} holds an encoder as it began. Take another --out with"
-                f" --train.precision bf16; or with more steps, as each one halves the scale of the loss, now {self.scaler.get_scale():g}"
+                " --train.precision bf16; or with more steps, as each one halves the scale of the loss, now"
+                f" {self.scaler.get_scale():g}"
             )
         if self.skipped:
             _log.info("note: %d of %d steps were skipped, for float16 gradients overflowed", self.skipped, self.done)

@@ -1,4 +1,4 @@
-"""Tiny cohorts on disk, one finished training, and ways to run the scripts as a user would."""
+"""Tiny cohorts on disk, one finished training, and ways to run the commands as a user would."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ import torch
 from PIL import Image
 
 from hsat.data import write_synthetic_cohort
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))  # the scripts import each other as scripts do: by plain names
 
 # An epoch has two batches here, so the checkpoints after steps 3 and 6 lie within one and between two.
 SMALL = "--data.image_size 32 --model.backbone test_byobnet --model.embedding_dim 16".split()
@@ -96,11 +93,11 @@ def stops() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def launch() -> Callable[..., subprocess.Popen[str]]:
-    """launch(script, *argv, cwd=...): the script as a process of its own, in a process group of its own."""
+    """launch(command, *argv, cwd=...): `hsat command` as a process of its own, in a process group of its own."""
 
-    def start(script: str, *argv: str, cwd: Path) -> subprocess.Popen[str]:
+    def start(command: str, *argv: str, cwd: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(EXAMPLES / script), *argv],
+            [sys.executable, "-m", "hsat", command, *argv],
             cwd=cwd,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -43,7 +43,7 @@ def test_the_two_columns_are_those_of_the_other_example(compared, trained, root,
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--gallery", "0"]
     run(
         "evaluate_whitebox",
-        [*argv, "--attacks", "pgd,bim", "--compat", "paper", "--noise", "false", "--out", str(tmp_path)],
+        [*argv, "--attacks", "pgd,bim", "--preset", "paper", "--noise", "false", "--out", str(tmp_path)],
     )
     published, found = read_records(tmp_path / "records.jsonl"), by_convention(compared)
     assert published

@@ -40,7 +40,7 @@ def test_a_killed_run_goes_on(trained, root, launch, stops, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--batch_size", "2"]
     certify([*argv, "--out", str(tmp_path / "whole")])
     out = tmp_path / "out"
-    process = launch("certify.py", *argv, "--out", str(out), cwd=tmp_path)
+    process = launch("certify", *argv, "--out", str(out), cwd=tmp_path)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)

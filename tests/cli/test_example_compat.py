@@ -1,4 +1,4 @@
-"""--compat paper in training: which options it sets, that single options win, and that a run with it trains."""
+"""--preset paper in training: which options it sets, that single options win, and that a run with it trains."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def choices(made):
     ("argv", "expected"),
     [
         ([], (False, "spread", "resize", 0)),
-        (["--compat", "paper"], (True, "plain", "keep", 2)),  # 1600 epochs have plateaus of two
-        (["--compat", "paper", "--train.plateau", "50"], (True, "plain", "keep", 50)),
-        (["--compat", "paper", "--data.dynamic", "false"], (True, "plain", "keep", 0)),
-        (["--compat", "paper", "--data.augmentation", "static"], (True, "plain", "keep", 0)),
-        (["--compat", "paper", "--data.ids", "true", "--data.static_epochs", "7"], (False, "plain", "keep", 7)),
+        (["--preset", "paper"], (True, "plain", "keep", 2)),  # 1600 epochs have plateaus of two
+        (["--preset", "paper", "--train.plateau", "50"], (True, "plain", "keep", 50)),
+        (["--preset", "paper", "--data.dynamic", "false"], (True, "plain", "keep", 0)),
+        (["--preset", "paper", "--data.augmentation", "static"], (True, "plain", "keep", 0)),
+        (["--preset", "paper", "--data.ids", "true", "--data.static_epochs", "7"], (False, "plain", "keep", 7)),
         (["--data.order", "plain", "--data.uncropped", "keep"], (False, "plain", "keep", 0)),
         (["--data.ids", "slots"], (True, "spread", "resize", 0)),
     ],
@@ -48,7 +48,7 @@ def test_a_run_with_compat_trains_and_says_so(options, root, trained, tmp_path):
     from hsat.cli.train import main
     from hsat.models import load_encoder
 
-    main([*options, "--compat", "paper", "--train.steps", "4", "--out", str(tmp_path / "run")])
+    main([*options, "--preset", "paper", "--train.steps", "4", "--out", str(tmp_path / "run")])
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["settings"]["compat"] == "paper"
     published, usual = (load_encoder(folder / "final.safetensors") for folder in (tmp_path / "run", trained))
@@ -58,7 +58,7 @@ def test_a_run_with_compat_trains_and_says_so(options, root, trained, tmp_path):
 def test_patches_of_another_size_are_refused_with_the_way_out(options, tmp_path, stops):
     from hsat.cli.train import main
 
-    argv = [*options, "--compat", "paper", "--data.image_size", "40", "--out", str(tmp_path / "run")]
+    argv = [*options, "--preset", "paper", "--data.image_size", "40", "--out", str(tmp_path / "run")]
     message = stops(main, argv)
     assert "a patch of 32 x 32 pixels that is not cropped" in message and "image_size=32" in message
 
@@ -66,5 +66,5 @@ def test_patches_of_another_size_are_refused_with_the_way_out(options, tmp_path,
 def test_another_compat_is_refused(stops):
     from hsat.cli.train import Train
 
-    message = stops(Train.load, ["--compat", "published"])
+    message = stops(Train.load, ["--preset", "published"])
     assert "compat" in message and "paper" in message

@@ -35,7 +35,7 @@ def test_an_ensemble_survives_a_kill_and_names_who_broke_what(argv, root, launch
     ours = [*argv, "--attacks", "pgd,ensemble", "--cache", str(tmp_path / "cache")]
     evaluate([*ours, "--out", str(tmp_path / "whole")])
     out = tmp_path / "out"
-    process = launch("evaluate_whitebox.py", *ours, "--out", str(out), cwd=tmp_path)
+    process = launch("evaluate", *ours, "--out", str(out), cwd=tmp_path)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):
         time.sleep(0.005)
     kill(process)

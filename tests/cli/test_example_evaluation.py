@@ -147,7 +147,7 @@ def test_two_checkpoints_are_compared_on_the_same_patients(trained, root, tmp_pa
 @pytest.mark.parametrize(("more", "target"), [([], "embedding"), (["--target", "features"], "features")])
 def test_compat_switches_to_the_published_evaluation(more, target, trained, root, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *ONE, "--gallery", "0"]
-    evaluate([*argv, "--compat", "paper", *more, "--out", str(tmp_path / "out")])
+    evaluate([*argv, "--preset", "paper", *more, "--out", str(tmp_path / "out")])
     for record in read_records(tmp_path / "out" / "records.jsonl"):
         chosen = [record.settings[name] for name in ("compat", "how", "absent", "keys")]
         assert (record.target, *chosen) == (target, "paper", "paper", "zero", "id_and_label")
@@ -245,7 +245,7 @@ def test_no_figures_without_matplotlib_but_all_numbers(trained, root, tmp_path, 
 def test_a_real_process_refuses_a_web_page_without_a_traceback(launch, root, tmp_path):
     html(tmp_path / "weights.pt", {})
     argv = ["--checkpoint", "weights.pt", "--data.root", str(root), "--out", "out"]
-    process = launch("evaluate_whitebox.py", *argv, cwd=tmp_path)
+    process = launch("evaluate", *argv, cwd=tmp_path)
     shown = process.communicate()[0]
     assert process.returncode == 1
     assert "HTML page" in shown and "Traceback" not in shown

@@ -225,7 +225,7 @@ def test_nothing_is_read_from_the_environment(monkeypatch):
 
 
 def test_a_real_process_ends_with_one_line_and_no_traceback(launch, tmp_path):
-    process = launch("train_hsat.py", "--attack.eps", "8", cwd=tmp_path)
+    process = launch("train", "--attack.eps", "8", cwd=tmp_path)
     shown = process.communicate()[0]
     assert process.returncode == 1
     assert "attack.eps" in shown and "8/255" in shown and "Traceback" not in shown

@@ -51,12 +51,12 @@ def test_killed_twice_and_resumed_with_another_number_of_workers(trained, option
     out, chance = tmp_path / "run", random.Random()
     argv = [*options, "--out", str(out)]
     for workers, rows, switches in (("0", 3, []), ("1", 5, ["--resume"])):
-        process = launch("train_hsat.py", *argv, *switches, "--data.workers", workers, cwd=tmp_path)
+        process = launch("train", *argv, *switches, "--data.workers", workers, cwd=tmp_path)
         wait_for_rows(process, out / "train.csv", rows)
         time.sleep(chance.uniform(0, 0.05))
         kill(process)
         assert (out / "run.json").exists() and not (out / "final.safetensors").exists()
-    process = launch("train_hsat.py", *argv, "--resume", cwd=tmp_path)
+    process = launch("train", *argv, "--resume", cwd=tmp_path)
     shown = process.communicate()[0]
     assert process.returncode == 0, shown
     assert_same(out, trained)

@@ -81,7 +81,7 @@ def test_writes_the_matrix(whole, files, root):
 
 def test_killed_and_resumed(argv, whole, launch, tmp_path):
     out = tmp_path / "out"
-    process = launch("evaluate_transfer.py", *argv, "--out", str(out), cwd=tmp_path)
+    process = launch("transfer", *argv, "--out", str(out), cwd=tmp_path)
     state = out / "state"
     while process.poll() is None and not list(state.glob("attacked-a-PGD-8-*")):
         time.sleep(0.002)
