@@ -6,7 +6,8 @@
 
 Which run fills which row: a plain DIR gives every model in its records to the row of that name; ROW=DIR gives the one
 model of DIR (or the one that is called ROW) to ROW; ROW=DIR:MODEL gives that one.  A row named several times has
-several seeds: mean, standard deviation and n.  Rows without a run show a dash.  hsat/recipes/paper_numbers.yaml lists the rows.
+several seeds: mean, standard deviation and n.  Rows without a run show a dash.  hsat/recipes/paper_numbers.yaml lists
+the rows.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from pydantic import BeforeValidator, Field
 from hsat.cli.options import Names, Settings, collect_words, read_yaml
 from hsat.eval import PaperRow, PaperTable, Record, paper_csv, paper_latex, paper_lines, paper_markdown, read_records
 from hsat.eval.reporting.grouping import branch_of, setting_of, unique
-
-NUMBERS = Path(__file__).parent / "paper_numbers.yaml"
+from hsat.recipes import PAPER_NUMBERS, read_paper_numbers
 
 
 class Reproduce(Settings):
@@ -36,19 +36,30 @@ class Reproduce(Settings):
     )
     k: int | None = Field(None, gt=0, description="neighbours; 200, as in the paper, where the records have it")
     attack: str = Field("PGD-8", description="of the drops in table 2")
-    numbers: Path = Field(NUMBERS, description="YAML file of the printed numbers")
+    numbers: Path | None = Field(None, description="YAML file of printed numbers; those of the package if not given")
     out: Path = Field(Path("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
 
 
-def read_tables(path: Path) -> dict[str, PaperTable]:
-    """The tables of a YAML file such as paper_numbers.yaml, by number; SystemExit names what is wrong in it."""
-    found = {}
-    for number, text in read_yaml(path).items():
+def read_tables(path: Path | None = None) -> dict[str, PaperTable]:
+    """The tables of a YAML file, by number.
+
+    Args:
+        path: A file in the form of hsat/recipes/paper_numbers.yaml, which is read if none is given.
+
+    Returns:
+        {"1": PaperTable, ...}
+
+    Raises:
+        SystemExit: For a file that cannot be read, naming what is wrong in which table.
+    """
+    tables = {}
+    for number, text in (read_yaml(path) if path else read_paper_numbers()).items():
         try:
-            found[str(number)] = as_table(int(number), text)
+            tables[str(number)] = as_table(int(number), text)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SystemExit(f"error: {path}, table {number}: {type(error).__name__}: {error}") from None
-    return found
+            file = path or PAPER_NUMBERS
+            raise SystemExit(f"error: {file}, table {number}: {type(error).__name__}: {error}") from None
+    return tables
 
 
 def as_table(number: int, text: dict[str, Any]) -> PaperTable:
@@ -225,7 +236,7 @@ def main(argv: list[str]) -> None:
     wanted = list(tables) if settings.table == "all" else [settings.table]
     for number in wanted:
         if number not in tables:
-            raise SystemExit(f"error: {settings.numbers} has no table {number}; it has {', '.join(tables)}")
+            raise SystemExit(f"error: {settings.numbers or PAPER_NUMBERS} has no table {number}; it has {', '.join(tables)}")
         try:
             print(write_table(of_attack(tables[number], settings.attack), settings))
         except (OSError, ValueError) as error:
