@@ -236,7 +236,9 @@ def main(argv: list[str]) -> None:
     wanted = list(tables) if settings.table == "all" else [settings.table]
     for number in wanted:
         if number not in tables:
-            raise SystemExit(f"error: {settings.numbers or PAPER_NUMBERS} has no table {number}; it has {', '.join(tables)}")
+            raise SystemExit(
+                f"error: {settings.numbers or PAPER_NUMBERS} has no table {number}; it has {', '.join(tables)}"
+            )
         try:
             print(write_table(of_attack(tables[number], settings.attack), settings))
         except (OSError, ValueError) as error:
