@@ -1,11 +1,9 @@
-"""hierarchical_budget.py and export_adversarial.py: what they write agrees with itself, and how they refuse."""
+"""hsat budget and hsat export: what they write agrees with itself, and how they refuse."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 import time
 
 import numpy as np
@@ -69,21 +67,20 @@ def test_files_are_a_cohort_inside_the_ball_and_no_run_overwrites_another(start,
     assert "exists and is left untouched" in stops(export, [*start, "--out", str(tmp_path / "adv")])
 
 
-def kill_after_a_batch(launch, script, argv, out):
-    """Start the script and kill it once a batch is finished."""
-    process = launch(f"{script}.py", *argv, "--out", str(out), cwd=out.parent)
+def kill_after_a_batch(launch, kill, command, argv, out):
+    """Start the command and kill it once a batch is finished."""
+    process = launch(command, *argv, "--out", str(out), cwd=out.parent)
     while process.poll() is None and not list(out.glob(".state/**/batch-*")):
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert list(out.glob(".state/**/batch-*")) and not (out / "records.jsonl").exists()
 
 
-@pytest.mark.parametrize(("script", "call"), [("hierarchical_budget", budget), ("export_adversarial", export)])
-def test_a_killed_run_goes_on(script, call, start, launch, stops, tmp_path):
+@pytest.mark.parametrize(("command", "call"), [("budget", budget), ("export", export)])
+def test_a_killed_run_goes_on(command, call, start, launch, kill, stops, tmp_path):
     ours, out, whole = [*start, "--batch_size", "2"], tmp_path / "out", tmp_path / "whole"
     call([*ours, "--out", str(whole)])
-    kill_after_a_batch(launch, script, ours, out)
+    kill_after_a_batch(launch, kill, command, ours, out)
     assert "--resume" in stops(call, [*ours, "--out", str(out)])
     assert "seed was 0, now 1" in stops(call, [*ours, "--out", str(out), "--resume", "--seed", "1"])
     call([*ours, "--out", str(out), "--resume"])
