@@ -1,13 +1,13 @@
 r"""How few patches must an attacker alter to change the diagnosis of a patient?  records.jsonl, groups.csv, table.md.
 
-    python examples/hierarchical_budget.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
-    python examples/hierarchical_budget.py --checkpoint a=runs/a/final.safetensors,b=runs/b/best.safetensors \
+    hsat budget --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    hsat budget --checkpoint a=runs/a/final.safetensors,b=runs/b/best.safetensors \
         --level slide
 
 Every validation patch is attacked; then the fewest attacked patches are counted that turn the pooled decision of their
 patient or slide (docs/threats.md).  groups.csv has that number for each of them.  --query_patches thins the patches,
 and with them the patients' sizes: the fractions stay what they say, of the patches that are left.  --resume goes on
-after an interruption, and torchrun shares the work among processes, as for evaluate_whitebox.py.
+after an interruption, and torchrun shares the work among processes, as for hsat evaluate.
 """
 
 from __future__ import annotations

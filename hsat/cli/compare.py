@@ -1,6 +1,6 @@
 """What each convention of the published evaluation does to the numbers of one encoder.
 
-    python examples/compare_conventions.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    hsat compare --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
 
 The encoder is evaluated under hsat's conventions, under the published ones (all at once, as with --preset paper), and
 under hsat's with one convention switched at a time.  Where only arithmetic changes, nothing is attacked again.
@@ -189,7 +189,7 @@ def write_results(settings: Compare, cohort: Cohort, found: dict[str, tuple[Reco
     settings.out.mkdir(parents=True, exist_ok=True)
     write_records(settings.out / "records.jsonl", [record for records in found.values() for record in records])
     table = differences(found, settings.metrics)
-    explained = f"{table}\nWhat the conventions are (those of training are for train_hsat.py --preset paper):\n\n"
+    explained = f"{table}\nWhat the conventions are (those of training are for hsat train --preset paper):\n\n"
     working = settings.out / ".table.md.partial"
     working.write_text(explained + conventions_table())
     working.replace(settings.out / "table.md")
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
     settings = Compare.load(argv)
     if settings.checkpoint is None:
-        raise SystemExit("error: give --checkpoint FILE; train_hsat.py writes best.safetensors")
+        raise SystemExit("error: give --checkpoint FILE; hsat train writes best.safetensors")
     if unknown := [name for name in settings.metrics if name not in TITLES]:
         raise SystemExit(f"error: unknown metrics {unknown}; choose from {', '.join(TITLES)}")
     cohort = open_cohort(settings.data, seed=settings.seed)

@@ -54,7 +54,7 @@ def _head_of(model: EncoderSettings) -> HeadSpec | None:
 def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True) -> Encoder:
     """The encoder in a file, its BatchNorm branch chosen; what was not said and had to be inferred goes to stderr.
 
-    A file of train_hsat.py says how to build its encoder.  --model.backbone and the options beside it are for files
+    A file of hsat train says how to build its encoder.  --model.backbone and the options beside it are for files
     that do not; with several files (alone=False) those that do say keep to it.  Raises ValueError, OSError.
     """
     own = "backbone" not in model.model_fields_set or (not alone and has_encoder_spec(path))

@@ -1,9 +1,9 @@
 """White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
 
-    python examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
-    python examples/evaluate_whitebox.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
+    hsat evaluate --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    hsat evaluate --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
 
-A checkpoint written by train_hsat.py says how to build its encoder.  For any other file (published, plain) give
+A checkpoint written by hsat train says how to build its encoder.  For any other file (published, plain) give
 --model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
 one branch, --model.branch.  Attacks move what --target says: "decision" (the kNN vote itself, of the first --k),
 "features" (what kNN reads) or "embedding" (as in the paper); they start at random points, as in the published
@@ -15,7 +15,7 @@ patch as robust only if all of them fail on it (docs/ensemble.md); with several 
 the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
 same results (docs/devices.md):
 
-    torchrun --nproc_per_node=4 examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors
+    torchrun --nproc_per_node=4 -m hsat evaluate --checkpoint runs/hsat/best.safetensors
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def run_evaluation(
     """
     if not settings.checkpoint:
         raise SystemExit(
-            "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; train_hsat.py writes best.safetensors"
+            "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; hsat train writes best.safetensors"
         )
     try:
         with (

@@ -1,12 +1,12 @@
 """The paper's tables with our numbers beside the printed ones: Markdown, LaTeX and CSV from the records of runs.
 
-    python examples/reproduce_paper.py --table 1 --runs runs/demo/embedding
-    python examples/reproduce_paper.py --table 1 --runs HiDisc=runs/a HSAT=runs/b HSAT=runs/c --k 20
-    python examples/reproduce_paper.py --table 3 --runs HSAT-Patch=runs/p HSAT-Patient=runs/x:HSAT
+    hsat reproduce --table 1 --runs runs/demo/embedding
+    hsat reproduce --table 1 --runs HiDisc=runs/a HSAT=runs/b HSAT=runs/c --k 20
+    hsat reproduce --table 3 --runs HSAT-Patch=runs/p HSAT-Patient=runs/x:HSAT
 
 Which run fills which row: a plain DIR gives every model in its records to the row of that name; ROW=DIR gives the one
 model of DIR (or the one that is called ROW) to ROW; ROW=DIR:MODEL gives that one.  A row named several times has
-several seeds: mean, standard deviation and n.  Rows without a run show a dash.  paper_numbers.yaml lists the rows.
+several seeds: mean, standard deviation and n.  Rows without a run show a dash.  hsat/recipes/paper_numbers.yaml lists the rows.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _records_of(table: PaperTable, word: str) -> tuple[str | None, tuple[Record,
 def _read(folder: Path) -> tuple[Record, ...]:
     path = folder / "records.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no records.jsonl; evaluate_whitebox.py and evaluate_transfer.py write it")
+        raise ValueError(f"{folder} holds no records.jsonl; hsat evaluate and hsat transfer write it")
     records = read_records(path)
     if not records:
         raise ValueError(f"{path} is empty")

@@ -58,7 +58,7 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
 
 
 def keep_evidence(settings: Evaluate, results: dict[str, WhiteboxResult]) -> None:
-    """What report.py shows besides numbers: predictions, a map of the embeddings, the first patches."""
+    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches."""
     for title, result in results.items():
         write_evidence(
             settings.out / "evidence",

@@ -1,7 +1,7 @@
 """Black-box transfer between encoders: records.jsonl, table.md, heat maps.
 
-    python examples/evaluate_transfer.py --checkpoint a=runs/a/best.safetensors,b=FILE,c=FILE --data.root /data/opensrh
-    python examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE,c=FILE --surrogates a,b --target embedding --resume
+    hsat transfer --checkpoint a=runs/a/best.safetensors,b=FILE,c=FILE --data.root /data/opensrh
+    hsat transfer --checkpoint a=FILE,b=FILE,c=FILE --surrogates a,b --target embedding --resume
 
 Every encoder of --surrogates is attacked on the validation patches, once per attack; every encoder of --targets then
 classifies what came out with its own bank of clean training patches.  Acc-D and MCA-D are the target's clean accuracy
@@ -11,7 +11,7 @@ The folder `state` in --out keeps what is finished: after an interruption the sa
 there and ends with the same records; encoders and attacks may be added later.  Several GPUs or processes share the
 work, with the same results (docs/devices.md):
 
-    torchrun --nproc_per_node=4 examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE --data.root /data/opensrh
+    torchrun --nproc_per_node=4 -m hsat transfer --checkpoint a=FILE,b=FILE --data.root /data/opensrh
 """
 
 from __future__ import annotations

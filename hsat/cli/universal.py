@@ -1,6 +1,6 @@
 r"""One label-free perturbation for all images, fitted on one encoder and measured on every encoder.
 
-    python examples/universal.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors \
+    hsat universal --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors \
         --data.root /data/opensrh --eps 8/255
 
 It is fitted on the training patches of --fit_on (the first checkpoint), without their labels, and added to the
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     """Read the options, fit, measure, write, print."""
     settings = Universal.load(argv)
     if not settings.checkpoint:
-        raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
+        raise SystemExit("error: give --checkpoint FILE, or name=FILE; hsat train writes best.safetensors")
     cohort = open_cohort(settings.data, seed=settings.seed)
     print(describe(cohort), file=sys.stderr)
     try:
