@@ -1,26 +1,19 @@
-"""The paper's experiments as configurations, dual BatchNorm from training to evaluation, and published checkpoints."""
+"""Recipes: the paper's experiments as they were published, their sizes, and trainings of them; docs/experiments.md."""
 
 from __future__ import annotations
 
-import csv
-import importlib
-import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from hsat.data import read_opensrh, write_synthetic_cohort
-from hsat.eval import read_records
+from hsat.data import write_synthetic_cohort
 from hsat.fingerprints import fingerprint_weights
-from hsat.models import build_encoder, load_encoder, save_encoder, unused_branches
+from hsat.models import load_encoder
+from hsat.recipes import EXPERIMENTS, NAMES, SCALES, read_paper_numbers, read_recipe
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "configs"
-PAGE = ROOT / "docs" / "experiments.md"
-EXPERIMENTS = sorted((CONFIGS / "experiments").glob("*.yaml"))
-SMOKE = sorted((CONFIGS / "smoke").glob("*.yaml"))
+PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
 HSAT = {
     "slides": 2,
     "patches": 2,
@@ -48,43 +41,24 @@ WANTED = {  # what an experiment changes, and in which option
     13: {"slides": 1, "patches": 1},
     14: {"patches": 1},
 }
-SIZES = {"root", "image_size", "backbone", "warmup_epochs", "epochs", "steps", "batch_patients", "plateau"}
-QUICK = "--data.image_size 32 --steps 1 --bootstrap 0 --gallery 0 --attacks pgd --eps 8/255 --k 5 --noise false --quiet"
-DUAL = "--model.dual_norm --model.backbone test_byobnet --data.tune_fraction 0.15 --train.eval_every 2"
-DUAL += " --train.save_every 1 --train.eval_patches 20 --attack.steps 2 --quiet"
 
 
-def number(path):
-    return int(path.name[:2])
-
-
-def train(argv):
-    from hsat.cli.train import main
-
-    main([str(word) for word in argv])
-
-
-def evaluate(argv):
-    from hsat.cli.evaluate import main
-
-    main([str(word) for word in argv])
-
-
-def rows_of(out):
-    with (out / "train.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_there_are_fourteen_and_each_has_its_smoke_run():
-    assert [number(path) for path in EXPERIMENTS] == list(range(1, 15))
-    assert [path.name for path in SMOKE] == [path.name for path in EXPERIMENTS]
-
-
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiment_is_what_the_paper_says(path):
+def settings_of(*argv):
     from hsat.cli.train import load_settings
 
-    found = load_settings(["--config", str(path)])
+    return load_settings([*argv])
+
+
+def test_there_are_fourteen_experiments_and_two_of_them_have_names():
+    assert EXPERIMENTS == tuple(f"experiment-{n}" for n in range(1, 15))
+    assert {*NAMES} == {*EXPERIMENTS, "hsat", "hidisc", "demo"}
+    assert read_recipe("hidisc") == read_recipe("experiment-1") and read_recipe("hsat") == read_recipe("experiment-2")
+    assert read_recipe("demo") == read_recipe("demo", scale="paper") == read_recipe("hsat", scale="demo")
+
+
+@pytest.mark.parametrize("n", WANTED)
+def test_an_experiment_is_what_the_paper_says(n):
+    found = settings_of("--recipe", f"experiment-{n}", "--data.root", "r")
     data, model, attack, run = found.data, found.model, found.attack, found.train
     values = {
         "slides": data.slides,
@@ -97,68 +71,108 @@ def test_experiment_is_what_the_paper_says(path):
         "epochs": run.epochs,
         "clean": run.clean,
     }
-    assert values == HSAT | WANTED[number(path)]
+    assert values == HSAT | WANTED[n]
     assert data.slides * data.patches * data.views * run.batch_patients == 128
     assert (data.image_size, data.views, data.tune_fraction, model.backbone) == (300, 2, 0, "resnet50")
     assert (run.lr, run.warmup, run.loss, run.temperature, run.steps) == (1e-3, 0.1, "p_s_pt", 0.07, None)
-    assert model.head_hidden == ([2048, 2048] if number(path) == 10 else [])
+    assert model.head_hidden == ([2048, 2048] if n == 10 else [])
     assert not model.dual_norm and model.weights is None and not model.pretrained
-    if number(path) > 1:
+    if n > 1:
         assert (attack.eps, attack.step_size, attack.steps) == (8 / 255, 2 / 255, 5)
         assert (attack.warmup_epochs, run.plateau, data.dynamic) == (5000, 50, True)
 
 
-@pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.stem)
-def test_smoke_run_differs_in_size_only(path):
-    paper = yaml.safe_load((CONFIGS / "experiments" / path.name).read_text())
-    small = yaml.safe_load(path.read_text())
-    assert paper.keys() == small.keys()
-    for section in paper:
-        rest = [{k: v for k, v in content[section].items() if k not in SIZES} for content in (paper, small)]
-        assert rest[0] == rest[1], section
-    data, run = small["data"], small["train"]
-    assert data["slides"] * data["patches"] * data["views"] * run["batch_patients"] == 16
-    assert "root" not in data and run["steps"] <= 5 and "epochs" not in run
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_at_every_scale_is_accepted(name, scale):
+    found = settings_of("--recipe", name, "--scale", scale)
+    assert found.data.root is None
+    assert found.train_config().attack.name == ("none" if name in ("hidisc", "experiment-1") else "pgd")
+
+
+@pytest.mark.parametrize("scale", ["demo", "cpu"])
+@pytest.mark.parametrize("n", WANTED)
+def test_a_smaller_scale_keeps_what_makes_the_experiment(n, scale):
+    paper, small = (read_recipe(f"experiment-{n}", scale=size) for size in ("paper", scale))
+    for section, names in {
+        "data": ("slides", "patches", "views", "augmentation", "dynamic"),
+        "model": ("head", "embedding_dim", "head_hidden"),
+        "attack": ("name", "levels"),
+        "train": ("loss", "clean"),
+    }.items():
+        assert {k: small[section].get(k) for k in names} == {k: paper[section].get(k) for k in names}, section
+    images = [
+        r["data"]["slides"] * r["data"]["patches"] * r["data"]["views"] * r["train"]["batch_patients"]
+        for r in (paper, small)
+    ]
+    assert images == [128, 64]
+    assert small["data"]["image_size"] < 100 and small["train"]["steps"] <= 2000 and "epochs" not in small["train"]
+
+
+def test_unknown_names_and_scales_are_refused(stops):
+    with pytest.raises(ValueError, match=r"no recipe is called 'hsta'; there are hsat, hidisc, .*experiment-14"):
+        read_recipe("hsta")
+    with pytest.raises(ValueError, match="no scale is called 'huge'; there are demo, cpu, paper"):
+        read_recipe("hsat", scale="huge")
+    assert "no recipe is called 'experiment-15'" in stops(
+        lambda argv: settings_of(*argv), ["--recipe", "experiment-15"]
+    )
+    assert "no scale is called 'large'" in stops(lambda argv: settings_of(*argv), ["--scale", "large"])
+
+
+def test_the_scale_follows_the_data_and_is_printed(capsys):
+    assert settings_of("--recipe", "experiment-3").data.image_size == 48
+    assert "recipe experiment-3 at scale demo" in capsys.readouterr().err
+    assert settings_of("--recipe", "experiment-3", "--data.root", "r").data.image_size == 300
+    assert "recipe experiment-3 at scale paper" in capsys.readouterr().err
+    assert settings_of("--recipe", "hsat", "--data.root=r", "--scale=cpu").data.image_size == 96
+    assert "recipe hsat at scale cpu" in capsys.readouterr().err
+
+
+def test_options_and_files_win_over_a_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {lr: 0.1, temperature: 0.2}\nattack: {name: none}\n")
+    argv = ["--recipe", "experiment-3", "--config", str(tmp_path / "mine.yaml"), "--train.lr", "0.5"]
+    found = settings_of(*argv)
+    assert (found.train.lr, found.train.temperature, found.attack.name, found.train.clean) == (0.5, 0.2, "none", True)
+    by_epochs = settings_of("--recipe", "experiment-3", "--train.epochs", "7").train
+    assert (by_epochs.epochs, by_epochs.steps) == (7, None)
+    by_steps = settings_of("--recipe", "experiment-3", "--data.root", "r", "--train.steps", "7").train
+    assert by_steps.steps == 7
+
+
+def test_the_papers_numbers_are_package_data():
+    numbers = read_paper_numbers()
+    assert sorted(map(str, numbers)) == ["1", "2", "3", "4"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder to work in, where the synthetic cohort lies; a smaller one than is written there by default."""
-    import hsat.cli.cohort as cohorts
-
+def small(train, one_thread, tmp_path_factory):
+    """small(n): the run folder of three steps of experiment n at the scale of the demo, run once."""
     folder = tmp_path_factory.mktemp("experiments")
-    write_synthetic_cohort(folder / "runs" / "synthetic-0", patients_per_class=4, patches=3, size=32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cohorts, "write_synthetic_cohort", lambda path, seed: path)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def smoke(place):
-    """smoke(n): the run folder of experiment n's smoke run, run once."""
+    root = write_synthetic_cohort(folder / "srh", patients_per_class=4, patches=3, size=32)
     done: dict[int, Path] = {}
 
     def run(n: int) -> Path:
         if n not in done:
-            out = place / f"experiment{n}"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(place)
-                train(["--config", SMOKE[n - 1], "--out", out, "--quiet"])
-            done[n] = out
+            patients = {13: 8, 14: 4}.get(n, 2)
+            argv = ["--recipe", f"experiment-{n}", "--scale", "demo", "--data.root", root, "--data.image_size", 32]
+            argv += ["--train.steps", 3, "--train.batch_patients", patients, "--quiet", "--out", folder / f"{n}"]
+            train(argv)
+            done[n] = folder / f"{n}"
         return done[n]
 
     return run
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 9, 11, 13, 14])
-def test_smoke_run(n, smoke):
-    rows = rows_of(smoke(n))
+def test_the_loss_of_an_experiment_has_its_terms(n, small, rows_of):
+    rows = rows_of(small(n))
     assert [int(row["step"]) for row in rows] == [0, 1, 2]
     clean, adversarial = ([k for k in rows[0] if k.startswith(kind)] for kind in ("clean_", "adversarial_"))
     assert (len(clean), len(adversarial)) == {1: (3, 0), 3: (3, 3)}.get(n, (0, 3))
-    encoder = load_encoder(smoke(n) / "final.safetensors")
-    width = 96 if n == 9 else 128
-    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, width)
+    encoder = load_encoder(small(n) / "final.safetensors")
+    features = encoder.features(torch.rand(2, 3, 32, 32)).shape[1]
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, features if n == 9 else 128)
     assert encoder.spec["head"] == ("mlp3_bn" if n == 9 else "linear")
     for row in rows:
         kinds = [kind for kind in ("clean", "adversarial") if f"{kind}_patch" in row]
@@ -174,91 +188,11 @@ def test_smoke_run(n, smoke):
             assert (terms[0]["patient"] == pytest.approx(terms[0]["patch"], rel=1e-5)) == (n == 13)
 
 
-def test_what_the_attack_maximises_changes_the_training(smoke):
+def test_what_the_attack_maximises_changes_the_training(small, rows_of):
     """Experiments 2 and 11 see the same patches and begin with the same weights; the attack alone differs."""
-    two, eleven = (fingerprint_weights(load_encoder(smoke(n) / "final.safetensors")) for n in (2, 11))
+    two, eleven = (fingerprint_weights(load_encoder(small(n) / "final.safetensors")) for n in (2, 11))
     assert two != eleven
-    assert rows_of(smoke(2))[0]["loss"] != rows_of(smoke(11))[0]["loss"]
-
-
-def test_a_paper_scale_run_asks_for_its_data(stops, tmp_path):
-    message = stops(train, ["--config", EXPERIMENTS[1], "--out", tmp_path / "run"])
-    assert "/data/opensrh" in message and not (tmp_path / "run").exists()
-
-
-@pytest.fixture(scope="module")
-def dual(place):
-    """The folder of a training on clean and adversarial images with two BatchNorm branches, interrupted and resumed."""
-    argv = ["--config", SMOKE[2], *DUAL.split()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        train([*argv, "--out", place / "whole"])
-        import hsat.cli.train as train_hsat
-
-        class Killed(Exception):
-            pass
-
-        class Dying(train_hsat.Trainer):
-            def train_step(self, batch, epoch):
-                if self.step == 2:
-                    raise Killed
-                return super().train_step(batch, epoch)
-
-        patch.setattr(train_hsat, "Trainer", Dying)
-        with pytest.raises(Killed):
-            train([*argv, "--out", place / "dual"])
-        patch.undo()
-        patch.chdir(place)
-        train([*argv, "--out", place / "dual", "--resume"])
-    return place / "dual"
-
-
-def test_dual_norm_resumes_bit_for_bit(dual, place):
-    for name in ("final.safetensors", "best.safetensors", "train.csv"):
-        assert (dual / name).read_bytes() == (place / "whole" / name).read_bytes(), name
-    encoder = load_encoder(dual / "last.pt")
-    assert encoder.spec["dual_norm"] and unused_branches(encoder) == ()
-    normal, pgd = encoder.backbone.stem.bn.bn_list
-    assert int(normal.num_batches_tracked) == int(pgd.num_batches_tracked) == 3
-    assert not torch.equal(normal.running_mean, pgd.running_mean)
-
-
-def test_the_held_out_score_is_that_of_the_trained_branch(dual, place, monkeypatch):
-    import held_out
-
-    from hsat.cli.train import hold_out, load_settings
-
-    settings = load_settings(["--config", str(SMOKE[2]), *DUAL.split()])
-    cohort = hold_out(read_opensrh(place / "runs" / "synthetic-0"), settings)
-    seen = []
-    honest = held_out.embed
-
-    def watched(encoder, *args, **options):
-        seen.append({part.active for part in encoder.modules() if hasattr(part, "bn_list")})
-        return honest(encoder, *args, **options)
-
-    monkeypatch.setattr(held_out, "embed", watched)
-    encoder = load_encoder(dual / "final.safetensors")
-    found = held_out.held_out_accuracy(encoder, cohort, settings)
-    assert seen == [{"pgd"}] * 3
-    last = rows_of(dual)[-1]
-    assert found == {key: float(value) for key, value in last.items() if key.startswith("tune_")}
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+    assert rows_of(small(2))[0]["loss"] != rows_of(small(11))[0]["loss"]
 
 
 def python_blocks():
@@ -280,23 +214,29 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch, capsys):
 
 
 def commands():
-    return [line.split()[1:] for line in PAGE.read_text().splitlines() if line.startswith("python examples/")]
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("hsat ")]
+    assert len(lines) >= 10
+    return [line.split()[1:] for line in lines]
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: words[words.index("--out") + 1])
-def test_the_commands_of_the_page_parse(words, monkeypatch):
-    script = importlib.import_module(Path(words[0]).stem)
-    monkeypatch.chdir(ROOT)
-    if script.__name__ == "report":
-        assert str(script.Report.load(script.collect_words(words[1:], "runs")).out) == "report.html"
-        return
-    kind = {"train_hsat": "Train", "evaluate_whitebox": "Evaluate", "evaluate_transfer": "Transfer"}
-    found = getattr(script, kind[script.__name__]).load(words[1:])
-    assert str(found.out) == words[words.index("--out") + 1]
-    assert ("smoke" in str(found.out)) == (found.data.root is None)
+def test_the_commands_of_the_page_parse(words):
+    from hsat.cli.evaluate import Evaluate
+    from hsat.cli.options import collect_words
+    from hsat.cli.report import Report
+    from hsat.cli.train import load_settings
+    from hsat.cli.transfer import Transfer
+
+    def read_report(argv):
+        return Report.load(collect_words(argv, "runs"))
+
+    read = {"train": load_settings, "evaluate": Evaluate.load, "transfer": Transfer.load, "report": read_report}
+    command, *argv = words
+    assert str(read[command](argv).out) == argv[argv.index("--out") + 1]
 
 
 def test_the_page_lists_every_experiment():
-    text = PAGE.read_text()
-    middle = {"05_embedding_128", "06_embedding_512", "07_embedding_768"}  # between the first and the last of a row
-    assert {path.stem for path in EXPERIMENTS if f"`{path.stem}`" not in text} == middle
+    text = re.sub(
+        r"`experiment-4` \.\.\. `experiment-8`", " ".join(f"`experiment-{n}`" for n in range(4, 9)), PAGE.read_text()
+    )
+    assert [name for name in NAMES if f"`{name}`" not in text] == ["demo"]

@@ -219,3 +219,42 @@ def test_wandb_gets_settings_and_rows(options, train, tmp_path, monkeypatch):
     train([*options, "--train.steps", "2", "--log.wandb", "mine", "--out", str(tmp_path / "run")])
     assert asked[0]["project"] == "mine" and asked[0]["config"]["attack"]["eps"] == 8 / 255
     assert [step for step, _ in rows] == [0, 1] and {"loss", "lr", "eps"} <= rows[0][1].keys()
+
+
+def test_a_run_with_the_preset_trains_and_says_so(options, train, trained, tmp_path):
+    train([*options, "--preset", "paper", "--train.steps", "4", "--out", tmp_path / "run"])
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["settings"]["preset"] == "paper"
+    published, usual = (load_encoder(folder / "final.safetensors") for folder in (tmp_path / "run", trained))
+    assert fingerprint_weights(published) != fingerprint_weights(usual)
+
+
+def test_patches_of_another_size_are_refused_with_the_way_out(options, train, tmp_path, stops):
+    message = stops(train, [*options, "--preset", "paper", "--data.image_size", "40", "--out", tmp_path / "run"])
+    assert "a patch of 32 x 32 pixels that is not cropped" in message and "image_size=32" in message
+
+
+def test_another_preset_is_refused(train, stops):
+    message = stops(train, ["--preset", "published"])
+    assert "preset" in message and "paper" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--attack.name", "warm", "--data.augmentation", "v0"], ["--data.augmentation none"]),
+        (["--attack.name", "warm", "--data.augmentation", "none", "--data.ids", "slots"], ["true ids"]),
+        (["--attack.name", "free", "--train.clean"], ["leave out --train.clean"]),
+        (["--attack.name", "free", "--train.precision", "16"], ["--train.precision bf16"]),
+        (["--attack.name", "free", "--attack.levels", "pt"], ["--attack.levels p_s_pt"]),
+        (["--attack.name", "free", "--train.accumulate", "2"], ["without --train.accumulate"]),
+    ],
+)
+def test_what_cannot_go_together_is_named(argv, named, options, train, tmp_path, stops):
+    message = stops(train, [*options, *argv, "--out", tmp_path / "run"])
+    assert all(part in message for part in named), message
+
+
+def test_a_paper_scale_run_asks_for_its_data(train, stops, tmp_path):
+    argv = ["--recipe", "experiment-2", "--data.root", "/data/opensrh", "--out", tmp_path / "run"]
+    assert "/data/opensrh" in stops(train, argv) and not (tmp_path / "run").exists()
