@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
@@ -76,7 +76,7 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
     attacks = attacks_under(
         settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
     )
-    ranks.begin()
+    begin_run(settings, ranks)
     results: dict[tuple[str, str], BudgetResult] = {}
     for title, encoder, digest in encoders:
         if settings.threat == "raw_srh" and encoder.fixed_size is None:

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import Loader, PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import split_commas
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
@@ -76,7 +76,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
     )
     bank, queries = open_loaders(settings, cohort)
     encoders = open_encoders(settings.checkpoint, settings.model)
-    ranks.begin()
+    begin_run(settings, ranks)
     records: list[Record] = []
     for title, encoder, digest in encoders:
         print(f"certifying {title} (sigma {settings.sigma:g})", file=sys.stderr)

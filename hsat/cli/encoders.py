@@ -98,6 +98,27 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
     return encoders
 
 
+def untrained_encoder(encoder: Encoder, *, seed: int) -> Encoder:
+    """An encoder of the same kind with random weights, at the size of the patches.
+
+    Raises:
+        ValueError: If it is unknown how the encoder was built.
+    """
+    spec = encoder.spec
+    if spec is None:
+        raise ValueError("--untrained needs an encoder whose file says how it was built, or --model.backbone")
+    head = None if spec["head"] is None else HeadSpec(spec["head"], hidden=tuple(spec["head_hidden"]))
+    return build_encoder(
+        spec["name"],
+        embedding_dim=spec["embedding_dim"],
+        head=head,
+        mean=spec["mean"],
+        std=spec["std"],
+        dual_norm=spec["dual_norm"],
+        seed=seed,
+    ).eval()
+
+
 def check_titles(titles: Iterable[str]) -> None:
     """ValueError for two encoders of one name."""
     known: set[str] = set()

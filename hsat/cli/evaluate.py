@@ -31,8 +31,8 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
-from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders
-from hsat.cli.evaluation import PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
+from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Counts, Names, Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.results import write_results
@@ -48,7 +48,7 @@ from hsat.eval import (
     evaluate_whitebox,
 )
 from hsat.eval.options import TargetName
-from hsat.models import Encoder, build_encoder, fold_batchnorm
+from hsat.models import Encoder, fold_batchnorm
 from hsat.types import Attack
 
 ENSEMBLE = "ensemble"
@@ -120,14 +120,11 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
     ranks = ranks or Ranks.alone(settings.device)
     encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
     if settings.untrained:
-        spec = {key: value for key, value in (encoders[0].encoder.spec or {}).items() if key != "input_size"}
-        encoders.append(NamedEncoder("untrained", build_encoder(**spec, seed=settings.seed).eval(), ""))
+        encoders.append(NamedEncoder("untrained", untrained_encoder(encoders[0].encoder, seed=settings.seed), ""))
     check_titles(one.title for one in encoders)
     encoders = [one._replace(encoder=convert_encoder(one.encoder, settings.compute)) for one in encoders]
     attacks = attacks_of(settings)
-    if ranks.is_main and not (settings.resume or ranks.again):
-        remove_state(settings)
-    ranks.begin()
+    begin_run(settings, ranks)
     results = {}
     surrogates = {title: encoder.to(ranks.device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for one in encoders:

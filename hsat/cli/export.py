@@ -20,7 +20,7 @@ from pydantic import Field
 
 from hsat.cli.attacks import Lengths, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
+from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
@@ -73,7 +73,7 @@ def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
     ((title, encoder, digest),) = open_encoders(settings.checkpoint, settings.model)
     if encoder.fixed_size is None:
         encoder.input_size = (settings.data.image_size,) * 2  # patches come at the size of their files
-    ranks.begin()
+    begin_run(settings, ranks)
     try:
         return save_adversarial(
             settings.out / "cohort",

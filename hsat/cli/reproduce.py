@@ -6,8 +6,8 @@
 
 Which run fills which row: a plain DIR gives every model in its records to the row of that name; ROW=DIR gives the one
 model of DIR (or the one that is called ROW) to ROW; ROW=DIR:MODEL gives that one.  A row named several times has
-several seeds: mean, standard deviation and n.  Rows without a run show a dash.  hsat/recipes/paper_numbers.yaml lists
-the rows.
+several seeds: mean, standard deviation and n.  Rows without a run show a dash.
+hsat/recipes/paper_numbers.yaml lists the rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 from hsat.cli.options import Names, Settings, collect_words, read_yaml
 from hsat.eval import PaperRow, PaperTable, Record, paper_csv, paper_latex, paper_lines, paper_markdown, read_records
 from hsat.eval.reporting.grouping import branch_of, setting_of, unique
-from hsat.recipes import PAPER_NUMBERS, read_paper_numbers
+from hsat.recipes import read_paper_numbers
 
 
 class Reproduce(Settings):
@@ -36,30 +36,19 @@ class Reproduce(Settings):
     )
     k: int | None = Field(None, gt=0, description="neighbours; 200, as in the paper, where the records have it")
     attack: str = Field("PGD-8", description="of the drops in table 2")
-    numbers: Path | None = Field(None, description="YAML file of printed numbers; those of the package if not given")
+    numbers: Path | None = Field(None, description="YAML file of the printed numbers; the package's if not given")
     out: Path = Field(Path("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
 
 
 def read_tables(path: Path | None = None) -> dict[str, PaperTable]:
-    """The tables of a YAML file, by number.
-
-    Args:
-        path: A file in the form of hsat/recipes/paper_numbers.yaml, which is read if none is given.
-
-    Returns:
-        {"1": PaperTable, ...}
-
-    Raises:
-        SystemExit: For a file that cannot be read, naming what is wrong in which table.
-    """
-    tables = {}
-    for number, text in (read_yaml(path) if path else read_paper_numbers()).items():
+    """The paper's tables by number, of a YAML file or the package's; SystemExit names what is wrong in the file."""
+    found = {}
+    for number, text in (read_paper_numbers() if path is None else read_yaml(path)).items():
         try:
-            tables[str(number)] = as_table(int(number), text)
+            found[str(number)] = as_table(int(number), text)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            file = path or PAPER_NUMBERS
-            raise SystemExit(f"error: {file}, table {number}: {type(error).__name__}: {error}") from None
-    return tables
+            raise SystemExit(f"error: {path}, table {number}: {type(error).__name__}: {error}") from None
+    return found
 
 
 def as_table(number: int, text: dict[str, Any]) -> PaperTable:
@@ -163,10 +152,8 @@ def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
         }
         for what, found in kinds.items():
             if len(found) > 1:
-                split_commas = "; ".join(map(str, found))
-                raise ValueError(
-                    f"{row}, {column}: runs of different {what} ({split_commas}); give those of one kind only"
-                )
+                listed = "; ".join(map(str, found))
+                raise ValueError(f"{row}, {column}: runs of different {what} ({listed}); give those of one kind only")
 
 
 def of_one_setting(
@@ -189,8 +176,8 @@ def of_one_setting(
     data = {name: sorted({f"{r.cohort[:12]} ({r.split})" for r in found}) for name, found in kept.items() if found}
     places = sorted({place for found in data.values() for place in found})
     if len(places) > 1:
-        split_commas = "; ".join(f"{name}: {', '.join(found)}" for name, found in data.items())
-        remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {split_commas}.")
+        listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in data.items())
+        remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {listed}.")
     else:
         remarks.append(f"Cohort and split of ours: {', '.join(places)}. The paper's is OpenSRH.")
     remarks += [f"No record of {name} has target {target} and k = {k}." for name, found in kept.items() if not found]
@@ -237,7 +224,7 @@ def main(argv: list[str]) -> None:
     for number in wanted:
         if number not in tables:
             raise SystemExit(
-                f"error: {settings.numbers or PAPER_NUMBERS} has no table {number}; it has {', '.join(tables)}"
+                f"error: {settings.numbers or 'the paper'} has no table {number}; it has {', '.join(tables)}"
             )
         try:
             print(write_table(of_attack(tables[number], settings.attack), settings))

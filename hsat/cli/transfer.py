@@ -27,7 +27,7 @@ from pydantic import Field
 
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluate import target_and_scoring
-from hsat.cli.evaluation import PatchSettings, open_loaders, run_evaluation
+from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Counts, Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
@@ -96,7 +96,7 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
     goal = settings.target or ("embedding" if settings.preset == "paper" else "features")
     target, scoring = target_and_scoring(goal, settings.preset, bootstrap=settings.bootstrap)
     attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
-    ranks.begin()
+    begin_run(settings, ranks)
     result = evaluate_transfer(
         {one.title: one.encoder.to(ranks.device) for one in encoders},
         bank,
