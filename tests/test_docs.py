@@ -1,4 +1,4 @@
-"""The documents: their Python runs and does what it says, their commands parse, their links lead somewhere."""
+"""The documents: their Python runs and does what it says, their commands are accepted, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import torch
 
 import hsat
 from hsat.attacks import L2, PGD, Linf, RandomNoise, feature_drift
+from hsat.cli.main import COMMANDS
+from hsat.cli.options import Settings, collect_words
 from hsat.fingerprints import fingerprint_weights
 from hsat.testing import LAWS, check_feasible
 from hsat.types import EmbeddingTable
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
-DOCUMENTS = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
 ROOMS = ("types", "stains", "attacks", "losses", "data", "models", "training", "classifiers", "embedding", "eval")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -141,6 +143,8 @@ def test_guide_training(guide):
             parameter.copy_(value)
     assert before.metadata["note"].startswith("of wrap_encoder")
     assert all(changed), "training did not move every parameter"
+    assert guide["trainer"].done == 2
+    assert (guide["folder"] / guide["trained_file"]).is_file()
 
 
 def test_guide_evaluation(guide):
@@ -199,7 +203,8 @@ def broken_links(path: Path, text: str) -> list[str]:
             continue
         name, _, anchor = link.partition("#")
         target = (path.parent / name) if name else path
-        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if target.suffix == ".md" else []
+        linked = target.read_text() if target.suffix == ".md" and target.is_file() else ""
+        headings = re.findall(r"^#+ (.*)$", linked, re.MULTILINE)
         if not target.exists() or (anchor and anchor not in map(slug, headings)):
             broken.append(link)
     return broken
@@ -215,37 +220,77 @@ def test_broken_links_are_seen():
     assert broken_links(README, text) == ["nowhere.png", "docs/guide.md#no"]
 
 
+def typed_lines() -> list[tuple[str, str]]:
+    """(document, line) of every line of shell in the documents, continued lines joined."""
+    lines = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        shell = [match.group(2) for match in FENCE.finditer(text) if match.group(1) == "sh"]
+        shell += re.findall(r"(?:^    .*\n)+", FENCE.sub("", text), re.MULTILINE)  # indented blocks
+        joined = "\n".join(shell).replace("\\\n", " ")
+        lines += [(path.name, line.strip()) for line in joined.splitlines()]
+    return lines
+
+
 def commands() -> list[list[str]]:
-    """The words of every `python examples/...` command of the README."""
-    text = "\n".join(code for _, code in blocks(README, "sh")).replace("\\\n", " ")
-    return [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("python examples/")]
+    """The words after `hsat` of every command of the documents, with torchrun or without."""
+    found = []
+    for _, line in typed_lines():
+        words = shlex.split(line, comments=True) if re.match(r"(hsat|torchrun) ", line) else []
+        if words:
+            found.append(words[words.index("hsat") + 1 :])
+    return found
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_the_commands_of_the_readme_parse(words, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    script = importlib.import_module(Path(words[0]).stem)
-    base = importlib.import_module("settings").Settings
-    (settings,) = [
-        kind
-        for kind in vars(script).values()
-        if isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == script.__name__
-    ]
-    argv = (
-        importlib.import_module("folders").gathered(words[1:], "runs") if "runs" in settings.model_fields else words[1:]
-    )
-    found = settings.over({}, argv)
-    assert str(found.out) == words[words.index("--out") + 1]
-    if "--data.root" in words:
-        assert str(found.data.root) == words[words.index("--data.root") + 1]
-    if "runs" in settings.model_fields:
-        assert [str(run) for run in found.runs] == [word for word in words[1:] if word.startswith("runs/")]
+def accept(words: list[str]) -> Settings:
+    """The options of a command; SystemExit where one does not exist or has no such value."""
+    name, *argv = words
+    command = importlib.import_module(f"hsat.cli.{name}")
+    if name == "train":
+        return command.load_settings(argv)
+    kinds = [each for each in vars(command).values() if isinstance(each, type) and issubclass(each, Settings)]
+    (kind,) = [each for each in kinds if each.__module__ == command.__name__]
+    return kind.load(collect_words(argv, "runs") if "runs" in kind.model_fields else argv)
 
 
-def test_the_resume_option_of_the_readme_parses(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:80])
+def test_the_commands_of_the_documents_are_accepted(words):
+    assert words[0] in COMMANDS
+    settings = accept(words)
+    for option in ("out", "data.root", "checkpoint", "recipe", "preset"):
+        if f"--{option}" in words:
+            value = settings
+            for part in option.split("."):
+                value = getattr(value, part)
+            typed = words[words.index(f"--{option}") + 1]
+            assert (",".join(value) if isinstance(value, list) else str(value)) == typed
+    if "runs" in type(settings).model_fields:
+        assert settings.runs == [word for word in words if "runs/" in word and "report.html" not in word]
+
+
+def test_every_command_is_shown_in_a_document_and_named_in_the_readme():
+    shown = {words[0] for words in commands()}
+    assert shown >= set(COMMANDS) - {"demo"}
+    rows = re.findall(r"^\| `hsat (\w+)` \|", README.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(COMMANDS)
+
+
+def test_an_option_that_does_not_exist_would_be_seen():
+    with pytest.raises(SystemExit):
+        accept(["evaluate", "--compat", "paper"])
+    with pytest.raises(SystemExit):
+        accept(["train", "--recipe", "experiment-15"])
+
+
+def test_the_programs_of_the_documents_exist():
+    programs = {word for _, line in typed_lines() for word in re.findall(r"^python (\w+/\w+\.py)", line)}
+    assert programs
+    assert not [program for program in programs if not (ROOT / program).is_file()]
+
+
+def test_the_resume_option_of_the_readme_is_accepted():
     (option,) = re.findall(r"`(--resume[^`]*)`", README.read_text())
-    assert importlib.import_module("train_hsat").TrainHSAT.over({}, option.split()).resume is True
+    assert accept(["train", *option.split()]).resume is True
 
 
 def test_the_make_targets_of_the_readme_exist():
