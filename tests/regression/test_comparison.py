@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from commands import COMMANDS, selected
+from commands import COMMANDS, LAYOUT, selected
 from compare import main
 from differences import compare_results
 from editions import Edition, Ignored, edition_of, ignored_of, read_table
@@ -20,7 +21,10 @@ from PIL import Image
 from results import read_results
 from safetensors.numpy import load_file, save_file
 
+from hsat.cli.options import Settings
+
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 TABLE = read_table()
 IGNORED = ignored_of(TABLE)
 
@@ -310,6 +314,27 @@ def test_the_plan_has_what_the_redesign_may_not_change():
     assert all(command.options["seed"] == "0" for command in COMMANDS if command.options)
     assert [command.name for command in COMMANDS if not command.options] == ["cohort", "small-runs"]
     assert all(command.options["train.steps"] == "20" for command in COMMANDS if command.program == "train")
+
+
+PLANNED = [command for command in COMMANDS if command.options]
+
+
+@pytest.mark.parametrize("command", PLANNED, ids=lambda command: command.name)
+def test_the_commands_of_the_plan_are_accepted_by_this_checkout(command):
+    edition = edition_of(ROOT, TABLE)
+    dash, package, name = edition.words(command, {"checkout": str(ROOT), "here": str(HERE)})
+    assert (dash, package) == ("-m", "hsat")
+    module = importlib.import_module(f"hsat.cli.{name}")
+    words = edition.spelled(command.options | LAYOUT[command.cohort] | {"data.root": "somewhere"})
+    if name == "train":
+        settings = module.load_settings(words)
+        assert settings.train.steps == 20
+    else:
+        words += edition.spelled({"checkpoint": "a=b.safetensors"})
+        kinds = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, Settings)]
+        (settings,) = [kind.load(words) for kind in kinds if kind.__module__ == module.__name__]
+        assert settings.checkpoint == ["a=b.safetensors"]
+    assert settings.seed == 0
 
 
 def test_only_takes_names_and_their_beginnings():
