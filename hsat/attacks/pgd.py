@@ -30,8 +30,28 @@ def _ascent_config(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) ->
 class PGD(GradientAttack):
     """Projected gradient ascent, x <- project(x + step_size * ascent(gradient)), from a random start.
 
-    Madry et al., arXiv:1706.06083, section 2.1.  HSAT trains with Linf(8/255), step_size=2/255, steps=5.
-    step_size is in units of the threat model's norm; steps, restarts >= 1.
+    HSAT trains with Linf(8/255), step_size=2/255, steps=5.
+
+    Attributes:
+        threat: What the attack may change, such as Linf(8/255).
+        step_size: In units of the threat model's norm.
+        steps: At least 1.
+        random_start: Begin at a random feasible point instead of at the images.
+        restarts: At least 1; each image keeps its best run.
+
+    References:
+        Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, arXiv:1706.06083, section 2.1.
+
+    Example:
+        A linear objective is climbed to the corner of the ball:
+
+        >>> x = torch.full((1, 1, 2, 2), 0.5)
+        >>> attack = PGD(Linf(0.25), step_size=0.25, steps=2, random_start=False)
+        >>> attack(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500],
+                  [0.7500, 0.7500]]]])
+        >>> PGD(Linf(8 / 255), step_size=2 / 255, steps=10)  # the repr is the complete setting
+        PGD(threat=Linf(eps=8/255, low=0.0, high=1.0), step_size=2/255, steps=10, random_start=True, restarts=1)
     """
 
     threat: ThreatModel

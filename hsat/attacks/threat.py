@@ -243,12 +243,26 @@ class _Ball(ThreatModel):
 class Linf(_Ball):
     """Every pixel may move by at most eps and stays inside [low, high].
 
-    eps: a float in [0, high - low]; or (n,), one per image; or four axes that broadcast to the images, for instance
-    (1, c, 1, 1) per channel.  A tensor is copied, compared and hashed by value.
     Projection is exact in float16, bfloat16, float32 and float64: (x_adv.double() - x.double()).abs() <= eps and
     low <= x_adv <= high hold without tolerance, feasible points stay as they are, and eps = 0 gives back x.
-    Raises ValueError for an eps outside its range or of a shape that does not fit the images, and for images outside
-    [low, high] by more than 1e-6 (less is clamped, and everything above refers to the clamped images).
+
+    Attributes:
+        eps: A float in [0, high - low]; or (n,), one per image; or four axes that broadcast to the images, for instance
+            (1, c, 1, 1) per channel.  A tensor is copied, compared and hashed by value.
+        low: Lower end of the pixel range.
+        high: Upper end of the pixel range.
+
+    Raises:
+        ValueError: For an eps outside its range or of a shape that does not fit the images, and for images outside
+            [low, high] by more than 1e-6 (less is clamped, and everything above refers to the clamped images).
+
+    Example:
+        >>> x = torch.tensor([0.0, 0.5, 0.5]).reshape(1, 3, 1, 1)
+        >>> far = torch.tensor([-1.0, 0.6, 1.0]).reshape(1, 3, 1, 1)
+        >>> Linf(0.25).project(far, x).flatten()
+        tensor([0.0000, 0.6000, 0.7500])
+        >>> Linf(8 / 255)
+        Linf(eps=8/255, low=0.0, high=1.0)
     """
 
     eps: float | Tensor

@@ -1,4 +1,20 @@
-"""Classifiers of embeddings: nearest neighbours of a bank, nearest class means, trained heads, and decision models."""
+"""Classifiers of embeddings: nearest neighbours of a bank, nearest class means, trained heads, and decision models.
+
+Example:
+    `KNNClassifier.fit` with two neighbours at cosine 1 and 0; their weights are exp(1 / temperature) and exp(0), scaled
+    to sum to one:
+
+    >>> import numpy as np
+    >>> from hsat.types import EmbeddingTable
+    >>> ids = np.arange(3)
+    >>> z = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    >>> bank = EmbeddingTable(z, label=[0, 1, 1], patch=ids, slide=ids, patient=ids, class_names=("hgg", "normal"))
+    >>> knn = KNNClassifier(k=2, temperature=0.5).fit(bank)
+    >>> knn.predict_proba(z[:1]).round(4)
+    array([[0.8808, 0.1192]])
+    >>> knn.class_names[knn.predict(z[:1])[0]]
+    'hgg'
+"""
 
 from hsat.classifiers.decision_model import DecisionModel
 from hsat.classifiers.head import Head

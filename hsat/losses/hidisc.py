@@ -29,10 +29,6 @@ class HiDiscTerms(NamedTuple):
 class HiDiscLoss:
     """Weighted sum of SupCon losses whose positives share a patch, a slide, a patient (arXiv:2303.01605, section 3).
 
-    patch, slide, patient: weights, finite and not negative, at least one above zero.  A level of weight zero is not
-    computed and its term is a zero.  temperature: one for all levels.  gather: use the images of all ranks of the
-    default process group as positives and negatives.
-
     Called on embeddings z (n, d), of any scale, and their Levels or HierarchicalBatch (whose images are not looked
     at), it returns HiDiscTerms in float32, or float64 for float64 embeddings, forward and backward whatever autocast
     says.  At each level the denominator runs over all other images, and the mean over the images that have a positive;
@@ -47,8 +43,29 @@ class HiDiscLoss:
     ranks may hold different numbers of images, which are read from the device once per call.  With one rank, or
     without a process group, it is the plain loss.
 
-    Raises ValueError for a level with weight but without a positive pair, for shapes that disagree and for weights or
-    temperatures out of range; TypeError for ids that are neither Levels nor a HierarchicalBatch.
+    Attributes:
+        patch: Weight of the patch term, finite and not negative.  At least one of the three weights is above zero; a
+            level of weight zero is not computed and its term is a zero.
+        slide: Weight of the slide term.
+        patient: Weight of the patient term.
+        temperature: One for all levels.
+        gather: Use the images of all ranks of the default process group as positives and negatives.
+
+    Raises:
+        ValueError: For a level with weight but without a positive pair, for shapes that disagree and for weights or
+            temperatures out of range.
+        TypeError: For ids that are neither Levels nor a HierarchicalBatch.
+
+    References:
+        Jiang et al., Hierarchical Discriminative Learning, arXiv:2303.01605, section 3.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> ids = torch.tensor([0, 0, 1, 1])
+        >>> terms = HiDiscLoss(patch=1, slide=1, patient=2, temperature=1.0)(z, Levels(ids, ids, ids))
+        >>> round(terms.patch.item(), 4), round(terms.total.item(), 4)
+        (0.5514, 2.2058)
     """
 
     patch: float = 1.0
@@ -70,8 +87,19 @@ class HiDiscLoss:
     def from_code(cls, code: str, **options: Any) -> HiDiscLoss:
         """The loss named by a code of the published scripts: p is patient, s is slide, pt is patch, joined by "_".
 
-        options: the fields of HiDiscLoss; the levels of the code have weight 1 unless given, the others 0.
-        Raises ValueError for an unknown code, or a weight given to a level that the code leaves out.
+        Args:
+            code: Such as "p_s_pt" (all levels) or "s_pt" (slide and patch).
+            options: The fields of HiDiscLoss; the levels of the code have weight 1 unless given, the others 0.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ValueError: For an unknown code, or a weight given to a level that the code leaves out.
+
+        Example:
+            >>> HiDiscLoss.from_code("s_pt")
+            HiDiscLoss(patch=1.0, slide=1.0, patient=0.0, temperature=0.07, gather=False)
         """
         if code not in _CODES:
             raise ValueError(

@@ -19,17 +19,37 @@ def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temper
     Equation 2 of arXiv:2004.11362: with s_ij = cos(z_i, z_j) / temperature, anchor i costs
     log(sum of exp s_ij over j != i) minus the mean of s_ip over its positives p.
 
-    z: (n, d) floats of any scale; rows are normalised here, an all-zero row stays zero.  group: (n,) ints (a tensor,
-    an array or a list); images with equal ids are positives of each other, never of themselves.
-    Returns a scalar in float32, or in float64 for float64 embeddings, whatever autocast says, forward and backward.
     Differentiable twice.  Non-finite embeddings give a non-finite loss: looking for them would stop the device.
     Where `group` lies on a device, that device is read once, to see that there is a positive.
 
     Deviations from the published code: an anchor without a positive is left out of the mean (there it gives NaN), and
     there is no base temperature (there the loss is multiplied by temperature / base_temperature, by default with equal
     values, which is this loss).
-    Raises ValueError when shapes disagree, no id occurs twice, or the temperature is not positive; TypeError for
-    embeddings that are not floats or ids that are not integers.
+
+    Args:
+        z: (n, d) floats of any scale; rows are normalised here, an all-zero row stays zero.
+        group: (n,) ints (a tensor, an array or a list); images with equal ids are positives of each other, never of
+            themselves.
+        temperature: Positive.
+
+    Returns:
+        A scalar in float32, or in float64 for float64 embeddings, whatever autocast says, forward and backward.
+
+    Raises:
+        ValueError: When shapes disagree, no id occurs twice, or the temperature is not positive.
+        TypeError: For embeddings that are not floats or ids that are not integers.
+
+    References:
+        Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362, equation 2.
+
+    Example:
+        Four images, two of each group; the groups are orthogonal, so each anchor costs log(1 + 2 / e):
+
+        >>> z = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+        >>> round(supcon_loss(z, [0, 0, 1, 1], temperature=1.0).item(), 4)
+        0.5514
+        >>> math.isclose(0.5514, math.log(1 + 2 / math.e), abs_tol=1e-4)
+        True
     """
     check_temperature(temperature)
     unit = unit_rows(z)

@@ -16,8 +16,21 @@ InnerAttackName = Literal["none", "pgd", "fgsm_rs", "nfgsm", "free", "warm"]
 def parse_pixels(value: Any) -> float:
     """A size in units of the pixel range, from a fraction such as "8/255" or a number such as 0.03.
 
+    Args:
+        value: The text or the number.
+
+    Returns:
+        The size, in [0, 1].
+
     Raises:
         ValueError: For other texts, and for sizes outside [0, 1], such as a bare 8.
+
+    Example:
+        >>> parse_pixels("8/255") == 8 / 255
+        True
+        >>> parse_pixels("8")
+        Traceback (most recent call last):
+        ValueError: it must lie in [0, 1], the range of the pixels; got 8. For 8 grey levels write 8/255
     """
     try:
         number = float(Fraction(value.strip()) if isinstance(value, str) else value)
@@ -152,6 +165,13 @@ class TrainConfig(OuterConfig):
     Example:
         >>> TrainConfig(steps=2000, attack={"eps": "4/255"}).attack.eps == 4 / 255
         True
+        >>> TrainConfig.hidisc(steps=2000).attack.name
+        'none'
+        >>> TrainConfig(stepz=2000)
+        Traceback (most recent call last):
+        pydantic_core._pydantic_core.ValidationError: 1 validation error for TrainConfig
+        stepz
+          Extra inputs are not permitted ...
     """
 
     views: ViewConfig = ViewConfig()

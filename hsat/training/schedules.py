@@ -15,8 +15,23 @@ def epsilon_schedule(
     Linear from `start` in epoch 0 to `eps` in epoch warmup - 1, `eps` from then on; warmup=1 is one epoch at `start`,
     warmup=0 is `eps` throughout.  The paper: eps 8/255, warmup 5000 of 40,000 epochs.  An eps below `start` is reached
     from above, as in the published code, except that eps=0 is 0 throughout.
-    epochs: the length of the run, if you want a warm-up that never ends to be refused.
-    Raises ValueError for a negative epoch or warmup, a warmup above `epochs`, or radii outside [0, 1].
+
+    Args:
+        epoch: At least 0.
+        warmup: Epochs of the warm-up.
+        eps: The final radius, in [0, 1].
+        start: The first radius, in [0, 1].
+        epochs: The length of the run, if you want a warm-up that never ends to be refused.
+
+    Returns:
+        The radius of this epoch.
+
+    Raises:
+        ValueError: For a negative epoch or warmup, a warmup above `epochs`, or radii outside [0, 1].
+
+    Example:
+        >>> [round(255 * epsilon_schedule(epoch, warmup=8, eps=8 / 255), 6) for epoch in (0, 1, 7, 100)]
+        [1.0, 2.0, 8.0, 8.0]
     """
     _check_at_least(0, epoch=epoch, warmup=warmup)
     for name, radius in (("eps", eps), ("start", start)):
@@ -37,7 +52,21 @@ def augmentation_strength(epoch: int, epochs: int, plateau: int = 50) -> float:
     """Strength of the augmentation in this epoch: 1 - plateau * floor(epoch / plateau) / epochs, in (0, 1].
 
     It falls from 1 in steps of plateau / epochs; section 3 of arXiv:2503.10629, there with plateau 50.
-    Raises ValueError unless 0 <= epoch < epochs and plateau >= 1.
+
+    Args:
+        epoch: In [0, epochs).
+        epochs: Length of the run.
+        plateau: Epochs of equal strength, at least 1.
+
+    Returns:
+        The strength.
+
+    Raises:
+        ValueError: For numbers outside these ranges.
+
+    Example:
+        >>> [augmentation_strength(epoch, 100, plateau=25) for epoch in (0, 24, 25, 99)]
+        [1.0, 1.0, 0.75, 0.25]
     """
     _check_at_least(1, epochs=epochs, plateau=plateau)
     _check_at_least(0, epoch=epoch)
@@ -54,7 +83,20 @@ def cosine_with_warmup(step: int, *, steps: int, warmup: int) -> float:
 
         LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps=steps, warmup=steps // 10))
 
-    Raises ValueError for negative numbers, steps < 1, or a warmup above `steps`, naming both.
+    Args:
+        step: At least 0.
+        steps: Steps of the run, at least 1.
+        warmup: Steps of the warm-up, at most `steps`.
+
+    Returns:
+        The multiplier.
+
+    Raises:
+        ValueError: For numbers outside these ranges, naming them.
+
+    Example:
+        >>> [round(cosine_with_warmup(step, steps=100, warmup=10), 4) for step in (0, 5, 10, 55, 100)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     _check_at_least(0, step=step, warmup=warmup)
     _check_at_least(1, steps=steps)
@@ -70,8 +112,21 @@ def cosine_with_warmup(step: int, *, steps: int, warmup: int) -> float:
 def paper_clean_weight(strength: float, lam: float = 0.66) -> float:
     """Share of the clean loss in the mixed loss, (1 - lam * (1 - strength)) / 2; the adversarial loss has the rest.
 
-    strength: that of the augmentation, in [0, 1].  At full strength the two are equal; as the augmentation weakens, the
-    adversarial loss gains.  Raises ValueError for a strength or lam outside [0, 1].
+    At full strength the two are equal; as the augmentation weakens, the adversarial loss gains.
+
+    Args:
+        strength: That of the augmentation, in [0, 1].
+        lam: How much the adversarial loss gains, in [0, 1].
+
+    Returns:
+        The share of the clean loss, in [0, 0.5].
+
+    Raises:
+        ValueError: For a strength or lam outside [0, 1].
+
+    Example:
+        >>> paper_clean_weight(1.0), round(paper_clean_weight(0.0), 2)
+        (0.5, 0.17)
     """
     for name, value in (("strength", strength), ("lam", lam)):
         if not 0 <= value <= 1:

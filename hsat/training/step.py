@@ -76,8 +76,26 @@ def adversarial_step(
         ids: (n,), by which an image's noise is drawn, whichever rank has it; the batch's own patch ids would not do,
             for the views of a patch share theirs and would share their noise.
 
+    Returns:
+        The loss to call backward on, the terms of the passes that were made, and the adversarial images.
+
     Raises:
         ValueError: If the model is in eval mode or clean_weight lies outside [0, 1].
+
+    References:
+        Malik et al., Hierarchical Self-Supervised Adversarial Training, arXiv:2503.10629, section 2.
+
+    Example:
+        >>> from hsat import HiDiscLoss, Linf, PGD
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> images = torch.rand(2, 1, 1, 2, 3, 4, 4, generator=generator)  # patients, slides, patches, views
+        >>> batch = HierarchicalBatch.from_grid(images)
+        >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
+        >>> attack = PGD(Linf(8 / 255), step_size=2 / 255, steps=2)
+        >>> step = adversarial_step(encoder, HiDiscLoss(), attack, batch, generator=generator)
+        >>> step.loss.backward()
+        >>> step.x_adv.shape, bool((step.x_adv.double() - batch.images.double()).abs().max() <= 8 / 255)
+        (torch.Size([4, 3, 4, 4]), True)
     """
     check_step(model, clean_weight)
     share = 1.0 if attack is None else clean_weight

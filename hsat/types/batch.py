@@ -45,11 +45,23 @@ def _check_nesting(inner: str, inner_ids: Tensor, outer: str, outer_ids: Tensor)
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """Patch, slide and patient ids of n images, (n,) int64 each, unique over the cohort.
+    """Patch, slide and patient ids of n images, unique over the cohort.
 
-    `anchors` maps each level to the number of images that share their id with another one.  It is counted once, at
-    creation, so that losses need no device-to-host read; `to` carries it along.
-    Raises TypeError for ids that are not integers, ValueError for shapes that differ or ids that do not nest.
+    Attributes:
+        patch: (n,) int64.
+        slide: (n,) int64.
+        patient: (n,) int64.
+        anchors: For each level the number of images that share their id with another one.  It is counted once, at
+            creation, so that losses need no device-to-host read; `to` carries it along.
+
+    Raises:
+        TypeError: For ids that are not integers.
+        ValueError: For shapes that differ or ids that do not nest.
+
+    Example:
+        >>> patch, slide, patient = (torch.tensor(ids) for ids in ([0, 0, 1, 2], [0, 0, 0, 1], [0, 0, 0, 0]))
+        >>> Levels(patch, slide, patient).anchors
+        {'patch': 2, 'slide': 3, 'patient': 4}
     """
 
     patch: Tensor
@@ -85,11 +97,23 @@ class Levels:
 
 @dataclass(frozen=True, eq=False)
 class HierarchicalBatch:
-    """n images with their place in the hierarchy; the views of one patch are n rows that share its patch id.
+    """n images with their place in the hierarchy; the views of one patch are rows that share its patch id.
 
-    images: (n, c, h, w) floats in [0, 1].  patch, slide, patient: (n,) int64, unique over the cohort and nested.
-    label: (n,) int64 class indices or None; the HiDisc loss never reads it.
-    Raises TypeError or ValueError, naming the field, when shapes or dtypes disagree or ids do not nest.
+    Attributes:
+        images: (n, c, h, w) floats in [0, 1].
+        patch: (n,) int64, unique over the cohort; a patch lies in one slide.
+        slide: (n,) int64; a slide lies in one patient.
+        patient: (n,) int64.
+        label: (n,) int64 class indices or None; the HiDisc loss never reads it.
+
+    Raises:
+        TypeError: For a dtype that does not fit, naming the field.
+        ValueError: For shapes that disagree or ids that do not nest, naming the field.
+
+    Example:
+        >>> batch = HierarchicalBatch.from_grid(torch.rand(2, 2, 3, 2, 3, 8, 8))  # patients, slides, patches, views
+        >>> len(batch), batch.counts
+        (24, {'patch': 12, 'slide': 4, 'patient': 2})
     """
 
     images: Tensor
@@ -155,10 +179,24 @@ class HierarchicalBatch:
 
     @classmethod
     def from_grid(cls, images: Tensor, labels: Tensor | None = None) -> HierarchicalBatch:
-        """A batch with slot ids from images (P, S, K, V, c, h, w) and labels (P,) of the patients.
+        """A batch with slot ids.
 
         Slot ids number the axes: the same patient drawn into two slots counts as two patients, exactly as in the
         layout of the published code.  Use real ids wherever you have them.
+
+        Args:
+            images: (patients, slides, patches, views, c, h, w).
+            labels: (patients,) ints.
+
+        Returns:
+            A batch of patients x slides x patches x views images.
+
+        Raises:
+            ValueError: For other shapes.
+
+        Example:
+            >>> HierarchicalBatch.from_grid(torch.rand(2, 1, 1, 2, 3, 8, 8)).patient
+            tensor([0, 0, 1, 1])
         """
         if images.ndim != 7:
             raise ValueError(f"images must be (patients, slides, patches, views, c, h, w), got {tuple(images.shape)}")

@@ -21,14 +21,31 @@ _TABLE_TEXT = ("cohort", "split", "encoder")
 class EmbeddingTable:
     """One row per image: all that evaluation knows of a model.
 
-    z: (n, d) float32 unit rows, may be memory-mapped; float64 is rounded and rows of other lengths are normalised (an
-    all-zero row stays zero).  Memory-mapped rows may be float16, as `save(path, dtype="float16")` writes them.
-    label, patch, slide, patient: (n,) int64.  class_names: label i is class_names[i].
-    cohort, split, encoder: fingerprints or names; ids of tables of different cohorts are never compared.
-    norm: (n,) float32, the length of each row before normalisation, which `raw` gives back; None where nobody knows it.
-    It is taken from z where z holds rows of other lengths and no norm is given.
-    Raises ValueError naming the field when lengths differ, a label has no class name or a name comes twice, or z is not
-    finite; TypeError for other kinds of values.
+    Attributes:
+        z: (n, d) float32 unit rows, may be memory-mapped; float64 is rounded and rows of other lengths are normalised
+            (an all-zero row stays zero).  Memory-mapped rows may be float16, as `save(path, dtype="float16")` writes
+            them.
+        label: (n,) int64; label i is class_names[i].
+        patch: (n,) int64.
+        slide: (n,) int64.
+        patient: (n,) int64.
+        class_names: Names of the classes.
+        cohort: Fingerprint or name; ids of tables of different cohorts are never compared.
+        split: Name of the split.
+        encoder: Fingerprint or name.
+        norm: (n,) float32, the length of each row before normalisation, which `raw` gives back; None where it is not
+            known.  It is taken from z where z holds rows of other lengths and no norm is given.
+
+    Raises:
+        ValueError: When lengths differ, a label has no class name or a name comes twice, or z is not finite; it names
+            the field.
+        TypeError: For other kinds of values.
+
+    Example:
+        >>> ids = np.arange(2)
+        >>> table = EmbeddingTable([[3.0, 4.0], [0.0, 2.0]], [0, 1], ids, ids, ids, class_names=("hgg", "normal"))
+        >>> table.z.tolist(), table.norm.tolist()
+        ([[0.6000000238418579, 0.800000011920929], [0.0, 1.0]], [5.0, 2.0])
     """
 
     z: np.ndarray
