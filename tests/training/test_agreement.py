@@ -23,7 +23,7 @@ import copy, json, sys
 from importlib import metadata
 import torch, torch.distributed as dist
 from torch import nn
-from hsat.data import Cohort, write_patch_store
+from hsat.data import Cohort, read_opensrh, write_patch_store
 from hsat.training import assert_ranks_agree, assert_same_on_all_ranks
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
