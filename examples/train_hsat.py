@@ -155,7 +155,7 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
         cohort = open_cohort(settings.data, seed=settings.seed)
         cohort = hold_out(cohort, settings) if tuned else cohort
         packed = open_packed(cohort, settings.data, out=settings.out)
-    assert_ranks_agree(cohort=cohort, packed=packed, seed=settings.seed)
+    assert_ranks_agree(cohort=cohort, store=packed, seed=settings.seed)
     trainer = Trainer(settings, cohort, ranks, packed)
     fingerprint = cohort.fingerprint()
     resume = settings.resume or ranks.again
