@@ -58,7 +58,7 @@ class Inner:
         fast = SINGLE_STEP[self.settings.name](pgd.threat)
         if self.settings.check_every == 0:
             return fast, None
-        guard = OverfittingGuard(fast, pgd, every=self.settings.check_every, least=self.settings.check_share)
+        guard = OverfittingGuard(fast, pgd, check_every=self.settings.check_every, min_share=self.settings.check_share)
         if guard.is_due(trainer.step):
             own = torch.Generator().manual_seed(generator.initial_seed())  # a check must not change the draws
             self.gap = _measured(guard, trainer, parts, generator=own, ids=ids)

@@ -9,7 +9,6 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +16,7 @@ from hsat.data import BadPatch, Cohort, PackedPatches
 from hsat.data.fingerprint import patient_digests
 from hsat.data.readers import read_stored
 from hsat.distributed import gather_objects, world_rank, world_size
+from hsat.fingerprints import tensor_bytes
 
 PACKAGES = ("hsat", "torch", "torchvision", "timm", "numpy")
 """Packages whose version decides what a training step computes; other ones show in the pixels that are compared."""
@@ -150,8 +150,7 @@ def tensor_digests(state: object, prefix: str = "") -> dict[str, str]:
     elif isinstance(state, list | tuple):
         entries = [(str(number), value) for number, value in enumerate(state)]
     elif isinstance(state, Tensor):
-        flat = state.detach().cpu().contiguous().flatten()
-        return {prefix: _digest(f"{state.dtype}{tuple(state.shape)}".encode(), _bytes_of(flat))}
+        return {prefix: _digest(f"{state.dtype}{tuple(state.shape)}".encode(), tensor_bytes(state))}
     else:
         return {prefix: repr(state)}
     return {
@@ -159,10 +158,6 @@ def tensor_digests(state: object, prefix: str = "") -> dict[str, str]:
         for key, value in entries
         for name, digest in tensor_digests(value, f"{prefix}.{key}" if prefix else key).items()
     }
-
-
-def _bytes_of(flat: Tensor) -> memoryview:
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _summary(cohort: Cohort) -> dict[str, Any]:

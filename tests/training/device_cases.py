@@ -281,7 +281,7 @@ def warm(place: Place) -> list[Tensor]:
 
 
 def safeguarded(place: Place) -> list[Tensor]:
-    guard = OverfittingGuard(NFGSM(Linf(EPS)), ATTACKS["PGD"], every=1)
+    guard = OverfittingGuard(NFGSM(Linf(EPS)), ATTACKS["PGD"], check_every=1)
     return [torch.tensor(guard.measure(place.model, LOSS, place.batch, generator=seeded()))]
 
 
