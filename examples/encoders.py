@@ -11,17 +11,18 @@ from typing import NamedTuple
 from hsat.eval import WhiteboxResult
 from hsat.models import (
     Encoder,
+    HeadSpec,
     active_branch,
     build_encoder,
     checkpoint_hash,
+    has_encoder_spec,
     is_dual,
     load_encoder,
     set_branch,
-    states_its_encoder,
     trained_branch,
-    untouched_branches,
+    unused_branches,
 )
-from settings import ModelSettings, StoredModelSettings
+from settings import EncoderSettings, ModelSettings, StoredModelSettings
 
 
 class NamedEncoder(NamedTuple):
@@ -37,8 +38,7 @@ def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
     return build_encoder(
         model.backbone,
         embedding_dim=model.embedding_dim,
-        head=None if model.head == "none" else model.head,
-        head_hidden=model.head_hidden,
+        head=_head_of(model),
         weights=model.weights,
         pretrained=model.pretrained,
         input_size=model.input_size,
@@ -47,21 +47,24 @@ def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
     )
 
 
+def _head_of(model: EncoderSettings) -> HeadSpec | None:
+    return None if model.head == "none" else HeadSpec(model.head, hidden=tuple(model.head_hidden))
+
+
 def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True) -> Encoder:
     """The encoder in a file, its BatchNorm branch chosen; what was not said and had to be inferred goes to stderr.
 
     A file of train_hsat.py says how to build its encoder.  --model.backbone and the options beside it are for files
     that do not; with several files (alone=False) those that do say keep to it.  Raises ValueError, OSError.
     """
-    own = "backbone" not in model.model_fields_set or (not alone and states_its_encoder(path))
-    said_head = "head" in model.model_fields_set
+    own = "backbone" not in model.model_fields_set or (not alone and has_encoder_spec(path))
+    said_head, hidden = "head" in model.model_fields_set, tuple(model.head_hidden)
     try:
         encoder = load_encoder(
             path,
             None if own else model.backbone,
-            head=("auto" if not said_head else None if model.head == "none" else model.head),
+            head=_head_of(model) if said_head else HeadSpec("mlp", hidden=hidden) if hidden else "auto",
             embedding_dim=model.embedding_dim,
-            head_hidden=model.head_hidden,
             dual_norm=model.dual_norm,
             input_size=model.input_size,
         )
@@ -116,7 +119,7 @@ def choose_branch(encoder: Encoder, wanted: str | None, path: Path) -> None:
     set_branch(encoder, chosen)
     if wanted is None:
         print(f"{path}: dual BatchNorm, using branch {chosen}; --model.branch chooses", file=sys.stderr)
-    if chosen in untouched_branches(encoder):
+    if chosen in unused_branches(encoder):
         print(f"note: branch {chosen} of {path} was never trained", file=sys.stderr)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hsat.attacks import FFGSM, NFGSM, PGD, Linf
-from hsat.training import Gap, Safeguard, WarmStarts, of_all_ranks
+from hsat.distributed import gather_objects
+from hsat.training import LossGap, OverfittingGuard, WarmStarts
 from hsat.types import Attack, HierarchicalBatch
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Inner:
 
     def __init__(self, settings: TrainHSAT, *, ranks: int = 1) -> None:
         self.settings = settings.attack
-        self.gap: Gap | None = None
+        self.gap: LossGap | None = None
         self.warm = WarmStarts() if self.settings.name == "warm" else None
         _check(settings)
         _check_groups(settings, ranks)
@@ -57,11 +58,11 @@ class Inner:
         fast = SINGLE_STEP[self.settings.name](pgd.threat)
         if self.settings.check_every == 0:
             return fast, None
-        guard = Safeguard(fast, pgd, every=self.settings.check_every, least=self.settings.check_share)
-        if guard.due(trainer.step):
+        guard = OverfittingGuard(fast, pgd, check_every=self.settings.check_every, min_share=self.settings.check_share)
+        if guard.is_due(trainer.step):
             own = torch.Generator().manual_seed(generator.initial_seed())  # a check must not change the draws
             self.gap = _measured(guard, trainer, parts, generator=own, ids=ids)
-        return guard.attack(self.gap), None
+        return guard.choose_attack(self.gap), None
 
     def keep(self, batch: HierarchicalBatch, x_adv: Tensor | None) -> None:
         """Remember the perturbations, where that is wanted."""
@@ -81,26 +82,27 @@ class Inner:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """From the checkpoint."""
-        self.gap = None if state["gap"] is None else Gap(*state["gap"])
+        self.gap = None if state["gap"] is None else LossGap(*state["gap"])
         if self.warm is not None:
             self.warm.load_state_dict(state["warm"])
 
 
 def _measured(
-    guard: Safeguard,
+    guard: OverfittingGuard,
     trainer: Trainer,
     parts: Sequence[HierarchicalBatch],
     *,
     generator: torch.Generator,
     ids: Tensor | None,
-) -> Gap:
+) -> LossGap:
     """The mean over the parts of all ranks, so that all of them decide alike."""
     own = [None] * len(parts) if ids is None else torch.split(ids, [len(part) for part in parts])
-    found = [
+    gaps = [
         guard.measure(trainer.model, trainer.inner_loss, part, autocast=trainer.autocast, generator=generator, ids=mine)
         for part, mine in zip(parts, own, strict=True)
     ]
-    return Gap.mean([Gap(*gap) for gaps in of_all_ranks([list(gap) for gap in found]) for gap in gaps])
+    by_rank = gather_objects([list(gap) for gap in gaps])
+    return LossGap.mean([LossGap(*values) for of_rank in by_rank for values in of_rank])
 
 
 def _check_groups(settings: TrainHSAT, ranks: int) -> None:

@@ -17,32 +17,31 @@ from compute import adamw, autocast_of, check_memory, compile_in_place, in_paral
 from encoders import new_encoder
 from hsat.attacks import PGD, Linf
 from hsat.data import Cohort, PatchStore, PatientBatchSampler
+from hsat.distributed import average_statistics, batch_share, global_indices, synchronize_batchnorm
 from hsat.losses import HiDiscLoss
 from hsat.training import (
+    RandomStateMismatch,
+    SplitBatch,
     StepClock,
     StepResult,
     TrainingState,
     accumulated_step,
     adversarial_step,
     assert_ranks_agree,
-    assert_same_on_all_ranks,
+    assert_same,
     augmentation_strength,
-    average_statistics,
     check_gradients,
     check_state,
     check_trainable,
     cosine_with_warmup,
     epsilon_schedule,
     free_replays,
-    image_slots,
     largest_gradient,
     load_training_state,
     paper_clean_weight,
     peak_memory,
     save_checkpoint,
-    share_of_batch,
     split_batch,
-    synchronised_norm,
 )
 from hsat.training.gradients import non_finite_gradients
 from hsat.types import LEVELS, HierarchicalBatch
@@ -75,7 +74,7 @@ class Trainer:
         self.sampler = PatientBatchSampler(
             cohort,
             "train",
-            batch_patients=share_of_batch(
+            batch_patients=batch_share(
                 train.batch_patients, ranks=self.ranks.size, parts=train.accumulate, name="--train.batch_patients"
             ),
             seed=settings.seed,
@@ -95,7 +94,7 @@ class Trainer:
         self.model = new_encoder(settings.model, seed=settings.seed)
         check_trainable(self.model)
         if train.sync_norm and self.ranks.size > 1:
-            synchronised_norm(self.model, device=self.device)
+            synchronize_batchnorm(self.model, device=self.device)
         assert_ranks_agree(model=self.model)  # DistributedDataParallel would make them rank 0's in silence
         self.model.to(self.device, memory_format=self.layout)
         self.parallel = in_parallel(self.model, settings) if self.ranks.size > 1 else self.model
@@ -132,8 +131,8 @@ class Trainer:
         parameter got a gradient.
         """
         count = self.settings.train.accumulate
-        parts = split_batch(batch, count) if count > 1 else []  # on the CPU, where ids are counted
-        batch, parts = self._moved(batch), [self._moved(part) for part in parts]
+        parts = split_batch(batch, count).parts if count > 1 else ()  # on the CPU, where ids are counted
+        batch, parts = self._moved(batch), tuple(map(self._moved, parts))
         # a GPU draws its noise itself: 128 images of 300 pixels cost a CPU 0.17 s
         home = self.device if self.device.type == "cuda" else torch.device("cpu")
         generator = torch.Generator(home).manual_seed(_mixed(self.settings.seed, self.step))
@@ -174,14 +173,14 @@ class Trainer:
     def _results(
         self,
         batch: HierarchicalBatch,
-        parts: list[HierarchicalBatch],
+        parts: tuple[HierarchicalBatch, ...],
         pgd: PGD | None,
         *,
         clean_weight: float,
         generator: torch.Generator,
     ) -> Iterator[StepResult]:
         """The losses to descend on this batch, one after the other: one, or with free training one per replay."""
-        ids = image_slots(len(batch), rank=self.ranks.rank) if self.several else None
+        ids = global_indices(len(batch), rank=self.ranks.rank) if self.several else None
         if pgd is not None and self.settings.attack.name == "free":
             yield from free_replays(
                 self.parallel,
@@ -194,7 +193,7 @@ class Trainer:
                 ids=ids,
             )
             return
-        attack, start = self.inner.choose(self, parts or [batch], pgd, generator=generator, ids=ids)
+        attack, start = self.inner.choose(self, parts or (batch,), pgd, generator=generator, ids=ids)
         common: dict[str, Any] = {
             "inner_loss": self.inner_loss,
             "clean_weight": clean_weight,
@@ -204,7 +203,8 @@ class Trainer:
         }
         if parts:
             self.optimizer.zero_grad(set_to_none=True)
-            yield accumulated_step(self.parallel, self.loss, attack, batch, parts, scale=self.scaler.scale, **common)
+            split = SplitBatch(batch, parts)
+            yield accumulated_step(self.parallel, self.loss, attack, split, scale=self.scaler.scale, **common)
         else:
             yield adversarial_step(self.parallel, self.loss, attack, batch, start=start, **common)
 
@@ -299,7 +299,7 @@ class Trainer:
             run.note_changes(state.config, self.step)
         else:
             run.note_changes(run.began, 0)
-        assert_same_on_all_ranks("the step to go on from", self.step)
+        assert_same("the step to go on from", self.step)
         if self.step:
             assert_ranks_agree(model=self.model, optimizer=self.optimizer)
         run.keep_rows_before(self.step)
@@ -317,9 +317,8 @@ class Trainer:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.schedule}
         try:
             return load_training_state(run.last, **parts)
-        except ValueError as error:
-            if "random states of" not in str(error):
-                raise
+        except RandomStateMismatch:
+            pass
         if self.ranks.first:
             print("note: resuming with another number of ranks; dropout, if any, draws afresh", file=sys.stderr)
         return load_training_state(run.last, restore_random=False, **parts)

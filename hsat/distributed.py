@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from hsat.types import HierarchicalBatch
 
 _TIMEOUT = timedelta(days=7)  # a rank that has finished waits for the slowest attack of all
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _GATHER_CHUNK = 64  # batches that a rank hands over at a time, so that no message is as large as a bank
 
 Value = TypeVar("Value")
@@ -144,14 +145,6 @@ def gather_objects(value: Value) -> list[Value]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def assert_same(value: Any, name: str) -> None:
-    """Raise ValueError, on every rank and naming the value's `name`, unless all ranks hold an equal value."""
-    values = gather_objects(value)
-    if any(other != values[0] for other in values):
-        shown = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
-        raise ValueError(f"the ranks disagree about {name} ({shown}); all of them need the same files and options")
 
 
 class ShardedLoader:
@@ -307,3 +300,28 @@ def average_statistics(module: nn.Module) -> None:
         means = torch.split(flat, [buffer.numel() for buffer in buffers])
         for buffer, mean in zip(buffers, means, strict=True):
             buffer.copy_(mean.view_as(buffer))
+
+
+def synchronize_batchnorm(module: nn.Module, *, device: torch.device) -> nn.Module:
+    """Replace every BatchNorm of a module, in place, by one whose batch statistics are those of all ranks.
+
+    timm's layers that carry an activation keep it.  In evaluation mode, so in attacks, such a layer exchanges nothing.
+
+    Args:
+        module: A network.
+        device: Where it will compute.
+
+    Returns:
+        The network; a new one if it is a BatchNorm itself.
+
+    Raises:
+        ValueError: On the CPU, where torch has no such layer, and for a module without BatchNorm.
+    """
+    if device.type == "cpu":
+        raise ValueError("synchronised BatchNorm needs GPUs: torch has none for the CPU; leave it off here")
+    if not any(isinstance(part, _BATCH_NORMS) for part in module.modules()):
+        raise ValueError(f"{type(module).__name__} has no BatchNorm layer to synchronise")
+    from timm.layers import convert_sync_batchnorm
+
+    converted: nn.Module = convert_sync_batchnorm(module)
+    return converted

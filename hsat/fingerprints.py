@@ -46,6 +46,14 @@ def fingerprint_state(module: nn.Module, prefix: str = "") -> str:
     return digest.hexdigest()
 
 
+def fingerprint_weights(module: nn.Module) -> str:
+    """What a module's `fingerprint()` says, if it has one, as an `Encoder` does; else `fingerprint_state` of it.
+
+    Of an `Encoder`: SHA-256 over names, dtypes, shapes and bytes of its state, and over what it does to pixels.
+    """
+    return module.fingerprint() if isinstance(module, Fingerprinted) else fingerprint_state(module)
+
+
 def fingerprint_encoder(encoder: object, checkpoint: str = "") -> dict[str, str] | None:
     """All that decides what an encoder computes, by name: weights, structure, and how this machine computes it.
 
@@ -70,7 +78,7 @@ def fingerprint_encoder(encoder: object, checkpoint: str = "") -> dict[str, str]
     autocast = autocast_name(parameters[0].device.type if parameters else "cpu")
     return {
         **({"autocast": autocast} if autocast else {}),
-        "weights": encoder.fingerprint() if isinstance(encoder, Fingerprinted) else fingerprint_state(encoder),
+        "weights": fingerprint_weights(encoder),
         "structure": hashlib.sha256(_without_addresses(repr(encoder)).encode()).hexdigest(),
         "layout": ",".join(sorted(layouts)),
         "torch": torch.__version__,

@@ -14,12 +14,12 @@ import hsat
 ROOT = Path(hsat.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LOWER = {"attacks", "losses", "classifiers", "data", "models"}
-GROUND = {"files", "untrusted", "torch_files", "types", "distributed", "fingerprints", "stains"}
+GROUND = {"files", "untrusted", "tensor_files", "types", "distributed", "fingerprints", "stains"}
 MAY_IMPORT = {room: GROUND for room in LOWER} | {
     "files": {"untrusted"},
     "embedding": LOWER | GROUND,
     "untrusted": set(),
-    "torch_files": {"untrusted"},
+    "tensor_files": {"untrusted"},
     "types": {"files"},
     "distributed": {"types", "files"},
     "fingerprints": {"types", "files"},

@@ -15,6 +15,7 @@ import torch
 
 import hsat
 from hsat.attacks import L2, PGD, Linf, RandomNoise, feature_drift
+from hsat.fingerprints import fingerprint_weights
 from hsat.testing import LAWS, check_feasible
 from hsat.types import EmbeddingTable
 
@@ -122,7 +123,7 @@ def test_guide_models(guide):
     assert guide["embeddings"].shape == (16, 8)
     torch.testing.assert_close(guide["embeddings"].norm(dim=1), torch.ones(16))
     assert guide["report"].loaded == len(guide["encoder"].state_dict())
-    assert hsat.models.state_fingerprint(guide["again"]) == hsat.models.state_fingerprint(guide["timm_encoder"])
+    assert fingerprint_weights(guide["again"]) == fingerprint_weights(guide["timm_encoder"])
     with hsat.frozen(guide["timm_encoder"]):
         assert beats_noise(guide["on_timm"], guide["x"], guide["timm_encoder"].features, Linf(4 / 255))
 

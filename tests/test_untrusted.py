@@ -16,7 +16,7 @@ from hsat.eval.reporting.evidence import read_evidence
 from hsat.eval.reporting.run_folders import open_runs
 from hsat.eval.statistics.score_files import load_scores
 from hsat.files import load_array, load_arrays
-from hsat.training.checkpoint_file import read_checkpoint, write_checkpoint
+from hsat.training.checkpoint import read_checkpoint, write_checkpoint
 from hsat.untrusted import open_regular, shown, strict_json
 
 

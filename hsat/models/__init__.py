@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hsat.models.building import build_encoder
-from hsat.models.checkpoints import load_checkpoint, save_encoder, state_fingerprint
+from hsat.models.checkpoints import checkpoint_hash, load_checkpoint, save_encoder
 from hsat.models.dual_norm import (
     DualBatchNorm,
     active_branch,
@@ -12,21 +11,21 @@ from hsat.models.dual_norm import (
     is_dual,
     set_branch,
     trained_branch,
-    untouched_branches,
+    unused_branches,
 )
 from hsat.models.encoder import Encoder
+from hsat.models.factory import build_encoder, has_encoder_spec, load_encoder, wrap_encoder
 from hsat.models.folding import fold_batchnorm
-from hsat.models.heads import ProjectionHead, projection_head
-from hsat.models.modes import frozen
-from hsat.models.rebuilding import load_encoder, states_its_encoder
-from hsat.models.weight_files import LoadReport, checkpoint_hash
-from hsat.models.wrapping import wrap_encoder
+from hsat.models.frozen import frozen
+from hsat.models.heads import HeadSpec, ProjectionHead, projection_head
+from hsat.models.metadata import LoadReport
 from hsat.models.zoo import PAPER_NAMES
 
 __all__ = [
     "PAPER_NAMES",
     "DualBatchNorm",
     "Encoder",
+    "HeadSpec",
     "LoadReport",
     "ProjectionHead",
     "active_branch",
@@ -36,15 +35,14 @@ __all__ = [
     "convert_to_dual",
     "fold_batchnorm",
     "frozen",
+    "has_encoder_spec",
     "is_dual",
     "load_checkpoint",
     "load_encoder",
     "projection_head",
     "save_encoder",
     "set_branch",
-    "state_fingerprint",
-    "states_its_encoder",
     "trained_branch",
-    "untouched_branches",
+    "unused_branches",
     "wrap_encoder",
 ]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsat.fingerprints import fingerprint_state
-from hsat.models.modes import frozen
+from hsat.models.frozen import frozen
+from hsat.models.metadata import LoadReport
 from hsat.types.row_checks import SQUEEZED, is_squeezed
-
-if TYPE_CHECKING:
-    from hsat.models.weight_files import LoadReport
 
 Features = Callable[[Tensor], Tensor]
 PROBED_SIZES = (224, 96, 64, 32)
@@ -32,8 +30,17 @@ class Encoder(nn.Module):
 
     A backbone's output may be (n, d), or a map (n, d, h, w), which is averaged over h and w; anything else is an error
     that says what to do.  Build one with `build_encoder` or `wrap_encoder`.
-    `spec` is what `build_encoder` needs to build the same encoder again, or None; `weights_report` says what its
-    `weights=` file held; `batchnorm_folded` whether `fold_batchnorm` made it.
+
+    Attributes:
+        backbone: The network that gives the features.
+        head: The projection head, or None.
+        mean: Pixel mean per channel, or None for pixels as they are.
+        std: Pixel standard deviation per channel, or None.
+        input_size: (height, width) to which images are resized, or None.
+        fixed_size: The one (height, width) that the backbone takes, or None.
+        spec: What `build_encoder` needs to build the same encoder again, or None.
+        weights_report: What was read from the file of its weights, or None.
+        batchnorm_folded: Whether `fold_batchnorm` made it.
     """
 
     pixel_mean: Tensor | None
@@ -51,7 +58,6 @@ class Encoder(nn.Module):
         input_size: int | tuple[int, int] | None = None,
         features: str | Features | None = None,
         fixed_size: tuple[int, int] | None = None,
-        spec: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -59,7 +65,7 @@ class Encoder(nn.Module):
         self.mean, self.std = check_normalisation(mean, std)
         self.input_size = check_size(input_size)
         self.fixed_size = fixed_size
-        self.spec = None if spec is None else dict(spec)
+        self.spec: dict[str, Any] | None = None
         self.weights_report: LoadReport | None = None
         self.batchnorm_folded = False
         self._feature_dim = feature_dim
@@ -81,7 +87,7 @@ class Encoder(nn.Module):
 
     @property
     def feature_dim(self) -> int:
-        """Width of `features`; when nobody said it, found by the first forward pass or by running black images."""
+        """Width of `features`; where it was not given, that of the first forward pass or of black images."""
         if self._feature_dim is None:
             self._feature_dim = self._probe(self.features)
         return self._feature_dim
@@ -98,15 +104,20 @@ class Encoder(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Backbone features (n, feature_dim), not normalised to unit length.
 
-        Raises TypeError if x holds integers, ValueError if it is not (n, c, h, w), has another number of channels than
-        mean has, or another size than the backbone is built for.
+        Args:
+            x: Images (n, c, h, w) in [0, 1].
+
+        Raises:
+            TypeError: If x holds integers.
+            ValueError: If x is not (n, c, h, w), has another number of channels than mean has, or another size than the
+                backbone is built for.
         """
-        backbone: Any = self.backbone
+        compute: Callable[[Tensor], object] = self.backbone
         if isinstance(self._features, str):
-            backbone = attrgetter(self._features)(self.backbone)
+            compute = attrgetter(self._features)(self.backbone)
         elif self._features is not None:
-            backbone = self._features
-        features = _as_vectors(backbone(self._prepare(x)), len(x))
+            compute = self._features
+        features = _as_vectors(compute(self._prepare(x)), len(x))
         if self._feature_dim is None:
             self._feature_dim = features.shape[1]
         elif features.shape[1] != self._feature_dim:
@@ -116,7 +127,7 @@ class Encoder(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """Unit rows (n, embedding_dim) from backbone features (n, feature_dim); `encoder(x)` is this of `features(x)`.
 
-        Serves those who want both from one pass through the backbone.
+        With it, one pass through the backbone gives both.
         """
         projected = features if self.head is None else self.head(features)
         if projected.dtype in {torch.float16, torch.bfloat16}:
@@ -147,8 +158,8 @@ class Encoder(nn.Module):
                 f"the backbone takes {height}x{width} images, got {x.shape[2]}x{x.shape[3]};"
                 f" pass input_size={height if height == width else self.fixed_size} to resize inside the encoder"
             )
-        wanted = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), x.dtype)
-        return x.to(wanted)
+        dtype = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), x.dtype)
+        return x.to(dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
         if self.pixel_mean is None or self.pixel_std is None:
@@ -162,13 +173,14 @@ class Encoder(nn.Module):
         """Width of what function gives for black images, leaving modes, buffers and random numbers alone."""
         size = self.input_size or self.fixed_size
         sizes = [size] if size is not None else [(side, side) for side in PROBED_SIZES]
-        where = next((t.device for t in (*self.backbone.parameters(), *self.backbone.buffers())), torch.device("cpu"))
-        channels = self._channels()
+        tensors = (*self.backbone.parameters(), *self.backbone.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        channels = self.channels
         errors = []
         for height, width in sizes:
-            black = torch.zeros(1, channels, height, width, device=where)
+            black = torch.zeros(1, channels, height, width, device=device)
             try:
-                with frozen(self), torch.no_grad(), torch.random.fork_rng([where] if where.type == "cuda" else []):
+                with frozen(self), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                     return function(black).shape[1]
             except Exception as error:
                 errors.append(error)
@@ -178,7 +190,9 @@ class Encoder(nn.Module):
             f" Pass feature_dim=, or input_size= if it needs one size"
         ) from errors[0]
 
-    def _channels(self) -> int:
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images: that of mean and std, else what the first convolution reads, else 3."""
         if self.mean is not None and len(self.mean) > 1:
             return len(self.mean)
         return next((m.in_channels for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), 3)

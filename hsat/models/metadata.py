@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hsat.models.heads import HEADS
@@ -23,9 +23,33 @@ MOST_PATIENTS = 50_000
 MOST_TEXT = 4 << 20  # characters of JSON
 DEPTH, CONTAINERS = 16, 10_000
 
+Rules = Mapping[str, tuple[str, Callable[[object], bool]]]
+
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}(?:\.[A-Za-z0-9_]{1,100})?")
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded from a file.
+
+    Attributes:
+        path: The file.
+        sha256: SHA-256 of its bytes.
+        layout: How its names were read: "hsat", "published", "published zoo", "published dual" or "backbone"; and the
+            prefix that was removed from them.
+        loaded: Number of tensors.
+        dropped: Entries of the file that were left out on purpose (only ever not empty for backbone weights).
+        metadata: What else the file says in plain values, such as epoch and loss.
+    """
+
+    path: str
+    sha256: str
+    layout: str
+    loaded: int
+    dropped: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +69,8 @@ class EncoderSpec:
 def parse_metadata(text: str, path: object) -> dict[str, Any]:
     """The JSON under the key `hsat` of an encoder file; `training` is checked, `encoder` when it is asked for.
 
-    Raises ValueError naming the key that is not as it must be.
+    Raises:
+        ValueError: Naming the key that is not as it must be.
     """
     where = f"{path}: metadata 'hsat'"
     if len(text) > MOST_TEXT:
@@ -61,10 +86,13 @@ def parse_metadata(text: str, path: object) -> dict[str, Any]:
 
 
 def read_spec(values: Mapping[str, Any], path: object) -> EncoderSpec:
-    """The `encoder` of a file's metadata.  Raises ValueError naming the key that is unknown, missing or out of limits.
+    """The `encoder` of a file's metadata, checked.
 
     Only names of the paper and of timm's own registry are taken, with timm's own tags: none of them makes timm fetch or
     open anything as long as pretrained weights are not asked for, which a file cannot do.
+
+    Raises:
+        ValueError: Naming the key that is unknown, missing or out of limits.
     """
     try:
         _check(values, _ENCODER, where="encoder")
@@ -91,7 +119,8 @@ def read_spec(values: Mapping[str, Any], path: object) -> EncoderSpec:
 def check_training(values: object, where: str) -> None:
     """What the encoder was trained on: kind of the images, image_size and digests of the patients' names.
 
-    Raises ValueError beginning with `where` and naming the key.
+    Raises:
+        ValueError: Beginning with `where` and naming the key.
     """
     try:
         if not isinstance(values, Mapping):
@@ -101,18 +130,18 @@ def check_training(values: object, where: str) -> None:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check(values: Mapping[str, Any], rules: Mapping[str, tuple[str, Callable[[Any], bool]]], *, where: str) -> None:
+def _check(values: Mapping[str, object], rules: Rules, *, where: str) -> None:
     for key in values:
         if key not in rules:
-            raise ValueError(f"{where}.{_plain(key)} is no key of {where}, which has {', '.join(rules)}")
+            raise ValueError(f"{where}.{_shown_key(key)} is no key of {where}, which has {', '.join(rules)}")
     if missing := [f"{where}.{key}" for key in rules if key not in values]:
         raise ValueError(f"{', '.join(missing)} must be given")
-    for key, (wanted, fits) in rules.items():
+    for key, (description, fits) in rules.items():
         if not fits(values[key]):
-            raise ValueError(f"{where}.{key} must be {wanted}, got {shown(values[key])}")
+            raise ValueError(f"{where}.{key} must be {description}, got {shown(values[key])}")
 
 
-def _plain(key: object) -> str:
+def _shown_key(key: object) -> str:
     return key if isinstance(key, str) and _WORD.fullmatch(key) else shown(key)
 
 
@@ -120,7 +149,7 @@ def _is_int(value: object, most: int) -> bool:
     return type(value) is int and 1 <= value <= most
 
 
-def _is_list(value: object, most: int, fits: Callable[[Any], bool], *, least: int = 0) -> bool:
+def _is_list(value: object, most: int, fits: Callable[[object], bool], *, least: int = 0) -> bool:
     return isinstance(value, list | tuple) and least <= len(value) <= most and all(map(fits, value))
 
 
@@ -141,7 +170,7 @@ def _is_channels(value: object, low: float, high: float) -> bool:
 
 
 _WIDTHS, _SIDES = f"a whole number from 1 to {MOST_WIDTH}", f"a whole number from 1 to {MOST_SIDE}"
-_ENCODER: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+_ENCODER: Rules = {
     "name": ("a text of at most 201 characters", lambda value: isinstance(value, str) and len(value) <= 201),
     "embedding_dim": (f"{_WIDTHS}, or null", lambda value: value is None or _is_int(value, MOST_WIDTH)),
     "head": (f"{', '.join(HEADS)} or null", lambda value: value is None or (type(value) is str and value in HEADS)),
@@ -160,7 +189,7 @@ _ENCODER: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "dual_norm": ("true or false", lambda value: isinstance(value, bool)),
 }
-_TRAINING: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+_TRAINING: Rules = {
     "kind": (
         "a word of at most 32 letters, digits, dots, dashes or underscores",
         lambda value: isinstance(value, str) and _WORD.fullmatch(value) is not None,

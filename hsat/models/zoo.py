@@ -10,8 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-
-from hsat.models.encoder import check_size
+from torch import nn
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -105,26 +104,37 @@ def find_architecture(name: str, *, pretrained: bool) -> Architecture:
     return Architecture(timm=name)
 
 
-def create_backbone(architecture: Architecture, *, pretrained: bool) -> Any:
+def create_backbone(architecture: Architecture, *, pretrained: bool) -> nn.Module:
     """The timm model without its classifier."""
     timm = import_timm()
     options = dict(architecture.options)
     if options.get("norm_layer") == "group_norm_32":
         options["norm_layer"] = functools.partial(timm.layers.GroupNormAct, num_groups=32)
     name = f"{architecture.timm}.{architecture.tag}" if architecture.tag else architecture.timm
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    backbone: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    return backbone
 
 
-def feature_width(backbone: Any) -> int:
+def feature_width(backbone: nn.Module) -> int:
     """Width of what timm returns without a classifier: some models widen the features in a last layer."""
-    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
+    width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+    return int(width)
 
 
-def fixed_size(backbone: Any) -> tuple[int, int] | None:
+def pretrained_normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Pixel mean and std that timm's pretrained weights were trained with."""
+    settings: Any = backbone.pretrained_cfg
+    return tuple(settings["mean"]), tuple(settings["std"])
+
+
+def fixed_size(backbone: nn.Module) -> tuple[int, int] | None:
     """The one image size that a backbone with absolute positions or windows takes, or None."""
     patches = getattr(backbone, "patch_embed", None)
     size = getattr(patches, "img_size", None)
-    return check_size(tuple(size)) if size is not None and getattr(patches, "strict_img_size", False) else None
+    if size is None or not getattr(patches, "strict_img_size", False):
+        return None
+    height, width = size
+    return int(height), int(width)
 
 
 def import_timm() -> ModuleType:

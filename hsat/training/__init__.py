@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from hsat.training.accumulation import accumulated_step, split_batch
-from hsat.training.agreement import assert_ranks_agree, assert_same_on_all_ranks
-from hsat.training.devices import (
-    average_statistics,
-    image_slots,
-    of_all_ranks,
-    share_of_batch,
-    synchronised_norm,
-)
+from hsat.training.accumulation import SplitBatch, accumulated_step, split_batch
+from hsat.training.agreement import assert_ranks_agree, assert_same
+from hsat.training.checkpoint import RandomStateMismatch, TrainingState, load_training_state, save_checkpoint
+from hsat.training.fast import LossGap, OverfittingGuard
 from hsat.training.free import free_replays
 from hsat.training.gradients import check_gradients, check_state, check_trainable, largest_gradient
-from hsat.training.guards import (
+from hsat.training.resources import (
     StepClock,
     is_out_of_memory,
     largest_batch,
@@ -21,20 +16,20 @@ from hsat.training.guards import (
     parse_memory,
     peak_memory,
 )
-from hsat.training.resume import TrainingState, load_training_state, save_checkpoint
 from hsat.training.schedules import (
     augmentation_strength,
     cosine_with_warmup,
     epsilon_schedule,
     paper_clean_weight,
 )
-from hsat.training.single_step import Gap, Safeguard
 from hsat.training.step import StepResult, adversarial_step
 from hsat.training.warm_start import WarmStarts
 
 __all__ = [
-    "Gap",
-    "Safeguard",
+    "LossGap",
+    "OverfittingGuard",
+    "RandomStateMismatch",
+    "SplitBatch",
     "StepClock",
     "StepResult",
     "TrainingState",
@@ -42,27 +37,22 @@ __all__ = [
     "accumulated_step",
     "adversarial_step",
     "assert_ranks_agree",
-    "assert_same_on_all_ranks",
+    "assert_same",
     "augmentation_strength",
-    "average_statistics",
     "check_gradients",
     "check_state",
     "check_trainable",
     "cosine_with_warmup",
     "epsilon_schedule",
     "free_replays",
-    "image_slots",
     "is_out_of_memory",
     "largest_batch",
     "largest_gradient",
     "load_training_state",
     "memory_text",
-    "of_all_ranks",
     "paper_clean_weight",
     "parse_memory",
     "peak_memory",
     "save_checkpoint",
-    "share_of_batch",
     "split_batch",
-    "synchronised_norm",
 ]

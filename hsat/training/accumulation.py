@@ -3,47 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsat.training.gradients import check_trainable
-from hsat.training.step import Loss, StepResult, attacked, embedded, local_loss, statistics_of, total_of, unwrapped
+from hsat.training.step import (
+    Autocast,
+    Loss,
+    StepResult,
+    attack_batch,
+    check_step,
+    embed_in_train_mode,
+    local_loss,
+    total_loss,
+    unwrap_parallel,
+    use_branch,
+)
 from hsat.types import Attack, HierarchicalBatch
 
-Autocast = Callable[[], AbstractContextManager[Any]]
+
+@dataclass(frozen=True)
+class SplitBatch:
+    """A batch, and the same images cut into parts.
+
+    Attributes:
+        whole: The images of this rank; of them only the ids are used.
+        parts: Batches of the same images in the same order.
+
+    Raises:
+        ValueError: If the parts hold another number of images than the whole.
+    """
+
+    whole: HierarchicalBatch
+    parts: tuple[HierarchicalBatch, ...]
+
+    def __post_init__(self) -> None:
+        count = sum(map(len, self.parts))
+        if count != len(self.whole):
+            raise ValueError(f"the parts hold {count} images and the batch {len(self.whole)}")
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SplitBatch:
+        """The same on another device; nothing is counted again."""
+        parts = [part.to(device, non_blocking=non_blocking) for part in self.parts]
+        return SplitBatch(self.whole.to(device, non_blocking=non_blocking), tuple(parts))
 
 
-def split_batch(batch: HierarchicalBatch, parts: int) -> list[HierarchicalBatch]:
-    """`parts` batches of equally many consecutive images.  Ids are counted, so split before the batch goes to a GPU.
+def split_batch(batch: HierarchicalBatch, parts: int) -> SplitBatch:
+    """A batch as `parts` batches of equally many consecutive images.
 
-    Raises ValueError where the images do not divide.
+    Ids are counted, so split before the batch goes to a GPU.
+
+    Raises:
+        ValueError: Where the images do not divide.
     """
     if parts < 1 or len(batch) % parts:
         raise ValueError(f"{len(batch)} images cannot be split into {parts} equal parts")
     size = len(batch) // parts
     cuts = [slice(at, at + size) for at in range(0, len(batch), size)]
-    return [
-        HierarchicalBatch(
-            batch.images[cut],
-            batch.patch[cut],
-            batch.slide[cut],
-            batch.patient[cut],
-            None if batch.label is None else batch.label[cut],
-        )
-        for cut in cuts
-    ]
+    return SplitBatch(
+        batch,
+        tuple(
+            HierarchicalBatch(
+                batch.images[cut],
+                batch.patch[cut],
+                batch.slide[cut],
+                batch.patient[cut],
+                None if batch.label is None else batch.label[cut],
+            )
+            for cut in cuts
+        ),
+    )
 
 
-def accumulated_step(  # noqa: PLR0913
+def accumulated_step(
     model: nn.Module,
     loss: Loss,
     attack: Attack | None,
-    batch: HierarchicalBatch,
-    parts: Sequence[HierarchicalBatch],
+    batch: SplitBatch,
     *,
     inner_loss: Loss | None = None,
     clean_weight: float = 0.0,
@@ -61,43 +101,47 @@ def accumulated_step(  # noqa: PLR0913
     returned loss is detached.  Random layers draw the same in both passes.
 
     Layers that look at the batch see one part at a time.  BatchNorm's running statistics move once per step, by the
-    mean of what the parts would have moved them by, which is what as many ranks do (`average_statistics`).
+    mean of what the parts would have moved them by, which is what as many ranks do
+    (`hsat.distributed.average_statistics`).
 
-    batch: the images of this rank; only its ids are used.  parts: the same images in the same order, as `split_batch`
-    gives them.  loss with gather=True takes in other ranks, too; under DistributedDataParallel gradients are exchanged
-    with the last part alone.  scale: what is applied to the loss before backward, such as GradScaler.scale.
-    ids: (n,) for the whole batch.  The rest is as in `adversarial_step`.
+    Args:
+        model: As in `adversarial_step`; under DistributedDataParallel gradients are exchanged with the last part alone.
+        loss: As in `adversarial_step`; with gather=True it takes in other ranks, too.
+        attack: As in `adversarial_step`.
+        batch: What `split_batch` gives.
+        inner_loss: As in `adversarial_step`.
+        clean_weight: As in `adversarial_step`.
+        autocast: As in `adversarial_step`.
+        generator: As in `adversarial_step`.
+        ids: (n,) for the whole batch, as in `adversarial_step`.
+        scale: What is applied to the loss before backward, such as GradScaler.scale.
 
-    Raises ValueError if the parts are not the batch, the model is in eval mode, its embeddings have no gradient, or
-    clean_weight lies outside [0, 1].
+    Raises:
+        ValueError: If the model is in eval mode, its embeddings have no gradient, or clean_weight lies outside [0, 1].
     """
-    if not 0 <= clean_weight <= 1:
-        raise ValueError(f"clean_weight is the share of the clean loss and must lie in [0, 1], got {clean_weight}")
-    if not model.training:
-        raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
-    if sum(map(len, parts)) != len(batch):
-        raise ValueError(f"the parts hold {sum(map(len, parts))} images and the batch {len(batch)}")
+    check_step(model, clean_weight)
+    whole, parts = batch.whole, batch.parts
     share = 1.0 if attack is None else clean_weight
     passes: dict[str, list[Tensor]] = {}
     if attack is not None and share < 1:
         inner = local_loss(loss if inner_loss is None else inner_loss)
-        passes["pgd"] = _attacked_parts(model, inner, attack, parts, autocast=autocast, generator=generator, ids=ids)
+        passes["pgd"] = _attack_parts(model, inner, attack, parts, autocast=autocast, generator=generator, ids=ids)
     if share > 0:
         passes["normal"] = [part.images for part in parts]
     weights = {"pgd": 1 - share, "normal": share}
-    states = _RandomStates(batch.images.device)
-    rows = _embeddings(unwrapped(model), passes, autocast=autocast, states=states)
-    terms = {name: loss(z, batch) for name, z in rows.items()}
-    total = torch.stack([weights[name] * total_of(value) for name, value in terms.items()]).sum()
-    wanted = torch.autograd.grad(scale(total), list(rows.values()))
+    states = _RandomStates(whole.images.device)
+    rows = _embed_passes(unwrap_parallel(model), passes, autocast=autocast, states=states)
+    terms = {name: loss(z, whole) for name, z in rows.items()}
+    total = torch.stack([weights[name] * total_loss(value) for name, value in terms.items()]).sum()
+    gradients = torch.autograd.grad(scale(total), list(rows.values()))
     sizes = [len(part) for part in parts]
-    grads = {name: torch.split(grad, sizes) for name, grad in zip(rows, wanted, strict=True)}
+    grads = {name: torch.split(grad, sizes) for name, grad in zip(rows, gradients, strict=True)}
     _second_pass(model, passes, grads, autocast=autocast, states=states)
     x_adv = torch.cat(passes["pgd"]) if "pgd" in passes else None
     return StepResult(total.detach(), terms.get("normal"), terms.get("pgd"), x_adv)
 
 
-def _attacked_parts(
+def _attack_parts(
     model: nn.Module,
     loss: Loss,
     attack: Attack,
@@ -107,27 +151,27 @@ def _attacked_parts(
     generator: torch.Generator | None,
     ids: Tensor | None,
 ) -> list[Tensor]:
-    own = [None] * len(parts) if ids is None else torch.split(ids, [len(part) for part in parts])
+    part_ids = [None] * len(parts) if ids is None else torch.split(ids, [len(part) for part in parts])
     return [
-        attacked(model, loss, attack, part, autocast=autocast, generator=generator, ids=mine)
-        for part, mine in zip(parts, own, strict=True)
+        attack_batch(model, loss, attack, part, autocast=autocast, generator=generator, ids=own)
+        for part, own in zip(parts, part_ids, strict=True)
     ]
 
 
-def _embeddings(
+def _embed_passes(
     encoder: nn.Module, passes: Mapping[str, Sequence[Tensor]], *, autocast: Autocast, states: _RandomStates
 ) -> dict[str, Tensor]:
     """Embeddings of each pass as leaves that want a gradient; the statistics of BatchNorm are left as they were."""
-    found = {}
-    with kept_statistics(encoder), torch.no_grad():
+    embeddings = {}
+    with _keep_statistics(encoder), torch.no_grad():
         for name, images in passes.items():
             rows = []
             for place, part in enumerate(images):
-                states.take((name, place))
-                with statistics_of(encoder, name), autocast():
-                    rows.append(embedded(encoder, part))
-            found[name] = torch.cat(rows).requires_grad_()
-    return found
+                states.store((name, place))
+                with use_branch(encoder, name), autocast():
+                    rows.append(embed_in_train_mode(encoder, part))
+            embeddings[name] = torch.cat(rows).requires_grad_()
+    return embeddings
 
 
 def _second_pass(
@@ -139,16 +183,16 @@ def _second_pass(
     states: _RandomStates,
 ) -> None:
     """Carry the gradient of each embedding to the parameters, part by part."""
-    encoder, count = unwrapped(model), len(next(iter(passes.values())))
-    moved = _Mean(encoder)
+    encoder, count = unwrap_parallel(model), len(next(iter(passes.values())))
+    statistics = _MeanStatistics(encoder)
     for place in range(count):
         last = place == count - 1
         quiet = isinstance(model, DistributedDataParallel) and not last
         with model.no_sync() if quiet else nullcontext():  # type: ignore[operator]
             sums = []
             for name, images in passes.items():
-                states.give((name, place))
-                with statistics_of(encoder, name), autocast():
+                states.restore((name, place))
+                with use_branch(encoder, name), autocast():
                     z = model(images[place])
                 if not z.requires_grad:
                     check_trainable(encoder)
@@ -158,8 +202,8 @@ def _second_pass(
                     )
                 sums.append((z * grads[name][place].to(z.dtype)).sum())
             torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
-        moved.add()
-    moved.put()
+        statistics.add()
+    statistics.apply()
 
 
 class _RandomStates:
@@ -167,19 +211,19 @@ class _RandomStates:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
-        self._found: dict[tuple[str, int], list[Tensor]] = {}
+        self._states: dict[tuple[str, int], list[Tensor]] = {}
 
-    def take(self, key: tuple[str, int]) -> None:
+    def store(self, key: tuple[str, int]) -> None:
         on_device = [] if self._device is None else [torch.cuda.get_rng_state(self._device)]
-        self._found[key] = [torch.get_rng_state(), *on_device]
+        self._states[key] = [torch.get_rng_state(), *on_device]
 
-    def give(self, key: tuple[str, int]) -> None:
-        torch.set_rng_state(self._found[key][0])
+    def restore(self, key: tuple[str, int]) -> None:
+        torch.set_rng_state(self._states[key][0])
         if self._device is not None:
-            torch.cuda.set_rng_state(self._found[key][1], self._device)
+            torch.cuda.set_rng_state(self._states[key][1], self._device)
 
 
-class _Mean:
+class _MeanStatistics:
     """The mean of a module's buffers over parts that each start from the same ones; counters are those of one part."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -199,7 +243,7 @@ class _Mean:
                     total.copy_(buffer)
                 buffer.copy_(before)
 
-    def put(self) -> None:
+    def apply(self) -> None:
         """Give the buffers their mean."""
         with torch.no_grad():
             for buffer, total in zip(self._buffers, self._sums, strict=True):
@@ -207,7 +251,7 @@ class _Mean:
 
 
 @contextmanager
-def kept_statistics(module: nn.Module) -> Iterator[None]:
+def _keep_statistics(module: nn.Module) -> Iterator[None]:
     """Whatever happens to the module's buffers inside the block is undone after it."""
     before = [buffer.clone() for buffer in module.buffers()]
     try:

@@ -9,14 +9,14 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hsat.data import BadPatch, Cohort, PatchStore
 from hsat.data.cohort import patient_digests
 from hsat.data.readers import read_stored
-from hsat.training.devices import of_all_ranks, ranks_here
+from hsat.distributed import gather_objects, world_rank, world_size
+from hsat.fingerprints import tensor_bytes
 
 PACKAGES = ("hsat", "torch", "torchvision", "timm", "numpy")
 """Packages whose version decides what a training step computes; other ones show in the pixels that are compared."""
@@ -26,8 +26,8 @@ _NAMED = 3  # differing entries in a message
 _LONGEST = 120  # characters of a value in a message
 
 
-def assert_same_on_all_ranks(
-    name: str, value: Any, *, details: Callable[[], Mapping[str, Any]] | None = None, named: int = _NAMED
+def assert_same(
+    name: str, value: object, *, details: Callable[[], Mapping[str, Any]] | None = None, named: int = _NAMED
 ) -> None:
     """Raise ValueError, with the same message on every rank, unless all ranks hold an equal value.
 
@@ -44,21 +44,21 @@ def assert_same_on_all_ranks(
         ValueError: the ranks disagree; names them, the thing and both values.
         TypeError: the value holds something else, such as a tensor.
     """
-    rank, ranks = ranks_here()
+    rank, ranks = world_rank(), world_size()
     text = _text(value, name)
     if ranks == 1:
         return
-    digests = of_all_ranks(hashlib.sha256(text.encode()).hexdigest())
+    digests = gather_objects(hashlib.sha256(text.encode()).hexdigest())
     differing = [other for other in range(ranks) if digests[other] != digests[0]]
     if not differing:
         return
     first = differing[0]
-    values = of_all_ranks(json.loads(json.dumps(value)) if rank in (0, first) else None)
+    values = gather_objects(json.loads(json.dumps(value)) if rank in (0, first) else None)
     shown = _difference(values[first], values[0], named=named)
     if details is not None:
-        finer = of_all_ranks(json.loads(json.dumps(details())) if rank in (0, first) else None)
-        if found := _difference(finer[first], finer[0], named=1):
-            shown += f"; first difference: {found}"
+        finer = gather_objects(json.loads(json.dumps(details())) if rank in (0, first) else None)
+        if difference := _difference(finer[first], finer[0], named=1):
+            shown += f"; first difference: {difference}"
     who = f"rank {first}" if len(differing) == 1 else f"ranks {', '.join(map(str, differing))}"
     shown = shown if len(differing) == 1 else f"on rank {first} {shown}"
     verb = "disagrees" if len(differing) == 1 else "disagree"
@@ -96,32 +96,32 @@ def assert_ranks_agree(
     Raises:
         ValueError: the ranks disagree.
     """
-    if ranks_here()[1] == 1:
+    if world_size() == 1:
         return
-    assert_same_on_all_ranks("the versions of packages", package_versions(), named=len(PACKAGES))
+    assert_same("the versions of packages", package_versions(), named=len(PACKAGES))
     if settings is not None:
-        assert_same_on_all_ranks("the settings", dict(settings), named=10)
+        assert_same("the settings", dict(settings), named=10)
     if cohort is not None:
-        assert_same_on_all_ranks("the cohort", _summary(cohort), details=lambda: patient_digests(cohort))
+        assert_same("the cohort", _summary(cohort), details=lambda: patient_digests(cohort))
         content = "not packed" if store is None else store.content_digest()[:_DIGITS]
-        assert_same_on_all_ranks("the packed patches", content)
+        assert_same("the packed patches", content)
         pixels = stored_digests(cohort, store=store, seed=seed, patches=patches)
-        assert_same_on_all_ranks("the pixels of patches", pixels, named=1)
+        assert_same("the pixels of patches", pixels, named=1)
     if model is not None:
-        assert_same_on_all_ranks("the weights", tensor_digests(model.state_dict()), named=1)
+        assert_same("the weights", tensor_digests(model.state_dict()), named=1)
     if optimizer is not None:
-        assert_same_on_all_ranks("the state of the optimiser", tensor_digests(optimizer.state_dict()), named=1)
+        assert_same("the state of the optimiser", tensor_digests(optimizer.state_dict()), named=1)
 
 
 def package_versions() -> dict[str, str]:
     """The versions of `PACKAGES`, as they are installed."""
-    found = dict.fromkeys(PACKAGES, "not installed")
+    versions = dict.fromkeys(PACKAGES, "not installed")
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def stored_digests(cohort: Cohort, *, store: PatchStore | None, seed: int, patches: int) -> dict[str, str]:
@@ -131,27 +131,26 @@ def stored_digests(cohort: Cohort, *, store: PatchStore | None, seed: int, patch
     """
     count = min(patches, len(cohort))
     rows = np.sort(np.random.default_rng(seed).choice(len(cohort), count, replace=False))
-    found = {}
+    digests = {}
     for row in map(int, rows):
         path = cohort.records[row].path
         try:
             values = store.stored(row) if store is not None else read_stored(cohort.path(row), kind=cohort.kind)
         except BadPatch:
-            found[path] = "unreadable"
+            digests[path] = "unreadable"
             continue
-        found[path] = _digest(f"{values.dtype.name}{values.shape}".encode(), np.ascontiguousarray(values).data)
-    return found
+        digests[path] = _digest(f"{values.dtype.name}{values.shape}".encode(), np.ascontiguousarray(values).data)
+    return digests
 
 
-def tensor_digests(state: Any, prefix: str = "") -> dict[str, str]:
+def tensor_digests(state: object, prefix: str = "") -> dict[str, str]:
     """A digest of every tensor in nested dicts and lists by its dotted name; other values as they are written."""
     if isinstance(state, Mapping):
         entries = [(str(key), value) for key, value in state.items()]
     elif isinstance(state, list | tuple):
         entries = [(str(number), value) for number, value in enumerate(state)]
     elif isinstance(state, Tensor):
-        flat = state.detach().cpu().contiguous().flatten()
-        return {prefix: _digest(f"{state.dtype}{tuple(state.shape)}".encode(), _bytes_of(flat))}
+        return {prefix: _digest(f"{state.dtype}{tuple(state.shape)}".encode(), tensor_bytes(state))}
     else:
         return {prefix: repr(state)}
     return {
@@ -159,10 +158,6 @@ def tensor_digests(state: Any, prefix: str = "") -> dict[str, str]:
         for key, value in entries
         for name, digest in tensor_digests(value, f"{prefix}.{key}" if prefix else key).items()
     }
-
-
-def _bytes_of(flat: Tensor) -> memoryview:
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _summary(cohort: Cohort) -> dict[str, Any]:
@@ -176,14 +171,14 @@ def _summary(cohort: Cohort) -> dict[str, Any]:
     }
 
 
-def _digest(*parts: Any) -> str:
+def _digest(*parts: bytes | memoryview) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:_DIGITS]
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: object, name: str) -> str:
     try:
         return json.dumps(value, sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -192,7 +187,7 @@ def _text(value: Any, name: str) -> str:
         ) from None
 
 
-def _difference(value: Any, reference: Any, *, named: int) -> str:
+def _difference(value: object, reference: object, *, named: int) -> str:
     """In words what differs, in the order of the reference; "" where nothing does."""
     if not (isinstance(value, dict) and isinstance(reference, dict)):
         return "" if json.dumps(value) == json.dumps(reference) else f"{_shown(value)}, not {_shown(reference)}"
@@ -202,15 +197,15 @@ def _difference(value: Any, reference: Any, *, named: int) -> str:
         if key not in value or key not in reference or json.dumps(value[key]) != json.dumps(reference[key])
     ]
     missing = "absent"
-    told = [
+    differences = [
         f"{key} is {_shown(value[key]) if key in value else missing},"
         f" not {_shown(reference[key]) if key in reference else missing}"
         for key in keys[:named]
     ]
     more = [f"and {len(keys) - named} more"] if len(keys) > named else []
-    return "; ".join([*told, *more])
+    return "; ".join([*differences, *more])
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from hsat.attacks.initialization import check_start, random_start
 from hsat.attacks.loop import broadcast_size, check_finite
 from hsat.attacks.threat import require_images
-from hsat.training.step import Loss, StepResult, outer_terms, total_of
+from hsat.training.step import Autocast, Loss, StepResult, Terms, check_train_mode, outer_loss_terms, total_loss
 from hsat.types import HierarchicalBatch, ThreatModel
 
 
@@ -24,7 +23,7 @@ def free_replays(
     threat: ThreatModel,
     replays: int,
     step_size: float | Tensor | None = None,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Autocast = nullcontext,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
     ids: Tensor | None = None,
@@ -41,23 +40,33 @@ def free_replays(
             result.loss.backward()
             optimizer.step()
 
-    model, loss, autocast: as in `adversarial_step`; dual BatchNorm uses the branch "pgd".  The model is in train mode
-    in every pass and each pass moves BatchNorm statistics: there is no inner pass that could be in eval mode.
-    step_size: in units of the threat model's norm; None is eps, as in the paper.
-    generator, start: the first point is a random one of the feasible set, or `start` (n, c, h, w), projected.  The
-    paper carries the perturbation over from the minibatch before, which belongs to other images; a random one is as
-    good a start (arXiv:2001.03994, section 4) and keeps runs resumable.  ids: (n,), by which an image's noise is drawn,
-    whichever rank has it.
+    The model is in train mode in every pass and each pass moves BatchNorm statistics: there is no inner pass that could
+    be in eval mode.  The first point is a random one of the feasible set, or `start`, projected.  The paper carries the
+    perturbation over from the minibatch before, which belongs to other images; a random one is as good a start
+    (arXiv:2001.03994, section 4) and keeps runs resumable.
     Under DistributedDataParallel the images of a rank move along the gradient of what all ranks descend: with a loss
     with gather=True they see the negatives of all ranks, and ranks compute what one process computes.
 
-    Raises ValueError for replays < 1, a model in eval mode or a start of another shape; RuntimeError when the next
-    result is asked for and backward was not called; FloatingPointError naming images whose gradient is not finite.
+    Args:
+        model: As in `adversarial_step`; dual BatchNorm uses the branch "pgd".
+        loss: As in `adversarial_step`.
+        batch: The images of this rank.
+        threat: The feasible set.
+        replays: How often the minibatch is used, at least once.
+        step_size: In units of the threat model's norm; None is eps, as in the paper.
+        autocast: As in `adversarial_step`.
+        generator: Source of the random start.
+        start: First point (n, c, h, w) in place of a random one.
+        ids: (n,), by which an image's noise is drawn, whichever rank has it.
+
+    Raises:
+        ValueError: For replays < 1, a model in eval mode or a start of another shape.
+        RuntimeError: When the next result is asked for and backward was not called.
+        FloatingPointError: Naming images whose gradient is not finite.
     """
     if isinstance(replays, bool) or not isinstance(replays, int) or replays < 1:
         raise ValueError(f"replays must be a whole number >= 1, got {replays!r}")
-    if not model.training:
-        raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
+    check_train_mode(model)
     check_start(start, batch.images)
     x = require_images(batch.images.detach(), threat)
     if start is None:
@@ -66,19 +75,15 @@ def free_replays(
         first = start.detach().to(x)
     project = threat.projection_at(x)
     size = threat.eps if step_size is None else step_size
-    passes = _passes(model, loss, batch, autocast=autocast)
-    return _replay(passes, threat, project, replays=replays, size=size, point=first.to(x.dtype))
 
+    def terms_of(images: Tensor) -> Terms:
+        return outer_loss_terms(model, loss, batch.replace(images=images), autocast=autocast, norm_branch="pgd")
 
-def _passes(
-    model: nn.Module, loss: Loss, batch: HierarchicalBatch, *, autocast: Callable[[], AbstractContextManager[Any]]
-) -> Callable[[Tensor], Any]:
-    """What the loss gives for images in place of the batch's."""
-    return lambda images: outer_terms(model, loss, batch.replace(images=images), autocast=autocast, statistics="pgd")
+    return _replay(terms_of, threat, project, replays=replays, size=size, point=first.to(x.dtype))
 
 
 def _replay(
-    passes: Callable[[Tensor], Any],
+    terms_of: Callable[[Tensor], Terms],
     threat: ThreatModel,
     project: Callable[[Tensor], Tensor],
     *,
@@ -91,8 +96,8 @@ def _replay(
     for replay in range(replays):
         x_adv = project(point.to(dtype)).detach()
         leaf = x_adv.clone().requires_grad_()
-        terms = passes(leaf)
-        yield StepResult(total_of(terms), None, terms, x_adv)
+        terms = terms_of(leaf)
+        yield StepResult(total_loss(terms), None, terms, x_adv)
         if replay == replays - 1:
             return
         if leaf.grad is None:

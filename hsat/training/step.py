@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,27 @@ from torch.nn.parallel import DistributedDataParallel
 from hsat.attacks import hierarchical
 from hsat.losses import HiDiscTerms
 from hsat.models import branch, frozen, is_dual
+from hsat.models.dual_norm import BatchNorm
 from hsat.types import Attack, HierarchicalBatch
 
-Loss = Callable[[Tensor, HierarchicalBatch], HiDiscTerms | Tensor]
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+Terms = HiDiscTerms | Tensor
+Loss = Callable[[Tensor, HierarchicalBatch], Terms]
+Autocast = Callable[[], AbstractContextManager[object]]
 
 
 class StepResult(NamedTuple):
-    """loss: the scalar to call backward on.  clean, adversarial: what the loss gave, None for a pass that was not made.
+    """What a training step computed.
 
-    x_adv: (n, c, h, w) adversarial images, detached, or None without an attack.
+    Attributes:
+        loss: The scalar to call backward on.
+        clean: What the loss gave for the clean images; None for a pass that was not made.
+        adversarial: What it gave for the adversarial ones; None for a pass that was not made.
+        x_adv: Adversarial images (n, c, h, w), detached; None without an attack.
     """
 
     loss: Tensor
-    clean: Any
-    adversarial: Any
+    clean: Terms | None
+    adversarial: Terms | None
     x_adv: Tensor | None
 
 
@@ -40,7 +46,7 @@ def adversarial_step(
     *,
     inner_loss: Loss | None = None,
     clean_weight: float = 0.0,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Autocast = nullcontext,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
     ids: Tensor | None = None,
@@ -53,76 +59,95 @@ def adversarial_step(
     BatchNorm statistics move in these passes only.  A pass of weight 0 is not made; at clean_weight=1 nor is the
     attack.  attack=None is the baseline without attack: the loss is the clean one, and clean_weight is not looked at.
 
-    model: images -> embeddings, in train mode (frozen parts may be in eval mode).  DistributedDataParallel is unwrapped
-    for the attack, so the inner steps wait for no other rank; an inner loss with `gather=True` is used without it.
-    Build it with broadcast_buffers=False: torch 2.8 refuses a backward pass through two passes with one between.
-    A model with dual BatchNorm uses the branch "pgd" for the attack and the adversarial pass, "normal" for the clean.
-    loss, inner_loss: (embeddings, batch) -> terms with `.total`, such as HiDiscLoss, or a scalar; HiDiscLoss.from_code
-    gives the inner losses of the paper's ablations.
-    autocast: makes the context for every pass, such as partial(torch.autocast, "cuda", torch.bfloat16).
-    generator, start, ids: handed to the attack.  ids: (n,), by which an image's noise is drawn, whichever rank has it;
-    the batch's own patch ids would not do, for the views of a patch share theirs and would share their noise.
+    Args:
+        model: Images -> embeddings, in train mode (frozen parts may be in eval mode).  DistributedDataParallel is
+            unwrapped for the attack, so the inner steps wait for no other rank.  Build it with broadcast_buffers=False:
+            torch 2.8 refuses a backward pass through two passes with one between.  A model with dual BatchNorm uses the
+            branch "pgd" for the attack and the adversarial pass, "normal" for the clean.
+        loss: (embeddings, batch) -> terms with `.total`, such as HiDiscLoss, or a scalar.
+        attack: The inner maximisation; None is the baseline without attack.
+        batch: The images of this rank.
+        inner_loss: What the attack maximises; by default `loss`.  With `gather=True` it is used without it.
+            HiDiscLoss.from_code gives the inner losses of the paper's ablations.
+        clean_weight: Share of the clean loss, in [0, 1].
+        autocast: Makes the context for every pass, such as partial(torch.autocast, "cuda", torch.bfloat16).
+        generator: Source of the attack's noise.
+        start: Where the attack starts (n, c, h, w).
+        ids: (n,), by which an image's noise is drawn, whichever rank has it; the batch's own patch ids would not do,
+            for the views of a patch share theirs and would share their noise.
 
-    Raises ValueError if the model is in eval mode or clean_weight lies outside [0, 1].
+    Raises:
+        ValueError: If the model is in eval mode or clean_weight lies outside [0, 1].
     """
-    if not 0 <= clean_weight <= 1:
-        raise ValueError(f"clean_weight is the share of the clean loss and must lie in [0, 1], got {clean_weight}")
-    if not model.training:
-        raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
+    check_step(model, clean_weight)
     share = 1.0 if attack is None else clean_weight
     x_adv = clean = adversarial = None
     if attack is not None and share < 1:
         inner = local_loss(loss if inner_loss is None else inner_loss)
-        how = {"generator": generator, "start": start} | ({} if ids is None else {"ids": ids})
-        x_adv = attacked(model, inner, attack, batch, autocast=autocast, **how)
-        adversarial = outer_terms(model, loss, batch.replace(images=x_adv), autocast=autocast, statistics="pgd")
+        x_adv = attack_batch(model, inner, attack, batch, autocast=autocast, generator=generator, start=start, ids=ids)
+        adversarial = outer_loss_terms(model, loss, batch.replace(images=x_adv), autocast=autocast, norm_branch="pgd")
     if share > 0:
-        clean = outer_terms(model, loss, batch, autocast=autocast, statistics="normal")
-    total: Tensor
+        clean = outer_loss_terms(model, loss, batch, autocast=autocast, norm_branch="normal")
     if adversarial is None:
         assert clean is not None  # one of the two has weight
-        total = total_of(clean)
+        total = total_loss(clean)
     elif clean is None:
-        total = total_of(adversarial)
+        total = total_loss(adversarial)
     else:
-        total = share * total_of(clean) + (1 - share) * total_of(adversarial)
+        total = share * total_loss(clean) + (1 - share) * total_loss(adversarial)
     return StepResult(total, clean, adversarial, x_adv)
 
 
-def attacked(
+def check_step(model: nn.Module, clean_weight: float) -> None:
+    """Raise ValueError for a model in eval mode or a clean_weight outside [0, 1]."""
+    if not 0 <= clean_weight <= 1:
+        raise ValueError(f"clean_weight is the share of the clean loss and must lie in [0, 1], got {clean_weight}")
+    check_train_mode(model)
+
+
+def check_train_mode(model: nn.Module) -> None:
+    """Raise ValueError for a model in eval mode."""
+    if not model.training:
+        raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
+
+
+def attack_batch(
     model: nn.Module,
     loss: Loss,
     attack: Attack,
     batch: HierarchicalBatch,
     *,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    **how: Any,
+    autocast: Autocast,
+    generator: torch.Generator | None,
+    start: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor:
-    """The adversarial images of a batch; `how` is handed to the attack."""
-    encoder = unwrapped(model)
-    with statistics_of(encoder, "pgd"), frozen(encoder), autocast():
-        return attack(batch.images, hierarchical(encoder, loss, batch), **how)
+    """The adversarial images of a batch; generator, start and ids are handed to the attack."""
+    encoder = unwrap_parallel(model)
+    with use_branch(encoder, "pgd"), frozen(encoder), autocast():
+        objective = hierarchical(encoder, loss, batch)
+        return attack(batch.images, objective, generator=generator, start=start, ids=ids)
 
 
-def outer_terms(
+def outer_loss_terms(
     model: nn.Module,
     loss: Loss,
     batch: HierarchicalBatch,
     *,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    statistics: str,
-) -> HiDiscTerms | Tensor:
-    """What the loss gives for a batch in a pass with gradients to everything; `statistics` is the BatchNorm branch."""
-    with statistics_of(unwrapped(model), statistics), autocast():
-        return loss(embedded(model, batch.images), batch)
+    autocast: Autocast,
+    norm_branch: str,
+) -> Terms:
+    """What the loss gives for a batch in a pass with gradients to everything; norm_branch: of a dual BatchNorm."""
+    with use_branch(unwrap_parallel(model), norm_branch), autocast():
+        return loss(embed_in_train_mode(model, batch.images), batch)
 
 
-def embedded(model: nn.Module, images: Tensor) -> Tensor:
+def embed_in_train_mode(model: nn.Module, images: Tensor) -> Tensor:
     """`model(images)` in train mode; ValueError, naming the layers, where BatchNorm cannot take statistics of them."""
     try:
         z: Tensor = model(images)
     except ValueError as error:
-        names = [name for name, layer in model.named_modules() if isinstance(layer, _BATCH_NORMS) and layer.training]
+        names = [name for name, layer in model.named_modules() if isinstance(layer, BatchNorm) and layer.training]
         if not names or "more than 1 value per channel" not in str(error):  # torch's words for it
             raise
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -134,12 +159,12 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor:
     return z
 
 
-def total_of(terms: HiDiscTerms | Tensor) -> Tensor:
+def total_loss(terms: Terms) -> Tensor:
     """The scalar to descend or climb."""
     return terms if isinstance(terms, Tensor) else terms.total
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_parallel(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -151,6 +176,6 @@ def local_loss(loss: Loss) -> Loss:
     return loss
 
 
-def statistics_of(encoder: nn.Module, name: str) -> AbstractContextManager[Any]:
+def use_branch(encoder: nn.Module, name: str) -> AbstractContextManager[object]:
     """The named BatchNorm branch of a dual encoder for a while; nothing for other models."""
     return branch(encoder, name) if is_dual(encoder) else ExitStack()

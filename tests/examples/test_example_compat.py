@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hsat.data import read_opensrh
-from hsat.models import state_fingerprint
+from hsat.fingerprints import fingerprint_weights
 
 
 def trainer(root, *argv):
@@ -52,7 +52,7 @@ def test_a_run_with_compat_trains_and_says_so(options, root, trained, tmp_path):
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["settings"]["compat"] == "paper"
     published, usual = (load_encoder(folder / "final.safetensors") for folder in (tmp_path / "run", trained))
-    assert state_fingerprint(published) != state_fingerprint(usual)
+    assert fingerprint_weights(published) != fingerprint_weights(usual)
 
 
 def test_patches_of_another_size_are_refused_with_the_way_out(options, tmp_path, stops):

@@ -208,12 +208,12 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_weights(victims, m
 DIES_WHILE_IT_SAVES = """
 import io, os, signal, sys
 sys.path.insert(0, {examples!r})
-from hsat.training import checkpoint_file
+from hsat.training import checkpoint
 
-honest, saved = checkpoint_file.torch.save, []
+honest, saved = checkpoint.torch.save, []
 
 def half(values, file, **options):
-    if not str(getattr(file, "name", "")).endswith(".last.pt.partial"):
+    if "/.last.pt-" not in str(getattr(file, "name", "")):
         return honest(values, file, **options)
     saved.append(1)
     if len(saved) < 3:
@@ -226,7 +226,7 @@ def half(values, file, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    checkpoint_file.torch.save = half
+    checkpoint.torch.save = half
 from train_hsat import main
 main(sys.argv[1:])
 """

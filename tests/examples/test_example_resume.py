@@ -85,7 +85,7 @@ def test_killed_at_random_moments_until_it_is_through(trained, options, launch, 
 
 def test_a_torn_log_and_a_half_written_checkpoint_do_not_matter(copied, trained, options):
     (copied / "final.safetensors").unlink()
-    (copied / ".last.pt.partial").write_bytes(b"PK half of it")
+    (copied / ".last.pt-0.partial").write_bytes(b"PK half of it")
     path = copied / "train.csv"
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 9

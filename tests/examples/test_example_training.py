@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hsat.data import read_opensrh
-from hsat.models import load_encoder, state_fingerprint
+from hsat.fingerprints import fingerprint_weights
+from hsat.models import load_encoder
 from hsat.training import StepResult
 
 
@@ -61,7 +62,7 @@ def test_best_encoder_loads_and_is_the_one_that_scored_highest(trained):
     scores = [(float(row["tune_robust_accuracy"]) + float(row["tune_robust_mca"])) / 2 for row in rows]
     assert about["held_out_robust"] == max(scores)
     assert about["step"] == int(rows[scores.index(max(scores))]["step"]) + 1
-    assert (state_fingerprint(best) == state_fingerprint(final)) == (about["step"] == 8)
+    assert (fingerprint_weights(best) == fingerprint_weights(final)) == (about["step"] == 8)
 
 
 def test_same_seed_same_bytes_other_seed_other_numbers(trained, options, tmp_path):

@@ -13,7 +13,8 @@ import yaml
 
 from hsat.data import read_opensrh, write_synthetic_cohort
 from hsat.eval import read_records
-from hsat.models import build_encoder, load_encoder, save_encoder, state_fingerprint, untouched_branches
+from hsat.fingerprints import fingerprint_weights
+from hsat.models import build_encoder, load_encoder, save_encoder, unused_branches
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -175,7 +176,7 @@ def test_smoke_run(n, smoke):
 
 def test_what_the_attack_maximises_changes_the_training(smoke):
     """Experiments 2 and 11 see the same patches and begin with the same weights; the attack alone differs."""
-    two, eleven = (state_fingerprint(load_encoder(smoke(n) / "final.safetensors")) for n in (2, 11))
+    two, eleven = (fingerprint_weights(load_encoder(smoke(n) / "final.safetensors")) for n in (2, 11))
     assert two != eleven
     assert rows_of(smoke(2))[0]["loss"] != rows_of(smoke(11))[0]["loss"]
 
@@ -216,7 +217,7 @@ def test_dual_norm_resumes_bit_for_bit(dual, place):
     for name in ("final.safetensors", "best.safetensors", "train.csv"):
         assert (dual / name).read_bytes() == (place / "whole" / name).read_bytes(), name
     encoder = load_encoder(dual / "last.pt")
-    assert encoder.spec["dual_norm"] and untouched_branches(encoder) == ()
+    assert encoder.spec["dual_norm"] and unused_branches(encoder) == ()
     normal, pgd = encoder.backbone.stem.bn.bn_list
     assert int(normal.num_batches_tracked) == int(pgd.num_batches_tracked) == 3
     assert not torch.equal(normal.running_mean, pgd.running_mean)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hsat.models import Encoder, build_encoder, frozen, wrap_encoder
+from hsat.models import Encoder, HeadSpec, build_encoder, frozen, wrap_encoder
 
 
 def tiny(out: int = 5, channels: int = 3) -> nn.Sequential:
@@ -201,7 +201,7 @@ ERRORS = {
     "probe": (ValueError, "Pass feature_dim=", lambda: wrap_encoder(nn.Flatten(2), head=4)),
     "two widths": (ValueError, "head=4 and embedding_dim=5", lambda: wrap_encoder(MODULE, head=4, embedding_dim=5)),
     "no head": (ValueError, "embedding_dim=9 needs a head", lambda: wrap_encoder(MODULE, embedding_dim=9)),
-    "hidden": (ValueError, "needs head='mlp'", lambda: wrap_encoder(MODULE, head_hidden=(3,))),
+    "hidden": (ValueError, "no hidden layers", lambda: wrap_encoder(MODULE, head=HeadSpec("linear", hidden=(3,)))),
 }
 
 

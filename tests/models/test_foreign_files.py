@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hsat.models import build_encoder, load_checkpoint, state_fingerprint
+from hsat.fingerprints import fingerprint_weights
+from hsat.models import build_encoder, load_checkpoint
 
 NAME = "test_resnet"
 
@@ -29,17 +30,17 @@ def test_whatever_a_lightning_module_calls_its_encoder(source, tmp_path, prefix)
     torch.save({"state_dict": {prefix + key: value for key, value in source.state_dict().items()}}, tmp_path / "l.ckpt")
     target = build_encoder(NAME, embedding_dim=8, seed=2)
     assert load_checkpoint(target, tmp_path / "l.ckpt").layout == f"hsat, prefix {prefix}"
-    assert state_fingerprint(target) == state_fingerprint(source)
+    assert fingerprint_weights(target) == fingerprint_weights(source)
 
 
 def test_a_second_network_in_the_file_is_not_passed_over(source, tmp_path):
     both = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in source.state_dict().items()}
     torch.save({"state_dict": both}, tmp_path / "two.ckpt")
     target = build_encoder(NAME, embedding_dim=8, seed=2)
-    before = state_fingerprint(target)
+    before = fingerprint_weights(target)
     with pytest.raises(ValueError, match=r"in the file without a place: teacher\.backbone"):
         load_checkpoint(target, tmp_path / "two.ckpt")
-    assert state_fingerprint(target) == before
+    assert fingerprint_weights(target) == before
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_normalisers_and_classifiers_beside_a_backbone_are_left_out(source, tmp_
     [
         (b"Not found", "neither a torch nor a safetensors file; it is some text; open it"),
         (b'{"message": "Bad credentials"}', "neither a torch nor a safetensors file; it is a JSON text"),
-        (b"<!-- saved from -->\n<html></html>", "is an HTML page, not weights"),
+        (b"<!-- saved from -->\n<html></html>", "is an HTML page, not a file of weights"),
         (pickle.dumps(Command(), protocol=4), "holds Python objects .* a pickle that torch.save did not write"),
     ],
 )

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from hsat.models import build_encoder, checkpoint_hash, load_checkpoint, load_encoder, save_encoder, state_fingerprint
+from hsat.fingerprints import fingerprint_weights
+from hsat.models import build_encoder, checkpoint_hash, load_checkpoint, load_encoder, save_encoder
 
 NAME = "test_resnet"
 GOOD = {
@@ -72,7 +73,7 @@ def test_files_of_earlier_versions_load(source, state, tmp_path):
     path = with_encoder(tmp_path / "e.safetensors", state)
     encoder = load_encoder(path)
     assert encoder.mean is None
-    assert state_fingerprint(encoder) == state_fingerprint(source)
+    assert fingerprint_weights(encoder) == fingerprint_weights(source)
     normalised = load_encoder(
         with_encoder(tmp_path / "n.safetensors", state, mean=[0.5], std=[0.25], input_size=[40, 48])
     )
@@ -82,7 +83,7 @@ def test_files_of_earlier_versions_load(source, state, tmp_path):
 def test_a_name_with_a_tag_of_timm_loads(tmp_path):
     encoder = build_encoder("test_resnet.r160_in1k", embedding_dim=8, seed=1)
     again = load_encoder(save_encoder(encoder, tmp_path / "e.safetensors"))
-    assert state_fingerprint(again) == state_fingerprint(encoder)
+    assert fingerprint_weights(again) == fingerprint_weights(encoder)
 
 
 def test_what_it_was_trained_on_is_read(source, tmp_path):
@@ -293,7 +294,7 @@ def test_training_checkpoints_are_read_as_strictly(state, tmp_path, changes, ins
 
 def test_settings_of_another_program_are_no_statement(source, state, tmp_path):
     torch.save({"state_dict": state, "encoder": {"arch": "resnet", "pretrained": True}}, tmp_path / "other.pt")
-    assert state_fingerprint(load_encoder(tmp_path / "other.pt", NAME)) == state_fingerprint(source)
+    assert fingerprint_weights(load_encoder(tmp_path / "other.pt", NAME)) == fingerprint_weights(source)
     with pytest.raises(ValueError, match="does not say how to build"):
         load_encoder(tmp_path / "other.pt")
 
@@ -432,7 +433,7 @@ def test_sound_tensors_of_other_kinds_still_load(source, state, tmp_path):
     assert torch.equal(target.head.layers[0].weight, half["head.layers.0.weight"].float())
     torch.save({"model": state}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     load_checkpoint(target, tmp_path / "old.pt")
-    assert state_fingerprint(target) == state_fingerprint(source)
+    assert fingerprint_weights(target) == fingerprint_weights(source)
 
 
 WATCHED = """

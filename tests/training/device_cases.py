@@ -48,16 +48,17 @@ from hsat.attacks import (
 )
 from hsat.classifiers import KNNClassifier
 from hsat.data import augment_batch, build_transform, srh_to_rgb
+from hsat.distributed import global_indices
 from hsat.eval import Provenance, Scoring, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
 from hsat.training import (
-    Safeguard,
+    OverfittingGuard,
+    SplitBatch,
     WarmStarts,
     accumulated_step,
     adversarial_step,
     free_replays,
-    image_slots,
     split_batch,
 )
 from hsat.types import HierarchicalBatch
@@ -181,10 +182,10 @@ def step(place: Place, function: Callable[..., Any], *, scale: float = 1.0, **op
 
 
 def in_parts(place: Place, model: Any, *args: Any, **options: Any) -> Any:
-    parts = [sent(part, place.device) for part in split_batch(place.on_cpu, 2)]
+    *args, batch = args
+    batch = SplitBatch(batch, tuple(sent(part, place.device) for part in split_batch(place.on_cpu, 2).parts))
     place.forget()  # the loader's part: batches check their ids where they are made, on the CPU
-    args = (*args, parts)
-    return accumulated_step(model, *args, ids=image_slots(16, rank=0), **options)
+    return accumulated_step(model, *args, batch, ids=global_indices(16, rank=0), **options)
 
 
 def free(place: Place) -> list[Tensor]:
@@ -260,7 +261,7 @@ def warm(place: Place) -> list[Tensor]:
 
 
 def safeguarded(place: Place) -> list[Tensor]:
-    guard = Safeguard(NFGSM(Linf(EPS)), ATTACKS["PGD"], every=1)
+    guard = OverfittingGuard(NFGSM(Linf(EPS)), ATTACKS["PGD"], check_every=1)
     return [torch.tensor(guard.measure(place.model, LOSS, place.batch, generator=seeded()))]
 
 
@@ -282,7 +283,7 @@ def cases() -> dict[str, Callable[[Place], Any]]:
         found[f"attack: {name}"] = lambda place, attack=attack: place.attack(attack, drift)
     for name, make in OBJECTIVES.items():
         found[f"objective: {name}"] = lambda place, make=make: place.attack(ATTACKS["PGD"], make)
-    found["ids"] = lambda place: place.attack(ATTACKS["PGD"], levels, ids=image_slots(16, rank=0))
+    found["ids"] = lambda place: place.attack(ATTACKS["PGD"], levels, ids=global_indices(16, rank=0))
     found["start"] = lambda place: place.attack(ATTACKS["PGD"], levels, start=place.batch.images + 0.01)
     found["bfloat16 images"] = partial(half, dtype=torch.bfloat16)
     found["float16 images"] = partial(half, dtype=torch.float16)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hsat.attacks import PGD, Linf, RandomNoise
 from hsat.losses import HiDiscLoss
 from hsat.models import branch, convert_to_dual
-from hsat.training import accumulated_step, adversarial_step, split_batch
+from hsat.training import SplitBatch, accumulated_step, adversarial_step, split_batch
 from hsat.types import HierarchicalBatch
 
 LOSS = HiDiscLoss(slide=2.0, temperature=0.5)
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(parts, clean_weight):
     whole = copy.deepcopy(model)
     wanted = adversarial_step(whole, LOSS, Shift(), batch, clean_weight=clean_weight)
     wanted.loss.backward()
-    got = accumulated_step(model, LOSS, Shift(), batch, split_batch(batch, parts), clean_weight=clean_weight)
+    got = accumulated_step(model, LOSS, Shift(), split_batch(batch, parts), clean_weight=clean_weight)
     torch.testing.assert_close(got.loss, wanted.loss.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(model), gradients(whole), rtol=1e-10, atol=1e-12)
     for name in ("clean", "adversarial"):
@@ -64,7 +64,7 @@ def test_baseline_scale_and_gradients_that_are_there_already():
     whole = copy.deepcopy(model)
     adversarial_step(whole, LOSS, None, batch).loss.backward()
     for _ in range(2):
-        got = accumulated_step(model, LOSS, None, batch, split_batch(batch, 2), scale=lambda loss: loss * 8)
+        got = accumulated_step(model, LOSS, None, split_batch(batch, 2), scale=lambda loss: loss * 8)
     assert got.x_adv is None and got.adversarial is None and not got.loss.requires_grad
     torch.testing.assert_close(gradients(model), [16 * g for g in gradients(whole)], rtol=1e-10, atol=1e-12)
 
@@ -72,16 +72,16 @@ def test_baseline_scale_and_gradients_that_are_there_already():
 def test_each_part_is_attacked_by_itself_with_noise_by_image():
     model, batch = network(), grid()
     attack = PGD(Linf(8 / 255), step_size=2 / 255, steps=2)
-    parts, ids = split_batch(batch, 2), torch.arange(16)
+    split, ids = split_batch(batch, 2), torch.arange(16)
     options = {"generator": torch.Generator().manual_seed(3)}
-    got = accumulated_step(copy.deepcopy(model), LOSS, attack, batch, parts, ids=ids, **options)
+    got = accumulated_step(copy.deepcopy(model), LOSS, attack, split, ids=ids, **options)
     alone = [
         adversarial_step(copy.deepcopy(model), LOSS, attack, part, ids=mine, **options).x_adv
-        for part, mine in zip(parts, ids.split(8), strict=True)
+        for part, mine in zip(split.parts, ids.split(8), strict=True)
     ]
     assert torch.equal(got.x_adv, torch.cat(alone))
-    noise = partial(accumulated_step, model, LOSS, RandomNoise(Linf(8 / 255)), batch, ids=ids, **options)
-    assert torch.equal(noise(parts).x_adv, noise(split_batch(batch, 4)).x_adv)
+    noise = partial(accumulated_step, model, LOSS, RandomNoise(Linf(8 / 255)), ids=ids, **options)
+    assert torch.equal(noise(split).x_adv, noise(split_batch(batch, 4)).x_adv)
 
 
 def test_dropout_draws_the_same_in_both_passes():
@@ -94,7 +94,7 @@ def test_dropout_draws_the_same_in_both_passes():
             weight[0, 0] = value
         torch.manual_seed(5)
         model.zero_grad()
-        return float(accumulated_step(model, LOSS, None, batch, split_batch(batch, 2)).loss)
+        return float(accumulated_step(model, LOSS, None, split_batch(batch, 2)).loss)
 
     at, step = float(weight.detach()[0, 0]), 1e-5
     slope = (loss_at(at + step) - loss_at(at - step)) / (2 * step)
@@ -106,9 +106,9 @@ def test_running_statistics_move_once_by_the_mean_of_the_parts():
     model, batch = network(nn.BatchNorm2d(6)), grid()
     model[1].running_mean.fill_(0.3)
     before = copy.deepcopy(model)
-    accumulated_step(model, LOSS, None, batch, split_batch(batch, 2))
+    accumulated_step(model, LOSS, None, split_batch(batch, 2))
     moved = []
-    for part in split_batch(batch, 2):
+    for part in split_batch(batch, 2).parts:
         one = copy.deepcopy(before)
         one(part.images)
         moved.append(one[1])
@@ -121,12 +121,12 @@ def test_running_statistics_move_once_by_the_mean_of_the_parts():
 def test_dual_norm_uses_its_branches():
     batch = grid()
     model = convert_to_dual(network(nn.BatchNorm2d(6)))
-    accumulated_step(model, LOSS, Shift(), batch, split_batch(batch, 2))
+    accumulated_step(model, LOSS, Shift(), split_batch(batch, 2))
     normal, pgd = model[1].bn_list
     assert int(normal.num_batches_tracked) == 0 and int(pgd.num_batches_tracked) == 1
     assert normal.weight.grad is None and pgd.weight.grad.abs().sum() > 0
     whole = convert_to_dual(network(nn.BatchNorm2d(6)))
-    accumulated_step(whole, LOSS, Shift(), batch, [batch])
+    accumulated_step(whole, LOSS, Shift(), SplitBatch(batch, (batch,)))
     direct = convert_to_dual(network(nn.BatchNorm2d(6)))
     with branch(direct, "pgd"):
         LOSS(direct((batch.images + 0.01).clamp(0, 1)), batch).total.backward()
@@ -138,16 +138,18 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="12 images cannot be split into 5"):
         split_batch(batch, 5)
     with pytest.raises(ValueError, match="hold 8 images and the batch 12"):
-        accumulated_step(model, LOSS, None, batch, split_batch(batch, 3)[:2])
+        SplitBatch(batch, split_batch(batch, 3).parts[:2])
     with pytest.raises(ValueError, match="eval mode"):
-        accumulated_step(model.eval(), LOSS, None, batch, [batch])
+        accumulated_step(model.eval(), LOSS, None, split_batch(batch, 1))
     with pytest.raises(ValueError, match="clean_weight"):
-        accumulated_step(model.train(), LOSS, None, batch, [batch], clean_weight=2.0)
+        accumulated_step(model.train(), LOSS, None, split_batch(batch, 1), clean_weight=2.0)
 
 
 def test_parts_keep_order_ids_and_labels():
     batch = grid()
-    parts = split_batch(batch, 4)
+    split = split_batch(batch, 4)
+    assert split.whole is batch
+    parts = split.to("cpu").parts
     for name in ("images", "patch", "slide", "patient", "label"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
     assert all(part.levels.anchors["patch"] == 4 for part in parts)

@@ -15,7 +15,7 @@ import torch
 
 from hsat.data import read_opensrh, write_synthetic_cohort
 from hsat.data.cohort import patient_digests
-from hsat.training import assert_ranks_agree, assert_same_on_all_ranks
+from hsat.training import assert_ranks_agree, assert_same
 from hsat.training.agreement import tensor_digests
 
 RANK = """
@@ -24,7 +24,7 @@ from importlib import metadata
 import torch, torch.distributed as dist
 from torch import nn
 from hsat.data import Cohort, read_opensrh, write_patch_store
-from hsat.training import assert_ranks_agree, assert_same_on_all_ranks
+from hsat.training import assert_ranks_agree, assert_same
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
@@ -67,11 +67,11 @@ cases = {
     "all the same": lambda: assert_ranks_agree(
         settings={"lr": 0.1, "nan": float("nan"), "list": [1, None]}, cohort=mine, model=model(), optimizer=descent(),
         store=packed(whole, "same"), seed=3),
-    "other keys' order": lambda: assert_same_on_all_ranks("x", {"a": 1, "b": 2} if last else {"b": 2, "a": 1}),
+    "other keys' order": lambda: assert_same("x", {"a": 1, "b": 2} if last else {"b": 2, "a": 1}),
     "settings": lambda: assert_ranks_agree(settings={"train.lr": 0.1 + 0.1 * (rank == 1), "seed": 0}),
-    "ranks 1 and 2": lambda: assert_same_on_all_ranks("the step", 7 + rank),
-    "rank 0": lambda: assert_same_on_all_ranks("the step", 7 + (rank > 0)),
-    "a key": lambda: assert_same_on_all_ranks("the table", {"a": 1} if last else {"a": 1, "b": 2}),
+    "ranks 1 and 2": lambda: assert_same("the step", 7 + rank),
+    "rank 0": lambda: assert_same("the step", 7 + (rank > 0)),
+    "a key": lambda: assert_same("the table", {"a": 1} if last else {"a": 1, "b": 2}),
     "patient": lambda: assert_ranks_agree(cohort=seen),
     "order": lambda: assert_ranks_agree(cohort=of(whole.records[::-1] if last else whole.records)),
     "split": lambda: assert_ranks_agree(cohort=whole.with_split(seed=0, val_fraction=0.5 if last else 0.3)),
@@ -210,4 +210,4 @@ def test_digests_of_tensors_know_bits_shapes_and_dtypes():
 def test_what_cannot_be_compared_is_refused_also_by_one_process():
     assert_ranks_agree(settings={"a": 1})
     with pytest.raises(TypeError, match=r"the weights cannot be compared .*Tensor"):
-        assert_same_on_all_ranks("the weights", {"w": torch.zeros(1)})
+        assert_same("the weights", {"w": torch.zeros(1)})

@@ -48,8 +48,8 @@ OTHER_PATHS = {  # file: what is done otherwise for a GPU, and so not seen here,
     "data/augment_batch.py": "128 images at once, and white noise drawn on the device",
     "data/image_operations.py": "parameters of augmentations are page-locked and copied without a wait",
     "training/accumulation.py": "the state of the GPU's generator is kept for the second pass",
-    "training/devices.py": "synchronised BatchNorm is refused on the CPU",
-    "training/guards.py": "memory is what torch allocated on the GPU",
+    "distributed.py": "synchronised BatchNorm is refused on the CPU",
+    "training/resources.py": "memory is what torch allocated on the GPU",
 }
 
 
@@ -135,6 +135,7 @@ def asks_for_the_device(node: ast.AST) -> bool:
 def test_code_that_goes_other_ways_on_a_gpu_is_written_down():
     """In the rooms that a step runs through; what it does there has to be looked at on a GPU."""
     files = [path for room in ("attacks", "data", "losses", "training") for path in (PACKAGE / room).rglob("*.py")]
+    files.append(PACKAGE / "distributed.py")
     asking = {
         path.relative_to(PACKAGE).as_posix()
         for path in files

@@ -141,7 +141,7 @@ def test_accumulation_says_that_an_encoder_has_no_gradient(frozen):
     layers = nn.Flatten(), nn.Linear(48, 4)
     model = nn.Sequential(*layers).requires_grad_(False) if frozen else Detached(*layers)
     with pytest.raises(ValueError, match="requires_grad" if frozen else "Detached have no gradient"):
-        accumulated_step(model, lambda z, _: z.square().mean(), None, batch, split_batch(batch, 2))
+        accumulated_step(model, lambda z, _: z.square().mean(), None, split_batch(batch, 2))
 
 
 def test_state_names_statistics_weights_and_moments():

@@ -44,7 +44,7 @@ def test_batchnorm_names_itself(make, layer, attack):
     with pytest.raises(ValueError, match=CAUSE.format(layer)):
         list(free_replays(model, length, batch_of(1), threat=THREAT, replays=1))
     with pytest.raises(ValueError, match=CAUSE.format(layer)):
-        accumulated_step(model, HiDiscLoss(), None, batch_of(4), split_batch(batch_of(4), 4))
+        accumulated_step(model, HiDiscLoss(), None, split_batch(batch_of(4), 4))
     assert adversarial_step(model, length, attack, batch_of(2)).loss.isfinite()
 
 

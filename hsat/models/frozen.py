@@ -23,25 +23,26 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
     Several threads may run a model inside one block.  Blocks of two threads on one model would undo each other's flags.
 
-    Raises TypeError for what is not a torch.nn.Module, before anything is changed.
-
         with frozen(encoder):
             x_adv = attack(x, feature_drift(encoder.features, x))
+
+    Raises:
+        TypeError: For what is not a torch.nn.Module, before anything is changed.
     """
     for module in modules:
         _check_is_module(module)
     flags = {id(part): (part, part.training) for module in modules for part in module.modules()}
-    wanted = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
+    gradients = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
     try:
         for part, _ in flags.values():
             part.training = False
-        for parameter, _ in wanted.values():
+        for parameter, _ in gradients.values():
             parameter.requires_grad_(False)
         yield
     finally:
         for part, training in flags.values():
             part.training = training
-        for parameter, requires_grad in wanted.values():
+        for parameter, requires_grad in gradients.values():
             parameter.requires_grad_(requires_grad)
 
 

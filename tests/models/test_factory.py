@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hsat.models import PAPER_NAMES, branch, build_encoder, convert_to_dual, is_dual, projection_head
+from hsat.models import PAPER_NAMES, HeadSpec, branch, build_encoder, convert_to_dual, is_dual, projection_head
 from hsat.models.dual_norm import DualBatchNorm
 from hsat.models.zoo import create_backbone, feature_width, find_architecture, fixed_size, import_timm
 
@@ -108,11 +108,12 @@ ERRORS = {
     "adversarial": (r"fetch https://.*ARES_ResNet50_AT\.pth yourself", {"name": "resnet50_at", "pretrained": True}),
     "hub": ("pass pretrained=True to allow the download", {"name": "hf-hub:someone/model"}),
     "head": ("head must be one of linear, mlp, mlp3_bn", {"head": "cubic"}),
-    "hidden": ("no hidden layers", {"head_hidden": (4,)}),
-    "hidden3": ("has two hidden layers", {"head": "mlp3_bn", "head_hidden": (4,)}),
+    "hidden": ("no hidden layers", {"head": HeadSpec("linear", hidden=(4,))}),
+    "hidden3": ("has two hidden layers", {"head": HeadSpec("mlp3_bn", hidden=(4,))}),
     "width": ("positive widths", {"embedding_dim": 0}),
     "none": ("head=None gives features of width 96", {"head": None, "embedding_dim": 128}),
     "int": ("head=4 and embedding_dim=5", {"head": 4, "embedding_dim": 5}),
+    "two widths": (r"head=HeadSpec\(.* and embedding_dim=5 disagree", {"head": HeadSpec("mlp", 4), "embedding_dim": 5}),
     "norm": ("no BatchNorm layer", {"name": "test_vit", "dual_norm": True}),
 }
 

@@ -7,25 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hsat.fingerprints import fingerprint_weights
 from hsat.models import (
+    HeadSpec,
     build_encoder,
+    has_encoder_spec,
     load_checkpoint,
     load_encoder,
     projection_head,
     save_encoder,
-    state_fingerprint,
-    states_its_encoder,
 )
-from hsat.models.file_heads import FoundHead, head_in
-from hsat.models.suggestions import alike_names, fitting_names
+from hsat.models.state_dicts import StoredHead, find_equivalent_backbones, find_head, find_matching_backbones
 from hsat.models.zoo import PAPER_NAMES
 
 NAME = "test_resnet"
-HEADS = {
-    "linear": {"embedding_dim": 24},
-    "mlp": {"head": "mlp", "head_hidden": [20, 12], "embedding_dim": 16},
-    "mlp3_bn": {"head": "mlp3_bn"},
-}
+HEADS = {"linear": HeadSpec("linear", 24), "mlp": HeadSpec("mlp", 16, (20, 12)), "mlp3_bn": HeadSpec("mlp3_bn", 96)}
 
 
 def published(encoder, *, zoo=False):
@@ -50,16 +46,17 @@ def at_encoder():
 @pytest.mark.parametrize("kind", ["ddp", "lightning", "plain"])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_name_of_the_backbone_is_enough(head, kind, tmp_path):
-    source = build_encoder(NAME, **HEADS[head], seed=1)
+    source = build_encoder(NAME, head=HEADS[head], seed=1)
     torch.save(in_format(kind, published(source)), tmp_path / "p.pth")
     encoder = load_encoder(tmp_path / "p.pth", NAME)
     assert not encoder.training and encoder.spec["head"] == head
-    assert {k: encoder.spec[k] for k in HEADS[head]} == HEADS[head]
-    assert state_fingerprint(encoder) == state_fingerprint(source)
+    assert encoder.spec["embedding_dim"] == HEADS[head].embedding_dim
+    assert tuple(encoder.spec["head_hidden"]) == (HEADS[head].hidden or (() if head == "linear" else (96, 96)))
+    assert fingerprint_weights(encoder) == fingerprint_weights(source)
     assert encoder.weights_report.loaded == len(source.state_dict())
     again = load_encoder(save_encoder(encoder, tmp_path / "own.safetensors"))
-    assert state_fingerprint(again) == state_fingerprint(source)
-    assert states_its_encoder(tmp_path / "own.safetensors") and not states_its_encoder(tmp_path / "p.pth")
+    assert fingerprint_weights(again) == fingerprint_weights(source)
+    assert has_encoder_spec(tmp_path / "own.safetensors") and not has_encoder_spec(tmp_path / "p.pth")
 
 
 @settings(max_examples=30, deadline=None)
@@ -73,18 +70,18 @@ def test_a_head_is_read_back_from_its_shapes(kind, widths, where):
     head = projection_head(kind, in_features=widths[0], embedding_dim=widths[1], hidden=hidden)
     state = {where + key: value for key, value in head.state_dict().items()}
     state["model.bb.blocks.0.attn.proj.weight"] = torch.zeros(2, 2)  # a name that only looks like a projector
-    assert head_in(state) == FoundHead(kind, widths[0], widths[1], hidden)
+    assert find_head(state) == StoredHead(HeadSpec(kind, widths[1], hidden), widths[0])
 
 
 def test_no_head_two_heads_and_unknown_heads():
-    assert head_in({"layers.0.weight": torch.zeros(2, 2), "fc.weight": torch.zeros(2, 2)}) is None
+    assert find_head({"layers.0.weight": torch.zeros(2, 2), "fc.weight": torch.zeros(2, 2)}) is None
     linear = {"layers.0.weight": torch.zeros(2, 3)}
     with pytest.raises(ValueError, match=r"several projection heads: a\.head\.layers\., b\.head\.layers\."):
-        head_in({f"{who}.head.{key}": value for who in "ab" for key, value in linear.items()})
+        find_head({f"{who}.head.{key}": value for who in "ab" for key, value in linear.items()})
     with pytest.raises(ValueError, match=r"no known projection head \(weights 0: \(2, 3\), 1: \(2, 3\)\)"):
-        head_in({f"proj.layers.{i}.weight": torch.zeros(2, 3) for i in (0, 1)})
+        find_head({f"proj.layers.{i}.weight": torch.zeros(2, 3) for i in (0, 1)})
     with pytest.raises(ValueError, match="no known projection head"):  # widths that do not follow on each other
-        head_in({f"proj.layers.{i}.weight": torch.zeros(2, 3) for i in (0, 2)})
+        find_head({f"proj.layers.{i}.weight": torch.zeros(2, 3) for i in (0, 2)})
 
 
 def test_a_backbone_alone_has_no_head_and_a_head_can_be_left_out(tmp_path):
@@ -95,7 +92,7 @@ def test_a_backbone_alone_has_no_head_and_a_head_can_be_left_out(tmp_path):
     alone = load_encoder(tmp_path / "p.pth", NAME, head=None)
     assert alone.head is None
     assert set(alone.weights_report.dropped) == {"model.proj.layers.0.weight", "model.proj.layers.0.bias"}
-    assert state_fingerprint(alone.backbone) == state_fingerprint(source.backbone)
+    assert fingerprint_weights(alone.backbone) == fingerprint_weights(source.backbone)
 
 
 def test_a_classifier_is_left_out_on_request_only(tmp_path):
@@ -128,7 +125,7 @@ def test_a_head_for_other_features_is_refused_and_the_backbone_can_be_had(tmp_pa
 def test_another_name_than_the_file_says(tmp_path):
     encoder = build_encoder(NAME, embedding_dim=8, mean=0.4, std=0.2, input_size=24, seed=1)
     path = save_encoder(encoder, tmp_path / "own.safetensors")
-    assert state_fingerprint(load_encoder(path, NAME)) == state_fingerprint(encoder)  # pixels and all
+    assert fingerprint_weights(load_encoder(path, NAME)) == fingerprint_weights(encoder)  # pixels and all
     assert load_encoder(path, NAME, input_size=20).input_size == (20, 20)
     with pytest.raises(ValueError, match=r"does not fit.*the file says that it holds 'test_resnet'"):
         load_encoder(path, "test_byobnet")
@@ -138,18 +135,18 @@ def test_dual_norm_comes_from_the_file(tmp_path):
     source = build_encoder(NAME, embedding_dim=8, dual_norm=True, seed=1)
     torch.save(published(source), tmp_path / "p.pth")
     encoder = load_encoder(tmp_path / "p.pth", NAME)
-    assert encoder.spec["dual_norm"] and state_fingerprint(encoder) == state_fingerprint(source)
+    assert encoder.spec["dual_norm"] and fingerprint_weights(encoder) == fingerprint_weights(source)
 
 
 def test_same_shapes_other_pixels_are_refused(at_encoder, tmp_path):
     torch.save(in_format("ddp", published(at_encoder, zoo=True)), tmp_path / "at.pth")
     torch.save(in_format("lightning", published(at_encoder)), tmp_path / "scratch.pth")
     plain, right = build_encoder("resnet50", embedding_dim=32, seed=2), load_encoder(tmp_path / "at.pth", "resnet50_at")
-    assert state_fingerprint(right) == state_fingerprint(at_encoder)
-    before = state_fingerprint(plain)
+    assert fingerprint_weights(right) == fingerprint_weights(at_encoder)
+    before = fingerprint_weights(plain)
     with pytest.raises(ValueError, match=r"that normalises pixels.*Use resnet50_normal or resnet50_at, or give mean="):
         load_checkpoint(plain, tmp_path / "at.pth")
-    assert state_fingerprint(plain) == before
+    assert fingerprint_weights(plain) == before
     with pytest.raises(ValueError, match=r"does not normalise pixels.*Use resnet50 or resnet50_timm"):
         load_encoder(tmp_path / "scratch.pth", "resnet50_at")
     plain.mean = plain.std = (0.5,)  # as build_encoder(..., mean=0.5, std=0.5) has them: said by hand, so it is meant
@@ -162,7 +159,7 @@ def test_a_wrong_name_is_answered_with_the_right_ones(at_encoder, tmp_path):
     with pytest.raises(ValueError, match=r"its backbone is that of resnet50_normal, resnet50_at$"):
         load_encoder(tmp_path / "at.pth", "wresnet50_at")
     half = dict(list(state.items())[: len(state) // 2])
-    assert fitting_names(half) == []
+    assert find_matching_backbones(half) == []
     torch.save(half, tmp_path / "half.pth")
     with pytest.raises(ValueError, match=r"nothing was loaded\. 1\d\d missing in the file: backbone\."):
         load_encoder(tmp_path / "half.pth", "resnet50_at", embedding_dim=32)
@@ -179,6 +176,6 @@ def test_every_backbone_is_told_from_its_names_and_shapes(name):
     state = {f"bb.model.{key}": value for key, value in encoder.backbone.state_dict().items()}
     if PAPER_NAMES[name].normalisation is None:
         state = {key.replace("bb.model.", "bb."): value for key, value in state.items()}
-    found = fitting_names(state)
-    assert name in found and set(found) <= {name, *alike_names(name)}
-    assert fitting_names({key: value for key, value in list(state.items())[1:]}) == []
+    found = find_matching_backbones(state)
+    assert name in found and set(found) <= {name, *find_equivalent_backbones(name)}
+    assert find_matching_backbones({key: value for key, value in list(state.items())[1:]}) == []

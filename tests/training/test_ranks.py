@@ -14,21 +14,16 @@ import torch
 from torch import nn
 
 from hsat.attacks import PGD, Linf
-from hsat.distributed import row_share
+from hsat.distributed import (
+    average_statistics,
+    gather_objects,
+    global_indices,
+    row_share,
+)
 from hsat.embedding import gather_table
 from hsat.losses import HiDiscLoss
 from hsat.models import convert_to_dual
-from hsat.training import (
-    Gap,
-    accumulated_step,
-    adversarial_step,
-    average_statistics,
-    image_slots,
-    of_all_ranks,
-    share_of_batch,
-    split_batch,
-    synchronised_norm,
-)
+from hsat.training import LossGap, accumulated_step, adversarial_step, split_batch
 from hsat.types import EmbeddingTable
 
 SHARED = """
@@ -37,7 +32,8 @@ from torch import nn
 from hsat.attacks import NFGSM, PGD, Linf
 from hsat.losses import HiDiscLoss
 from hsat.models import convert_to_dual
-from hsat.training import Safeguard, adversarial_step, average_statistics, free_replays, image_slots
+from hsat.distributed import average_statistics, global_indices
+from hsat.training import OverfittingGuard, adversarial_step, free_replays
 from hsat.types import HierarchicalBatch
 
 ATTACK = PGD(Linf(8 / 255), step_size=2 / 255, steps=2)
@@ -57,7 +53,7 @@ def outcome(model, result):
 def local_negatives(batch, rank, wrap=lambda model: model):
     model = network(True)
     parallel = wrap(model)  # has to live until the backward pass
-    options = dict(generator=torch.Generator().manual_seed(3), ids=image_slots(len(batch), rank=rank))
+    options = dict(generator=torch.Generator().manual_seed(3), ids=global_indices(len(batch), rank=rank))
     result = adversarial_step(parallel, HiDiscLoss(), ATTACK, batch, **options)
     result.loss.backward()
     average_statistics(model)
@@ -75,7 +71,7 @@ def freely(batch, ids, loss, wrap=lambda model: model):
     return [list(model.parameters()), seen]
 
 def measured(batch, ids):
-    guard = Safeguard(NFGSM(ATTACK.threat), ATTACK)
+    guard = OverfittingGuard(NFGSM(ATTACK.threat), ATTACK)
     return list(guard.measure(network(True), HiDiscLoss(), batch, generator=torch.Generator().manual_seed(3), ids=ids))
 """
 RANK = (
@@ -86,7 +82,8 @@ import numpy as np, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from hsat.distributed import row_share
 from hsat.embedding import gather_table
-from hsat.training import accumulated_step, assert_same_on_all_ranks, of_all_ranks, split_batch
+from hsat.distributed import gather_objects
+from hsat.training import accumulated_step, assert_same, split_batch
 from hsat.types import EmbeddingTable
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -108,8 +105,8 @@ class Watched:
         finally:
             inside[0] = False
 
-mine = split_batch(grid(), 2)[rank]
-ids, loss, answers = image_slots(len(mine), rank=rank), HiDiscLoss(gather=True), {}
+mine = split_batch(grid(), 2).parts[rank]
+ids, loss, answers = global_indices(len(mine), rank=rank), HiDiscLoss(gather=True), {}
 for case, norm, attack, parts in (("plain", False, None, 1), ("attacked", True, Watched(), 1),
                                   ("parts", True, Watched(), 2)):
     model = network(norm)
@@ -119,7 +116,7 @@ for case, norm, attack, parts in (("plain", False, None, 1), ("attacked", True, 
         result = adversarial_step(parallel, loss, attack, mine, **options)
         result.loss.backward()
     else:
-        result = accumulated_step(parallel, loss, attack, mine, split_batch(mine, parts), **options)
+        result = accumulated_step(parallel, loss, attack, split_batch(mine, parts), **options)
     average_statistics(model)
     answers[case] = [result.loss.detach(), [p.grad for p in model.parameters()], [b.clone() for b in model.buffers()]]
 
@@ -137,7 +134,7 @@ answers["free"] = freely(mine, ids, loss, wrap)
 inside[0] = True
 gap = measured(mine, ids)
 inside[0] = False
-answers["gaps"] = of_all_ranks(gap)
+answers["gaps"] = gather_objects(gap)
 answers["counted"] = dict(counted)
 share = row_share(5, batch_size=2)
 numbers = np.arange(5)
@@ -146,10 +143,10 @@ table = EmbeddingTable(np.eye(5, dtype=np.float32)[share], *[numbers[share] * 0]
 answers["table"] = torch.from_numpy(gather_table(table).patch)
 answers["lone"] = torch.from_numpy(gather_table(table if rank else None).patch)
 try:
-    assert_same_on_all_ranks("the number", rank)
+    assert_same("the number", rank)
 except ValueError as error:
     answers["differs"] = str(error)
-assert_same_on_all_ranks("the word", "equal")
+assert_same("the word", "equal")
 torch.save(answers, f"{out}/rank{rank}.pt")
 dist.destroy_process_group()
 """
@@ -162,16 +159,17 @@ SYNCHRONISED = (
 import sys
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from hsat.training import split_batch, synchronised_norm
+from hsat.distributed import synchronize_batchnorm
+from hsat.training import split_batch
 
 rank, store, out, device = int(sys.argv[1]), sys.argv[2], sys.argv[3], torch.device(sys.argv[4])
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)  # NCCL wants a GPU for each rank
-mine = split_batch(grid(), 2)[rank].to(device)
+mine = split_batch(grid(), 2).parts[rank].to(device)
 answers = {}
 for case, attack in (("plain", None), ("attacked", ATTACK)):
-    model = synchronised_norm(network(True), device=device).to(device)
+    model = synchronize_batchnorm(network(True), device=device).to(device)
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    options = dict(generator=torch.Generator().manual_seed(3), ids=image_slots(len(mine), rank=rank))
+    options = dict(generator=torch.Generator().manual_seed(3), ids=global_indices(len(mine), rank=rank))
     result = adversarial_step(parallel, HiDiscLoss(gather=True), attack, mine, **options)
     result.loss.backward()
     answers[case] = [[value.cpu() for value in values] for values in outcome(model, result)[1:]]
@@ -218,13 +216,13 @@ def shared():
 def alone(shared, norm, attack, parts, *, dual=False, clean_weight=0.0):
     model, batch = shared.network(norm), shared.grid()
     model = convert_to_dual(model) if dual else model
-    options = {"generator": torch.Generator().manual_seed(3), "ids": image_slots(len(batch), rank=0)}
+    options = {"generator": torch.Generator().manual_seed(3), "ids": global_indices(len(batch), rank=0)}
     options["clean_weight"] = clean_weight
     if parts == 1:
         result = adversarial_step(model, HiDiscLoss(), attack, batch, **options)
         result.loss.backward()
     else:
-        result = accumulated_step(model, HiDiscLoss(), attack, batch, split_batch(batch, parts), **options)
+        result = accumulated_step(model, HiDiscLoss(), attack, split_batch(batch, parts), **options)
     return [result.loss.detach(), [p.grad for p in model.parameters()], list(model.buffers())]
 
 
@@ -249,7 +247,7 @@ def test_dual_norm_with_clean_images_on_ranks_equals_parts(ranks, shared):
 
 def test_local_negatives_give_each_rank_its_own_loss(ranks, shared):
     """Gradients and statistics are the means of those that each rank would have alone; other ones than with all."""
-    halves = split_batch(shared.grid(), 2)
+    halves = split_batch(shared.grid(), 2).parts
     lone = [shared.local_negatives(half, rank) for rank, half in enumerate(halves)]
     mean = [[(one + two) / 2 for one, two in zip(lone[0][i], lone[1][i], strict=True)] for i in (1, 2)]
     for rank, answers in enumerate(ranks):
@@ -265,7 +263,7 @@ def test_local_negatives_give_each_rank_its_own_loss(ranks, shared):
 def test_free_replays_on_ranks_equal_one_process(ranks, shared):
     """Images move along the gradient of the loss of all ranks: no parts are needed for it to be the same."""
     batch = shared.grid()
-    weights, images = shared.freely(batch, image_slots(len(batch), rank=0), HiDiscLoss())
+    weights, images = shared.freely(batch, global_indices(len(batch), rank=0), HiDiscLoss())
     for answers in ranks:
         torch.testing.assert_close(answers["free"][0], weights, rtol=1e-6, atol=1e-9)
     both = [torch.cat(pair) for pair in zip(ranks[0]["free"][1], ranks[1]["free"][1], strict=True)]
@@ -276,15 +274,15 @@ def test_free_replays_on_ranks_equal_one_process(ranks, shared):
 def test_ranks_decide_by_one_gap(ranks, shared):
     """Each measures its own images without a word; what they hear of one another is the same everywhere."""
     batch = shared.grid()
-    ids = image_slots(len(batch), rank=0).split(len(batch) // 2)
-    halves = split_batch(batch, 2)
+    ids = global_indices(len(batch), rank=0).split(len(batch) // 2)
+    halves = split_batch(batch, 2).parts
     wanted = [shared.measured(half, own) for half, own in zip(halves, ids, strict=True)]
     assert ranks[0]["gaps"] == ranks[1]["gaps"] == [pytest.approx(gap, rel=1e-9) for gap in wanted]
     assert wanted[0] != wanted[1] != shared.measured(halves[1], ids[0]), "noise goes by an image's place"
-    found = Gap.mean([Gap(*gap) for gap in wanted])
+    found = LossGap.mean([LossGap(*gap) for gap in wanted])
     assert found == pytest.approx([sum(pair) / 2 for pair in zip(*wanted, strict=True)])
     with pytest.raises(ValueError, match="no gap to take the mean of"):
-        Gap.mean([])
+        LossGap.mean([])
 
 
 def test_the_attack_exchanges_nothing(ranks):
@@ -307,29 +305,11 @@ def test_without_a_process_group_all_of_it_is_plain():
         gather_table(None)
     with pytest.raises(ValueError, match="batch_size"):
         row_share(3, batch_size=0)
-    assert of_all_ranks([1, 2]) == [[1, 2]]
+    assert gather_objects([1, 2]) == [[1, 2]]
     norm = nn.BatchNorm1d(2)
     before = copy.deepcopy(norm.state_dict())
     average_statistics(norm)
     assert all(torch.equal(norm.state_dict()[key], value) for key, value in before.items())
-
-
-def test_shares_of_a_batch():
-    assert share_of_batch(12, ranks=2, parts=3) == 6
-    assert image_slots(3, rank=2).tolist() == [6, 7, 8]
-    with pytest.raises(ValueError, match=r"batch_patients=10 .* 2 rank\(s\) with 2 part\(s\) each; use 8 or 12"):
-        share_of_batch(10, ranks=2, parts=2)
-    with pytest.raises(ValueError, match="at least 1"):
-        share_of_batch(4, ranks=0)
-
-
-def test_synchronised_norm_says_where_it_works():
-    with pytest.raises(ValueError, match="GPUs"):
-        synchronised_norm(nn.Sequential(nn.BatchNorm2d(3)), device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="no BatchNorm"):
-        synchronised_norm(nn.Linear(2, 2), device=torch.device("cuda"))
-    made = synchronised_norm(nn.Sequential(nn.BatchNorm2d(3)), device=torch.device("cuda"))
-    assert isinstance(made[0], nn.SyncBatchNorm)
 
 
 @pytest.mark.gpu

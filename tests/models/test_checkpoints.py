@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from hsat.models import (
-    build_encoder,
-    checkpoint_hash,
-    load_checkpoint,
-    load_encoder,
-    save_encoder,
-    state_fingerprint,
-    wrap_encoder,
-)
+from hsat.fingerprints import fingerprint_weights
+from hsat.models import build_encoder, checkpoint_hash, load_checkpoint, load_encoder, save_encoder, wrap_encoder
 
 NAME = "test_resnet"
 
@@ -41,7 +34,7 @@ def test_own_state_under_every_wrapper(source, tmp_path, prefix, inside):
     torch.save(state if inside is None else {inside: state, "epoch": 2}, tmp_path / "c.pt")
     target = encoder_of(2)
     report = load_checkpoint(target, tmp_path / "c.pt")
-    assert state_fingerprint(target) == state_fingerprint(source)
+    assert fingerprint_weights(target) == fingerprint_weights(source)
     assert report.loaded == len(state)
     assert report.sha256 == hashlib.sha256((tmp_path / "c.pt").read_bytes()).hexdigest()
 
@@ -58,8 +51,8 @@ def test_training_checkpoint_with_everything_in_it(source, tmp_path):
     torch.save(content, tmp_path / "last.pt")
     target = encoder_of(2)
     assert load_checkpoint(target, tmp_path / "last.pt").metadata["epoch"] == 4
-    assert state_fingerprint(target) == state_fingerprint(source)
-    assert state_fingerprint(load_encoder(tmp_path / "last.pt")) == state_fingerprint(source)
+    assert fingerprint_weights(target) == fingerprint_weights(source)
+    assert fingerprint_weights(load_encoder(tmp_path / "last.pt")) == fingerprint_weights(source)
 
 
 def test_equal_encoders_are_equal_files(source, tmp_path):
@@ -70,14 +63,23 @@ def test_equal_encoders_are_equal_files(source, tmp_path):
 def test_training_checkpoint_with_the_spec_among_its_extras(source, tmp_path):
     content = {"model": source.state_dict(), "epoch": 4, "extra": {"best": 0.5, "encoder": source.spec}}
     torch.save(content, tmp_path / "last.pt")
-    assert state_fingerprint(load_encoder(tmp_path / "last.pt")) == state_fingerprint(source)
+    assert fingerprint_weights(load_encoder(tmp_path / "last.pt")) == fingerprint_weights(source)
+
+
+def test_the_spec_is_found_beside_tensors_among_the_extras(source, tmp_path):
+    """Warm starts keep the perturbations of images there."""
+    extra = {"warm": {"deltas": torch.zeros(2, dtype=torch.int8)}, "encoder": source.spec}
+    torch.save({"model": source.state_dict(), "extra": extra}, tmp_path / "last.pt")
+    loaded = load_encoder(tmp_path / "last.pt")
+    assert fingerprint_weights(loaded) == fingerprint_weights(source)
+    assert loaded.weights_report.metadata["extra"] == {"encoder": source.spec}
 
 
 def test_plain_safetensors_and_plain_backbone(source, tmp_path):
     save_file(dict(source.backbone.state_dict()), tmp_path / "b.safetensors")
     target = encoder_of(2, head=None, embedding_dim=None)
     assert load_checkpoint(target, tmp_path / "b.safetensors").layout == "backbone"
-    assert state_fingerprint(target.backbone) == state_fingerprint(source.backbone)
+    assert fingerprint_weights(target.backbone) == fingerprint_weights(source.backbone)
 
 
 @settings(max_examples=8, deadline=None)
@@ -95,7 +97,7 @@ def test_save_and_rebuild(tmp_path_factory, head, dual, size, mean):
     again = load_encoder(path)
     assert torch.equal(torch.get_rng_state(), random)
     assert not again.training
-    assert state_fingerprint(again) == state_fingerprint(encoder)
+    assert fingerprint_weights(again) == fingerprint_weights(encoder)
     assert load_checkpoint(encoder, path).metadata["epoch"] == 3
     x = torch.rand(2, 3, 40, 40)
     assert torch.equal(again(x), encoder(x))
@@ -140,7 +142,7 @@ def test_wrapped_encoders_save_but_are_rebuilt_by_hand(tmp_path):
         load_encoder(path)
     target = wrap_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), head=3, input_size=2)
     load_checkpoint(target, path)
-    assert state_fingerprint(target) == state_fingerprint(encoder)
+    assert fingerprint_weights(target) == fingerprint_weights(encoder)
 
 
 def test_backbone_weights_with_classifier_and_normalisation(source, tmp_path):
@@ -148,7 +150,7 @@ def test_backbone_weights_with_classifier_and_normalisation(source, tmp_path):
     state |= {"module.fc.weight": torch.zeros(10, 96), "module.normalize.mean": torch.zeros(3)}
     torch.save({"state_dict": state, "arch": "resnet"}, tmp_path / "w.pth")
     encoder = encoder_of(2, weights=tmp_path / "w.pth")
-    assert state_fingerprint(encoder.backbone) == state_fingerprint(source.backbone)
+    assert fingerprint_weights(encoder.backbone) == fingerprint_weights(source.backbone)
     assert encoder.weights_report.dropped == ("module.fc.weight", "module.normalize.mean")
     assert encoder.weights_report.metadata == {"arch": "resnet"}
     with pytest.raises(ValueError, match=r"2 in the file without a place: module\.fc\.weight"):
@@ -170,7 +172,7 @@ def test_backbone_weights_of_a_whole_checkpoint_leave_its_head(source, tmp_path)
 
 def test_fingerprint_sees_one_bit_and_the_normalisation(source):
     other = encoder_of(1)
-    assert state_fingerprint(other) == state_fingerprint(source)
+    assert fingerprint_weights(other) == fingerprint_weights(source)
     weight = (
         other.backbone.conv1[0].weight
         if isinstance(other.backbone.conv1, nn.Sequential)
@@ -179,9 +181,9 @@ def test_fingerprint_sees_one_bit_and_the_normalisation(source):
     with torch.no_grad():
         flat = weight.view(-1)
         flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
-    assert state_fingerprint(other) != state_fingerprint(source)
-    assert state_fingerprint(encoder_of(1, mean=0.5, std=0.5)) != state_fingerprint(source)
-    assert state_fingerprint(source.to(torch.bfloat16)) != state_fingerprint(source.float())
+    assert fingerprint_weights(other) != fingerprint_weights(source)
+    assert fingerprint_weights(encoder_of(1, mean=0.5, std=0.5)) != fingerprint_weights(source)
+    assert fingerprint_weights(source.to(torch.bfloat16)) != fingerprint_weights(source.float())
 
 
 def damaged(state, how):
@@ -212,10 +214,10 @@ def damaged(state, how):
 def test_misfits_are_named_and_nothing_is_loaded(source, tmp_path, how, message):
     torch.save(damaged({k: v.clone() for k, v in source.state_dict().items()}, how), tmp_path / "c.pt")
     target = encoder_of(2)
-    before = state_fingerprint(target)
+    before = fingerprint_weights(target)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(target, tmp_path / "c.pt")
-    assert state_fingerprint(target) == before
+    assert fingerprint_weights(target) == before
 
 
 def test_long_lists_are_cut(tmp_path):
@@ -231,7 +233,7 @@ def whole_file(source, tmp_path):
 
 
 BAD = {
-    "html": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is an HTML page, not weights"),
+    "html": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is an HTML page, not a file of weights"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
     "empty": (b"", r"is empty \(0 bytes\)"),
     "noise": (bytes(range(256)) * 4, "is neither a torch nor a safetensors file; it is some other binary"),

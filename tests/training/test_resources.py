@@ -11,7 +11,7 @@ from hsat.training import (
     parse_memory,
     peak_memory,
 )
-from hsat.training.guards import time_text
+from hsat.training.resources import time_text
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_peak_memory_of_this_process_grows():
 
 def test_the_clock_speaks_once_and_leaves_out_the_first_step(monkeypatch):
     now = iter([100.0, 104.0])
-    monkeypatch.setattr("hsat.training.guards.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("hsat.training.resources.time.perf_counter", lambda: next(now))
     clock = StepClock(after=2)
     assert clock.tick(9) is None and clock.tick(8) is None
     assert clock.tick(60) == "2 s per step (over 2 steps), about 2 min for 60 more steps"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hsat.models import load_checkpoint, wrap_encoder
-from hsat.training import checkpoint_file, load_training_state, save_checkpoint
+from hsat.training import RandomStateMismatch, checkpoint, load_training_state, save_checkpoint
 
 
 @dataclass
@@ -141,9 +141,9 @@ def test_a_failing_save_leaves_the_previous_checkpoint(
         raise OSError("no space left on device")
 
     if moment == "while writing":
-        monkeypatch.setattr(checkpoint_file.torch, "save", half_written)
+        monkeypatch.setattr(checkpoint.torch, "save", half_written)
     else:
-        monkeypatch.setattr(checkpoint_file.os, "fsync", fails)
+        monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="no space left"):
         save(path, run, step=3)
     monkeypatch.undo()
@@ -155,7 +155,7 @@ def test_a_failing_save_leaves_the_previous_checkpoint(
 def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(checkpoint_file.os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
     monkeypatch.setattr(Path, "replace", lambda a, b: (order.append((a.parent, b.parent)), replace(a, b)))
     save(tmp_path / "last.pt", Run.fresh(0))
     assert order == ["fsync", (tmp_path, tmp_path), "fsync"]
@@ -295,7 +295,7 @@ def test_another_number_of_ranks(tmp_path: Path) -> None:
     path = save(tmp_path / "last.pt", Run.fresh(0))
     content = torch.load(path)
     torch.save(content | {"random": content["random"] * 2}, path)
-    with pytest.raises(ValueError, match="random states of 2 ranks, and this run has 1; resume with 2, or give"):
+    with pytest.raises(RandomStateMismatch, match="states of 2 ranks, and this run has 1; resume with 2, or give"):
         load_training_state(path, **Run.fresh(1).parts())
     assert load_training_state(path, **Run.fresh(1).parts(), restore_random=False).step == 7
 
