@@ -24,6 +24,7 @@ MAY_IMPORT = {room: GROUND for room in LOWER} | {
     "distributed": {"types", "files"},
     "fingerprints": {"types", "files"},
     "stains": set(),
+    "run_folder": {"files"},
     "training": LOWER | GROUND | {"embedding"},
     "eval": LOWER | GROUND | {"embedding"},
     "testing": {"types"},
