@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort  # noqa: E402
+from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort  # noqa: E402
 from hsat.eval import (  # noqa: E402
     KNNClassifier,
     Provenance,
@@ -115,7 +115,7 @@ def evaluated(name: str, checkpoint: Path, root: Path, scale: Scale, *, seed: in
     path = checkpoint.parent / "records.jsonl"
     if path.exists():
         return list(read_records(path))
-    cohort = Cohort.read(root, "opensrh")
+    cohort = read_opensrh(root)
     bank, queries = (
         patch_loader(PatchDataset(cohort, split, image_size=scale.size), batch_size=64) for split in ("train", "val")
     )

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort  # noqa: E402
+from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort  # noqa: E402
 from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks  # noqa: E402
 from hsat.models import load_encoder  # noqa: E402
 from runs import versions, write_json  # noqa: E402
@@ -82,7 +82,7 @@ def run_one(name: str, seed: int, runs: Path, steps: int) -> dict[str, Any]:
     begin = time.process_time()
     encoder = load_encoder(train(TrainHSAT.over(read_yaml(DEMO), argv)))
     seconds = time.process_time() - begin
-    cohort = Cohort.read(root, "opensrh")
+    cohort = read_opensrh(root)
     bank, queries = (
         patch_loader(PatchDataset(cohort, split, image_size=size), batch_size=64) for split in ("train", "val")
     )

@@ -31,15 +31,18 @@ import torch
 from torch import Tensor
 
 from hsat.data import (
+    AugmentationPolicy,
     Cohort,
     HierarchicalDataset,
+    PatchStore,
     PatientBatchSampler,
     augment_batch,
     build_transform,
     hierarchical_loader,
-    pack_cohort,
+    read_opensrh,
+    write_patch_store,
 )
-from hsat.data.samples import isolated
+from hsat.data.augment import fork_cpu_rng
 
 SIDE, SLIDES, PATCHES, VIEWS = 300, 2, 2, 2
 AIM = 4.0
@@ -68,7 +71,7 @@ def write_cohort(root: Path, patients: int) -> Cohort:
     (root / "meta").mkdir()
     (root / "meta/opensrh.json").write_text(json.dumps(index))
     (root / "meta/train_val_split.json").write_text(json.dumps({"train": names[:-2], "val": names[-2:]}))
-    return Cohort.from_opensrh(root)
+    return read_opensrh(root)
 
 
 def published_read(path: Path) -> Tensor:
@@ -101,14 +104,16 @@ def published_epoch(cohort: Cohort, batch_patients: int, passes_for_nothing: int
     return run
 
 
-def hsat_epoch(cohort: Cohort, batch_patients: int, workers: int, **options: object) -> Callable[[], int]:
+def hsat_epoch(
+    cohort: Cohort, batch_patients: int, workers: int, *, store: PatchStore | None = None, batched: bool = False
+) -> Callable[[], int]:
     """One epoch through hierarchical_loader; worker processes stay alive between calls."""
+    policy = AugmentationPolicy("v0", batched=batched)
     dataset = HierarchicalDataset(
-        cohort, image_size=SIDE, slides=SLIDES, patches=PATCHES, views=VIEWS, augmentation="v0", **options
+        cohort, image_size=SIDE, transform=policy, slides=SLIDES, patches=PATCHES, views=VIEWS, store=store
     )
     sampler = PatientBatchSampler(cohort, "train", batch_patients=batch_patients)
-    device = "cpu" if dataset.augment == "device" else None
-    loader = hierarchical_loader(dataset, sampler, workers=workers, device=device)
+    loader = hierarchical_loader(dataset, sampler, workers=workers)
     epoch = iter(range(10**6))
 
     def run() -> int:
@@ -225,15 +230,14 @@ def table(results: dict[str, dict[str, dict[str, dict[str, float]]]], title: str
 
 def cases(cohort: Cohort, batch: int, folder: Path) -> dict[str, Callable[[], int]]:
     """The recipe, then what hsat has, in steps."""
-    packed = pack_cohort(cohort, folder)
+    store = write_patch_store(cohort, folder)
     return {
         "published recipe": published_epoch(cohort, batch, 1),
         "published recipe without the transform for nothing": published_epoch(cohort, batch, 0),
-        "packed, per image, 2 workers": hsat_epoch(cohort, batch, 2, packed=packed),
-        "files, items, no workers": hsat_epoch(cohort, batch, 0, augment="items"),
-        "packed, items, no workers": hsat_epoch(cohort, batch, 0, augment="items", packed=packed),
-        BEST: hsat_epoch(cohort, batch, 2, augment="items", packed=packed),
-        "packed, device (CPU), 1 worker": hsat_epoch(cohort, batch, 1, augment="device", packed=packed),
+        "packed, per image, 2 workers": hsat_epoch(cohort, batch, 2, store=store),
+        "files, items, no workers": hsat_epoch(cohort, batch, 0, batched=True),
+        "packed, items, no workers": hsat_epoch(cohort, batch, 0, batched=True, store=store),
+        BEST: hsat_epoch(cohort, batch, 2, batched=True, store=store),
     }
 
 
@@ -256,7 +260,7 @@ def main() -> None:
         "options": {name: getattr(options, name) for name in ("turns", "patients", "batch")},
     }
     results: dict[str, object] = {}
-    with tempfile.TemporaryDirectory() as folder, isolated():
+    with tempfile.TemporaryDirectory() as folder, fork_cpu_rng():
         torch.manual_seed(0)
         cohort = write_cohort(Path(folder, "cohort"), options.patients)
         results[BATCHES] = compare(cases(cohort, options.batch, Path(folder, "packed")), options.turns)

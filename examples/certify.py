@@ -37,8 +37,8 @@ from hsat.eval import (
     plot_certified_accuracy,
     write_records,
 )
+from hsat.run_folder import write_run_file
 from ranks import Ranks
-from runs import versions, write_json
 from settings import listed
 
 Radii = Annotated[list[float], BeforeValidator(listed)]
@@ -125,8 +125,7 @@ def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> s
     write_records(settings.out / "records.jsonl", records)
     table = markdown_table(records, metrics=("certified_accuracy",))
     (settings.out / "table.md").write_text(table)
-    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions()}
-    write_json(settings.out / "run.json", about | {"command": sys.argv})
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
     try:
         plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
     except ImportError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hsat.data import Cohort, PackedPatches, pack_cohort, write_synthetic_cohort
+from hsat.data import Cohort, PatchStore, read_cohort, read_opensrh, write_patch_store, write_synthetic_cohort
 from settings import DataSettings
 
 SYNTHETIC = Path("runs/synthetic")
@@ -34,12 +34,11 @@ def _read(data: DataSettings, seed: int) -> Cohort:
     if data.root is None:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
         print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
-        return Cohort.read(root, "opensrh")
-    options = {"manifest": data.manifest} if data.layout == "csv" else {}
-    return Cohort.read(data.root, data.layout, **options)
+        return read_opensrh(root)
+    return read_cohort(data.root, data.layout, manifest=data.manifest)
 
 
-def open_packed(cohort: Cohort, data: DataSettings, *, out: Path) -> PackedPatches | None:
+def open_packed(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:
     """The cohort packed in --data.packed, made where it is not there yet; None where that is not asked for.
 
     auto is a folder beside the run, named by paths and sizes of the cohort's files: runs of one cohort share it, also
@@ -50,7 +49,7 @@ def open_packed(cohort: Cohort, data: DataSettings, *, out: Path) -> PackedPatch
     folder = data.packed
     if folder == "auto":
         folder = out.parent / f"packed-{_files_named(cohort)}"
-    return pack_cohort(cohort, folder, on_bad="raise" if data.on_bad == "raise" else "record", wait=True)
+    return write_patch_store(cohort, folder, on_bad="raise" if data.on_bad == "raise" else "record", wait=True)
 
 
 def _files_named(cohort: Cohort) -> str:

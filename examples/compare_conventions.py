@@ -38,7 +38,8 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
-from runs import device_named, versions, write_json
+from hsat.run_folder import write_run_file
+from runs import device_named
 from settings import DataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings
 
 OWN, PUBLISHED = "hsat", "the published code"
@@ -193,8 +194,7 @@ def write_results(settings: CompareConventions, cohort: Cohort, found: dict[str,
     working = settings.out / ".table.md.partial"
     working.write_text(explained + conventions_table())
     working.replace(settings.out / "table.md")
-    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
-    write_json(settings.out / "run.json", about)
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
     return table
 
 

@@ -22,7 +22,8 @@ from cohorts import describe, open_cohort
 from evaluate_whitebox import EvaluateWhitebox, evaluate
 from hsat.data import Cohort
 from hsat.eval import Record, markdown_table, read_records, write_report
-from runs import flat, versions, write_json
+from hsat.run_folder import installed_versions, write_json
+from runs import flat
 from settings import Settings, listed, read_yaml
 from train_hsat import DEMO, TrainHSAT, train
 from whitebox_files import write_results
@@ -127,7 +128,7 @@ def report(demo: Demo, tables: dict[str, str], cohort: Cohort, seconds: float) -
     lines += ["", "## How it was made", "", f"- Cohort (synthetic, seed {demo.seed}): `{cohort.fingerprint()}`"]
     lines += [f"- {line}" for line in describe(cohort).splitlines()]
     lines += [f"- Recipe: {recipe}", f"- {seconds:.0f} seconds on {torch.get_num_threads()} threads"]
-    lines += [f"- {name} {version}" for name, version in versions().items()]
+    lines += [f"- {name} {version}" for name, version in installed_versions().items()]
     lines += ["- BIM with a random start is PGD; both are shown because the paper's tables have both.", ""]
     return "\n".join(lines)
 

@@ -42,8 +42,9 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import active_branch
+from hsat.run_folder import write_run_file
 from ranks import Ranks
-from runs import device_named, versions, write_json
+from runs import device_named
 from settings import Counts, Names, Pixels, PixelsList
 
 
@@ -127,8 +128,9 @@ def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferRe
     write_records(out / "records.jsonl", result.records)
     table = transfer_table(result.records, intervals=settings.intervals)
     (out / "table.md").write_text(table)
-    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
-    write_json(out / "run.json", about | {"attacked_in_this_run": result.made})
+    write_run_file(
+        out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, attacked_in_this_run=result.made
+    )
     used = {record.k for record in result.records}
     k = settings.k[0] if settings.k[0] in used else max(used)
     try:

@@ -112,7 +112,7 @@ def loaders(settings: EvaluateWhitebox, cohort: Cohort) -> tuple[object, object]
         own_size = getattr(settings, "threat", "") == "raw_srh"  # resized, they are not made of two channels any more
         dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size)
         if wanted is not None and wanted < len(dataset):
-            dataset.rows = dataset.rows[np.linspace(0, len(dataset) - 1, wanted).round().astype(int)]
+            dataset = dataset.subset(np.linspace(0, len(dataset) - 1, wanted).round().astype(int))
         workers = settings.data.workers
         found.append(patch_loader(dataset, batch_size=settings.batch_size, workers=workers, pin_memory=on_gpu))
     return found[0], found[1]

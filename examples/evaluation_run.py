@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +17,7 @@ from pydantic import Field
 from cohorts import describe, open_cohort
 from hsat.data import BadPatch, Cohort
 from hsat.distributed import RankFailedError
+from hsat.run_folder import lock_folder
 from hsat.training import assert_ranks_agree
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
@@ -87,11 +89,12 @@ def run_evaluation(
         )
     try:
         with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
-            cohort = open_run(settings, ranks)
-            result = evaluate(settings, cohort, ranks)
+            with lock_folder(settings.out) if ranks.first else nullcontext():
+                cohort = open_run(settings, ranks)
+                result = evaluate(settings, cohort, ranks)
+                table = write(settings, cohort, result) if ranks.first else ""
         if not ranks.first:
             return
-        table = write(settings, cohort, result)
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     except RankFailedError as error:

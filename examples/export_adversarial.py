@@ -32,8 +32,8 @@ from hsat.eval import (
     write_records,
 )
 from hsat.eval.export import ShapeBatches
+from hsat.run_folder import write_run_file
 from ranks import Ranks
-from runs import versions, write_json
 from settings import Names, Pixels
 from threats import Lengths, attacks_under, check_radii, check_threat
 
@@ -98,9 +98,8 @@ def write_results(settings: ExportAdversarial, cohort: Cohort, result: ExportRes
     write_records(settings.out / "records.jsonl", result.records)
     table = markdown_table(result.records)
     (settings.out / "table.md").write_text(table)
-    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "files": result.cohort.fingerprint()}
-    about |= {"changed": result.changed, "versions": versions(), "command": sys.argv}
-    write_json(settings.out / "run.json", about)
+    facts = {"files": result.cohort.fingerprint(), "changed": result.changed}
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **facts)
     remove_state(settings)
     print(
         f"{len(result.cohort)} files in {result.root}, {result.changed:.0%} of their numbers changed", file=sys.stderr

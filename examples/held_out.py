@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +9,14 @@ import numpy as np
 from torch import nn
 
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, PackedPatches, PatchDataset, patch_loader
+from hsat.data import Cohort, PatchDataset, PatchStore, patch_loader
 from hsat.distributed import row_share
 from hsat.embedding import gather_table
 from hsat.eval import KNNClassifier, embed, metrics
 from hsat.models import branch, is_dual, save_encoder, trained_branch
+from hsat.run_folder import write_json
 from hsat.types import Attack, EmbeddingTable
-from runs import Run, write_json
+from runs import Run
 
 if TYPE_CHECKING:
     from train_hsat import TrainHSAT
@@ -26,7 +26,7 @@ BATCH = 64
 
 
 def held_out_accuracy(
-    encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, *, packed: PackedPatches | None = None
+    encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, *, packed: PatchStore | None = None
 ) -> dict[str, float]:
     """Clean and PGD-5 kNN patch accuracy and MCA on held-out patients; the bank is the training split.
 
@@ -37,17 +37,14 @@ def held_out_accuracy(
         return _held_out(encoder, cohort, settings, packed)
 
 
-def _held_out(
-    encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, packed: PackedPatches | None
-) -> dict[str, float]:
+def _held_out(encoder: nn.Module, cohort: Cohort, settings: TrainHSAT, packed: PatchStore | None) -> dict[str, float]:
     eps, size = settings.train.eval_eps, settings.train.eval_patches
     attack = PGD(Linf(eps), step_size=eps / 2, steps=5)
     datasets = {}
     for split in ("train", "tune"):
-        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size, packed=packed)
+        dataset = PatchDataset(cohort, split, image_size=settings.data.image_size, store=packed)
         chosen = np.random.default_rng(0).permutation(len(dataset))[: size if split == "tune" else 4 * size]
-        dataset.rows = dataset.rows[np.sort(chosen)]
-        datasets[split] = dataset
+        datasets[split] = dataset.subset(np.sort(chosen))
     bank = _embedded(encoder, datasets["train"], None, settings)
     knn = KNNClassifier(k=min(settings.train.k, len(bank))).fit(bank)
     found = {}
@@ -59,9 +56,7 @@ def _held_out(
 
 
 def _embedded(encoder: nn.Module, dataset: PatchDataset, attack: Attack | None, settings: TrainHSAT) -> EmbeddingTable:
-    share = row_share(len(dataset), batch_size=BATCH)
-    dataset = copy.copy(dataset)
-    dataset.rows = dataset.rows[share]
+    dataset = dataset.subset(row_share(len(dataset), batch_size=BATCH))
     if not len(dataset):
         return gather_table(None)
     on_gpu = next(encoder.parameters()).is_cuda

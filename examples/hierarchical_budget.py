@@ -36,8 +36,8 @@ from hsat.eval import (
     markdown_table,
     write_records,
 )
+from hsat.run_folder import write_run_file
 from ranks import Ranks
-from runs import versions, write_json
 from settings import Names, Pixels, listed
 from threats import Lengths, Threat, attacks_under, check_radii, check_threat
 
@@ -135,8 +135,7 @@ def write_results(settings: HierarchicalBudget, cohort: Cohort, results: dict[tu
     write_groups(settings.out / "groups.csv", results)
     table = markdown_table(records, metrics=("accuracy", "smallest_fraction"), levels=(settings.level,))
     (settings.out / "table.md").write_text(table)
-    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions()}
-    write_json(settings.out / "run.json", about | {"command": sys.argv})
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
     remove_state(settings)
     return table
 

@@ -18,8 +18,8 @@ if "--help" in sys.argv:
     raise SystemExit(print(__doc__))
 STEPS = 40
 torch.manual_seed(0)
-cohort = data.Cohort.from_opensrh(data.write_synthetic_cohort("runs/synthetic-0"))
-patches = data.HierarchicalDataset(cohort, "train", image_size=32, augmentation="v0")
+cohort = data.read_opensrh(data.write_synthetic_cohort("runs/synthetic-0"))
+patches = data.HierarchicalDataset(cohort, "train", image_size=32, transform="v0")
 sampler = data.PatientBatchSampler(cohort, "train", batch_patients=4)
 loader = data.hierarchical_loader(patches, sampler)
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import platform
 import sys
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hsat.run_folder import RUN_FILE, TrainingLog, read_run_file, write_json, write_run_file
 from settings import LoggerSettings
 
-PACKAGES = ("hsat", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "pydantic", "tifffile")
 MAY_DIFFER = {
     "resume",
     "data.workers",
@@ -46,19 +41,6 @@ MAY_DIFFER_BY_RANK = {  # paths, behind which what is read is compared; and what
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that decide numbers, and of the machine."""
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": str(torch.get_num_threads()),
-    }
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def device_named(name: str) -> torch.device:
     """The device that --device names; auto is a GPU where there is one.  ValueError for one that cannot be used."""
     if name == "auto":
@@ -68,13 +50,6 @@ def device_named(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return torch.device(name)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write whole or not at all."""
-    working = path.with_name(f".{path.name}.partial")
-    working.write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
-    os.replace(working, path)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -114,23 +89,22 @@ class Run:
         self._defaults = flat(json.loads(json.dumps(defaults or {}, default=str)))
         if not writes:
             return
-        found = out / "run.json"
-        if found.exists():
+        begun = (out / RUN_FILE).exists()
+        if begun:
             if not resume:
                 raise SystemExit(
                     f"error: {out} holds a run already; add --resume to go on with it, or choose another --out"
                 )
-            self._check_same(found)
+            self._check_same(out / RUN_FILE)
         out.mkdir(parents=True, exist_ok=True)
         self._loggers = _loggers(out, settings, log)  # first: one that is not installed leaves no run behind
-        if not found.exists():
-            about = {"settings": settings, "cohort": cohort, "versions": versions(), "command": sys.argv}
-            write_json(found, about)
-        self._columns: list[str] = []
+        if not begun:
+            write_run_file(out, settings, cohort=cohort, command=sys.argv)
+        self._log = TrainingLog(out)
 
     def _check_same(self, path: Path) -> None:
         try:
-            earlier = json.loads(path.read_text())
+            earlier = read_run_file(self.out)
             before, cohort = earlier["settings"], str(earlier["cohort"])
             self.check_settings(before, "the run began with")
             self.began = before
@@ -169,51 +143,24 @@ class Run:
             return
         for key, (before, now) in changes.items():
             print(f"note: from step {step} on {key} is {now}; it was {before}", file=sys.stderr)
-        path = self.out / "run.json"
-        about, entry = json.loads(path.read_text()), {"step": step, "settings": changes}
-        if entry not in (noted := about.setdefault("changes", [])):
-            noted.append(entry)
-            write_json(path, about)
+        content, entry = read_run_file(self.out), {"step": step, "settings": changes}
+        if entry not in (earlier_changes := content.setdefault("changes", [])):
+            earlier_changes.append(entry)
+            write_json(self.out / RUN_FILE, content)
 
     def keep_rows_before(self, step: int) -> None:
         """After a resume: drop what was logged behind the checkpoint, it will be logged again."""
         if self.writes:
-            self._rewrite([row for row in self._rows() if int(row["step"]) < step], [])
+            self._log.keep_rows_before(step)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to train.csv and to the loggers; `step` is required."""
         if not self.writes:
             return
-        if not row.keys() <= set(self._columns):
-            self._rewrite(self._rows(), list(row))
-        with (self.out / "train.csv").open("a", newline="") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow(row)
+        self._log.append(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for logger in self._loggers:
             logger(numbers, int(row["step"]))
-
-    def _rows(self) -> list[dict[str, str]]:
-        """The whole rows of train.csv; a row that a killed process left half written is none."""
-        path = self.out / "train.csv"
-        if not path.exists():
-            return []
-        try:
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
-            return [row for row in rows if int(row["step"]) >= 0]
-        except (ValueError, KeyError, csv.Error) as error:
-            raise SystemExit(
-                f"error: {path} is damaged ({type(error).__name__}: {error}); move it away, --resume starts a new one"
-            ) from None
-
-    def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
-        self._columns = list(dict.fromkeys([*(rows[0] if rows else []), *columns]))
-        working = self.out / ".train.csv.partial"
-        with working.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(working, self.out / "train.csv")
 
 
 def _loggers(out: Path, settings: dict[str, Any], log: LoggerSettings) -> list[Any]:

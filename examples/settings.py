@@ -87,9 +87,7 @@ class DataSettings(Section):
     packed: Literal["auto"] | Path | None = Field(
         None, description="folder of packed patches, made where it does not exist; auto puts one beside the run"
     )
-    augment: Literal["images", "items", "device"] = Field(
-        "images", description="views one by one, an item at a time in the workers, or on the training device"
-    )
+    augment: Literal["images", "items"] = Field("images", description="views one by one, or an item at a time (faster)")
 
 
 class EncoderSettings(Section):

@@ -12,6 +12,7 @@ with --resume), final.safetensors and best.safetensors, the latter chosen by rob
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -24,6 +25,7 @@ from compute import go_on_finite, out_of_memory
 from held_out import held_out_accuracy, keep_best
 from hsat.data import BadPatch, Cohort
 from hsat.models import save_encoder
+from hsat.run_folder import lock_folder
 from hsat.training import assert_ranks_agree, is_out_of_memory, parse_memory
 from one_voice import one_voice
 from ranks import Ranks, joined, one_after_the_first
@@ -153,7 +155,7 @@ def train(settings: TrainHSAT, ranks: Ranks | None = None) -> Path:
         cohort = open_cohort(settings.data, seed=settings.seed)
         cohort = hold_out(cohort, settings) if tuned else cohort
         packed = open_packed(cohort, settings.data, out=settings.out)
-    assert_ranks_agree(cohort=cohort, packed=packed, seed=settings.seed)
+    assert_ranks_agree(cohort=cohort, store=packed, seed=settings.seed)
     trainer = Trainer(settings, cohort, ranks, packed)
     fingerprint = cohort.fingerprint()
     resume = settings.resume or ranks.again
@@ -208,7 +210,8 @@ def main(argv: list[str]) -> None:
     settings = load_settings(argv)
     try:
         with joined(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks, one_voice(ranks):
-            path = train(settings, ranks)
+            with lock_folder(settings.out) if ranks.first else nullcontext():
+                path = train(settings, ranks)
             if ranks.first:
                 print(f"encoder: {path}")
     except FloatingPointError as error:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from compute import adamw, autocast_of, check_memory, compile_in_place, in_parallel, scaler_of
 from encoders import new_encoder
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, PackedPatches, PatientBatchSampler
+from hsat.data import Cohort, PatchStore, PatientBatchSampler
 from hsat.distributed import average_statistics, batch_share, global_indices, synchronize_batchnorm
 from hsat.losses import HiDiscLoss
 from hsat.training import (
@@ -63,7 +63,7 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: TrainHSAT, cohort: Cohort, ranks: Ranks | None = None, packed: PackedPatches | None = None
+        self, settings: TrainHSAT, cohort: Cohort, ranks: Ranks | None = None, packed: PatchStore | None = None
     ) -> None:
         self.settings, self.cohort = settings, cohort
         data, train = settings.data, settings.train

@@ -34,7 +34,8 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import frozen
-from runs import device_named, versions, write_json
+from hsat.run_folder import lock_folder, write_run_file
+from runs import device_named
 from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
 from threats import Lengths, check_radii
 
@@ -113,14 +114,15 @@ def main(argv: list[str]) -> None:
     cohort = open_cohort(settings.data, seed=settings.seed)
     print(describe(cohort), file=sys.stderr)
     try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        delta, records = run(settings, cohort)
-        delta.save(settings.out / "universal.safetensors")
-        write_records(settings.out / "records.jsonl", records)
-        table = markdown_table(records)
-        (settings.out / "table.md").write_text(table)
-        about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "history": delta.history}
-        write_json(settings.out / "run.json", about | {"versions": versions(), "command": sys.argv})
+        with lock_folder(settings.out):
+            delta, records = run(settings, cohort)
+            delta.save(settings.out / "universal.safetensors")
+            write_records(settings.out / "records.jsonl", records)
+            table = markdown_table(records)
+            (settings.out / "table.md").write_text(table)
+            write_run_file(
+                settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, history=delta.history
+            )
     except (BadPatch, FloatingPointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(table)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hsat.data import HierarchicalDataset, PackedPatches, PatientBatchSampler, hierarchical_loader
+from hsat.data import AugmentationPolicy, HierarchicalDataset, PatchStore, PatientBatchSampler, hierarchical_loader
 from hsat.types import HierarchicalBatch
 
 if TYPE_CHECKING:
@@ -20,28 +20,30 @@ def view_loader(
     *,
     plateau: int,
     device: torch.device,
-    packed: PackedPatches | None,
+    packed: PatchStore | None,
 ) -> Iterable[HierarchicalBatch]:
     """Batches of augmented views.  Under --compat paper the first plateau of a dynamic augmentation is static."""
     data, static_epochs = settings.data, settings.data.static_epochs
     if static_epochs is None:
         dynamic = data.dynamic and data.augmentation in ("v0", "v1")
         static_epochs = plateau if settings.compat == "paper" and dynamic else 0
+    policy = AugmentationPolicy(
+        data.augmentation,
+        uncropped=data.uncropped or ("keep" if settings.compat == "paper" else "resize"),
+        static_epochs=static_epochs,
+        batched=data.augment == "items",
+    )
     views = HierarchicalDataset(
         sampler.cohort,
         "train",
+        image_size=data.image_size,
+        transform=policy,
         slides=data.slides,
         patches=data.patches,
         views=data.views,
-        image_size=data.image_size,
-        augmentation=data.augmentation,
-        uncropped=data.uncropped,
-        static_epochs=static_epochs,
-        compat=settings.compat,
         seed=settings.seed,
         on_bad=data.on_bad,
-        packed=packed,
-        augment=data.augment,
+        store=packed,
     )
     return hierarchical_loader(
         views,
@@ -50,5 +52,4 @@ def view_loader(
         pin_memory=device.type == "cuda",
         ids=data.ids,
         compat=settings.compat,
-        device=device if data.augment == "device" else None,
     )

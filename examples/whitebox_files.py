@@ -22,7 +22,7 @@ from hsat.eval import (
     write_evidence,
     write_records,
 )
-from runs import versions, write_json
+from hsat.run_folder import write_json, write_run_file
 
 if TYPE_CHECKING:
     from evaluate_whitebox import EvaluateWhitebox
@@ -42,8 +42,7 @@ def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str,
         write_json(out / "differences.json", [asdict(each) for each in found])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
     (out / "table.md").write_text(table)
-    about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
-    write_json(out / "run.json", about)
+    write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
     keep_evidence(settings, results)
     try:
         draw(settings, records, results)

@@ -31,7 +31,11 @@ _ROOMS = {
     ),
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
     "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
-    "hsat.data": "BadPatch Cohort HierarchicalDataset PatchDataset collate srh_to_rgb",
+    "hsat.data": (
+        "AugmentationPolicy BadPatch Cohort HierarchicalDataset PatchDataset PatchStore PatientBatchSampler"
+        " build_transform collate hierarchical_loader patch_loader read_csv read_folders read_opensrh read_patch"
+        " srh_to_rgb write_patch_store write_synthetic_cohort"
+    ),
     "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
     "hsat.training": ("adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight"),
     "hsat.eval": "embed evaluate_transfer evaluate_whitebox metrics pool",

@@ -35,7 +35,9 @@ PUBLIC = {
     " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin",
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
     "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
-    "hsat.data": "BadPatch Cohort HierarchicalBatch HierarchicalDataset PatchDataset collate srh_to_rgb",
+    "hsat.data": "AugmentationPolicy BadPatch Cohort HierarchicalBatch HierarchicalDataset PatchDataset PatchStore"
+    " PatientBatchSampler build_transform collate hierarchical_loader patch_loader read_csv read_folders read_opensrh"
+    " read_patch srh_to_rgb write_patch_store write_synthetic_cohort",
     "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
     "hsat.training": "adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight",
     "hsat.eval": "embed evaluate_transfer evaluate_whitebox metrics pool",
@@ -111,7 +113,20 @@ def test_public_names_are_there_and_documented(module):
 
 def test_options_of_public_functions_are_keyword_only():
     """At most four positional parameters, and none of them optional but for a short list."""
-    allowed = {"distance", "group", "head", "how", "labels", "lam", "plateau", "x", "layout", "attacks", "name"}
+    allowed = {
+        "distance",
+        "group",
+        "head",
+        "how",
+        "labels",
+        "lam",
+        "plateau",
+        "x",
+        "layout",
+        "attacks",
+        "name",
+        "manifest",
+    }
     for names in PUBLIC.values():
         for name in names.split():
             thing = getattr(hsat, name, None)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hsat.attacks import PGD, Linf
-from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
+from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
 from hsat.embedding import embed
 from hsat.eval.evaluation import describe_loader
 from hsat.fingerprints import (
@@ -29,7 +29,7 @@ from hsat.models import build_encoder
 @pytest.fixture
 def loader(tmp_path):
     root = write_synthetic_cohort(tmp_path / "srh", classes=("hgg", "lgg"), patients_per_class=3, patches=2, size=32)
-    return patch_loader(PatchDataset(Cohort.from_opensrh(root), "train", image_size=32), batch_size=8)
+    return patch_loader(PatchDataset(read_opensrh(root), "train", image_size=32), batch_size=8)
 
 
 def test_who_cannot_say_what_it_gives_has_none(loader):

@@ -7,8 +7,10 @@ torch's global CPU generator, so a caller that forks and seeds that generator de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from numbers import Real
 from typing import Any, Literal
 
@@ -16,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AugmentationName = Literal["none", "static", "v0", "v1"]
-AUGMENTATIONS: tuple[AugmentationName, ...] = ("none", "static", "v0", "v1")
+AUGMENTATIONS = ("none", "static", "v0", "v1")
 
 Uncropped = Literal["resize", "keep"]
 
 Transform = Callable[[Tensor], Tensor]
+
+PAPER_STATIC_EPOCHS = 50
+"""The published training keeps its static augmentation for the first plateau of the dynamic one."""
 
 _JITTER, _HUE = 0.4, 0.1  # at strength 1: brightness, contrast and saturation within 40%, hue within a tenth of a turn
 _SMALLEST_SIDE = 5  # the Gaussian blur's kernel; reflection needs at least half of it
@@ -58,11 +62,16 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class CropToSize:
-    """With probability `prob` a random crop (area share in `scale`, aspect in `ratio`); then a resize to `size`.
+    """With probability `prob` a random crop; then a resize, also where no crop was drawn.
 
-    size=None means the patch's own size.  The resize also happens where no crop was drawn, so every patch leaves with
-    the same size.  uncropped="keep" is the published way: a patch that was not cropped stays as large as it came, so
-    that patches of any size but `size` could not be stacked; they are refused.
+    Attributes:
+        size: Side of what leaves; None is the patch's own size.
+        prob: Of the crop.
+        scale: Range of the crop's share of the area.
+        ratio: Range of the crop's aspect.
+        mode: Of the resampling.
+        uncropped: "resize" gives every patch the same size.  "keep" is the published way: a patch that was not cropped
+            stays as large as it came, so that patches of any size but `size` could not be stacked; they are refused.
     """
 
     size: int | None
@@ -101,7 +110,7 @@ class Augmentation:
     image_size is None.  x is not changed.  Raises TypeError or ValueError naming what is wrong with x.
     """
 
-    name: AugmentationName
+    name: str
     image_size: int | None
     strength: float
     prob: float
@@ -124,16 +133,12 @@ def build_transform(
     prob: float = 0.5,
     uncropped: Uncropped = "resize",
 ) -> Augmentation:
-    """The augmentation pipeline called `name`, ending at image_size x image_size (None keeps the patch's own size).
+    """The augmentation pipeline called `name`, ending at image_size x image_size.
 
     "none": only the resize.  "static": flips, noise, autocontrast, solarize, sharpness, blur, affine, crop, erasing,
-    each with probability `prob`; `strength` changes nothing.  "v0": the same ideas, where `strength` s scales the
-    ranges of noise, colour jitter, solarize, blur, erasing, affine and crop, and the probabilities of jitter, solarize,
-    blur, erasing and affine.  "v1" (DynACL's): crop, horizontal flip, colour jitter with probability 0.8 s, grayscale
-    with probability 0.2 s; `prob` changes nothing.  uncropped="keep": see `CropToSize`.
-
-    Raises ValueError for an unknown name or uncropped, a size below 1, or strength or prob outside [0, 1]; ImportError
-    where torchvision does not load (every name but "none" needs it).
+    each with probability `prob`.  "v0": the same ideas, where `strength` s scales the ranges of noise, colour jitter,
+    solarize, blur, erasing, affine and crop, and the probabilities of jitter, solarize, blur, erasing and affine.  "v1"
+    (DynACL's): crop, horizontal flip, colour jitter with probability 0.8 s, grayscale with probability 0.2 s.
 
     Source: Malik et al. (arXiv:2503.10629) and its published pipelines; parameters agree with them for every strength.
     Deliberate differences: the published output size is always 300, and a patch that was not cropped keeps its size;
@@ -141,13 +146,20 @@ def build_transform(
     clamped to [0, 1], after the bicubic crop of v1 too, which overshoots.  The static list's colour jitter has no
     ranges and does nothing, so it is left out.  v0 at strength 0 fails there (blur of width 0); here operations of
     probability zero are left out.
+
+    Args:
+        name: One of `AUGMENTATIONS`.
+        image_size: Side of the images; None keeps the patch's own size.
+        strength: In [0, 1]; it changes nothing in "none" and "static".
+        prob: In [0, 1]; it changes nothing in "none" and "v1".
+        uncropped: See `CropToSize`.
+
+    Raises:
+        ValueError: An unknown name or uncropped, a size below 1, or strength or prob outside [0, 1].
+        ImportError: torchvision does not load; every name but "none" needs it.
     """
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {name!r}; known are {', '.join(AUGMENTATIONS)}")
-    if uncropped not in ("resize", "keep"):
-        raise ValueError(f"uncropped must be 'resize' or 'keep', got {uncropped!r}")
+    _check_choices(name, uncropped, prob)
     _check_share("strength", strength)
-    _check_share("prob", prob)
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size must be a whole number of pixels, at least 1, or None; got {image_size!r}")
     steps: tuple[Transform, ...]
@@ -162,6 +174,70 @@ def build_transform(
     if name != "none":
         steps = tuple(replace(step, uncropped=uncropped) if isinstance(step, CropToSize) else step for step in steps)
     return Augmentation(name, image_size, float(strength), float(prob), steps)
+
+
+@dataclass(frozen=True)
+class AugmentationPolicy:
+    """A published pipeline over the epochs of a training; its strength comes with each draw.
+
+    Attributes:
+        name: The pipeline, see `build_transform`.
+        prob: The probability of each operation of "static" and "v0".
+        uncropped: See `CropToSize`.
+        static_epochs: In epochs below it the static pipeline takes the place of `name`.
+        batched: Run hsat's own operations on all views of an item (`augment_batch`) in place of torchvision's on one
+            view after another: the same draws, the same images up to float rounding, in a third of the time.
+
+    Raises:
+        ValueError: For an unknown name or uncropped, prob outside [0, 1], or negative static_epochs.
+    """
+
+    name: str = "v0"
+    prob: float = 0.5
+    uncropped: Uncropped = "resize"
+    static_epochs: int = 0
+    batched: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choices(self.name, self.uncropped, self.prob)
+        if self.static_epochs < 0:
+            raise ValueError(f"static_epochs must be 0 or more, got {self.static_epochs}")
+
+    @classmethod
+    def paper(cls, name: str = "v0") -> AugmentationPolicy:
+        """The published choices: uncropped="keep", and 50 static epochs for "v0" and "v1".
+
+        The first strength of the published training never comes to be used, since the static pipeline runs meanwhile.
+        """
+        return cls(name, uncropped="keep", static_epochs=PAPER_STATIC_EPOCHS if name in ("v0", "v1") else 0)
+
+    def pipeline(self, image_size: int | None, *, epoch: int = 0, strength: float = 1.0) -> Augmentation:
+        """The pipeline of an epoch, ending at image_size; raises as `build_transform` does."""
+        name = "static" if epoch < self.static_epochs else self.name
+        return _cached_pipeline(name, image_size, strength, self.prob, self.uncropped)
+
+
+@lru_cache(maxsize=16)
+def _cached_pipeline(
+    name: str, image_size: int | None, strength: float, prob: float, uncropped: Uncropped
+) -> Augmentation:
+    return build_transform(name, image_size=image_size, strength=strength, prob=prob, uncropped=uncropped)
+
+
+@contextmanager
+def fork_cpu_rng() -> Iterator[None]:
+    """Leave torch's CPU generator as it was, and compute on one thread inside.
+
+    One thread, because sums over a large patch differ in the last bits with the number of threads, and worker processes
+    have one.  Devices' generators are neither read nor seeded: transforms run on the CPU.
+    """
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _static_steps(size: int | None, p: float) -> tuple[Transform, ...]:
@@ -211,12 +287,20 @@ def _v1_steps(size: int | None, s: float) -> tuple[Transform, ...]:
     return (*before, tv.RandomApply([jitter], 0.8 * s), tv.RandomGrayscale(0.2 * s))
 
 
+def _check_choices(name: str, uncropped: str, prob: float) -> None:
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {name!r}; known are {', '.join(AUGMENTATIONS)}")
+    if uncropped not in ("resize", "keep"):
+        raise ValueError(f"uncropped must be 'resize' or 'keep', got {uncropped!r}")
+    _check_share("prob", prob)
+
+
 def _check_share(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
-def check_patches(patches: Sequence[Tensor], name: AugmentationName) -> None:
+def check_patches(patches: Sequence[Tensor], name: str) -> None:
     """Raise TypeError or ValueError, naming what is wrong, for what the pipeline `name` does not take.
 
     Their device is read once, however many there are.
@@ -229,7 +313,7 @@ def check_patches(patches: Sequence[Tensor], name: AugmentationName) -> None:
             raise ValueError(f"augmentations take values in [0, 1], got {low:g} to {high:g}")
 
 
-def _check_form(x: Tensor, name: AugmentationName) -> None:
+def _check_form(x: Tensor, name: str) -> None:
     smallest = 1 if name == "none" else _SMALLEST_SIDE
     if not isinstance(x, Tensor):
         raise TypeError(f"augmentations take a tensor (3, h, w) with values in [0, 1], got {type(x).__name__}")

@@ -1,39 +1,52 @@
-"""The table of patients, slides and patches that data comes from: the one source of ids, labels, classes and splits."""
+"""The table of patients, slides and patches that data comes from: the one source of ids, labels, classes and splits.
+
+It knows no file layout: `hsat.data.opensrh` and `hsat.data.layouts` read folders and return a Cohort.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from hsat.data.files import check_inside, existing_root, file_sizes
-from hsat.data.numbering import numbered, read_only
-from hsat.data.records import PatchRecord, as_record, check_records
+from hsat.data.paths import check_inside, file_sizes, resolve_root
+from hsat.data.records import PatchRecord, check_records, to_record
+from hsat.data.splits import split_by_patient
+from hsat.files import digest_file
 
-__all__ = ["Cohort", "PatchRecord"]
+__all__ = ["Cohort", "PatchKind", "PatchRecord", "patient_digests"]
 
-Layout = Literal["opensrh", "folders", "csv"]
+PatchKind = Literal["srh", "rgb"]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Cohort(BaseModel):
     """All patches of a study; row i of every array belongs to records[i].  Frozen; checked once, when made.
 
-    root: an existing folder; kept absolute.  records: PatchRecord rows, or tuples of their fields.
-    class_names: one list for all splits; the position in it is the label.  It is deliberately not made per split: the
-    published code numbers the classes that a split happens to hold, and so compares different numbers when a class is
-    absent from one of them.
-    kind: "srh" (two-plane 16-bit TIFF) or "rgb" (8-bit colour).  notes: what the reader left out, in words.
-    allow_links: a link may lead to a file outside the root; otherwise that is an error where the path is used.  Pass it
-    only for folders whose links are your own: whatever they point to is read.
+    Args:
+        root: An existing folder; kept absolute.
+        records: `PatchRecord` rows, or tuples of their fields.
+        class_names: One list for all splits; the position in it is the label.  It is deliberately not made per split:
+            the published code numbers the classes that a split happens to hold, and so compares different numbers when
+            a class is absent from one of them.
+        kind: "srh" (two-plane 16-bit TIFF) or "rgb" (8-bit colour).
+        notes: What the reader left out, in words.
+        allow_links: A link may lead to a file outside the root; otherwise that is an error where the path is used.
+            Pass it only for folders whose links are your own: whatever they point to is read.
 
-    Raises FileNotFoundError or NotADirectoryError for the root, ValueError or TypeError for records that break a
-    rule of `hsat.data.records.check_records` (unique safe relative paths; one split and one class per patient; known
-    classes; nothing empty).  Files are not opened: see `check_files`.
+    Raises:
+        FileNotFoundError: The root does not exist.
+        NotADirectoryError: The root is a file.
+        TypeError: A record is no `PatchRecord`.
+        ValueError: Records break a rule of `hsat.data.records.check_records` (unique safe relative paths; one split and
+            one class per patient; known classes; nothing empty).  Files are not opened: see `check_files`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -41,7 +54,7 @@ class Cohort(BaseModel):
     root: Path
     records: Annotated[tuple[PatchRecord, ...], SkipValidation]
     class_names: tuple[str, ...]
-    kind: Literal["srh", "rgb"]
+    kind: PatchKind
     notes: tuple[str, ...] = ()
     allow_links: bool = False
 
@@ -51,14 +64,14 @@ class Cohort(BaseModel):
         root: str | os.PathLike[str],
         records: Iterable[PatchRecord],
         class_names: Sequence[str],
-        kind: Literal["srh", "rgb"],
+        kind: PatchKind,
         notes: Iterable[str] = (),
         allow_links: bool = False,
     ) -> None:
-        folder = existing_root(root)
+        folder = resolve_root(root)
         if kind not in ("srh", "rgb"):
             raise ValueError(f"kind must be 'srh' (two-plane 16-bit TIFF) or 'rgb' (8-bit colour), got {kind!r}")
-        rows = tuple(map(as_record, records))
+        rows = tuple(map(to_record, records))
         # Before pydantic, so that a caller's mistake is a plain ValueError and not a wrapped one.
         check_records(rows, class_names)
         super().__init__(
@@ -69,37 +82,6 @@ class Cohort(BaseModel):
             notes=tuple(notes),
             allow_links=allow_links,
         )
-
-    @classmethod
-    def from_opensrh(cls, root: str | os.PathLike[str], **options: Any) -> Cohort:
-        """Read an OpenSRH folder; options as in `hsat.data.opensrh.read_opensrh`."""
-        from hsat.data.opensrh import read_opensrh
-
-        return read_opensrh(root, **options)
-
-    @classmethod
-    def from_folders(cls, root: str | os.PathLike[str], **options: Any) -> Cohort:
-        """Read class/patient/slide/patch folders; options as in `hsat.data.layouts.read_folders`."""
-        from hsat.data.layouts import read_folders
-
-        return read_folders(root, **options)
-
-    @classmethod
-    def from_csv(
-        cls, root: str | os.PathLike[str], manifest: str | os.PathLike[str] = "manifest.csv", **options: Any
-    ) -> Cohort:
-        """Read a CSV manifest (path, class, patient, slide[, split]); options as in `hsat.data.layouts.read_csv`."""
-        from hsat.data.layouts import read_csv
-
-        return read_csv(root, manifest, **options)
-
-    @classmethod
-    def read(cls, root: str | os.PathLike[str], layout: Layout = "opensrh", **options: Any) -> Cohort:
-        """Read a cohort in any of the layouts; the options are those of the layout's own reader."""
-        readers = {"opensrh": cls.from_opensrh, "folders": cls.from_folders, "csv": cls.from_csv}
-        if layout not in readers:
-            raise ValueError(f"layout must be one of {', '.join(map(repr, readers))}; got {layout!r}")
-        return readers[layout](root, **options)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -125,13 +107,13 @@ class Cohort(BaseModel):
     @cached_property
     def patch(self) -> np.ndarray:
         """(n,) int64 patch ids: patch[i] == i."""
-        return read_only(np.arange(len(self.records), dtype=np.int64))
+        return _locked(np.arange(len(self.records), dtype=np.int64))
 
     @cached_property
     def label(self) -> np.ndarray:
         """(n,) int64 positions in class_names."""
         index = {name: i for i, name in enumerate(self.class_names)}
-        return read_only(np.fromiter((index[row.class_name] for row in self.records), np.int64, len(self.records)))
+        return _locked(np.fromiter((index[row.class_name] for row in self.records), np.int64, len(self.records)))
 
     @cached_property
     def slide(self) -> np.ndarray:
@@ -160,15 +142,15 @@ class Cohort(BaseModel):
 
     @cached_property
     def _slides(self) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
-        return numbered([(row.patient, row.slide) for row in self.records])
+        return _factorize([(row.patient, row.slide) for row in self.records])
 
     @cached_property
     def _patients(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        return numbered([row.patient for row in self.records])
+        return _factorize([row.patient for row in self.records])
 
     @cached_property
     def _split_codes(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        return numbered([row.split for row in self.records])
+        return _factorize([row.split for row in self.records])
 
     @cached_property
     def _checked_folders(self) -> dict[str, None]:
@@ -208,18 +190,36 @@ class Cohort(BaseModel):
 
     def check_files(self) -> None:
         """Look at every file once.  Raises FileNotFoundError or ValueError naming the first missing or empty ones."""
-        file_sizes(self.root, (row.path for row in self.records), map(self.path, range(len(self))))
+        self.file_sizes()
+
+    def file_sizes(self) -> list[int]:
+        """Size in bytes of every file, in cohort order; raises as `check_files` does."""
+        return file_sizes(self.root, (row.path for row in self.records), map(self.path, range(len(self))))
 
     def fingerprint(self, *, verify: bool = False) -> str:
         """SHA-256 (64 hex digits) of what the cohort is; where the root lies plays no part.
 
-        Covers, in order of path: path, size in bytes, class, patient, slide, split and the numeric ids; and the class
-        list and the kind.  verify=True reads every file and covers its contents too (the result then differs from
-        the one without).  Raises as `check_files` does.
-        """
-        from hsat.data.fingerprint import cohort_fingerprint
+        It covers, in order of path: path, size in bytes, class, patient, slide, split and the numeric ids; and the
+        class list and the kind.
 
-        return cohort_fingerprint(self, verify=verify)
+        Args:
+            verify: Read every file and cover its contents too; the result then differs from the one without.
+
+        Raises:
+            FileNotFoundError: Files are missing.
+            ValueError: Files are empty, or lead out of the root.
+        """
+        sizes = self.file_sizes()
+        digest = hashlib.sha256()
+        head = {"format": 1, "kind": self.kind, "class_names": list(self.class_names), "contents": verify}
+        digest.update(json.dumps(head, sort_keys=True).encode() + b"\n")
+        for i in sorted(range(len(self)), key=lambda i: self.records[i].path):
+            # One JSON list per line keeps neighbouring fields apart whatever characters they hold.
+            fields: list[object] = [*self.records[i], sizes[i], i, int(self.slide[i]), int(self.patient[i])]
+            if verify:
+                fields.append(digest_file(self.path(i)))
+            digest.update(json.dumps(fields).encode() + b"\n")
+        return digest.hexdigest()
 
     def with_split(
         self,
@@ -231,16 +231,21 @@ class Cohort(BaseModel):
     ) -> Cohort:
         """The same patches with a fresh patient-disjoint split, stratified by class; any earlier split is replaced.
 
-        of: divide the patients of this split only, and leave the others where they are; with names=("train", "tune")
-        and of="train" some training patients are held out to choose a model by, beside an untouched "val".  It is an
-        error then if names[1] has patients already.
-
         Of each class, round(val_fraction * patients) go to names[1], but at least one and at most all but one; the
         draw depends on the seed, the class's name and its patients' names only.  A class with a single patient stays
         in names[0], with a warning.
-        """
-        from hsat.data.splitting import split_by_patient
 
+        Args:
+            val_fraction: The share of each class's patients that is held out.
+            seed: Of the draw.
+            names: The names of the larger and of the held-out split.
+            of: Divide the patients of this split only, and leave the others where they are; with names=("train",
+                "tune") and of="train" some training patients are held out to choose a model by, beside an untouched
+                "val".
+
+        Raises:
+            ValueError: The options are out of range, or names[1] has patients already although `of` is given.
+        """
         if of is not None:
             self.rows(of)  # an unknown split is an error that lists those there are
             if names[1] != of and names[1] in self.splits:
@@ -254,6 +259,48 @@ class Cohort(BaseModel):
         Nested as [split][class]["patients" | "slides" | "patches"]; the split "" holds rows without one.  Every class
         of class_names is there, also with zeros.
         """
-        from hsat.data.counts import cohort_counts
+        members: dict[tuple[str, str], tuple[set[int], set[int], set[int]]] = {
+            (split, name): (set(), set(), set())
+            for split in dict.fromkeys(row.split for row in self.records)
+            for name in self.class_names
+        }
+        for i, row in enumerate(self.records):
+            for group, number in zip(
+                members[row.split, row.class_name], (int(self.patient[i]), int(self.slide[i]), i), strict=True
+            ):
+                group.add(number)
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for (split, name), (patients, slides, patches) in members.items():
+            numbers = {"patients": len(patients), "slides": len(slides), "patches": len(patches)}
+            counts.setdefault(split, {})[name] = numbers
+        return counts
 
-        return cohort_counts(self)
+
+def _factorize(keys: Sequence[Key]) -> tuple[np.ndarray, tuple[Key, ...]]:
+    """Numbers in order of first appearance, (n,) int64 and read-only, and what they stand for."""
+    codes: dict[Key, int] = {}
+    numbers = np.fromiter((codes.setdefault(key, len(codes)) for key in keys), np.int64, len(keys))
+    return _locked(numbers), tuple(codes)
+
+
+def _locked(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
+
+
+def patient_digests(cohort: Cohort) -> dict[str, str]:
+    """What each patient has, in order of first appearance: number of patches and a digest of their rows and sizes.
+
+    Ids play no part, so that a patient who is missing leaves the others as they are; the last entry is the order.
+    """
+    sizes = cohort.file_sizes()
+    rows_of: dict[str, list[int]] = {}
+    for i, record in enumerate(cohort.records):
+        rows_of.setdefault(record.patient, []).append(i)
+    digests = {}
+    for patient, rows in rows_of.items():
+        lines = sorted(json.dumps([*cohort.records[i], sizes[i]]) for i in rows)
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        digests[f"patient {patient!r}"] = f"{digest[:12]} ({len(rows)} patches)"
+    paths = "\n".join(record.path for record in cohort.records)
+    return digests | {"the order of the patches": hashlib.sha256(paths.encode()).hexdigest()[:12]}

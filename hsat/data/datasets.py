@@ -6,38 +6,69 @@ order of access, or a global generator.
 
 from __future__ import annotations
 
+import copy
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from hsat.data.arranging import as_published, fitting, position, rows_by_patient
-from hsat.data.augment import Augmentation, Transform, Uncropped, build_transform
-from hsat.data.batched import augmented_images
+from hsat.data.augment import AugmentationPolicy, Transform, build_transform, fork_cpu_rng, resize_patch
+from hsat.data.augment_batch import augment_images
 from hsat.data.cohort import Cohort
-from hsat.data.on_device import DrawnPatches
-from hsat.data.packed import PackedPatches
-from hsat.data.readers import BadPatch, read_patch, read_stored
-from hsat.data.samples import Sample, isolated, make_sample
-from hsat.data.sampling import Draw, draw_images, slot_seed
+from hsat.data.patch_store import PatchStore
+from hsat.data.readers import BadPatch, read_patch
+from hsat.data.sampler import PatientDraw, draw_images, slot_seed
 
-Place = Literal["images", "items", "device"]
+MAX_REPLACEMENTS = 10
+"""How many other patches of a slide `on_bad="replace"` tries for one image."""
 
 _PROCESSES = 256  # places for the replacement counts of the main process and up to 255 workers
+
+
+class Sample(NamedTuple):
+    """m images with their ids, as a dataset gives them and `collate` takes them.
+
+    Attributes:
+        images: (m, 3, h, w) float32 in [0, 1].
+        patch: (m,) int64, unique over the cohort.
+        slide: (m,) int64, unique over the cohort.
+        patient: (m,) int64, unique over the cohort.
+        label: (m,) int64.
+        paths: One relative path per image, for error messages.
+    """
+
+    images: Tensor
+    patch: Tensor
+    slide: Tensor
+    patient: Tensor
+    label: Tensor
+    paths: tuple[str, ...]
 
 
 class PatchDataset(Dataset[Sample]):
     """Every patch of a split once, in cohort order; item i is a Sample of one image.
 
-    split=None takes the whole cohort.  image_size resizes each patch to a square (antialiased bilinear); None keeps its
-    own size.  transform, if given, gets the resized patch (3, h, w) and sees torch's CPU generator seeded by the
-    patch's place in the cohort.  A patch that cannot be read raises BadPatch; an evaluation never skips one in silence.
-    packed: the cohort's packed patches, read in place of the files; the images are the same.
+    A patch that cannot be read raises BadPatch; an evaluation never skips one in silence.
+
+    Args:
+        cohort: The table of patches.
+        split: None takes the whole cohort.
+        image_size: Each patch is resized to a square of this side (antialiased bilinear); None keeps its own size.
+        transform: Gets the resized patch (3, h, w) and sees torch's CPU generator seeded by the patch's place in the
+            cohort.
+        store: The cohort's patch store, read in place of the files; the images are the same.
+
+    Attributes:
+        rows: (n,) the row of the cohort that each item shows; `subset` makes a dataset of fewer.
+
+    Raises:
+        ValueError: An unknown split, an image_size below 1, or a store that was opened for another cohort.
+        TypeError: A transform that cannot be called.
     """
 
     def __init__(
@@ -47,9 +78,12 @@ class PatchDataset(Dataset[Sample]):
         *,
         image_size: int | None = None,
         transform: Transform | None = None,
-        packed: PackedPatches | None = None,
+        store: PatchStore | None = None,
     ) -> None:
-        self.cohort, self.split, self.packed = cohort, split, fitting(packed, cohort)
+        _check_store(store, cohort)
+        if transform is not None:
+            _check_transform(transform, "a function")
+        self.cohort, self.split, self.store = cohort, split, store
         self.image_size, self.transform = image_size, transform
         self.rows = cohort.rows(split)
         self._resize = build_transform("none", image_size=image_size)
@@ -63,91 +97,108 @@ class PatchDataset(Dataset[Sample]):
         """Class i of the labels is class_names[i]; the same for every split of the cohort."""
         return self.cohort.class_names
 
+    def subset(self, items: Sequence[int] | np.ndarray | slice) -> PatchDataset:
+        """The same dataset with some of its items only, in the order given.
+
+        Args:
+            items: (m,) numbers below len(self), as in dataset[number], or a slice of them; there may be none.
+
+        Raises:
+            IndexError: A number is out of range.
+            TypeError: They are no whole numbers; a mask has to go through np.flatnonzero.
+        """
+        numbers: Sequence[int]
+        if isinstance(items, slice):
+            numbers = range(len(self))[items]
+        else:
+            numbers = [_check_index(item, len(self), "patches") for item in np.asarray(items)]
+        part = copy.copy(self)
+        part.rows = self.rows[np.array(numbers, dtype=np.int64)]
+        return part
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = int(self.rows[position(index, len(self), "patches")])
-        image = self._resize(_image(self.cohort, self.packed, row))
+        row = int(self.rows[_check_index(index, len(self), "patches")])
+        image = self._resize(_read_image(self.cohort, self.store, row))
         if self.transform is not None:
-            with isolated():
+            with fork_cpu_rng():
                 torch.default_generator.manual_seed(slot_seed(0, 0, "", 0, row))
                 image = self.transform(image)
-        return make_sample(self.cohort, [row], [image])
+        return _make_sample(self.cohort, [row], [image])
 
 
-class HierarchicalDataset(Dataset["Sample | DrawnPatches"]):
+class HierarchicalDataset(Dataset[Sample]):
     """Patients as items: slides x patches x views images each, drawn and augmented by seed.
 
-    dataset[Draw(patient, epoch, occurrence, strength)] gives the images of that patient, in the order slides, patches,
-    views; `PatientBatchSampler` makes the Draws.  dataset[i] is the i-th patient of the split at epoch 0, occurrence 0,
-    strength 1.  Slides and patches are drawn without replacement while there are any left, then again; ids stay true,
-    so a patch drawn twice has one id.  Each file is read once per item and each view augmented by itself; the draws
-    depend on (seed, epoch, patient's name, occurrence) and each view's augmentation on these and its slot.
+    dataset[PatientDraw(patient, epoch, occurrence, strength)] gives the images of that patient, in the order slides,
+    patches, views; `PatientBatchSampler` makes the draws.  dataset[i] is the i-th patient of the split at epoch 0,
+    occurrence 0, strength 1.  Slides and patches are drawn without replacement while there are any left, then again;
+    ids stay true, so a patch drawn twice has one id.  Each file is read once per item and each view augmented by
+    itself; the draws depend on (seed, epoch, patient's name, occurrence) and each view's augmentation on these and its
+    slot.
 
-    image_size: side of the images; None keeps the patches' own size.  augmentation, prob, uncropped: see
-    `build_transform`.  static_epochs: in epochs below it the static pipeline takes the place of `augmentation`.
-    compat="paper" repeats the published pipelines where these two are not given: uncropped="keep", and static_epochs=50
-    for "v0" and "v1", whose first strength of the published training never comes to be used.
-    on_bad="raise" lets BadPatch through.  on_bad="replace" draws another patch of the same slide, preferably one that
-    the item does not hold yet, trying at most `max_replacements` per image; each file is reported once per process by a
-    warning and `replaced` counts the replacements, those of worker processes included.  Where no patch of the slide can
-    be read, BadPatch names the last file and the slide.
+    Args:
+        cohort: The table of patches.
+        split: None takes the whole cohort.
+        image_size: Side of the images; None keeps the patches' own size.
+        transform: The name of a published pipeline (see `build_transform`), an `AugmentationPolicy`, or any function
+            from a patch (3, h, w) in [0, 1] to an image.  A function gets the patch at its own size and sees torch's
+            CPU generator seeded by the view; what it returns is resized to image_size where it has another size.
+        slides: Slides per patient.
+        patches: Patches per slide.
+        views: Views per patch.
+        seed: Of all draws.
+        on_bad: "raise" lets BadPatch through.  "replace" draws another patch of the same slide, preferably one that the
+            item does not hold yet, trying at most `MAX_REPLACEMENTS` per image; each file is reported once per process
+            by a warning.  Where no patch of the slide can be read, BadPatch names the last file and the slide.
+        store: The cohort's patch store, read in place of the files; the images are the same.
 
-    packed: the cohort's packed patches, read in place of the files; the images are the same.
-    augment: "images" runs torchvision's operations on one view after another.  "items" runs hsat's own on the views of
-    an item: the same draws and images up to float rounding, in a third of the time.  "device" leaves the views to
-    `hierarchical_loader`, which augments whole batches on its device; items are then `DrawnPatches`.
+    Attributes:
+        patients: The split's patients as indices in cohort.patient_names.
 
-    `patients` lists the split's patients as indices in cohort.patient_names.
-
-    Raises ValueError for counts below 1, an unknown split, augmentation or on_bad; IndexError for a patient outside the
-    cohort or the split.
+    Raises:
+        ValueError: Counts below 1, an unknown split, pipeline or on_bad, or a store of another cohort.
+        TypeError: A transform of another kind.
+        IndexError: A draw asks for a patient outside the cohort or the split.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         cohort: Cohort,
         split: str | None = "train",
         *,
         image_size: int | None,
+        transform: str | AugmentationPolicy | Transform = "v0",
         slides: int = 2,
         patches: int = 2,
         views: int = 2,
-        augmentation: str = "v0",
-        prob: float = 0.5,
-        uncropped: Uncropped | None = None,
-        static_epochs: int | None = None,
-        compat: Literal["paper"] | None = None,
         seed: int = 0,
         on_bad: Literal["raise", "replace"] = "raise",
-        max_replacements: int = 10,
-        packed: PackedPatches | None = None,
-        augment: Place = "images",
+        store: PatchStore | None = None,
     ) -> None:
         if min(slides, patches, views) < 1:
             raise ValueError(f"slides, patches and views must be at least 1, got {slides}, {patches} and {views}")
         if on_bad not in ("raise", "replace"):
             raise ValueError(f"on_bad must be 'raise' or 'replace', got {on_bad!r}")
-        if max_replacements < 1:
-            raise ValueError(f"max_replacements must be at least 1, got {max_replacements}; or use on_bad='raise'")
-        if augment not in ("images", "items", "device"):
-            raise ValueError(f"augment must be 'images', 'items' or 'device', got {augment!r}")
-        self.uncropped, self.static_epochs = as_published(compat, augmentation, uncropped, static_epochs)
-        build_transform(augmentation, image_size=image_size, prob=prob, uncropped=self.uncropped)
+        self.transform = AugmentationPolicy(transform) if isinstance(transform, str) else transform
+        if isinstance(self.transform, AugmentationPolicy):
+            self.transform.pipeline(image_size)  # refuses a wrong size, and says if torchvision does not load
+        else:
+            _check_transform(transform, "a name, an AugmentationPolicy or a function")
+            build_transform("none", image_size=image_size)
+        _check_store(store, cohort)
         self.cohort, self.split, self.image_size = cohort, split, image_size
         self.slides, self.patches, self.views = slides, patches, views
-        self.augmentation, self.prob, self.seed = augmentation, prob, seed
-        self.on_bad, self.max_replacements = on_bad, max_replacements
-        self.packed, self.augment = fitting(packed, cohort), augment
-        self._rows_of = rows_by_patient(cohort, cohort.rows(split))
+        self.seed, self.on_bad, self.store = seed, on_bad, store
+        self._rows_of = _rows_by_patient(cohort, cohort.rows(split))
         self.patients = tuple(self._rows_of)
         self._counts = torch.zeros(_PROCESSES, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._reported: set[int] = set()
 
     def __repr__(self) -> str:
-        drawn = ("slides", "patches", "views", "augmentation", "prob", "uncropped", "static_epochs")
-        names = ("split", "image_size", *drawn, "seed", "on_bad", "max_replacements", "augment")
+        names = ("split", "image_size", "transform", "slides", "patches", "views", "seed", "on_bad")
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"HierarchicalDataset({len(self)} patients, {options})"
 
@@ -164,34 +215,42 @@ class HierarchicalDataset(Dataset["Sample | DrawnPatches"]):
     def __len__(self) -> int:
         return len(self._rows_of)
 
-    def __getitem__(self, index: int | Draw) -> Sample | DrawnPatches:
-        draw = self._draw(index)
-        name = self.cohort.patient_names[draw.patient]
-        key = (self.seed, draw.epoch, name, draw.occurrence)
+    def __getitem__(self, index: int | PatientDraw) -> Sample:
+        draw = self._check_draw(index)
+        key = (self.seed, draw.epoch, self.cohort.patient_names[draw.patient], draw.occurrence)
         rng = np.random.default_rng(slot_seed(*key, -1))
         slides = self._rows_of[draw.patient]
-        rows = draw_images(slides, slides_wanted=self.slides, patches_wanted=self.patches, rng=rng)
+        rows = draw_images(slides, slides_drawn=self.slides, patches_drawn=self.patches, rng=rng)
         rows, patches = self._read(rows, rng)
-        name_now = "static" if draw.epoch < self.static_epochs else self.augmentation
-        transform = _pipeline(name_now, self.image_size, draw.strength, self.prob, self.uncropped)
         seeds = [slot_seed(*key, slot) for slot in range(len(rows) * self.views)]
         shown = [row for row in rows for _ in range(self.views)]
-        if self.augment == "device":
-            return DrawnPatches.of(self.cohort, shown, patches, transform, seeds)
-        if self.augment == "items":
-            place = {row: i for i, row in enumerate(patches)}
-            of = [place[row] for row in shown]
-            return make_sample(self.cohort, shown, augmented_images([*patches.values()], transform, seeds, source=of))
+        return _make_sample(self.cohort, shown, self._views(draw, shown, patches, seeds))
+
+    def _views(
+        self, draw: PatientDraw, shown: Sequence[int], patches: dict[int, Tensor], seeds: Sequence[int]
+    ) -> list[Tensor]:
+        """One augmented image for each row in `shown` and its seed."""
+        transform: Transform
+        if isinstance(self.transform, AugmentationPolicy):
+            pipeline = self.transform.pipeline(self.image_size, epoch=draw.epoch, strength=draw.strength)
+            if self.transform.batched:
+                place = {row: i for i, row in enumerate(patches)}
+                return augment_images([*patches.values()], pipeline, seeds, source=[place[row] for row in shown])
+            transform = pipeline
+        else:
+            transform = self.transform
         images = []
-        with isolated():
+        with fork_cpu_rng():
             for row, seed in zip(shown, seeds, strict=True):
                 torch.default_generator.manual_seed(seed)
-                images.append(transform(patches[row]))
-        return make_sample(self.cohort, shown, images)
+                image = transform(patches[row])
+                side = self.image_size
+                images.append(image if side is None else resize_patch(image, (side, side)))
+        return images
 
-    def _draw(self, index: int | Draw) -> Draw:
-        if not isinstance(index, Draw):
-            return Draw(self.patients[position(index, len(self), "patients")])
+    def _check_draw(self, index: int | PatientDraw) -> PatientDraw:
+        if not isinstance(index, PatientDraw):
+            return PatientDraw(self.patients[_check_index(index, len(self), "patients")])
         if index.patient not in self._rows_of:
             known = self.cohort.patient_names
             who = repr(known[index.patient]) if 0 <= index.patient < len(known) else "which is not in the cohort"
@@ -204,41 +263,33 @@ class HierarchicalDataset(Dataset["Sample | DrawnPatches"]):
         bad: dict[int, BadPatch] = {}
         taken: list[int] = []
         for row in rows:
-            for tried, candidate in enumerate(self._candidates(row, {*rows, *taken}, rng)):
+            for attempt, candidate in enumerate(self._candidates(row, {*rows, *taken}, rng)):
                 if candidate in bad:
                     continue
                 try:
                     if candidate not in patches:
-                        patches[candidate] = self._one(candidate)
+                        patches[candidate] = _read_image(self.cohort, self.store, candidate)
                 except BadPatch as error:
                     if self.on_bad == "raise":
                         raise
                     bad[candidate] = error
                     continue
                 taken.append(candidate)
-                if tried:
+                if attempt:
                     self._report(row, bad[row], candidate)
                 break
             else:
-                raise self._nothing_left(row, bad)
+                raise self._all_bad(row, bad)
         return taken, patches
 
-    def _one(self, row: int) -> Tensor:
-        """The patch as an image, or as it is stored where it is augmented later."""
-        if self.augment != "device":
-            return _image(self.cohort, self.packed, row)
-        if self.packed is not None:
-            return torch.from_numpy(self.packed.stored(row))
-        return torch.from_numpy(read_stored(self.cohort.path(row), kind=self.cohort.kind))
-
     def _candidates(self, row: int, taken: set[int], rng: np.random.Generator) -> Iterator[int]:
-        """The row itself, then up to max_replacements others of its slide, those that the item does not hold first."""
+        """The row itself, then up to MAX_REPLACEMENTS others of its slide, those that the item does not hold first."""
         yield row
         cohort = self.cohort
         slides = self._rows_of[int(cohort.patient[row])]
         (mates,) = (rows for rows in slides if cohort.slide[rows[0]] == cohort.slide[row])
         others = [int(mate) for mate in rng.permutation(mates) if mate != row]
-        yield from sorted(others, key=taken.__contains__)[: self.max_replacements]
+        yield from sorted(others, key=taken.__contains__)[:MAX_REPLACEMENTS]
 
     def _report(self, row: int, error: BadPatch, replacement: int) -> None:
         worker = get_worker_info()
@@ -248,18 +299,57 @@ class HierarchicalDataset(Dataset["Sample | DrawnPatches"]):
             instead = self.cohort.records[replacement].path
             warnings.warn(f"{error}; using {instead} of the same slide instead", UserWarning, stacklevel=4)
 
-    def _nothing_left(self, row: int, bad: dict[int, BadPatch]) -> BadPatch:
+    def _all_bad(self, row: int, bad: dict[int, BadPatch]) -> BadPatch:
         patient, slide = self.cohort.slide_names[int(self.cohort.slide[row])]
         mates = [other for other in bad if self.cohort.slide[other] == self.cohort.slide[row]]
         last = bad[mates[-1]]
         tried = f"none of the {len(mates)} patches tried in slide {slide!r} of patient {patient!r} can be read"
-        return BadPatch(last.path, f"{last.reason}; {tried} (max_replacements={self.max_replacements})")
+        return BadPatch(last.path, f"{last.reason}; {tried} (at most {MAX_REPLACEMENTS} others are tried)")
 
 
-def _image(cohort: Cohort, packed: PackedPatches | None, row: int) -> Tensor:
-    return packed.read(row) if packed is not None else read_patch(cohort.path(row), kind=cohort.kind)
+def _read_image(cohort: Cohort, store: PatchStore | None, row: int) -> Tensor:
+    return store.read(row) if store is not None else read_patch(cohort.path(row), kind=cohort.kind)
 
 
-@lru_cache(maxsize=16)
-def _pipeline(name: str, image_size: int | None, strength: float, prob: float, uncropped: Uncropped) -> Augmentation:
-    return build_transform(name, image_size=image_size, strength=strength, prob=prob, uncropped=uncropped)
+def _make_sample(cohort: Cohort, rows: Sequence[int], images: Sequence[Tensor]) -> Sample:
+    """The images of these rows of the cohort as one Sample; ValueError naming two files whose shapes differ."""
+    rows = list(rows)
+    paths = tuple(cohort.records[row].path for row in rows)
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{paths[0]} gives an image of shape {tuple(images[0].shape)} and {path} one of {tuple(image.shape)};"
+                " pass image_size so that all images have one size"
+            )
+    patch, slide, patient, label = (
+        torch.from_numpy(ids[rows]) for ids in (cohort.patch, cohort.slide, cohort.patient, cohort.label)
+    )
+    return Sample(torch.stack(list(images)), patch, slide, patient, label, paths)
+
+
+def _rows_by_patient(cohort: Cohort, rows: np.ndarray) -> dict[int, list[np.ndarray]]:
+    """Rows of each slide of each patient, patients and slides in order of their ids."""
+    rows = rows[np.argsort(cohort.slide[rows], kind="stable")]
+    slides = np.split(rows, np.flatnonzero(np.diff(cohort.slide[rows])) + 1)
+    groups: dict[int, list[np.ndarray]] = {}
+    for slide in slides:
+        groups.setdefault(int(cohort.patient[slide[0]]), []).append(slide)
+    return dict(sorted(groups.items()))
+
+
+def _check_store(store: PatchStore | None, cohort: Cohort) -> None:
+    if store is not None:
+        store.check_rows(cohort)
+
+
+def _check_transform(transform: object, kinds: str) -> None:
+    if not callable(transform):
+        raise TypeError(f"transform must be {kinds} from a patch (3, h, w) to an image, got {transform!r}")
+
+
+def _check_index(index: int, length: int, unit: str) -> int:
+    """The index counted from 0, also where it was from the end; IndexError for one that is out of range."""
+    number = operator.index(index)
+    if not -length <= number < length:
+        raise IndexError(f"index {number} is out of range for {length} {unit}")
+    return number % length

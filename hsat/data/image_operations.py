@@ -28,11 +28,11 @@ def on_part(x: Tensor, chosen: Sequence[int], operation: Callable[[Tensor], Tens
         return x
     if len(chosen) == len(x):
         return operation(x)
-    where = sent(chosen, x, torch.int64)
+    where = to_device_of(chosen, x, torch.int64)
     return x.index_copy_(0, where, operation(x.index_select(0, where)))
 
 
-def sent(values: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
+def to_device_of(values: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers as a tensor on the device of `like`; page-locked on their way to CUDA, which need not wait for them."""
     made = torch.tensor(values, dtype=dtype)
     return (made.pin_memory() if like.is_cuda else made).to(like.device, non_blocking=like.is_cuda)
@@ -40,7 +40,7 @@ def sent(values: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def per_image(values: Sequence[float], like: Tensor) -> Tensor:
     """m numbers as (m, 1, 1, 1), in the dtype and on the device of `like`."""
-    return sent(values, like, like.dtype).view(-1, 1, 1, 1)
+    return to_device_of(values, like, like.dtype).view(-1, 1, 1, 1)
 
 
 def add_noise(x: Tensor, noise: Tensor, std: Sequence[float]) -> Tensor:
@@ -103,9 +103,9 @@ def colour_jitter(x: Tensor, orders: Sequence[Sequence[int]], factors: Sequence[
     for place in range(4):
         for which, operation in enumerate((brightness, contrast, saturation, shift_hue)):
             now = {i: factors[i][which] for i, order in enumerate(orders) if order[place] == which}
-            wanted = {i: factor for i, factor in now.items() if factor is not None}
-            amounts = list(wanted.values())
-            x = on_part(x, list(wanted), lambda part, run=operation, by=amounts: run(part, by))  # type: ignore[misc]
+            given = {i: factor for i, factor in now.items() if factor is not None}
+            amounts = list(given.values())
+            x = on_part(x, list(given), lambda part, run=operation, by=amounts: run(part, by))  # type: ignore[misc]
     return x
 
 
@@ -164,7 +164,7 @@ def rotate_and_move(x: Tensor, angle: Sequence[float], move: Sequence[tuple[floa
     for a, (right, down) in zip(turn, move, strict=True):
         cos, sin = math.cos(a), math.sin(a)
         rows.append([cos, sin, -cos * right - sin * down, -sin, cos, sin * right - cos * down])
-    back = sent(rows, x, x.dtype).view(m, 2, 3, 1, 1)
+    back = to_device_of(rows, x, x.dtype).view(m, 2, 3, 1, 1)
     across = torch.arange(width, dtype=x.dtype, device=x.device) - 0.5 * (width - 1)
     along = (torch.arange(height, dtype=x.dtype, device=x.device) - 0.5 * (height - 1))[:, None]
     grid = torch.empty(m, height, width, 2, dtype=x.dtype, device=x.device)

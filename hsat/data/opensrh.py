@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsat.data.cohort import Cohort
-from hsat.data.files import existing_root, shortened
-from hsat.data.records import PatchRecord, check_records, ordered_classes
+from hsat.data.paths import resolve_root, shorten_names
+from hsat.data.records import PatchRecord, check_records, sorted_classes
 
 NORMAL_CLASS = "normal"
 PATIENTS_FILE = "meta/opensrh.json"
@@ -33,22 +33,27 @@ def read_opensrh(
     Of tumour patients the `tumor_patches` are taken, of patients of class "normal" the `normal_patches`;
     `nondiagnostic_patches` never (arXiv:2206.08439 and the published code).  A slide that lists none of the wanted
     kind is left out and stands in the cohort's notes.
-    class_names: None takes the classes of all splits in alphabetical order.  on_empty: what to do with a patient
-    without any usable patch: "error", or "skip" with a warning that names them.  unlisted: what to do with patients
-    whom the split file does not list: "skip" with a warning that names them, "keep" without a split, or "error".
-    allow_links: see `Cohort`.
-
     Deliberately unlike the published code: one class list for all splits (there each split numbers its own classes),
     and nothing is dropped in silence.
-    Raises FileNotFoundError for a missing root or meta file; ValueError naming file and place for malformed JSON,
-    repeated keys, entries of the wrong type, a patient in two splits or listed in the split file only, and whatever
-    `Cohort` refuses.
+
+    Args:
+        root: The folder that holds meta/ and studies/.
+        class_names: None takes the classes of all splits in alphabetical order.
+        on_empty: What to do with a patient without any usable patch: "error", or "skip" with a warning that names them.
+        unlisted: What to do with patients whom the split file does not list: "skip" with a warning that names them,
+            "keep" without a split, or "error".
+        allow_links: See `Cohort`.
+
+    Raises:
+        FileNotFoundError: The root or a meta file is missing.
+        ValueError: Malformed JSON, repeated keys, entries of the wrong type, a patient in two splits or listed in the
+            split file only (file and place are named), and whatever `Cohort` refuses.
     """
     if on_empty not in ("error", "skip"):
         raise ValueError(f"on_empty must be 'error' or 'skip', got {on_empty!r}")
     if unlisted not in ("skip", "keep", "error"):
         raise ValueError(f"unlisted must be 'skip', 'keep' or 'error', got {unlisted!r}")
-    folder = existing_root(root)
+    folder = resolve_root(root)
     patients = _Meta(folder / PATIENTS_FILE)
     split_of = _splits(_Meta(folder / SPLITS_FILE), patients)
     notes: list[str] = []
@@ -56,14 +61,14 @@ def read_opensrh(
     records: list[PatchRecord] = []
     empty: list[str] = []
     for patient, split in split_of.items():
-        found = list(_patient_records(patients, patient, split, notes))
-        records += found
-        if not found:
+        of_patient = list(_patient_records(patients, patient, split, notes))
+        records += of_patient
+        if not of_patient:
             empty.append(patient)
     _settle_empty(empty, patients.path, on_empty, notes)
     if not records:
         raise ValueError(f"{patients.path} lists no usable patch for any patient of {SPLITS_FILE}")
-    names = ordered_classes(records) if class_names is None else tuple(class_names)
+    names = sorted_classes(records) if class_names is None else tuple(class_names)
     check_records(records, names, where=lambda i: f"{patients.path}, patient {records[i].patient!r}")
     return Cohort(root=folder, records=records, class_names=names, kind="srh", notes=notes, allow_links=allow_links)
 
@@ -79,7 +84,8 @@ class _Meta:
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"{self.path} is missing; an OpenSRH folder has {PATIENTS_FILE} and {SPLITS_FILE}."
-                " For class/patient/slide folders use layout='folders', for a manifest layout='csv'"
+                " For class/patient/slide folders call read_folders (layout='folders'), for a manifest read_csv"
+                " (layout='csv')"
             )
         try:
             content = json.loads(self.path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
@@ -91,16 +97,16 @@ class _Meta:
             raise ValueError(f"{self.path} is not valid JSON: {error}") from error
         self.content = self.typed(content, dict, "the whole file")
 
-    def typed(self, value: Any, wanted: type, place: str) -> Any:
-        if not isinstance(value, wanted):
-            words = _WORDS[wanted]
+    def typed(self, value: Any, expected: type, place: str) -> Any:
+        if not isinstance(value, expected):
+            words = _WORDS[expected]
             raise ValueError(f"{self.path}: {place} must be {words}, got {value!r:.80}")
         return value
 
-    def get(self, entry: Mapping[str, Any], key: str, wanted: type, place: str) -> Any:
+    def get(self, entry: Mapping[str, Any], key: str, expected: type, place: str) -> Any:
         if key not in entry:
             raise ValueError(f"{self.path}: {place} has no {key!r}; it has {', '.join(map(repr, entry)) or 'nothing'}")
-        return self.typed(entry[key], wanted, f"{key!r} of {place}")
+        return self.typed(entry[key], expected, f"{key!r} of {place}")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def _splits(meta: _Meta, patients: _Meta) -> dict[str, str]:
             split_of[patient] = split
     unknown = [patient for patient in split_of if patient not in patients.content]
     if unknown:
-        raise ValueError(f"{meta.path} lists patients whom {patients.path} does not have: {shortened(unknown)}")
+        raise ValueError(f"{meta.path} lists patients whom {patients.path} does not have: {shorten_names(unknown)}")
     return split_of
 
 
@@ -143,7 +149,7 @@ def _add_unlisted(split_of: dict[str, str], patients: _Meta, unlisted: str, note
     if unlisted == "error":
         raise ValueError(f"{message}; list them, or pass unlisted='skip' or unlisted='keep'")
     notes.append(f"left out: {message}")
-    warnings.warn(f"{message}; they are left out (unlisted='keep' takes them without a split)", stacklevel=4)
+    warnings.warn(f"{message}; they are left out (unlisted='keep' takes them without a split)", stacklevel=3)
 
 
 def _settle_empty(empty: list[str], path: Path, on_empty: str, notes: list[str]) -> None:
@@ -153,20 +159,20 @@ def _settle_empty(empty: list[str], path: Path, on_empty: str, notes: list[str])
     if on_empty == "error":
         raise ValueError(f"{message}; take them out of the meta files, or pass on_empty='skip'")
     notes.append(f"left out: {message}")
-    warnings.warn(f"{message}; they are left out", stacklevel=4)
+    warnings.warn(f"{message}; they are left out", stacklevel=3)
 
 
 def _patient_records(meta: _Meta, patient: str, split: str, notes: list[str]) -> Iterator[PatchRecord]:
     entry = meta.get(meta.content, patient, dict, "the whole file")
     place = f"patient {patient!r}"
     class_name = meta.get(entry, "class", str, place)
-    wanted = "normal_patches" if class_name == NORMAL_CLASS else "tumor_patches"
+    listed = "normal_patches" if class_name == NORMAL_CLASS else "tumor_patches"
     slides = meta.get(entry, "slides", dict, place)
     for slide in slides:
         here = f"slide {slide!r} of {place}"
-        paths = meta.get(meta.get(slides, slide, dict, f"the slides of {place}"), wanted, list, here)
+        paths = meta.get(meta.get(slides, slide, dict, f"the slides of {place}"), listed, list, here)
         if not paths:
-            notes.append(f"left out: {here} lists no {wanted}")
+            notes.append(f"left out: {here} lists no {listed}")
         for i, path in enumerate(paths):
-            meta.typed(path, str, f"entry {i} of {wanted!r} of {here}")
+            meta.typed(path, str, f"entry {i} of {listed!r} of {here}")
             yield PatchRecord(path, class_name, patient, slide, split)

@@ -25,10 +25,14 @@ _IN_MESSAGE = re.compile(
 
 
 class BadPatch(Exception):
-    """A patch that cannot be read.  `.path` names the file, `.reason` says what was found and what was wanted.
+    """A patch that cannot be read.
 
-    Survives pickling, and survives a DataLoader's worker: there torch rebuilds an exception from one string (the
-    worker's traceback), from which path and reason are recovered; the traceback is kept as a note.
+    It survives pickling, and a DataLoader's worker: there torch rebuilds an exception from one string (the worker's
+    traceback), from which path and reason are recovered; the traceback is kept as a note.
+
+    Attributes:
+        path: The file.
+        reason: What it holds, and what it should hold.
     """
 
     path: str
@@ -36,9 +40,9 @@ class BadPatch(Exception):
 
     def __init__(self, path: str | os.PathLike[str], reason: str | None = None) -> None:
         self.path, self.reason = os.fspath(path), "" if reason is None else reason
-        if reason is None and (found := _IN_MESSAGE.search(self.path.rstrip())):
+        if reason is None and (match := _IN_MESSAGE.search(self.path.rstrip())):
             self.add_note(self.path)
-            self.path, self.reason = ast.literal_eval(found["path"]), found["reason"]
+            self.path, self.reason = ast.literal_eval(match["path"]), match["reason"]
         super().__init__(self.path, self.reason)
 
     def __str__(self) -> str:
@@ -48,11 +52,16 @@ class BadPatch(Exception):
 def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> Tensor:
     """One patch as (3, h, w) float32 in [0, 1].
 
-    kind "srh": a TIFF of two 16-bit planes, through `read_raw` and `srh_to_rgb`.
-    kind "rgb": PNG, JPEG or TIFF with three 8-bit channels, divided by 255; a fourth, alpha channel is dropped when
-    it is opaque throughout.  Grey, palette, CMYK and 16-bit images are refused, not converted: what their values
-    mean is the owner's to say.  Colour profiles and EXIF orientation are not applied.
-    Raises BadPatch for anything that cannot be read as that; ValueError for another kind.
+    Args:
+        path: The file.
+        kind: "srh": a TIFF of two 16-bit planes, through `read_raw` and `srh_to_rgb`.  "rgb": PNG, JPEG or TIFF with
+            three 8-bit channels, divided by 255; a fourth, alpha channel is dropped when it is opaque throughout.
+            Grey, palette, CMYK and 16-bit images are refused, not converted: what their values mean is the owner's to
+            say.  Colour profiles and EXIF orientation are not applied.
+
+    Raises:
+        BadPatch: The file cannot be read as that.
+        ValueError: Another kind.
     """
     return as_image(torch.from_numpy(read_stored(path, kind=kind)), kind=kind)
 
@@ -108,15 +117,15 @@ def _raw_counts(path: str | os.PathLike[str]) -> np.ndarray:
 def _check_file(path: str | os.PathLike[str]) -> None:
     """Refuse what is not a regular file with something in it; opening a FIFO would wait for ever."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError as error:
         raise BadPatch(path, "there is no such file") from error
     except (OSError, ValueError) as error:
         raise BadPatch(path, f"it cannot be looked at ({error})") from error
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
         raise BadPatch(path, f"it is {what}, not a regular file")
-    if not found.st_size:
+    if not status.st_size:
         raise BadPatch(path, "the file is empty")
 
 

@@ -14,8 +14,12 @@ _NAMED = ("class_name", "patient", "slide", "split")
 class PatchRecord(NamedTuple):
     """One patch: where its file lies and where it belongs.
 
-    path: relative to the cohort's root, with forward slashes.  class_name, patient, slide: not empty; a slide's name
-    need only be unique within its patient.  split: "" means none.
+    Attributes:
+        path: Relative to the cohort's root, with forward slashes.
+        class_name: Not empty.
+        patient: Not empty.
+        slide: Not empty; the name need only be unique within its patient.
+        split: "" means none.
     """
 
     path: str
@@ -25,7 +29,7 @@ class PatchRecord(NamedTuple):
     split: str = ""
 
 
-def wrong_path(path: str) -> str | None:
+def path_error(path: str) -> str | None:
     """Why a path may not stand in a cohort, or None.  Allowed: relative, forward slashes, no `.` or `..` parts."""
     if _SAFE_PATH.fullmatch(path) and not _DRIVE.match(path):
         return None
@@ -40,7 +44,7 @@ def wrong_path(path: str) -> str | None:
     return "it has an empty part or a '.' part; write it in its shortest form, such as class/patient/slide/patch.png"
 
 
-def as_record(row: Any) -> PatchRecord:
+def to_record(row: Any) -> PatchRecord:
     """A row as a PatchRecord; anything but a tuple or list of its four or five fields is left for `check_records`."""
     if type(row) is PatchRecord or not isinstance(row, tuple | list) or len(row) not in {4, 5}:
         return row  # type: ignore[no-any-return]
@@ -58,7 +62,12 @@ def check_records(
 
     Rules: at least one row; all fields strings, names not empty and without white space around them; safe relative
     paths, each once; one split and one class per patient; classes taken from class_names, which has no repeats.
-    `where(i)` words the place of row i in messages.  Passes over whole columns, so that a million rows take seconds.
+    The checks pass over whole columns, so that a million rows take seconds.
+
+    Args:
+        records: The rows.
+        class_names: All classes.
+        where: Words the place of row i in messages.
     """
     _check_classes(class_names)
     if not records:
@@ -101,7 +110,7 @@ def _check_names(field: str, column: Sequence[str], where: Callable[[int], str])
 def _check_paths(paths: Sequence[str], where: Callable[[int], str]) -> None:
     for i, path in enumerate(paths):
         if not _SAFE_PATH.fullmatch(path) or _DRIVE.match(path):
-            raise ValueError(f"{where(i)}: path {path!r} is refused: {wrong_path(path)}")
+            raise ValueError(f"{where(i)}: path {path!r} is refused: {path_error(path)}")
     if len(set(paths)) != len(paths):
         first: dict[str, int] = {}
         at = next(i for i, path in enumerate(paths) if first.setdefault(path, i) != i)
@@ -130,6 +139,6 @@ def _check_one_each(
             )
 
 
-def ordered_classes(records: Iterable[PatchRecord]) -> tuple[str, ...]:
+def sorted_classes(records: Iterable[PatchRecord]) -> tuple[str, ...]:
     """The classes that occur, in alphabetical order: one list for all splits."""
     return tuple(sorted({row.class_name for row in records}))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsat.data.textures import TISSUES, paint_patch, vary
+from hsat.data.textures import TISSUES, draw_variation, paint_patch
 
 VERSION = 1  # of the pictures: raise it whenever the same settings would give other bytes
 SETTINGS = Path("meta", "synthetic.json")
@@ -47,15 +47,27 @@ def write_synthetic_cohort(
     attack of 8 grey levels cannot wipe out (density, size and shape of cells, fibres, brightness of the ground) and
     by a faint fine texture that it can; patients and slides differ by stain, gain, light and density.
 
-    classes: names among TISSUES (hsat.data.textures).  patients_per_class: one number for all, or a mapping that
-    names every class; None takes unequal built-in numbers.  slides per patient; patches per slide; size of a patch in
-    pixels, at least 16 (the field of view does not change with it).  val_fraction: the share of each class's patients
-    held out, rounded, yet at least one patient on either side; 0 holds out none.
-
     The same settings give the same bytes (on one version of numpy); a patient's pictures depend on seed, class and
     number alone, not on how many others there are.  The folder appears whole or not at all; when `root` already holds
-    the cohort of the same settings it is kept.  Raises ValueError for impossible settings and for a cohort of other
-    settings in `root`, FileExistsError when something else is there.
+    the cohort of the same settings it is kept.
+
+    Args:
+        root: The folder to write.
+        seed: Of all pictures.
+        classes: Names among TISSUES (hsat.data.textures).
+        patients_per_class: One number for all, or a mapping that names every class; None takes unequal numbers of ours.
+        slides: Per patient.
+        patches: Per slide.
+        size: Side of a patch in pixels, at least 16; the field of view does not change with it.
+        val_fraction: The share of each class's patients held out, rounded, yet at least one patient on either side; 0
+            holds out none.
+
+    Returns:
+        The root.
+
+    Raises:
+        ValueError: Impossible settings, or a cohort of other settings in `root`.
+        FileExistsError: Something else is in `root`.
     """
     root = Path(root)
     counts = _patient_counts(classes, patients_per_class)
@@ -87,21 +99,21 @@ def write_synthetic_cohort(
     return root
 
 
-def _patient_counts(classes: Sequence[str], wanted: int | Mapping[str, int] | None) -> dict[str, int]:
+def _patient_counts(classes: Sequence[str], patients: int | Mapping[str, int] | None) -> dict[str, int]:
     """Patients of each class, in the order of `classes`."""
     if isinstance(classes, str):
         raise TypeError(f"classes must be a sequence of names, got the text {classes!r}; write ({classes!r},)")
     unknown = [name for name in classes if name not in TISSUES]
     if unknown or not classes or len(set(classes)) < len(classes):
         raise ValueError(f"classes must be different names out of {', '.join(TISSUES)}; got {tuple(classes)}")
-    if isinstance(wanted, Mapping):
-        if set(wanted) != set(classes):
+    if isinstance(patients, Mapping):
+        if set(patients) != set(classes):
             raise ValueError(
-                f"patients_per_class names {sorted(wanted)} but classes are {sorted(classes)};"
+                f"patients_per_class names {sorted(patients)} but classes are {sorted(classes)};"
                 " give a number of patients to each class"
             )
-        return {name: wanted[name] for name in classes}
-    return {name: PATIENTS[name] if wanted is None else wanted for name in classes}
+        return {name: patients[name] for name in classes}
+    return {name: PATIENTS[name] if patients is None else patients for name in classes}
 
 
 def _check_numbers(
@@ -110,18 +122,18 @@ def _check_numbers(
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"val_fraction must lie in [0, 1), the share of held-out patients; got {val_fraction}")
     least = 2 if val_fraction else 1
-    wanted = {f"patients_per_class[{name!r}]": (count, least) for name, count in counts.items()}
+    per_class = {f"patients_per_class[{name!r}]": (count, least) for name, count in counts.items()}
     for name, (value, low) in {
         "seed": (seed, 0),
         "slides": (slides, 1),
         "patches": (patches, 1),
         "size": (size, 16),
-        **wanted,
+        **per_class,
     }.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < low:
-            why = f", one to train on and one to hold out (val_fraction={val_fraction})" if name in wanted else ""
+            why = f", one to train on and one to hold out (val_fraction={val_fraction})" if name in per_class else ""
             raise ValueError(f"{name} must be at least {low}{why if low == 2 else ''}; got {value}")
 
 
@@ -137,10 +149,10 @@ def _is_there(root: Path, settings: Mapping[str, Any]) -> bool:
                 f"{root} holds other files and no {SETTINGS.as_posix()}; it is left untouched, choose another root"
             )
         return False
-    found = _read_settings(root / SETTINGS)
-    if found != settings:
-        differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-        listed = "; ".join(f"{key} {found.get(key)!r} there, {settings.get(key)!r} wanted" for key in differing)
+    present = _read_settings(root / SETTINGS)
+    if present != settings:
+        differing = sorted(key for key in {*present, *settings} if present.get(key) != settings.get(key))
+        listed = "; ".join(f"{key} {present.get(key)!r} there, {settings.get(key)!r} wanted" for key in differing)
         raise ValueError(
             f"{root} holds a synthetic cohort of other settings ({listed}); remove it or choose another root"
         )
@@ -157,12 +169,12 @@ def _is_there(root: Path, settings: Mapping[str, Any]) -> bool:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except ValueError as error:  # not JSON, or not text
-        found = error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not the settings of a synthetic cohort ({found}); remove the folder")
-    return found
+        settings = error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not the settings of a synthetic cohort ({settings}); remove the folder")
+    return settings
 
 
 def _patients(settings: Mapping[str, Any]) -> Iterator[_Patient]:
@@ -218,12 +230,12 @@ def _paint_patient(root: Path, patient: _Patient, settings: Mapping[str, Any]) -
         return np.random.default_rng((class_index, patient.number, slide, patch, settings["seed"]))
 
     class_index = tuple(TISSUES).index(patient.class_name)
-    of_patient = vary(rng(), strength=PATIENT_STRENGTH)
+    of_patient = draw_variation(rng(), strength=PATIENT_STRENGTH)
     for slide in range(settings["slides"]):
-        of_slide = vary(rng(slide + 1), strength=SLIDE_STRENGTH)
+        of_slide = draw_variation(rng(slide + 1), strength=SLIDE_STRENGTH)
         for patch in range(settings["patches"]):
-            own = rng(slide + 1, patch + 1)
-            planes = paint_patch(TISSUES[patient.class_name], of_patient, of_slide, own, size=settings["size"])
+            of_patch = rng(slide + 1, patch + 1)
+            planes = paint_patch(TISSUES[patient.class_name], of_patient, of_slide, of_patch, size=settings["size"])
             path = root / _path(patient, slide, patch, settings)
             path.parent.mkdir(parents=True, exist_ok=True)
             tifffile.imwrite(path, planes, photometric="minisblack", metadata=None, software=False)

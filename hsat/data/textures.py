@@ -64,7 +64,7 @@ class Variation(NamedTuple):
     angle: float
 
 
-def vary(rng: np.random.Generator, *, strength: float) -> Variation:
+def draw_variation(rng: np.random.Generator, *, strength: float) -> Variation:
     """Draw a variation; strength scales all its deviations but the angle of the fibres, which is any.
 
     With strength 1 the standard deviations are 15 % for density and coverage, 8 % for radii, 3 % for the fine period,

@@ -19,8 +19,7 @@ from hsat.distributed import World
 from hsat.files import atomic_path
 
 if TYPE_CHECKING:
-    from hsat.data import Cohort
-    from hsat.data.records import PatchRecord
+    from hsat.data import Cohort, PatchRecord
 
 ABOUT_FILE = "adversarial.json"
 MANIFEST = "manifest.csv"

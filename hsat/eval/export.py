@@ -39,8 +39,7 @@ from hsat.types import (
 )
 
 if TYPE_CHECKING:  # the room of data is loaded when files are written, not with the evaluation
-    from hsat.data import Cohort, PatchDataset
-    from hsat.data.samples import Sample
+    from hsat.data import Cohort, PatchDataset, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,9 +284,9 @@ class ShapeBatches:
 
 def _read_files(folder: Path, cohort: Cohort) -> Cohort:
     """The cohort in a folder of adversarial files, with the classes of its source."""
-    from hsat.data import Cohort
+    from hsat.data import read_csv
 
-    return Cohort.from_csv(folder, MANIFEST, kind=cohort.kind, class_names=cohort.class_names)
+    return read_csv(folder, MANIFEST, kind=cohort.kind, class_names=cohort.class_names)
 
 
 def _digest(counts: Tensor) -> str:

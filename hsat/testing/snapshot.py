@@ -127,6 +127,11 @@ def _set_cudnn(state: tuple[bool, ...]) -> None:
     cudnn.enabled, cudnn.benchmark, cudnn.deterministic = state
 
 
+def _get_default_device() -> torch.device:
+    """The device on which tensors are made; torch 2.8's own function fails once the device was set to None."""
+    return torch.empty(0).device
+
+
 def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
@@ -147,7 +152,7 @@ SETTINGS: dict[str, Place] = {
     "anomaly detection": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     "autocast": (_read_autocast, _set_autocast),
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "the default device": (torch.get_default_device, _set_default_device),
+    "the default device": (_get_default_device, _set_default_device),
     "deterministic algorithms": (_read_determinism, _set_determinism),
     "torch.backends.cudnn (enabled, benchmark, deterministic)": (_read_cudnn, _set_cudnn),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),

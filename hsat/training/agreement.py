@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hsat.data import BadPatch, Cohort, PackedPatches
-from hsat.data.fingerprint import patient_digests
+from hsat.data import BadPatch, Cohort, PatchStore
+from hsat.data.cohort import patient_digests
 from hsat.data.readers import read_stored
 from hsat.distributed import gather_objects, world_rank, world_size
 from hsat.fingerprints import tensor_bytes
@@ -69,7 +69,7 @@ def assert_ranks_agree(
     *,
     settings: Mapping[str, Any] | None = None,
     cohort: Cohort | None = None,
-    packed: PackedPatches | None = None,
+    store: PatchStore | None = None,
     model: nn.Module | None = None,
     optimizer: Optimizer | None = None,
     seed: int = 0,
@@ -87,7 +87,7 @@ def assert_ranks_agree(
         settings: texts, numbers, lists and dicts; leave out what may differ, such as paths.
         cohort: its fingerprint (paths, sizes, classes, patients, slides, splits, ids), then the stored pixels of some
             patches, since files of one size may hold different images.  The root may differ.
-        packed: where the pixels are read in place of the files; what it holds of the cohort is compared as a whole.
+        store: where the pixels are read in place of the files; what it holds of the cohort is compared as a whole.
         model: every parameter and buffer, bit for bit.
         optimizer: every number in its state, after a resume.
         seed: chooses the patches whose pixels are compared.
@@ -103,9 +103,9 @@ def assert_ranks_agree(
         assert_same("the settings", dict(settings), named=10)
     if cohort is not None:
         assert_same("the cohort", _summary(cohort), details=lambda: patient_digests(cohort))
-        content = "not packed" if packed is None else packed.content_digest()[:_DIGITS]
+        content = "not packed" if store is None else store.content_digest()[:_DIGITS]
         assert_same("the packed patches", content)
-        pixels = stored_digests(cohort, packed=packed, seed=seed, patches=patches)
+        pixels = stored_digests(cohort, store=store, seed=seed, patches=patches)
         assert_same("the pixels of patches", pixels, named=1)
     if model is not None:
         assert_same("the weights", tensor_digests(model.state_dict()), named=1)
@@ -124,7 +124,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def stored_digests(cohort: Cohort, *, packed: PackedPatches | None, seed: int, patches: int) -> dict[str, str]:
+def stored_digests(cohort: Cohort, *, store: PatchStore | None, seed: int, patches: int) -> dict[str, str]:
     """A digest of the stored integers of some patches by path, chosen by the seed; read as training reads them.
 
     A patch that cannot be read is "unreadable" here: what to do about it is for the training to say.
@@ -135,7 +135,7 @@ def stored_digests(cohort: Cohort, *, packed: PackedPatches | None, seed: int, p
     for row in map(int, rows):
         path = cohort.records[row].path
         try:
-            values = packed.stored(row) if packed is not None else read_stored(cohort.path(row), kind=cohort.kind)
+            values = store.stored(row) if store is not None else read_stored(cohort.path(row), kind=cohort.kind)
         except BadPatch:
             digests[path] = "unreadable"
             continue

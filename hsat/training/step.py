@@ -62,7 +62,7 @@ def adversarial_step(
     Args:
         model: Images -> embeddings, in train mode (frozen parts may be in eval mode).  DistributedDataParallel is
             unwrapped for the attack, so the inner steps wait for no other rank.  Build it with broadcast_buffers=False:
-            torch 2.6 refuses a backward pass through two passes with one between.  A model with dual BatchNorm uses the
+            torch 2.8 refuses a backward pass through two passes with one between.  A model with dual BatchNorm uses the
             branch "pgd" for the attack and the adversarial pass, "normal" for the clean.
         loss: (embeddings, batch) -> terms with `.total`, such as HiDiscLoss, or a scalar.
         attack: The inner maximisation; None is the baseline without attack.

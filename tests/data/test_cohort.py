@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hsat.data import Cohort
+from hsat.data import Cohort, read_cohort, read_opensrh
 from hsat.data.cohort import PatchRecord
 
 ROWS = [
@@ -165,7 +165,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="rooot"):
         Cohort(rooot=tmp_path, records=ROWS, class_names=("a", "b"), kind="srh")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="layout must be one of 'opensrh', 'folders', 'csv'; got 'zip'"):
-        Cohort.read(tmp_path, "zip")  # type: ignore[arg-type]
+        read_cohort(tmp_path, "zip")  # type: ignore[arg-type]
 
 
 def test_missing_root(tmp_path: Path) -> None:
@@ -325,11 +325,11 @@ def test_a_cohort_read_from_disk_has_a_fingerprint_that_survives_a_copy(
 ) -> None:
     root = write_opensrh(tmp_path / "one")
     shutil.copytree(root, tmp_path / "two")
-    assert Cohort.read(root).fingerprint() == Cohort.read(tmp_path / "two").fingerprint()
+    assert read_opensrh(root).fingerprint() == read_opensrh(tmp_path / "two").fingerprint()
     index = json.loads((tmp_path / "two/meta/opensrh.json").read_text())
     index["NIO_002"]["class"] = "mening"
     (tmp_path / "two/meta/opensrh.json").write_text(json.dumps(index))
-    assert Cohort.read(root).fingerprint() != Cohort.read(tmp_path / "two").fingerprint()
+    assert read_opensrh(root).fingerprint() != read_opensrh(tmp_path / "two").fingerprint()
 
 
 @pytest.mark.slow
@@ -345,3 +345,23 @@ def test_reading_a_cohort_loads_no_torchvision() -> None:
     heavy = "{'torchvision', 'timm', 'faiss'}"
     code = f"import sys; from hsat.data import Cohort, read_patch; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_plain_rows_become_records_and_json_comes_back(tmp_path: Path) -> None:
+    options = dict(root=tmp_path, class_names=("a", "b"), kind="rgb")
+    rows = [("a/p0/s/1.png", "a", "p0", "s"), ["b/p2/s/1.png", "b", "p2", "s", "val"]]
+    cohort = Cohort(records=rows, **options)
+    assert cohort.records == (PatchRecord(*rows[0]), PatchRecord(*rows[1])) and cohort.splits == ("val",)
+    assert {type(row) for row in cohort.records} == {PatchRecord}
+    assert Cohort.model_validate_json(cohort.model_dump_json()) == cohort
+    for wrong in (("a", "b"), "abcde", {"path": "x"}):
+        with pytest.raises(TypeError, match="record 0 must be a PatchRecord"):
+            Cohort(records=[wrong], **options)
+
+
+def test_a_part_of_one_split_does_not_join_another(tmp_path: Path) -> None:
+    cohort = cohort_of(_patients([2, 2]), tmp_path, ("class0", "class1")).with_split(val_fraction=0.5)
+    with pytest.raises(
+        ValueError, match=r"split 'val' has patients already; name another, as in names=\('train', 'tune'\)"
+    ):
+        cohort.with_split(of="train")

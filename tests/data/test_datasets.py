@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import hsat.data.datasets as room
-from hsat.data.augment import build_transform
+from hsat.data.augment import AugmentationPolicy, build_transform
 from hsat.data.cohort import Cohort, PatchRecord
 from hsat.data.datasets import HierarchicalDataset, PatchDataset
 from hsat.data.readers import BadPatch, read_patch
-from hsat.data.sampling import Draw, draw_images, slot_seed
+from hsat.data.sampler import PatientDraw, draw_images, slot_seed
 
 TREE = {  # patient: (class, split, patches of each slide)
     "val": ("b", "val", [2]),
@@ -59,7 +59,7 @@ def same(one, two) -> bool:
 
 
 def plain(cohort: Cohort, **options) -> HierarchicalDataset:
-    return HierarchicalDataset(cohort, image_size=None, augmentation="none", **options)
+    return HierarchicalDataset(cohort, image_size=None, transform="none", **options)
 
 
 # --- every patch once ------------------------------------------------------------------------------------------------
@@ -112,6 +112,20 @@ def test_patches_are_indexed_like_a_list(cohort):
             dataset[index]
 
 
+def test_a_subset_shows_the_chosen_patches_in_the_order_given(cohort):
+    whole = PatchDataset(cohort, "train", image_size=9)
+    part = whole.subset(np.array([4, -1, 0]))
+    assert [same(one, two) for one, two in zip(part, (whole[4], whole[12], whole[0]), strict=True)] == [True] * 3
+    assert part.rows.tolist() == whole.rows[[4, 12, 0]].tolist()
+    assert len(whole) == 13 and len(part.subset([1])) == 1 and len(whole.subset([])) == 0
+    assert (part.split, part.class_names, part.image_size) == ("train", ("a", "b"), 9)
+    assert whole.subset(slice(2, None, 5)).rows.tolist() == whole.rows[2::5].tolist()
+    with pytest.raises(IndexError, match="index 3 is out of range for 3 patches"):
+        part.subset([3])
+    with pytest.raises(TypeError):
+        part.subset([True, False, True])
+
+
 def test_an_unreadable_patch_is_named(cohort):
     cohort.path(4).write_bytes(b"<html>not an image</html>")
     dataset = PatchDataset(cohort)
@@ -140,11 +154,11 @@ def test_an_item_is_slides_then_patches_then_views(cohort):
 
 def test_an_item_equals_its_specification_written_out(tmp_path):
     cohort = write(tmp_path, kind="srh")
-    dataset = HierarchicalDataset(cohort, image_size=9, slides=2, patches=2, views=3, augmentation="v1", seed=5)
-    item = dataset[Draw(patient=1, epoch=4, occurrence=2, strength=0.5)]
+    dataset = HierarchicalDataset(cohort, image_size=9, slides=2, patches=2, views=3, transform="v1", seed=5)
+    item = dataset[PatientDraw(patient=1, epoch=4, occurrence=2, strength=0.5)]
     slides = [[2, 3, 4, 5], [6, 7, 8], [9, 10]]
     rng = np.random.default_rng(slot_seed(5, 4, "many", 2, -1))
-    rows = draw_images(slides, slides_wanted=2, patches_wanted=2, rng=rng)
+    rows = draw_images(slides, slides_drawn=2, patches_drawn=2, rng=rng)
     transform, expected = build_transform("v1", image_size=9, strength=0.5), []
     for slot in range(12):
         with torch.random.fork_rng(devices=[]):
@@ -154,8 +168,35 @@ def test_an_item_equals_its_specification_written_out(tmp_path):
     assert torch.equal(item.images, torch.stack(expected))
 
 
+def test_any_function_is_a_transform_seeded_by_the_view(cohort):
+    """It gets the patch at its own size; what it returns ends at image_size."""
+    seen = []
+
+    def noisy(x):
+        seen.append(x.shape)
+        return (x[:, :10] + 0.1 * torch.rand(())).clamp(max=1.0)
+
+    dataset = HierarchicalDataset(cohort, image_size=8, transform=noisy, seed=3)
+    item = dataset[PatientDraw(1, epoch=2)]
+    assert set(seen) == {(3, 12, 12)} and item.images.shape == (8, 3, 8, 8)
+    resize, expected = build_transform("none", image_size=8), []
+    for slot, row in enumerate(item.patch.tolist()):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(slot_seed(3, 2, "many", 0, slot))
+            expected.append(resize(noisy(read_patch(cohort.path(row), kind="rgb"))))
+    assert torch.equal(item.images, torch.stack(expected))
+
+
+def test_a_built_pipeline_is_the_named_one_at_its_own_strength(cohort):
+    named = HierarchicalDataset(cohort, image_size=9, transform="v0")
+    built = HierarchicalDataset(cohort, image_size=9, transform=build_transform("v0", image_size=9, strength=0.5))
+    draw = PatientDraw(1, epoch=3, strength=0.5)
+    assert same(built[draw], named[draw])
+    assert same(built[PatientDraw(1, epoch=3)], named[draw])
+
+
 def test_short_patients_repeat_with_true_ids_and_fresh_augmentation(cohort):
-    dataset = HierarchicalDataset(cohort, image_size=12, slides=2, patches=2, views=2, augmentation="v1")
+    dataset = HierarchicalDataset(cohort, image_size=12, slides=2, patches=2, views=2, transform="v1")
     assert dataset.patients == (1, 2, 3)
     item = dataset[1]
     assert item.patch.unique().tolist() == [11]
@@ -175,21 +216,21 @@ def test_each_file_is_read_once_per_item(cohort, monkeypatch):
 
 
 def test_epoch_occurrence_seed_and_strength_change_an_item(cohort):
-    options = {"image_size": 12, "augmentation": "v1"}
+    options = {"image_size": 12, "transform": "v1"}
     dataset = HierarchicalDataset(cohort, **options)
-    base = dataset[Draw(1)]
+    base = dataset[PatientDraw(1)]
     assert same(base, dataset[0])
-    assert same(base, dataset[Draw(1)])
-    others = [Draw(1, epoch=1), Draw(1, occurrence=1), Draw(1, strength=0.5)]
+    assert same(base, dataset[PatientDraw(1)])
+    others = [PatientDraw(1, epoch=1), PatientDraw(1, occurrence=1), PatientDraw(1, strength=0.5)]
     assert not any(torch.equal(dataset[draw].images, base.images) for draw in others)
     assert not torch.equal(HierarchicalDataset(cohort, seed=1, **options)[0].images, base.images)
-    assert torch.equal(dataset[Draw(1, strength=0.5)].patch, base.patch)
+    assert torch.equal(dataset[PatientDraw(1, strength=0.5)].patch, base.patch)
 
 
 def test_a_patients_draws_do_not_depend_on_the_other_patients(tmp_path):
     alone = write(tmp_path / "alone", {"many": TREE["many"]})
     among = write(tmp_path / "among")
-    draws = [Draw(0, epoch) for epoch in range(5)], [Draw(1, epoch) for epoch in range(5)]
+    draws = [PatientDraw(0, epoch) for epoch in range(5)], [PatientDraw(1, epoch) for epoch in range(5)]
     one, two = plain(alone), plain(among)
     assert [one[d].paths for d in draws[0]] == [two[d].paths for d in draws[1]]
 
@@ -200,7 +241,7 @@ def test_global_generators_and_threads_stay_as_they_were(cohort, monkeypatch):
 
     monkeypatch.setattr(torch, "manual_seed", refuse)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
-    dataset = HierarchicalDataset(cohort, image_size=12, augmentation="v0")
+    dataset = HierarchicalDataset(cohort, image_size=12, transform="v0")
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), torch.get_num_threads()
 
     def untouched() -> bool:
@@ -213,7 +254,7 @@ def test_global_generators_and_threads_stay_as_they_were(cohort, monkeypatch):
     assert same(dataset[0], first)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), torch.get_num_threads()
     with pytest.raises(ValueError, match="strength"):
-        dataset[Draw(1, strength=2.0)]
+        dataset[PatientDraw(1, strength=2.0)]
     with pytest.raises(ZeroDivisionError):
         PatchDataset(cohort, transform=lambda x: torch.rand(3) / (1 // 0))[0]
     assert untouched()
@@ -226,7 +267,7 @@ def test_the_number_of_threads_does_not_change_a_bit(tmp_path):
         items = []
         for count in (1, 8):
             torch.set_num_threads(count)
-            items.append([dataset[Draw(0, epoch)] for epoch in range(2)])
+            items.append([dataset[PatientDraw(0, epoch)] for epoch in range(2)])
     finally:
         torch.set_num_threads(threads)
     assert all(same(one, two) for one, two in zip(*items, strict=True))
@@ -242,9 +283,8 @@ def test_datasets_show_their_configuration(cohort):
         "PatchDataset(2 patches, split='val', image_size=9, transform=None)"
     )
     assert repr(HierarchicalDataset(cohort, image_size=9, seed=4)) == (
-        "HierarchicalDataset(3 patients, split='train', image_size=9, slides=2, patches=2, views=2,"
-        " augmentation='v0', prob=0.5, uncropped='resize', static_epochs=0, seed=4, on_bad='raise',"
-        " max_replacements=10, augment='images')"
+        "HierarchicalDataset(3 patients, split='train', image_size=9, transform=AugmentationPolicy(name='v0', prob=0.5,"
+        " uncropped='resize', static_epochs=0, batched=False), slides=2, patches=2, views=2, seed=4, on_bad='raise')"
     )
 
 
@@ -269,14 +309,14 @@ def test_a_bad_file_is_replaced_from_its_slide_by_a_patch_the_item_does_not_hold
     spoil(cohort, 3, 7)
     replaced = 0
     for epoch in range(12):
-        rows, item = draw_rows(cohort, epoch), dataset[Draw(1, epoch)]
+        rows, item = draw_rows(cohort, epoch), dataset[PatientDraw(1, epoch)]
         got = item.patch[::2].tolist()
         assert which(item.images) == item.patch.tolist()
         assert not {3, 7} & set(got)
         assert cohort.slide[got].tolist() == cohort.slide[rows].tolist()
         assert all(new == old for new, old in zip(got, rows, strict=True) if old not in (3, 7))
         assert len(set(got)) == 6
-        assert same(dataset[Draw(1, epoch)], item)
+        assert same(dataset[PatientDraw(1, epoch)], item)
         replaced += 2 * sum(row in (3, 7) for row in rows)
     assert replaced > 0
     assert dataset.replaced == replaced
@@ -286,7 +326,7 @@ def test_a_bad_file_is_replaced_from_its_slide_by_a_patch_the_item_does_not_hold
 def draw_rows(cohort: Cohort, epoch: int) -> list[int]:
     slides = [[2, 3, 4, 5], [6, 7, 8], [9, 10]]
     rng = np.random.default_rng(slot_seed(0, epoch, "many", 0, -1))
-    return draw_images(slides, slides_wanted=3, patches_wanted=2, rng=rng)
+    return draw_images(slides, slides_drawn=3, patches_drawn=2, rng=rng)
 
 
 def test_each_bad_file_is_reported_once_with_its_stand_in(cohort):
@@ -294,7 +334,7 @@ def test_each_bad_file_is_reported_once_with_its_stand_in(cohort):
     dataset = plain(cohort, on_bad="replace", views=1)
     with pytest.warns(UserWarning, match=r"two/0/0.png.*; using two/0/1.png of the same slide instead") as caught:
         for epoch in range(4):
-            dataset[Draw(3, epoch)]
+            dataset[PatientDraw(3, epoch)]
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert dataset.replaced == 4
@@ -309,10 +349,10 @@ def test_a_slide_without_a_readable_patch_is_named(cohort):
 
 
 def test_replacements_are_bounded(tmp_path):
-    cohort = write(tmp_path, {"p": ("a", "train", [9])})
-    spoil(cohort, *range(9))
-    dataset = plain(cohort, slides=1, patches=1, on_bad="replace", max_replacements=3)
-    with pytest.raises(BadPatch, match=r"none of the 4 patches tried .*max_replacements=3"):
+    cohort = write(tmp_path, {"p": ("a", "train", [14])})
+    spoil(cohort, *range(14))
+    dataset = plain(cohort, slides=1, patches=1, on_bad="replace")
+    with pytest.raises(BadPatch, match=r"none of the 11 patches tried .*at most 10 others are tried"):
         dataset[0]
 
 
@@ -334,9 +374,9 @@ def test_patches_of_different_sizes_are_named(tmp_path):
         ({"patches": 0}, "got 2, 0 and 2"),
         ({"views": -1}, "got 2, 2 and -1"),
         ({"on_bad": "skip"}, "on_bad must be 'raise' or 'replace', got 'skip'"),
-        ({"max_replacements": 0}, "max_replacements must be at least 1, got 0"),
-        ({"augmentation": "strong"}, "unknown augmentation 'strong'"),
-        ({"prob": 1.5}, "prob must be a number"),
+        ({"transform": "strong"}, "unknown augmentation 'strong'"),
+        ({"image_size": 0}, "image_size must be a whole number of pixels"),
+        ({"image_size": 0, "transform": torch.neg}, "image_size must be a whole number of pixels"),
         ({"split": "test"}, "test"),
     ],
 )
@@ -345,12 +385,19 @@ def test_wrong_options_are_refused(cohort, options, message):
         HierarchicalDataset(cohort, **{"image_size": 12, **options})
 
 
+def test_transforms_of_another_kind_are_refused(cohort):
+    with pytest.raises(TypeError, match=r"a name, an AugmentationPolicy or a function .* got 3"):
+        HierarchicalDataset(cohort, image_size=12, transform=3)
+    with pytest.raises(TypeError, match=r"transform must be a function .* got AugmentationPolicy\(name='v0'"):
+        PatchDataset(cohort, transform=AugmentationPolicy("v0"))
+
+
 def test_patients_outside_the_split_are_refused(cohort):
     dataset = plain(cohort)
     with pytest.raises(IndexError, match=r"patient 0, 'val': not among split 'train'"):
-        dataset[Draw(0)]
+        dataset[PatientDraw(0)]
     with pytest.raises(IndexError, match=r"patient 9, which is not in the cohort"):
-        dataset[Draw(9)]
+        dataset[PatientDraw(9)]
     with pytest.raises(IndexError, match="index 3 is out of range for 3 patients"):
         dataset[3]
     assert len(list(dataset)) == 3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hsat.data import Cohort
+from hsat.data import read_csv, read_folders, read_opensrh
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "data.json").read_text())
 INDEX, SPLITS = "meta/opensrh.json", "meta/train_val_split.json"
@@ -29,7 +29,7 @@ def change(path: Path, edit: Callable[[dict], object]) -> None:
 
 def test_opensrh_rows_are_those_of_the_published_dataset_in_order(golden_root: Path) -> None:
     with pytest.warns(UserWarning, match="NIO_010, NIO_011, NIO_012; they are left out"):
-        cohort = Cohort.from_opensrh(golden_root)
+        cohort = read_opensrh(golden_root)
     for split in ("train", "val"):
         wanted = GOLDEN["results"][f"OpenSRHDataset/{split}/balance=False"]
         rows = [cohort.records[i] for i in cohort.rows(split)]
@@ -44,9 +44,9 @@ def test_opensrh_rows_are_those_of_the_published_dataset_in_order(golden_root: P
 
 def test_opensrh_unlisted_patients(golden_root: Path) -> None:
     with pytest.raises(ValueError, match=r"in no split of .*: NIO_010, NIO_011, NIO_012; list them, or pass"):
-        Cohort.from_opensrh(golden_root, unlisted="error")
+        read_opensrh(golden_root, unlisted="error")
     with pytest.warns(UserWarning, match="no usable patch for patients NIO_010; they are left out"):
-        cohort = Cohort.from_opensrh(golden_root, unlisted="keep", on_empty="skip")
+        cohort = read_opensrh(golden_root, unlisted="keep", on_empty="skip")
     assert {cohort.records[i].patient for i in cohort.rows() if not cohort.records[i].split} == {"NIO_011", "NIO_012"}
     assert cohort.splits == ("train", "val") and len(cohort.rows("train")) == 30
 
@@ -57,7 +57,7 @@ def test_opensrh_a_patient_without_usable_patches_is_named(golden_root: Path) ->
     with pytest.raises(
         ValueError, match=r"opensrh\.json lists no usable patch for patients NIO_010; .*on_empty='skip'"
     ):
-        Cohort.from_opensrh(golden_root)
+        read_opensrh(golden_root)
 
 
 @pytest.mark.filterwarnings("ignore:patients of meta")
@@ -100,7 +100,7 @@ def test_opensrh_each_defect_of_the_meta_files_is_named(
 ) -> None:
     change(golden_root / name, edit)
     with pytest.raises(ValueError, match=message):
-        Cohort.from_opensrh(golden_root)
+        read_opensrh(golden_root)
 
 
 @pytest.mark.parametrize(
@@ -118,37 +118,37 @@ def test_opensrh_each_defect_of_the_meta_files_is_named(
 def test_opensrh_malformed_json_is_named(golden_root: Path, content: bytes, message: str) -> None:
     (golden_root / SPLITS).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        Cohort.from_opensrh(golden_root)
+        read_opensrh(golden_root)
 
 
 def test_opensrh_missing_files(tmp_path: Path, opensrh_root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cohort root .*nowhere does not exist"):
-        Cohort.from_opensrh(tmp_path / "nowhere")
+        read_opensrh(tmp_path / "nowhere")
     (opensrh_root / SPLITS).unlink()
     with pytest.raises(FileNotFoundError, match=r"train_val_split\.json is missing; .*layout='folders'"):
-        Cohort.read(opensrh_root)
+        read_opensrh(opensrh_root)
     (opensrh_root / INDEX).unlink()
     with pytest.raises(FileNotFoundError, match=r"opensrh\.json is missing"):
-        Cohort.read(opensrh_root)
+        read_opensrh(opensrh_root)
 
 
 def test_opensrh_options(opensrh_root: Path) -> None:
     seven = ("hgg", "lgg", "mening", "metast", "normal", "pituitary", "schwannoma")
-    cohort = Cohort.read(opensrh_root, class_names=seven)
+    cohort = read_opensrh(opensrh_root, class_names=seven)
     assert cohort.class_names == seven and set(cohort.label.tolist()) == {0, 1, 4}
     cohort.check_files()
     with pytest.raises(ValueError, match="patient 'NIO_002': unknown class 'lgg'"):
-        Cohort.read(opensrh_root, class_names=("hgg", "normal"))
+        read_opensrh(opensrh_root, class_names=("hgg", "normal"))
     with pytest.raises(ValueError, match="on_empty must be 'error' or 'skip', got 'drop'"):
-        Cohort.read(opensrh_root, on_empty="drop")
+        read_opensrh(opensrh_root, on_empty="drop")
     with pytest.raises(ValueError, match="unlisted must be 'skip', 'keep' or 'error', got 'drop'"):
-        Cohort.read(opensrh_root, unlisted="drop")
+        read_opensrh(opensrh_root, unlisted="drop")
     with pytest.raises(TypeError, match="on_emtpy"):
-        Cohort.read(opensrh_root, on_emtpy="skip")
+        read_opensrh(opensrh_root, on_emtpy="skip")
 
 
 def test_folders_in_order_of_name(folders_root: Path) -> None:
-    cohort = Cohort.read(folders_root, "folders")
+    cohort = read_folders(folders_root)
     assert [row.path for row in cohort.records] == [
         "adenoma/a1/s1/1.png",
         "adenoma/a1/s1/2.png",
@@ -168,12 +168,12 @@ def test_folders_with_splits(folders_root: Path, tmp_path: Path) -> None:
     folders_root.rename(tmp_path / "both/train")
     (tmp_path / "both/val").mkdir()
     (tmp_path / "polyp").rename(tmp_path / "both/val/polyp")
-    cohort = Cohort.from_folders(tmp_path / "both", split_folders=True)
+    cohort = read_folders(tmp_path / "both", split_folders=True)
     assert cohort.splits == ("train", "val") and cohort.rows("val").tolist() == [4]
     with pytest.raises(
         ValueError, match=r"folder 'train/adenoma/a1/s1' .*class/patient/slide/patch; .*split_folders=True"
     ):
-        Cohort.from_folders(tmp_path / "both")
+        read_folders(tmp_path / "both")
 
 
 def test_folders_pass_over_what_is_no_image_and_say_so(folders_root: Path) -> None:
@@ -181,12 +181,12 @@ def test_folders_pass_over_what_is_no_image_and_say_so(folders_root: Path) -> No
     (folders_root / ".cache").mkdir()
     (folders_root / "adenoma/a1/s1/.DS_Store").touch()
     (folders_root / "adenoma/a1/notes.txt").touch()
-    cohort = Cohort.from_folders(folders_root)
+    cohort = read_folders(folders_root)
     assert len(cohort) == 5
     assert cohort.notes == ("passed over: 2 files outside slide folders, README.md, adenoma/a1/notes.txt",)
     (folders_root / "adenoma/a1/s1/3.bmp").touch()
     with pytest.warns(UserWarning, match=r"hold files that are not read: 1 ending in '\.bmp'"):
-        assert len(Cohort.from_folders(folders_root)) == 5
+        assert len(read_folders(folders_root)) == 5
 
 
 @pytest.mark.parametrize("empty", ["adenoma/a1/s9", "adenoma/a9", "serrated"])
@@ -195,9 +195,9 @@ def test_folders_an_empty_class_patient_or_slide_is_named(folders_root: Path, em
     with pytest.raises(
         ValueError, match=rf"folders of .* without a patch: '{empty}'; remove them, or pass on_empty='skip'"
     ):
-        Cohort.from_folders(folders_root)
+        read_folders(folders_root)
     with pytest.warns(UserWarning, match=rf"'{empty}'; they are left out"):
-        cohort = Cohort.from_folders(folders_root, on_empty="skip")
+        cohort = read_folders(folders_root, on_empty="skip")
     assert len(cohort) == 5 and any(empty in note for note in cohort.notes)
 
 
@@ -208,16 +208,16 @@ def test_folders_a_patient_under_two_classes(folders_root: Path, write_png: Call
         match=r"patient 'a1' is in several classes, 'adenoma' \(adenoma/a1/s1/1\.png\)"
         r" and 'polyp' \(polyp/a1/s7/1\.png\); 1 patients are\. .*mixed='drop_minority'",
     ):
-        Cohort.from_folders(folders_root)
+        read_folders(folders_root)
     with pytest.warns(UserWarning, match="1 patches of 1 patients with several classes: 'a1'"):
-        cohort = Cohort.from_folders(folders_root, mixed="drop_minority")
+        cohort = read_folders(folders_root, mixed="drop_minority")
     assert [row.path for row in cohort.records if row.patient == "a1"] == [
         "adenoma/a1/s1/1.png",
         "adenoma/a1/s1/2.png",
         "adenoma/a1/s2/1.png",
     ]
     with pytest.raises(ValueError, match="mixed must be 'error' or 'drop_minority', got 'majority'"):
-        Cohort.from_folders(folders_root, mixed="majority")
+        read_folders(folders_root, mixed="majority")
 
 
 def test_folders_images_at_a_wrong_depth(folders_root: Path, write_png: Callable[..., Path]) -> None:
@@ -225,17 +225,17 @@ def test_folders_images_at_a_wrong_depth(folders_root: Path, write_png: Callable
     with pytest.raises(
         ValueError, match=r"image 'adenoma/a1/9\.png' lies 2 folders deep; wanted class/patient/slide/patch"
     ):
-        Cohort.from_folders(folders_root)
+        read_folders(folders_root)
 
 
 def test_folders_links_in_a_circle_and_pipes(folders_root: Path) -> None:
     (folders_root / "adenoma/a3").symlink_to(folders_root / "adenoma")
     with pytest.raises(ValueError, match=r"folder 'adenoma/a3' of .* is a link to a folder that it lies in"):
-        Cohort.from_folders(folders_root)
+        read_folders(folders_root)
     (folders_root / "adenoma/a3").unlink()
     os.mkfifo(folders_root / "adenoma/a1/s1/pipe.png")
     with pytest.raises(ValueError, match=r"'adenoma/a1/s1/pipe\.png' is not a regular file"):
-        Cohort.from_folders(folders_root)
+        read_folders(folders_root)
 
 
 def test_folders_that_may_not_be_read(folders_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,20 +248,20 @@ def test_folders_that_may_not_be_read(folders_root: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match=r"folder cannot be read \(Permission denied\): .*adenoma/a2"):
-        Cohort.from_folders(folders_root)
+        read_folders(folders_root)
 
 
 def test_folders_without_images_and_mixed_kinds(tmp_path: Path, folders_root: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"nothing holds no images \(\.png, .*\) in class/patient/slide folders"):
-        Cohort.from_folders(tmp_path / "nothing")
+        read_folders(tmp_path / "nothing")
     (folders_root / "polyp/p1/s1/2.tif").touch()
     with pytest.raises(ValueError, match=r"some patches are TIFF and some are not.*kind='rgb'"):
-        Cohort.from_folders(folders_root)
-    assert Cohort.from_folders(folders_root, kind="rgb").kind == "rgb"
+        read_folders(folders_root)
+    assert read_folders(folders_root, kind="rgb").kind == "rgb"
     for image in folders_root.rglob("*.png"):
         image.rename(image.with_suffix(".TIFF"))
-    assert Cohort.from_folders(folders_root).kind == "srh"
+    assert read_folders(folders_root).kind == "srh"
 
 
 HEADER = "path,class,patient,slide,split,stain\n"
@@ -274,13 +274,13 @@ def manifest(root: Path, text: str | bytes, name: str = "manifest.csv") -> Path:
 
 def test_csv_keeps_order_and_ignores_other_columns(tmp_path: Path) -> None:
     text = '\ufeffpath,stain,slide,split,patient,class\n"b/x,1.png",HE,s1,val,p2,b\n\na/1.png,HE,s1,,p1,a\n'
-    cohort = Cohort.read(manifest(tmp_path, text), "csv")
+    cohort = read_csv(manifest(tmp_path, text))
     assert cohort.records == (("b/x,1.png", "b", "p2", "s1", "val"), ("a/1.png", "a", "p1", "s1", ""))
     assert cohort.class_names == ("a", "b") and cohort.kind == "rgb" and cohort.splits == ("val",)
     other = tmp_path / "lists"
     other.mkdir()
     manifest(other, "path,class,patient,slide\na/1.png,a,p1,s1\n", "mine.csv")
-    assert len(Cohort.from_csv(tmp_path, other / "mine.csv")) == len(Cohort.from_csv(tmp_path, "lists/mine.csv")) == 1
+    assert len(read_csv(tmp_path, other / "mine.csv")) == len(read_csv(tmp_path, "lists/mine.csv")) == 1
 
 
 @pytest.mark.parametrize(
@@ -316,18 +316,18 @@ def test_csv_keeps_order_and_ignores_other_columns(tmp_path: Path) -> None:
 )
 def test_csv_each_defect_is_named_with_its_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Cohort.from_csv(manifest(tmp_path, text))
+        read_csv(manifest(tmp_path, text))
 
 
 def test_csv_unknown_class_missing_file_and_mixed_patients(tmp_path: Path) -> None:
     manifest(tmp_path, HEADER + "a.png,a,p,s,train,x\nb.png,b,p,s,train,x\nc.png,b,p,s,train,x\nd.png,a,q,s,val,x\n")
     with pytest.raises(FileNotFoundError, match=r"manifest .*other\.csv is missing; .*path, class, patient, slide"):
-        Cohort.from_csv(tmp_path, "other.csv")
+        read_csv(tmp_path, "other.csv")
     with pytest.warns(UserWarning, match="left out 1 patches of 1 patients"):
-        cohort = Cohort.from_csv(tmp_path, mixed="drop_minority")
+        cohort = read_csv(tmp_path, mixed="drop_minority")
     assert [row.path for row in cohort.records] == ["b.png", "c.png", "d.png"]
     with (
         pytest.warns(UserWarning),
         pytest.raises(ValueError, match=r"line 5: unknown class 'a'; class_names are \('b',\)"),
     ):
-        Cohort.from_csv(tmp_path, mixed="drop_minority", class_names=("b",))
+        read_csv(tmp_path, mixed="drop_minority", class_names=("b",))

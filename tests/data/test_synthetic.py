@@ -12,8 +12,8 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.data import Cohort, read_patch, synthetic, write_synthetic_cohort
-from hsat.data.textures import TISSUES, blobs, clouds, fibres, grain, paint_patch, vary
+from hsat.data import read_opensrh, read_patch, synthetic, write_synthetic_cohort
+from hsat.data.textures import TISSUES, blobs, clouds, draw_variation, fibres, grain, paint_patch
 
 SMALL = dict(patients_per_class=3, slides=2, patches=3, size=24, classes=("hgg", "normal"))
 
@@ -29,7 +29,7 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def test_it_is_an_opensrh_folder(folder):
-    cohort = Cohort.from_opensrh(folder)
+    cohort = read_opensrh(folder)
     assert cohort.class_names == ("hgg", "normal")
     assert (len(cohort), len(cohort.patient_names), len(cohort.slide_names)) == (2 * 3 * 2 * 3, 6, 12)
     assert set(cohort.splits) == {"train", "val"}
@@ -62,7 +62,12 @@ def test_files_hold_two_16_bit_planes_inside_the_range(folder):
 def test_the_three_channels_are_neither_flat_nor_clipped(name):
     for number in range(4):
         rng = np.random.default_rng(number)
-        planes = paint_patch(TISSUES[name], vary(rng, strength=1.0), vary(rng, strength=0.6), rng, size=48) / 65536
+        planes = (
+            paint_patch(
+                TISSUES[name], draw_variation(rng, strength=1.0), draw_variation(rng, strength=0.6), rng, size=48
+            )
+            / 65536
+        )
         channels = np.stack([planes[1] - planes[0] + 5000 / 65536, *planes])
         inside = (channels > 0) & (channels < 1)
         assert inside[1:].mean() > 0.999 and inside[0].mean() > 0.6
@@ -145,7 +150,7 @@ def test_other_peoples_files_are_left_alone(tmp_path):
 
 def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert len(Cohort.from_opensrh(write_synthetic_cohort(tmp_path / "empty", **SMALL))) == 36
+    assert len(read_opensrh(write_synthetic_cohort(tmp_path / "empty", **SMALL))) == 36
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -170,7 +175,7 @@ def test_two_writers_of_the_same_cohort_agree(tmp_path, monkeypatch):
         write(root, chosen)
 
     monkeypatch.setattr(synthetic, "_write", write_twice)
-    assert len(Cohort.from_opensrh(write_synthetic_cohort(target, **SMALL))) == 36
+    assert len(read_opensrh(write_synthetic_cohort(target, **SMALL))) == 36
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -179,9 +184,9 @@ def test_patients_and_slides_draw_from_streams_of_their_own(tmp_path, monkeypatc
 
     def keep(rng, *, strength):
         strengths.setdefault(strength, []).append(rng.standard_normal())
-        return vary(rng, strength=strength)
+        return draw_variation(rng, strength=strength)
 
-    monkeypatch.setattr(synthetic, "vary", keep)
+    monkeypatch.setattr(synthetic, "draw_variation", keep)
     write_synthetic_cohort(tmp_path / "cohort", **SMALL)
     patients, slides = strengths[synthetic.PATIENT_STRENGTH], strengths[synthetic.SLIDE_STRENGTH]
     assert len({*patients, *slides}) == len(patients) + len(slides) == 6 + 12
@@ -216,7 +221,7 @@ def test_impossible_settings_are_named(tmp_path, options, error, message):
 
 def test_without_held_out_patients_one_per_class_will_do(tmp_path):
     root = write_synthetic_cohort(tmp_path / "cohort", **{**SMALL, "patients_per_class": 1, "val_fraction": 0})
-    assert Cohort.from_opensrh(root).splits == ("train",)
+    assert read_opensrh(root).splits == ("train",)
 
 
 def test_a_blob_alone_has_the_area_of_its_disc():

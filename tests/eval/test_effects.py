@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from hsat.attacks import BIM, FFGSM, MIFGSM, PGD, Linf
-from hsat.data import Cohort, HierarchicalDataset, PatientBatchSampler, hierarchical_loader, write_synthetic_cohort
+from hsat.data import (
+    AugmentationPolicy,
+    HierarchicalDataset,
+    PatientBatchSampler,
+    hierarchical_loader,
+    read_opensrh,
+    write_synthetic_cohort,
+)
 from hsat.eval import (
     CONVENTIONS,
     PAPER,
@@ -69,12 +76,13 @@ def test_scoring_and_attack_entries_are_what_the_preset_chooses():
 
 def test_training_entries_are_what_compat_chooses(tmp_path):
     root = write_synthetic_cohort(tmp_path / "c", classes=("hgg", "lgg"), patients_per_class=3, patches=1, size=32)
-    cohort = Cohort.from_opensrh(root)
+    cohort = read_opensrh(root)
     for chosen, number in ((None, 0), ("paper", 1)):
-        views = HierarchicalDataset(cohort, image_size=32, compat=chosen)
+        policy = AugmentationPolicy.paper("v0") if chosen else AugmentationPolicy("v0")
+        views = HierarchicalDataset(cohort, image_size=32, transform=policy)
         sampler = PatientBatchSampler(cohort, "train", batch_patients=2, compat=chosen)
-        assert views.uncropped == value_of("uncropped")[number]
-        assert views.static_epochs == value_of("static_epochs")[number]
+        assert policy.uncropped == value_of("uncropped")[number]
+        assert policy.static_epochs == value_of("static_epochs")[number]
         assert sampler.order == value_of("order")[number]
         slots = type(hierarchical_loader(views, sampler, compat=chosen).collate_fn).__name__ == "_SlotIds"
         assert slots == (value_of("ids")[number] == "slots")

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from hsat.attacks import L2, PGD, AttackEnsemble, Linf
-from hsat.data import Cohort, PatchDataset, patch_loader
+from hsat.data import PatchDataset, patch_loader, read_folders
 from hsat.eval import *
 
 EPS = 4 / 255
@@ -59,7 +59,7 @@ class Network(nn.Module):
 
 
 def cohort_in(root):
-    return Cohort.from_folders(root).with_split(val_fraction=0.5, seed=0)
+    return read_folders(root).with_split(val_fraction=0.5, seed=0)
 
 
 def evaluate(name, root, out, network, *, target="features", attack=GRADIENT, run=RunOptions()):

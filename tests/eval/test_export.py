@@ -13,7 +13,16 @@ from PIL import Image
 from torch import nn
 
 from hsat.attacks import L2, PGD, Linf, Masked, RawChannels, Reparametrized, Stains, UniversalPerturbation
-from hsat.data import Cohort, PatchDataset, patch_loader, srh_to_rgb, write_synthetic_cohort
+from hsat.data import (
+    Cohort,
+    PatchDataset,
+    patch_loader,
+    read_csv,
+    read_folders,
+    read_opensrh,
+    srh_to_rgb,
+    write_synthetic_cohort,
+)
 from hsat.data.readers import read_raw
 from hsat.eval import (
     ExportOptions,
@@ -48,7 +57,7 @@ def encoder():
 @pytest.fixture(scope="module")
 def srh(tmp_path_factory):
     root = tmp_path_factory.mktemp("srh") / "cohort"
-    return Cohort.from_opensrh(
+    return read_opensrh(
         write_synthetic_cohort(root, classes=("hgg", "normal"), patients_per_class=2, slides=2, patches=2, size=24)
     )
 
@@ -69,7 +78,7 @@ def colour(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 120, (20 + 4 * (patch % 2), 18, 3)) + 100 * (number % 2)
             Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return Cohort.from_folders(root).with_split(val_fraction=0.5, seed=0)
+    return read_folders(root).with_split(val_fraction=0.5, seed=0)
 
 
 def bank_of(cohort, encoder):
@@ -116,7 +125,7 @@ def test_colour_files_are_pngs_inside_the_ball_under_their_old_names(colour, fro
 def test_the_numbers_are_those_of_the_files(which, request, encoder, srh, colour, tmp_path):
     """Scored anew by hand, from nothing but the folder."""
     result, source = request.getfixturevalue(which), {"from_srh": srh, "from_colour": colour}[which]
-    again = Cohort.read(result.root, "csv", kind=source.kind, class_names=source.class_names)
+    again = read_csv(result.root, kind=source.kind, class_names=source.class_names)
     table = embed(encoder, patch_loader(PatchDataset(again, "val"), batch_size=1))
     knn = KNNClassifier(k=3).fit(bank_of(source, encoder))
     levels = score_levels(knn.predict_proba(table), table, class_names=knn.class_names)
@@ -139,10 +148,10 @@ def test_the_numbers_are_those_of_the_files(which, request, encoder, srh, colour
 
 
 def test_the_folder_is_a_cohort_in_its_own_layout(from_srh, from_colour, srh, colour):
-    opensrh = Cohort.from_opensrh(from_srh.root, class_names=srh.class_names)
+    opensrh = read_opensrh(from_srh.root, class_names=srh.class_names)
     assert sorted(opensrh.records) == sorted(from_srh.cohort.records)
     assert opensrh.splits == ("val",)
-    folders = Cohort.from_folders(from_colour.root, class_names=colour.class_names)
+    folders = read_folders(from_colour.root, class_names=colour.class_names)
     assert {record.path for record in folders.records} == {record.path for record in from_colour.cohort.records}
     about = json.loads((from_srh.root / "adversarial.json").read_text())
     assert about["attack"] == repr(RAW)

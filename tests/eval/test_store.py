@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hsat.attacks import PGD, AttackEnsemble, Linf
-from hsat.data import Cohort, PatchDataset, patch_loader, write_synthetic_cohort
+from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
 from hsat.distributed import World
 from hsat.eval import EmbeddingCache, KNNClassifier, RunOptions, Scoring, diagnostics, embed, evaluate_whitebox
 from hsat.eval.store import ResultStore, SeenBatches, StoredResult, open_store
@@ -160,7 +160,7 @@ def patches(tmp_path):
     root = write_synthetic_cohort(tmp_path / "srh", classes=("hgg", "lgg"), patients_per_class=3, patches=2, size=32)
 
     def loaders(image_size=32, batch_size=8):
-        cohort = Cohort.from_opensrh(root)
+        cohort = read_opensrh(root)
         sets = [PatchDataset(cohort, split, image_size=image_size) for split in ("train", "val")]
         return [patch_loader(each, batch_size=batch_size) for each in sets]
 

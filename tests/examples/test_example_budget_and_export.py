@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from hsat.data import Cohort
+from hsat.data import read_opensrh
 from hsat.data.readers import read_raw
 from hsat.eval import read_records
 
@@ -57,7 +57,7 @@ def test_files_are_a_cohort_inside_the_ball_and_no_run_overwrites_another(start,
     records = read_records(tmp_path / "adv/records.jsonl")
     assert {r.attack_name for r in records} == {"clean", "PGD-raw_srh-8", "PGD-raw_srh-8 (files)"}
     assert {r.settings["bootstrap"] for r in records} == {10}
-    source, files = Cohort.read(root, "opensrh"), Cohort.read(tmp_path / "adv/cohort", "opensrh")
+    source, files = read_opensrh(root), read_opensrh(tmp_path / "adv/cohort")
     where = {record.path: row for row, record in enumerate(source.records)}
     gap = [
         (read_raw(files.path(row)).double() - read_raw(source.path(where[record.path])).double()).abs().max().item()

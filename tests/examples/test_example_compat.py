@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hsat.data import Cohort
+from hsat.data import read_opensrh
 from hsat.fingerprints import fingerprint_weights
 
 
@@ -18,13 +18,13 @@ def trainer(root, *argv):
         "--data.image_size 32 --model.backbone test_byobnet --model.embedding_dim 16 --train.batch_patients 2".split()
     )
     settings = TrainHSAT.load(["--data.root", str(root), *small, "--train.epochs", "1600", *argv])
-    return Trainer(settings, Cohort.from_opensrh(root))
+    return Trainer(settings, read_opensrh(root))
 
 
 def choices(made):
     views = made.loader.dataset
     slots = type(made.loader.collate_fn).__name__ == "_SlotIds"
-    return slots, made.sampler.order, views.uncropped, views.static_epochs
+    return slots, made.sampler.order, views.transform.uncropped, views.transform.static_epochs
 
 
 @pytest.mark.parametrize(

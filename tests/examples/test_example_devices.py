@@ -119,14 +119,14 @@ def pretended():
     """pretended(rank, *argv): the trainer of one of two ranks, in a process group that is really of one."""
     import torch.distributed as dist
 
-    from hsat.data import Cohort
+    from hsat.data import read_opensrh
     from ranks import Ranks
     from train_hsat import hold_out, load_settings
     from trainer import Trainer
 
     def build(rank, *argv):
         settings = load_settings([*map(str, argv)])
-        cohort = hold_out(Cohort.from_opensrh(settings.data.root), settings)
+        cohort = hold_out(read_opensrh(settings.data.root), settings)
         return Trainer(settings, cohort, Ranks(rank, 2, torch.device("cpu")))
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hsat.data import Cohort
+from hsat.data import read_opensrh
 from hsat.eval import compare_models, load_scores, read_records
 from hsat.models import load_encoder
 
@@ -71,7 +71,7 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
     assert {record.level for record in records} == {"patch", "slide", "patient"}
     assert {(record.model, record.target, record.k, record.seed) for record in records} == {("run", "embedding", 5, 0)}
     assert {record.checkpoint for record in records} == {hashlib.sha256(file.read_bytes()).hexdigest()}
-    assert {record.cohort for record in records} == {Cohort.from_opensrh(root).fingerprint()}
+    assert {record.cohort for record in records} == {read_opensrh(root).fingerprint()}
     attacked = next(record for record in records if record.attack_name == "MIFGSM-8")
     assert attacked.eps == "8/255" and "MIFGSM" in attacked.attack and "steps=2" in attacked.attack
     table = (out / "table.md").read_text()
@@ -257,5 +257,5 @@ def test_loaders_lock_pages_for_a_gpu_alone(root, monkeypatch, kind):
 
     monkeypatch.setattr(script, "device_named", lambda _name: torch.device(kind))
     settings = script.EvaluateWhitebox.load(["--data.root", str(root), "--checkpoint", "x"])
-    for loader in script.loaders(settings, Cohort.from_opensrh(root)):
+    for loader in script.loaders(settings, read_opensrh(root)):
         assert loader.pin_memory == (kind == "cuda")

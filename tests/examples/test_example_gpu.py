@@ -40,7 +40,7 @@ def rows_of(folder):
         (),
         ("--train.precision", "bf16", "--train.channels_last", "true"),
         ("--train.precision", "16"),
-        ("--data.packed", "auto", "--data.augment", "device", "--data.workers", "2"),
+        ("--data.packed", "auto", "--data.augment", "items", "--data.workers", "2"),
         ("--train.accumulate", "2"),
         ("--attack.name", "free", "--attack.replays", "2"),
         ("--attack.name", "nfgsm", "--attack.check_every", "2"),

@@ -1,4 +1,4 @@
-"""train_hsat.py on packed patches: the same training, without the files; and views made elsewhere."""
+"""train_hsat.py on packed patches: the same training, without the files; and views of an item at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsat.data import Cohort, PackedPatches
+from hsat.data import PatchStore, read_opensrh
 
 
 @pytest.fixture
@@ -33,7 +33,6 @@ def files_are_closed(monkeypatch):
         raise AssertionError(f"{path} was read")
 
     monkeypatch.setattr(room, "read_patch", refuse)
-    monkeypatch.setattr(room, "read_stored", refuse)
 
 
 def same_run(one, other):
@@ -43,7 +42,7 @@ def same_run(one, other):
 
 def test_packed_training_and_evaluation_are_those_of_the_files(train, root, tmp_path, files_are_closed, monkeypatch):
     packed = train("packed", "--data.packed", tmp_path / "patches")
-    assert len(PackedPatches.open(tmp_path / "patches", Cohort.from_opensrh(root))) == len(Cohort.from_opensrh(root))
+    assert len(PatchStore.open(tmp_path / "patches", read_opensrh(root))) == len(read_opensrh(root))
     again = train("again", "--data.packed", tmp_path / "patches")  # opened, as it is there
     monkeypatch.undo()
     files = train("files")
@@ -55,11 +54,11 @@ def test_auto_lies_beside_the_run_and_serves_other_splits(train, tmp_path, files
     items = train("items", "--data.packed", "auto", "--data.augment", "items")
     (folder,) = tmp_path.glob("packed-*")
     made = (folder / "images.npy").stat()
-    device = train("device", "--data.packed", "auto", "--data.augment", "device")
+    again = train("again", "--data.packed", "auto", "--data.augment", "items", "--data.workers", "1")
     train("split", "--data.packed", "auto", "--data.split_seed", "5", "--attack.name", "none")
     assert [*tmp_path.glob("packed-*")] == [folder]
     assert (folder / "images.npy").stat().st_ino == made.st_ino
-    same_run(items, device)
+    same_run(items, again)
 
 
 def test_items_train_as_images_to_rounding(train):

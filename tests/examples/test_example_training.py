@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from hsat.data import Cohort
+from hsat.data import read_opensrh
 from hsat.fingerprints import fingerprint_weights
 from hsat.models import load_encoder
 from hsat.training import StepResult
@@ -34,7 +34,7 @@ def test_run_folder_says_what_was_run_on_what(trained, root):
     assert about["settings"]["attack"]["eps"] == 8 / 255
     assert about["settings"]["model"]["backbone"] == "test_byobnet"
     assert {"python", "torch", "hsat", "timm", "numpy"} <= about["versions"].keys()
-    split = Cohort.from_opensrh(root).with_split(val_fraction=0.15, names=("train", "tune"), of="train")
+    split = read_opensrh(root).with_split(val_fraction=0.15, names=("train", "tune"), of="train")
     assert about["cohort"] == split.fingerprint()
     left = {path.name for path in trained.iterdir()}
     assert left == {"run.json", "train.csv", "last.pt", "final.safetensors", "best.safetensors", "best.json"}
@@ -104,7 +104,7 @@ def test_without_a_root_it_writes_and_uses_the_synthetic_cohort(root, monkeypatc
 
 def test_one_patient_of_each_class_is_enough_to_train_when_nobody_is_held_out(options, root, tmp_path, stops):
     lines = ["path,class,patient,slide,split"]
-    for row in Cohort.from_opensrh(root).records:
+    for row in read_opensrh(root).records:
         number = int(row.patient.removeprefix("SYN_"))
         if number % 4 in (1, 2):
             split = ("val", "train")[number % 4 - 1]

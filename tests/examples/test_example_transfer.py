@@ -11,7 +11,7 @@ import time
 import pytest
 from PIL import Image
 
-from hsat.data import Cohort
+from hsat.data import read_opensrh
 from hsat.eval import read_records
 from hsat.models import build_encoder, checkpoint_hash, save_encoder
 
@@ -67,7 +67,7 @@ def test_writes_the_matrix(whole, files, root):
     assert {r.level for r in drops} == {"patch", "slide", "patient"}
     assert {r.attack_name for r in drops} == {"PGD-8", "MIFGSM-8"}
     assert {(r.model, r.checkpoint) for r in records} == {(name, checkpoint_hash(path)) for name, path in files.items()}
-    assert {r.cohort for r in records} == {Cohort.from_opensrh(root).fingerprint()}
+    assert {r.cohort for r in records} == {read_opensrh(root).fingerprint()}
     assert all(r.backwards >= 2 for r in drops)
     assert {path.name for path in whole.iterdir()} == WRITTEN
     table = (whole / "table.md").read_text()

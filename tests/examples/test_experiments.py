@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from hsat.data import write_synthetic_cohort
+from hsat.data import read_opensrh, write_synthetic_cohort
 from hsat.eval import read_records
 from hsat.fingerprints import fingerprint_weights
 from hsat.models import build_encoder, load_encoder, save_encoder, unused_branches
@@ -225,11 +225,10 @@ def test_dual_norm_resumes_bit_for_bit(dual, place):
 
 def test_the_held_out_score_is_that_of_the_trained_branch(dual, place, monkeypatch):
     import held_out
-    from hsat.data import Cohort
     from train_hsat import hold_out, load_settings
 
     settings = load_settings(["--config", str(SMOKE[2]), *DUAL.split()])
-    cohort = hold_out(Cohort.from_opensrh(place / "runs" / "synthetic-0"), settings)
+    cohort = hold_out(read_opensrh(place / "runs" / "synthetic-0"), settings)
     seen = []
     honest = held_out.embed
 

@@ -23,12 +23,12 @@ import torch
 
 from hsat.attacks import FFGSM, PGD, AttackEnsemble, Linf
 from hsat.data import (
-    Cohort,
     HierarchicalDataset,
     PatchDataset,
     PatientBatchSampler,
     hierarchical_loader,
     patch_loader,
+    read_opensrh,
     write_synthetic_cohort,
 )
 from hsat.eval import (
@@ -82,14 +82,14 @@ class SmallCohort:
         root = write_synthetic_cohort(
             folder, classes=("hgg", "lgg", "normal"), patients_per_class=4, slides=2, patches=3, size=SIZE, seed=0
         )
-        self.cohort = Cohort.read(root, "opensrh")
+        self.cohort = read_opensrh(root)
         self.bank = Doubled(patch_loader(PatchDataset(self.cohort, "train", image_size=SIZE), batch_size=18))
         self.queries = Doubled(patch_loader(PatchDataset(self.cohort, "val", image_size=SIZE), batch_size=7))
         self.augmented, self.plain = self._batches("v0", COUNTED), self._batches("none", STEPS)
 
     def _batches(self, augmentation: str, count: int) -> list[HierarchicalBatch]:
         """The first batches, of 3 patients each."""
-        views = HierarchicalDataset(self.cohort, "train", image_size=SIZE, augmentation=augmentation, seed=0)
+        views = HierarchicalDataset(self.cohort, "train", image_size=SIZE, transform=augmentation, seed=0)
         sampler = PatientBatchSampler(self.cohort, "train", batch_patients=3, seed=0)
         loader = Doubled(hierarchical_loader(views, sampler))
         batches: list[HierarchicalBatch] = []

@@ -48,7 +48,6 @@ from hsat.attacks import (
 )
 from hsat.classifiers import KNNClassifier
 from hsat.data import augment_batch, build_transform, srh_to_rgb
-from hsat.data.on_device import DrawnBatch
 from hsat.distributed import global_indices
 from hsat.eval import Provenance, Scoring, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
@@ -105,7 +104,6 @@ MORE = {  # case: (reads of the device, why); all others: one for an attack, non
     "step, parts": (2, "two parts, two attack calls"),
     "free": (3, "are the images in range, and the gradients finite before each of two moves?"),
     "worst_case": (2, "two attacks"),
-    "stored patches": (2, "are the values in range? once for each of two pipelines"),
 }
 FREELY = {"evaluation", "warm starts", "safeguard", "universal"}  # between steps, or once per batch
 COPIES = {  # case: (copies to the device that block, why)
@@ -227,24 +225,6 @@ def augmented(place: Place, *, name: str) -> Tensor:
     return augment_batch(patches, pipeline, list(range(16)), source=[i // 2 for i in range(16)], replay_noise=True)
 
 
-def drawn(place: Place) -> list[Tensor]:
-    stored = (place.on_cpu.images[::2] * 255).to(torch.uint8)
-    batch = DrawnBatch(
-        batch=place.on_cpu.replace(images=torch.zeros(16, 1, 1, 1)),
-        stored=stored.reshape(-1),
-        shapes=((3, 8, 8),) * 8,
-        source=tuple(i // 2 for i in range(16)),
-        seeds=tuple(range(16)),
-        pipeline=tuple(i % 2 for i in range(16)),
-        pipelines=tuple(build_transform("v1", image_size=8) for _ in range(2)),
-        kind="rgb",
-    )
-    if place.device.type != "cpu":
-        batch = batch.pin_memory()
-    moved = batch.augmented(place.device)
-    return [moved.images, moved.patch, moved.label]
-
-
 def encoder_of(place: Place) -> nn.Module:
     backbone = network()
     encoder = wrap_encoder(backbone, mean=0.5, std=0.25, head=nn.Linear(5, 4))
@@ -320,7 +300,6 @@ def cases() -> dict[str, Callable[[Place], Any]]:
     )
     for name in ("none", "static", "v0", "v1"):
         found[f"augmentation: {name}"] = partial(augmented, name=name)
-    found["stored patches"] = drawn
     found["evaluation"] = evaluated
     found["warm starts"] = warm
     found["safeguard"] = safeguarded

@@ -13,8 +13,8 @@ import pytest
 import tifffile
 import torch
 
-from hsat.data import Cohort, write_synthetic_cohort
-from hsat.data.fingerprint import patient_digests
+from hsat.data import read_opensrh, write_synthetic_cohort
+from hsat.data.cohort import patient_digests
 from hsat.training import assert_ranks_agree, assert_same
 from hsat.training.agreement import tensor_digests
 
@@ -23,15 +23,15 @@ import copy, json, sys
 from importlib import metadata
 import torch, torch.distributed as dist
 from torch import nn
-from hsat.data import Cohort, pack_cohort
+from hsat.data import Cohort, read_opensrh, write_patch_store
 from hsat.training import assert_ranks_agree, assert_same
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
 torch.set_num_threads(1)
 last = rank == 2
-whole, other = (Cohort.from_opensrh(f"{folder}/{name}") for name in ("one", "two"))
-mine = Cohort.from_opensrh(f"{folder}/copy") if last else whole
+whole, other = (read_opensrh(f"{folder}/{name}") for name in ("one", "two"))
+mine = read_opensrh(f"{folder}/copy") if last else whole
 patients = whole.patient_names
 
 def of(records):
@@ -60,13 +60,13 @@ def differently_installed():
         metadata.version = honest
 
 def packed(cohort, name):
-    return pack_cohort(cohort, f"{folder}/packed-{name}-{rank}")
+    return write_patch_store(cohort, f"{folder}/packed-{name}-{rank}")
 
 seen = of([r for r in whole.records if r.patient != patients[1]]) if last else whole
 cases = {
     "all the same": lambda: assert_ranks_agree(
         settings={"lr": 0.1, "nan": float("nan"), "list": [1, None]}, cohort=mine, model=model(), optimizer=descent(),
-        packed=packed(whole, "same"), seed=3),
+        store=packed(whole, "same"), seed=3),
     "other keys' order": lambda: assert_same("x", {"a": 1, "b": 2} if last else {"b": 2, "a": 1}),
     "settings": lambda: assert_ranks_agree(settings={"train.lr": 0.1 + 0.1 * (rank == 1), "seed": 0}),
     "ranks 1 and 2": lambda: assert_same("the step", 7 + rank),
@@ -78,8 +78,8 @@ cases = {
     "pixels": lambda: assert_ranks_agree(cohort=other if last else whole, seed=5),
     "no pixels": lambda: assert_ranks_agree(cohort=other if last else whole, patches=0),
     "packed": lambda: assert_ranks_agree(
-        cohort=other if last else whole, packed=packed(other if last else whole, "own"), patches=0),
-    "not packed": lambda: assert_ranks_agree(cohort=whole, packed=None if last else packed(whole, "own")),
+        cohort=other if last else whole, store=packed(other if last else whole, "own"), patches=0),
+    "not packed": lambda: assert_ranks_agree(cohort=whole, store=None if last else packed(whole, "own")),
     "weights": lambda: assert_ranks_agree(model=model(last)),
     "optimiser": lambda: assert_ranks_agree(optimizer=descent(last)),
     "versions": differently_installed,
@@ -168,7 +168,7 @@ def test_what_differs_is_named_with_both_values(messages, case, words):
 
 def test_the_culprits_themselves_are_named(messages, folder):
     """The patient who is missing and the file that has other pixels, and no other."""
-    cohort = Cohort.from_opensrh(folder / "one")
+    cohort = read_opensrh(folder / "one")
     named = [name for name in cohort.patient_names if repr(name) in messages["patient"]]
     assert named == [cohort.patient_names[1]]
     (path,) = [record.path for record in cohort.records if record.path in messages["pixels"]]
@@ -176,10 +176,10 @@ def test_the_culprits_themselves_are_named(messages, folder):
 
 
 def test_digests_of_patients_cover_names_sizes_and_splits(folder):
-    cohort = Cohort.from_opensrh(folder / "one")
+    cohort = read_opensrh(folder / "one")
     whole = patient_digests(cohort)
     assert len(whole) == len(cohort.patient_names) + 1
-    assert whole == patient_digests(Cohort.from_opensrh(folder / "copy"))
+    assert whole == patient_digests(read_opensrh(folder / "copy"))
     moved = patient_digests(cohort.with_split(val_fraction=0.5))
     assert [name for name in whole if whole[name] != moved[name]] and [*whole] == [*moved]
 

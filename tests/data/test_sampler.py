@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.data.cohort import Cohort, PatchRecord
-from hsat.data.sampling import Draw, PatientBatchSampler, draw_images, epoch_patients, slot_seed
+from hsat.data.sampler import PatientBatchSampler, PatientDraw, draw_images, order_patients, slot_seed
 
 CLASS_SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
@@ -47,7 +47,7 @@ def cohort_of(sizes: list[int], *, split: str = "train") -> Cohort:
 @settings(max_examples=60, deadline=None)
 def test_a_balanced_epoch_has_equal_classes_and_full_rounds(sizes, batch, seed, epoch):
     labels, patients = patients_of(sizes)
-    order = epoch_patients(labels, patients, batch=batch, seed=seed, epoch=epoch)
+    order = order_patients(labels, patients, batch=batch, seed=seed, epoch=epoch)
     label_of = dict(zip(patients.tolist(), labels.tolist(), strict=True))
     per_class = Counter(label_of[patient] for patient, _ in order)
     assert per_class == {label: max(sizes) for label in range(len(sizes))}
@@ -62,7 +62,7 @@ def test_a_balanced_epoch_has_equal_classes_and_full_rounds(sizes, batch, seed, 
 @settings(max_examples=60, deadline=None)
 def test_occurrences_count_up_in_the_order_of_the_draws(sizes, batch, balance):
     labels, patients = patients_of(sizes)
-    order = epoch_patients(labels, patients, batch=batch, seed=1, epoch=2, balance=balance)
+    order = order_patients(labels, patients, batch=batch, seed=1, epoch=2, balance=balance)
     seen: dict[int, int] = {}
     for patient, occurrence in order:
         assert occurrence == seen.get(patient, 0)
@@ -73,7 +73,7 @@ def test_occurrences_count_up_in_the_order_of_the_draws(sizes, batch, balance):
 @settings(max_examples=150, deadline=None)
 def test_a_patient_repeats_in_a_batch_only_when_the_others_are_used_up(sizes, batch, epoch):
     labels, patients = patients_of(sizes)
-    order = [patient for patient, _ in epoch_patients(labels, patients, batch=batch, seed=0, epoch=epoch)]
+    order = [patient for patient, _ in order_patients(labels, patients, batch=batch, seed=0, epoch=epoch)]
     for number, members in enumerate(cut(order, batch)):
         most = max(Counter(members).values())
         for patient in set(order[(number + 1) * batch :]):
@@ -84,7 +84,7 @@ def test_a_patient_repeats_in_a_batch_only_when_the_others_are_used_up(sizes, ba
 @settings(max_examples=200, deadline=None)
 def test_full_batches_hold_no_patient_twice_where_that_is_possible(sizes, batch, epoch):
     labels, patients = patients_of(sizes)
-    order = [patient for patient, _ in epoch_patients(labels, patients, batch=batch, seed=0, epoch=epoch)]
+    order = [patient for patient, _ in order_patients(labels, patients, batch=batch, seed=0, epoch=epoch)]
     batches = cut(order, batch)
     if len(order) % batch == 0 and max(Counter(order).values()) <= len(batches):
         assert all(len(set(members)) == batch for members in batches)
@@ -94,7 +94,7 @@ def test_the_tight_case_is_met_that_careless_orders_miss():
     """Two patients fill half of every batch: 4 batches of 4, patients 0 and 1 four times each, eight others once."""
     labels, patients = np.array([0] * 8 + [1, 1]), np.arange(10)
     for epoch in range(50):
-        order = [patient for patient, _ in epoch_patients(labels, patients, batch=4, seed=0, epoch=epoch)]
+        order = [patient for patient, _ in order_patients(labels, patients, batch=4, seed=0, epoch=epoch)]
         assert all({8, 9} <= set(members) and len(set(members)) == 4 for members in cut(order, 4))
 
 
@@ -102,22 +102,22 @@ def test_the_tight_case_is_met_that_careless_orders_miss():
 @settings(max_examples=30, deadline=None)
 def test_an_unbalanced_epoch_is_a_permutation(sizes, batch):
     labels, patients = patients_of(sizes)
-    order = epoch_patients(labels, patients, batch=batch, seed=0, epoch=0, balance=False)
+    order = order_patients(labels, patients, batch=batch, seed=0, epoch=0, balance=False)
     assert sorted(order) == [(patient, 0) for patient in patients.tolist()]
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     labels, patients = patients_of([9, 4, 2])
-    first = epoch_patients(labels, patients, batch=5, seed=3, epoch=7)
+    first = order_patients(labels, patients, batch=5, seed=3, epoch=7)
     np.random.seed(99)
-    assert epoch_patients(labels, patients, batch=5, seed=3, epoch=7) == first
-    assert epoch_patients(labels, patients, batch=5, seed=4, epoch=7) != first
-    assert epoch_patients(labels, patients, batch=5, seed=3, epoch=8) != first
+    assert order_patients(labels, patients, batch=5, seed=3, epoch=7) == first
+    assert order_patients(labels, patients, batch=5, seed=4, epoch=7) != first
+    assert order_patients(labels, patients, batch=5, seed=3, epoch=8) != first
 
 
 def test_patients_of_one_class_are_exchangeable():
     labels, patients = np.array([0] * 6 + [1] * 3), np.arange(9)
-    orders = [[p for p, _ in epoch_patients(labels, patients, batch=4, seed=0, epoch=e)] for e in range(1500)]
+    orders = [[p for p, _ in order_patients(labels, patients, batch=4, seed=0, epoch=e)] for e in range(1500)]
     early = np.array([sum(p in order[:6] for order in orders) for p in range(6)]) / len(orders)
     assert early.max() - early.min() < 0.08  # five sigma
 
@@ -125,7 +125,7 @@ def test_patients_of_one_class_are_exchangeable():
 def test_classes_are_mixed_from_the_first_draw_on():
     """Six patients of one class against one patient six times: each draw is of either class with equal chance."""
     labels, patients = np.array([0] * 6 + [1]), np.arange(7)
-    orders = [epoch_patients(labels, patients, batch=1, seed=0, epoch=epoch) for epoch in range(600)]
+    orders = [order_patients(labels, patients, batch=1, seed=0, epoch=epoch) for epoch in range(600)]
     for place in (0, 5, 11):
         assert abs(np.mean([order[place][0] == 6 for order in orders]) - 0.5) < 0.1  # five sigma
 
@@ -134,7 +134,7 @@ def test_who_is_drawn_once_more_changes_from_epoch_to_epoch():
     labels, patients = np.array([0, 0, 0, 1, 1]), np.arange(5)
     twice = set()
     for epoch in range(20):
-        order = epoch_patients(labels, patients, batch=3, seed=0, epoch=epoch)
+        order = order_patients(labels, patients, batch=3, seed=0, epoch=epoch)
         twice |= {patient for patient, occurrence in order if occurrence == 1}
     assert twice == {3, 4}
 
@@ -150,7 +150,7 @@ def test_who_is_drawn_once_more_changes_from_epoch_to_epoch():
 )
 def test_wrong_epochs_are_refused(labels, patients, batch, message):
     with pytest.raises(ValueError, match=message):
-        epoch_patients(labels, patients, batch=batch, seed=0, epoch=0)
+        order_patients(labels, patients, batch=batch, seed=0, epoch=0)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_wrong_epochs_are_refused(labels, patients, batch, message):
 
 def test_slot_seeds_are_the_same_in_every_process():
     here = slot_seed(1, 2, "Müller 3", 4, 5)
-    code = "from hsat.data.sampling import slot_seed; print(slot_seed(1, 2, 'Müller 3', 4, 5))"
+    code = "from hsat.data.sampler import slot_seed; print(slot_seed(1, 2, 'Müller 3', 4, 5))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(there.stdout) == here
     assert 0 <= here < 2**63
@@ -195,7 +195,7 @@ def rows_of(lengths: list[int]) -> list[list[int]]:
 @settings(max_examples=150, deadline=None)
 def test_draws_repeat_a_slide_or_patch_only_when_all_are_drawn(lengths, wanted, each, seed):
     slides = rows_of(lengths)
-    rows = draw_images(slides, slides_wanted=wanted, patches_wanted=each, rng=np.random.default_rng(seed))
+    rows = draw_images(slides, slides_drawn=wanted, patches_drawn=each, rng=np.random.default_rng(seed))
     slide_of = {row: number for number, members in enumerate(slides) for row in members}
     parts = cut(rows, each)
     assert len(parts) == wanted
@@ -211,7 +211,7 @@ def test_draws_repeat_a_slide_or_patch_only_when_all_are_drawn(lengths, wanted, 
 def test_all_slides_and_patches_are_equally_likely():
     rng = np.random.default_rng(0)
     times = Counter(
-        row for _ in range(3000) for row in draw_images(rows_of([4, 4, 4]), slides_wanted=2, patches_wanted=2, rng=rng)
+        row for _ in range(3000) for row in draw_images(rows_of([4, 4, 4]), slides_drawn=2, patches_drawn=2, rng=rng)
     )
     assert all(abs(count / 3000 - 1 / 3) < 0.045 for count in times.values())  # five sigma
     assert len(times) == 12
@@ -228,7 +228,7 @@ def test_all_slides_and_patches_are_equally_likely():
 )
 def test_wrong_draws_are_refused(slides, wanted, each, message):
     with pytest.raises(ValueError, match=message):
-        draw_images(slides, slides_wanted=wanted, patches_wanted=each, rng=np.random.default_rng(0))
+        draw_images(slides, slides_drawn=wanted, patches_drawn=each, rng=np.random.default_rng(0))
 
 
 # --- the batch sampler -----------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_a_draw_carries_epoch_occurrence_and_strength():
     draws = [draw for members in sampler for draw in members]
     assert {(draw.epoch, draw.strength) for draw in draws} == {(6, 0.5)}
     assert sorted(draw.occurrence for draw in draws if draw.patient == 5) == [0, 1, 2, 3]
-    assert all(isinstance(draw, Draw) and type(draw.patient) is int for draw in draws)
+    assert all(isinstance(draw, PatientDraw) and type(draw.patient) is int for draw in draws)
     assert 0 not in {draw.patient for draw in draws}  # the validation patient
 
 

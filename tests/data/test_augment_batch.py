@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import numpy as np
@@ -12,10 +13,8 @@ import torchvision.transforms.functional as tvf
 from torch import Tensor
 
 from hsat.data import image_operations as do
-from hsat.data.augment import AUGMENTATIONS, build_transform
-from hsat.data.batched import _add_noise, augment_batch
-from hsat.data.replayed import Jitter, Move, Noise, draw_parameters
-from hsat.data.samples import isolated
+from hsat.data.augment import AUGMENTATIONS, build_transform, fork_cpu_rng
+from hsat.data.augment_batch import Jitter, Move, Noise, _add_noise, augment_batch, draw_parameters
 
 STRENGTHS = (1.0, 0.4, 0.0)
 
@@ -28,7 +27,7 @@ def some_patches(count: int, height: int = 21, width: int = 26, *, seed: int = 0
 def each(patches: list[Tensor], pipeline, seeds, source) -> list[Tensor]:
     """The per-image pipeline, as the datasets run it."""
     found = []
-    with isolated():
+    with fork_cpu_rng():
         for seed, which in zip(seeds, source, strict=True):
             torch.default_generator.manual_seed(seed)
             found.append(pipeline(patches[which]))
@@ -122,7 +121,7 @@ def test_the_same_seed_gives_the_same_image_to_rounding(name, size, strength):
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_several_images_at_once_equal_one_by_one(name, monkeypatch):
     """What a GPU does: all images of a size go through the operations together."""
-    import hsat.data.batched as room
+    room = importlib.import_module("hsat.data.augment_batch")  # the package has a function of this name
 
     pipeline = build_transform(name, image_size=18, strength=0.9)
     patches, seeds = [*some_patches(2), *some_patches(2, 30, 17)], [*range(30)]
@@ -194,7 +193,7 @@ def test_the_test_of_two_laws_by_known_values():
 def drawn(name: str, strength: float, *, with_noise: bool, first: int, count: int) -> list[list]:
     pipeline = build_transform(name, image_size=40, strength=strength)
     found = []
-    with isolated():
+    with fork_cpu_rng():
         for seed in range(first, first + count):
             torch.default_generator.manual_seed(seed)
             found.append(draw_parameters(pipeline, 40, 40, with_noise=with_noise))

@@ -1,4 +1,4 @@
-"""Whether a cohort's files are there, and inside its root."""
+"""Checks of paths: the root exists, files are there and not empty, and no link leads out of the root."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 _NAMED_AT_MOST = 5
 
 
-def existing_root(root: str | os.PathLike[str]) -> Path:
+def resolve_root(root: str | os.PathLike[str]) -> Path:
     """The root as an absolute path.  Raises FileNotFoundError or NotADirectoryError naming it."""
     folder = Path(os.path.abspath(os.path.expanduser(root)))
     if not folder.exists():
@@ -34,15 +34,17 @@ def check_inside(root: Path, full: str, name: str) -> None:
 def file_sizes(root: Path, names: Iterable[str], paths: Iterable[Path]) -> list[int]:
     """Size in bytes of every file, in the order given; names are for the messages.
 
-    Raises FileNotFoundError naming the missing files (up to five, and how many), ValueError for files that are empty,
-    not regular, or reached through a link out of the root, and another OSError for those that may not be looked at.
+    Raises:
+        FileNotFoundError: Files are missing; up to five are named, and how many there are.
+        ValueError: Files are empty, not regular, or reached through a link out of the root.
+        OSError: Files may not be looked at.
     """
     sizes: list[int] = []
     missing: list[str] = []
     empty: list[str] = []
     for name, path in zip(names, paths, strict=True):
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             missing.append(name)
             continue
@@ -50,19 +52,19 @@ def file_sizes(root: Path, names: Iterable[str], paths: Iterable[Path]) -> list[
             raise OSError(
                 error.errno, f"patch {name!r} of the cohort at {root}: {error.strerror}", str(path)
             ) from error
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"patch {name!r} of the cohort at {root} is not a regular file")
-        if not found.st_size:
+        if not status.st_size:
             empty.append(name)
-        sizes.append(found.st_size)
+        sizes.append(status.st_size)
     if missing:
-        raise FileNotFoundError(f"files missing from the cohort at {root}: {shortened(missing)}")
+        raise FileNotFoundError(f"files missing from the cohort at {root}: {shorten_names(missing)}")
     if empty:
-        raise ValueError(f"empty files in the cohort at {root}: {shortened(empty)}")
+        raise ValueError(f"empty files in the cohort at {root}: {shorten_names(empty)}")
     return sizes
 
 
-def shortened(names: Iterable[str]) -> str:
+def shorten_names(names: Iterable[str]) -> str:
     """The first few names, quoted, for a message."""
     listed = list(names)
     more = f", ... ({len(listed)} in all)" if len(listed) > _NAMED_AT_MOST else ""

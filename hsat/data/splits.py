@@ -22,8 +22,9 @@ def split_by_patient(
 ) -> tuple[PatchRecord, ...]:
     """The records with new splits; see `Cohort.with_split`.
 
-    Raises ValueError for a fraction outside (0, 1), a negative seed, names that are empty or equal, or when no class
-    has two patients, so that names[1] would stay empty.
+    Raises:
+        ValueError: A fraction outside (0, 1), a negative seed, names that are empty or equal, or no class has two
+            patients, so that names[1] would stay empty.
     """
     _check_options(val_fraction, seed, names)
     patients_of: dict[str, set[str]] = {}
@@ -36,10 +37,10 @@ def split_by_patient(
         if len(patients) == 1:
             alone.append(class_name)
             continue
-        wanted = min(max(round(val_fraction * len(patients)), 1), len(patients) - 1)
+        count = min(max(round(val_fraction * len(patients)), 1), len(patients) - 1)
         order = _class_generator(seed, class_name).permutation(len(patients))
         in_order = sorted(patients)
-        held_out.update(in_order[i] for i in order[:wanted])
+        held_out.update(in_order[i] for i in order[:count])
     if not held_out:
         raise ValueError(
             f"no class has two patients, so {names[1]!r} would be empty; a split needs more patients than the one each"

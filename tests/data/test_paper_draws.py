@@ -7,21 +7,22 @@ import pytest
 import torch
 
 from hsat.data import (
-    Cohort,
-    Draw,
+    AugmentationPolicy,
     HierarchicalBatch,
     HierarchicalDataset,
     PatientBatchSampler,
+    PatientDraw,
     build_transform,
     hierarchical_loader,
+    read_opensrh,
 )
-from hsat.data.sampling import epoch_patients
+from hsat.data.sampler import order_patients
 from hsat.losses import HiDiscLoss
 
 
 @pytest.fixture
 def cohort(opensrh_root):
-    return Cohort.from_opensrh(opensrh_root)
+    return read_opensrh(opensrh_root)
 
 
 def dataset(cohort, **options):
@@ -50,8 +51,6 @@ def test_an_option_wins_over_compat(cohort):
     true = first_batch(cohort)
     assert torch.equal(first_batch(cohort, compat="paper", ids="true").slide, true.slide)
     assert PatientBatchSampler(cohort, "train", batch_patients=1, compat="paper", order="spread").order == "spread"
-    kept = dataset(cohort, compat="paper", uncropped="resize", static_epochs=3)
-    assert (kept.uncropped, kept.static_epochs) == ("resize", 3)
 
 
 def test_a_plain_shuffle_lets_repeats_of_a_patient_meet():
@@ -60,7 +59,7 @@ def test_a_plain_shuffle_lets_repeats_of_a_patient_meet():
     doubled = {"spread": 0, "plain": 0}
     for order in doubled:
         for epoch in range(20):
-            pairs = epoch_patients(labels, patients, batch=4, seed=0, epoch=epoch, order=order)
+            pairs = order_patients(labels, patients, batch=4, seed=0, epoch=epoch, order=order)
             drawn = [patient for patient, _ in pairs]
             assert sorted(drawn) == sorted([*range(8), *[8] * 4, *[9] * 4])
             for patient in (8, 9):
@@ -71,22 +70,23 @@ def test_a_plain_shuffle_lets_repeats_of_a_patient_meet():
 
 def test_the_sampler_shuffles_plainly_under_compat(cohort):
     sampler = PatientBatchSampler(cohort, "train", batch_patients=3, compat="paper", seed=4)
-    pairs = epoch_patients(sampler.labels, sampler.patients, batch=3, seed=4, epoch=0, order="plain")
+    pairs = order_patients(sampler.labels, sampler.patients, batch=3, seed=4, epoch=0, order="plain")
     assert [(draw.patient, draw.occurrence) for draw in next(iter(sampler))] == pairs[:3]
     assert "order='plain'" in repr(sampler)
 
 
 @pytest.mark.parametrize(("augmentation", "static"), [("v0", 50), ("v1", 50), ("static", 0), ("none", 0)])
 def test_the_first_epochs_use_the_static_list(cohort, augmentation, static):
-    published = dataset(cohort, augmentation=augmentation, compat="paper")
-    assert published.static_epochs == static
-    usual, plain = dataset(cohort, augmentation=augmentation), dataset(cohort, augmentation="static")
+    policy = AugmentationPolicy.paper(augmentation)
+    assert (policy.uncropped, policy.static_epochs) == ("keep", static)
+    published = dataset(cohort, transform=policy)
+    usual, plain = dataset(cohort, transform=augmentation), dataset(cohort, transform="static")
     for epoch in (0, 49, 50):
-        draw = Draw(usual.patients[0], epoch, 0, 1.0)
+        draw = PatientDraw(usual.patients[0], epoch, 0, 1.0)
         expected = (plain if epoch < static else usual)[draw]
         assert torch.equal(published[draw].images, expected.images)
     if static:
-        draw = Draw(usual.patients[0], 49, 0, 1.0)
+        draw = PatientDraw(usual.patients[0], 49, 0, 1.0)
         assert not torch.equal(published[draw].images, usual[draw].images)
 
 
@@ -112,9 +112,10 @@ def test_where_every_patch_is_cropped_or_none_is_nothing_is_refused(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: dataset(c, compat="published"), "compat must be None or 'paper', got 'published'"),
-        (lambda c: dataset(c, uncropped="crop"), "uncropped must be 'resize' or 'keep', got 'crop'"),
-        (lambda c: dataset(c, static_epochs=-1), "static_epochs must be 0 or more, got -1"),
+        (lambda c: AugmentationPolicy(uncropped="crop"), "uncropped must be 'resize' or 'keep', got 'crop'"),
+        (lambda c: AugmentationPolicy(static_epochs=-1), "static_epochs must be 0 or more, got -1"),
+        (lambda c: AugmentationPolicy(prob=1.5), "prob must be a number"),
+        (lambda c: AugmentationPolicy("strong"), "unknown augmentation 'strong'"),
         (lambda c: PatientBatchSampler(c, "train", batch_patients=1, compat="x"), "compat must be None or 'paper'"),
         (lambda c: first_batch(c, sampling=dict(order="random")), "order must be 'spread' or 'plain', got 'random'"),
         (lambda c: first_batch(c, ids="places"), "ids must be 'true' or 'slots', got 'places'"),

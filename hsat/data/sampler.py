@@ -9,22 +9,23 @@ import hashlib
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from hsat.data.cohort import Cohort
-
+from hsat.data.cohort import Cohort
 
 Order = Literal["spread", "plain"]
 
 
-class Draw(NamedTuple):
-    """One place in an epoch: which patient (index in cohort.patient_names), and what decides its images.
+class PatientDraw(NamedTuple):
+    """One place in an epoch: which patient, and what decides its images.
 
-    occurrence counts the draws of this patient within the epoch from 0, so that repeats differ.
-    strength in [0, 1] is handed to the augmentation.
+    Attributes:
+        patient: Index in cohort.patient_names.
+        epoch: Counted from 0.
+        occurrence: Counts the draws of this patient within the epoch from 0, so that repeats differ.
+        strength: In [0, 1], for the augmentation.
     """
 
     patient: int
@@ -41,7 +42,7 @@ def slot_seed(seed: int, epoch: int, patient_name: str, occurrence: int, slot: i
     return int.from_bytes(digest, "big") >> 1
 
 
-def epoch_patients(
+def order_patients(
     labels: Sequence[int] | np.ndarray,
     patients: Sequence[int] | np.ndarray,
     *,
@@ -53,17 +54,27 @@ def epoch_patients(
 ) -> list[tuple[int, int]]:
     """The order of one epoch: (patient, occurrence) pairs, to be cut into consecutive batches of `batch`.
 
-    labels[i] is the class of patients[i]; patients are distinct.  balance=True gives every class as many draws as the
-    largest class has patients: a smaller class repeats all of its patients in full rounds, and a random part of them
-    once more.  balance=False draws each patient once.  Occurrences count 0, 1, ... in the order of the draws.
-
     Promised for the consecutive batches: (1) a patient comes twice in a batch only when the others are used up: where
     it comes n times, every patient with a draw left for a later batch comes at least n - 1 times; (2) no batch holds a
     patient twice, if the epoch's length is a multiple of `batch` and no patient has more draws than there are batches.
-    Otherwise the order is random, a function of (seed, epoch, batch).  order="plain" promises neither: the draws are
-    shuffled as they come, as in the published code, and repeats of a patient may meet in a batch.
+    Otherwise the order is random, a function of (seed, epoch, batch).
 
-    Raises ValueError for lengths that differ, no patients, a patient given twice, or batch below 1.
+    Args:
+        labels: (n,) the class of each patient.
+        patients: (n,) distinct numbers.
+        batch: Patients per batch.
+        seed: Of the order.
+        epoch: Counted from 0.
+        balance: Give every class as many draws as the largest class has patients: a smaller class repeats all of its
+            patients in full rounds, and a random part of them once more.  False draws each patient once.
+        order: "spread" keeps the two promises.  "plain" keeps neither: the draws are shuffled as they come, as in the
+            published code, and repeats of a patient may meet in a batch.
+
+    Returns:
+        Pairs whose occurrences count 0, 1, ... in the order of the draws of a patient.
+
+    Raises:
+        ValueError: Lengths differ, there are no patients, a patient is given twice, or batch is below 1.
     """
     ids, classes = np.asarray(patients, dtype=np.int64), np.asarray(labels, dtype=np.int64)
     if ids.ndim != 1 or ids.shape != classes.shape:
@@ -79,7 +90,10 @@ def epoch_patients(
         raise ValueError(f"order must be 'spread' or 'plain', got {order!r}")
     rng = np.random.default_rng(slot_seed(seed, epoch, "", 0, 0))
     left = _draw_counts(classes, rng) if balance else np.ones(len(ids), dtype=np.int64)
-    drawn = _spread(left, batch, rng) if order == "spread" else rng.permutation(np.repeat(np.arange(len(ids)), left))
+    if order == "spread":
+        drawn = _balanced_order(left, batch, rng)
+    else:
+        drawn = rng.permutation(np.repeat(np.arange(len(ids)), left))
     seen: Counter[int] = Counter()
     pairs = []
     for patient in ids[drawn].tolist():
@@ -100,11 +114,11 @@ def _draw_counts(classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return counts
 
 
-def _spread(counts: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
+def _balanced_order(counts: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
     """Positions repeated `counts` times, in random order, spread so that batches hold distinct ones where they can.
 
     Each batch is a weighted sample without replacement (weights: draws left; exponential races).  Who has as many draws
-    left as there are batches left goes first, which is what makes promise (2) of epoch_patients hold.
+    left as there are batches left goes first, which is what makes promise (2) of order_patients hold.
     """
     if counts.max() == 1:
         return rng.permutation(len(counts))
@@ -124,49 +138,71 @@ def _spread(counts: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndar
     return np.concatenate(order)
 
 
-def _rounds(items: int, wanted: int, rng: np.random.Generator) -> list[int]:
-    """`wanted` of the numbers below `items`: fresh permutations one after the other, the last one cut."""
+def _repeat_permutations(items: int, count: int, rng: np.random.Generator) -> list[int]:
+    """`count` of the numbers below `items`: fresh permutations one after the other, the last one cut."""
     order: list[int] = []
-    while len(order) < wanted:
+    while len(order) < count:
         order.extend(rng.permutation(items).tolist())
-    return order[:wanted]
+    return order[:count]
 
 
 def draw_images(
-    slides: Sequence[Sequence[int] | np.ndarray], *, slides_wanted: int, patches_wanted: int, rng: np.random.Generator
+    slides: Sequence[Sequence[int] | np.ndarray], *, slides_drawn: int, patches_drawn: int, rng: np.random.Generator
 ) -> list[int]:
-    """Rows of slides_wanted x patches_wanted images of one patient, slide by slide.
+    """Rows of slides_drawn x patches_drawn images of one patient, slide by slide.
 
-    slides: the rows of each of the patient's slides.  Slides are drawn without replacement while there are any, then
-    again in fresh rounds; the patches of a slide likewise, going on where the slide's previous draw stopped, so a patch
-    comes twice only after all others of its slide.  Raises ValueError for no slide, an empty slide or a count below 1.
+    Slides are drawn without replacement while there are any, then again in fresh rounds; the patches of a slide
+    likewise, going on where the slide's previous draw stopped, so a patch comes twice only after all others of its
+    slide.
+
+    Args:
+        slides: The rows of each of the patient's slides.
+        slides_drawn: Slides to draw.
+        patches_drawn: Patches to draw of each of them.
+        rng: The source of randomness.
+
+    Raises:
+        ValueError: No slide, an empty slide, or a count below 1.
     """
-    if slides_wanted < 1 or patches_wanted < 1:
-        raise ValueError(f"slides and patches must be at least 1, got {slides_wanted} and {patches_wanted}")
+    if slides_drawn < 1 or patches_drawn < 1:
+        raise ValueError(f"slides and patches must be at least 1, got {slides_drawn} and {patches_drawn}")
     if not slides:
         raise ValueError("a patient without slides has no images to draw")
     for position, rows in enumerate(slides):
         if not len(rows):
             raise ValueError(f"slide number {position} of {len(slides)} holds no patches")
-    chosen = _rounds(len(slides), slides_wanted, rng)
+    chosen = _repeat_permutations(len(slides), slides_drawn, rng)
     times = Counter(chosen)
-    waiting = {
-        slide: iter(_rounds(len(slides[slide]), patches_wanted * times[slide], rng)) for slide in dict.fromkeys(chosen)
+    orders = {
+        slide: iter(_repeat_permutations(len(slides[slide]), patches_drawn * times[slide], rng))
+        for slide in dict.fromkeys(chosen)
     }
-    return [int(slides[slide][next(waiting[slide])]) for slide in chosen for _ in range(patches_wanted)]
+    return [int(slides[slide][next(orders[slide])]) for slide in chosen for _ in range(patches_drawn)]
 
 
 class PatientBatchSampler:
-    """Batches of Draws for a HierarchicalDataset: a `batch_sampler` for torch's DataLoader, seeded and resumable.
+    """Batches of PatientDraws for a HierarchicalDataset: a seeded and resumable `batch_sampler` for a DataLoader.
 
-    Each epoch orders the split's patients as `epoch_patients` says.  With several ranks the order is cut into batches
+    Each epoch orders the split's patients as `order_patients` says.  With several ranks the order is cut into batches
     of world_size x batch_patients, of which rank r takes the r-th part: ranks never share a draw, and together they see
     exactly what one process with the product as its batch_patients sees.  `set_epoch` chooses the epoch, the
-    augmentation strength, and where in the epoch to begin.  order: see `epoch_patients`; None is "spread", or "plain"
-    under compat="paper".
+    augmentation strength, and where in the epoch to begin.
 
-    Raises ValueError, naming the numbers, where no full batch fits into an epoch (drop_last=True), where the ranks do
-    not fit, or where drop_last=False would give ranks batches of different sizes.
+    Args:
+        cohort: The table of patches.
+        split: Whose patients are drawn; None for all.
+        batch_patients: Patients per batch on each rank.
+        seed: Of all orders.
+        balance: See `order_patients`.
+        drop_last: Leave an incomplete last batch out.
+        order: See `order_patients`; None is "spread", or "plain" under compat="paper".
+        compat: "paper" for the published order.
+        rank: Of this process.
+        world_size: Processes that share an epoch.
+
+    Raises:
+        ValueError: No full batch fits into an epoch (drop_last=True), the ranks do not fit, or drop_last=False would
+            give ranks batches of different sizes.
     """
 
     def __init__(
@@ -239,9 +275,9 @@ class PatientBatchSampler:
         """Batches that the next iteration yields."""
         return self.batches_per_epoch - self.start_batch
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[PatientDraw]]:
         together = self.batch_patients * self.world_size
-        pairs = epoch_patients(
+        pairs = order_patients(
             self.labels,
             self.patients,
             batch=together,
@@ -250,6 +286,6 @@ class PatientBatchSampler:
             balance=self.balance,
             order=self.order,
         )
-        draws = [Draw(patient, self.epoch, occurrence, self.strength) for patient, occurrence in pairs]
+        draws = [PatientDraw(patient, self.epoch, occurrence, self.strength) for patient, occurrence in pairs]
         begin = [number * together + self.rank * self.batch_patients for number in range(self.batches_per_epoch)]
         return iter([draws[at : at + self.batch_patients] for at in begin[self.start_batch :]])

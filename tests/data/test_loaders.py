@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hsat.data.batching import collate, hierarchical_loader, patch_loader
 from hsat.data.cohort import Cohort, PatchRecord
 from hsat.data.datasets import HierarchicalDataset, PatchDataset
+from hsat.data.loaders import collate, hierarchical_loader, patch_loader
 from hsat.data.readers import BadPatch
-from hsat.data.sampling import PatientBatchSampler
+from hsat.data.sampler import PatientBatchSampler
 from hsat.types import HierarchicalBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

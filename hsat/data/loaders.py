@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from hsat.data.datasets import HierarchicalDataset, PatchDataset
-from hsat.data.on_device import AugmentingLoader, CollateDrawn
-from hsat.data.samples import Sample
-from hsat.data.sampling import PatientBatchSampler
+from hsat.data.datasets import HierarchicalDataset, PatchDataset, Sample
+from hsat.data.sampler import PatientBatchSampler
 from hsat.types import HierarchicalBatch
 
 Ids = Literal["true", "slots"]
@@ -21,8 +19,9 @@ Ids = Literal["true", "slots"]
 def collate(samples: Sequence[Sample]) -> HierarchicalBatch:
     """One HierarchicalBatch with the images of all samples, in their order.
 
-    Raises ValueError for no samples, for images of different shapes (naming both files and shapes), and for ids that do
-    not nest, which happens when samples of two cohorts are mixed.
+    Raises:
+        ValueError: There are no samples, images have different shapes (files and shapes are named), or ids do not nest,
+            which happens when samples of two cohorts are mixed.
     """
     if not samples:
         raise ValueError("collate needs at least one sample, got none")
@@ -59,7 +58,14 @@ def patch_loader(
 ) -> DataLoader[Sample]:
     """A DataLoader that yields every patch once, in cohort order, as HierarchicalBatches of up to batch_size images.
 
-    workers: reading processes; 0 reads in this one.  The batches are the same for any number.
+    Args:
+        dataset: The patches.
+        batch_size: Images per batch.
+        workers: Reading processes; 0 reads in this one.  The batches are the same for any number.
+        pin_memory: Page-lock the batches, so that a GPU copies them while it computes.
+
+    Raises:
+        ValueError: batch_size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -82,23 +88,24 @@ def hierarchical_loader(
     pin_memory: bool = False,
     ids: Ids | None = None,
     compat: Literal["paper"] | None = None,
-    device: torch.device | str | None = None,
-) -> DataLoader[Any] | AugmentingLoader:
+) -> DataLoader[Sample]:
     """A DataLoader that yields the sampler's batches of patients as HierarchicalBatches.
 
     Call sampler.set_epoch before each pass; workers are kept alive between passes.  What comes does not depend on their
     number.
 
-    ids: "true" for the cohort's ids, "slots" for one id per place in the grid (`HierarchicalBatch.from_grid`), as the
-    published loss sees a batch: a slide or patch that is drawn twice, and a patient that comes twice in a batch, then
-    count as others and so as negatives.  None is "true", or "slots" under compat="paper".
+    Args:
+        dataset: What the batches hold.
+        sampler: Which patients they hold.
+        workers: Reading processes; 0 reads in this one.
+        pin_memory: Page-lock the batches, so that a GPU copies them while it computes.
+        ids: "true" for the cohort's ids, "slots" for one id per place in the grid (`HierarchicalBatch.from_grid`), as
+            the published loss sees a batch: a slide or patch that is drawn twice, and a patient that comes twice in a
+            batch, then count as others and so as negatives.  None is "true", or "slots" under compat="paper".
+        compat: "paper" for the published choice of ids.
 
-    device: where a dataset with augment="device" has its views made; the batches lie there.  Worker processes then only
-    read, and send each patch once, as integers.  On a CPU the images are those of augment="items"; elsewhere white
-    noise comes from the device's own generator.
-
-    Raises ValueError for another ids or compat, where dataset and sampler were made for different splits or cohorts,
-    and where device is missing or would not be used.
+    Raises:
+        ValueError: Another ids or compat, or dataset and sampler were made for different splits or cohorts.
     """
     if compat not in (None, "paper"):
         raise ValueError(f"compat must be None or 'paper', got {compat!r}")
@@ -109,16 +116,12 @@ def hierarchical_loader(
         raise ValueError(f"the dataset reads split {dataset.split!r} but the sampler draws from {sampler.split!r}")
     if dataset.cohort is not sampler.cohort and dataset.cohort != sampler.cohort:
         raise ValueError("dataset and sampler were made for different cohorts; pass the same Cohort to both")
-    if (dataset.augment == "device") != (device is not None):
-        raise ValueError(f"augment='device' and device= go together, got augment={dataset.augment!r} and {device!r}")
-    into = collate if ids == "true" else _SlotIds(dataset.slides, dataset.patches, dataset.views)
-    loader: DataLoader[Any] = DataLoader(
+    return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=into if device is None else CollateDrawn(into),
+        collate_fn=collate if ids == "true" else _SlotIds(dataset.slides, dataset.patches, dataset.views),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
     )
-    return loader if device is None else AugmentingLoader(loader, torch.device(device))

@@ -1,4 +1,4 @@
-"""Links out of the root, when they are allowed; and records that come as plain rows."""
+"""Links out of the root, when they are allowed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hsat.data import Cohort, PatchDataset
-from hsat.data.cohort import PatchRecord
+from hsat.data import Cohort, PatchDataset, read_csv, read_folders, read_opensrh
 
 
 @pytest.fixture
@@ -28,8 +27,8 @@ def linked_root(tmp_path: Path) -> Path:
 
 def test_links_out_of_the_root_are_followed_on_request_only(linked_root: Path) -> None:
     with pytest.raises(ValueError, match=r"'a/p1/s/1\.png' leads out .* pass allow_links=True"):
-        Cohort.from_folders(linked_root).check_files()
-    cohort = Cohort.from_folders(linked_root, allow_links=True)
+        read_folders(linked_root).check_files()
+    cohort = read_folders(linked_root, allow_links=True)
     cohort.check_files()
     split = cohort.with_split(val_fraction=0.5)
     assert split.allow_links and len(split) == 5
@@ -38,7 +37,7 @@ def test_links_out_of_the_root_are_followed_on_request_only(linked_root: Path) -
         len(split.rows("val")),
     ]
     assert sum(PatchDataset(split)[i].images.shape == (1, 3, 8, 8) for i in range(5)) == 5
-    assert cohort != Cohort.from_folders(linked_root)
+    assert cohort != read_folders(linked_root)
 
 
 def test_allowed_links_do_not_open_paths_or_circles(linked_root: Path) -> None:
@@ -53,40 +52,20 @@ def test_allowed_links_do_not_open_paths_or_circles(linked_root: Path) -> None:
             )
     (linked_root / "a/p0/up").symlink_to(linked_root)
     with pytest.raises(ValueError, match="is a link to a folder that it lies in"):
-        Cohort.from_folders(linked_root, allow_links=True)
+        read_folders(linked_root, allow_links=True)
     (linked_root / "a/p0/up").unlink()
     (linked_root / "a/p0/s/2.png").symlink_to(linked_root / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"files missing .*'a/p0/s/2\.png'"):
-        Cohort.from_folders(linked_root, allow_links=True).check_files()
+        read_folders(linked_root, allow_links=True).check_files()
 
 
 def test_links_in_a_manifest_and_an_opensrh_folder(linked_root: Path, write_opensrh, tmp_path: Path) -> None:
     with open(linked_root / "manifest.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "class", "patient", "slide"), ("a/p1/s/1.png", "a", "p1", "s")])
-    Cohort.from_csv(linked_root, allow_links=True).check_files()
+    read_csv(linked_root, allow_links=True).check_files()
     root = write_opensrh(tmp_path / "srh")
     (root / "studies").rename(tmp_path / "elsewhere")
     (root / "studies").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads out of the cohort's root"):
-        Cohort.from_opensrh(root).check_files()
-    Cohort.from_opensrh(root, allow_links=True).check_files()
-
-
-def test_plain_rows_become_records_and_json_comes_back(linked_root: Path) -> None:
-    options = dict(root=linked_root, class_names=("a", "b"), kind="rgb")
-    rows = [("a/p0/s/1.png", "a", "p0", "s"), ["b/p2/s/1.png", "b", "p2", "s", "val"]]
-    cohort = Cohort(records=rows, **options)
-    assert cohort.records == (PatchRecord(*rows[0]), PatchRecord(*rows[1])) and cohort.splits == ("val",)
-    assert {type(row) for row in cohort.records} == {PatchRecord}
-    assert Cohort.model_validate_json(cohort.model_dump_json()) == cohort
-    for wrong in (("a", "b"), "abcde", {"path": "x"}):
-        with pytest.raises(TypeError, match="record 0 must be a PatchRecord"):
-            Cohort(records=[wrong], **options)
-
-
-def test_a_part_of_one_split_does_not_join_another(linked_root: Path) -> None:
-    cohort = Cohort.from_folders(linked_root).with_split(val_fraction=0.5)
-    with pytest.raises(
-        ValueError, match=r"split 'val' has patients already; name another, as in names=\('train', 'tune'\)"
-    ):
-        cohort.with_split(of="train")
+        read_opensrh(root).check_files()
+    read_opensrh(root, allow_links=True).check_files()
