@@ -92,7 +92,7 @@ def test_shares_of_a_batch():
         batch_share(4, ranks=0)
 
 
-def test_synchronised_norm_says_where_it_works():
+def test_synchronize_batchnorm_says_where_it_works():
     with pytest.raises(ValueError, match="GPUs"):
         synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), device=torch.device("cpu"))
     with pytest.raises(ValueError, match="no BatchNorm"):
