@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.attacks.bank_rows import check_labels
 from hsat.types import EmbeddingFunction, EmbeddingTable
-from hsat.types.row_checks import check_rows
+from hsat.types.row_checks import check_labels, check_rows
 
 Which = Literal["nearest", "farthest"]
 

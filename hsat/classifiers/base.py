@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.types import EmbeddingTable, align_labels
+from hsat.types.precision import widest_dtype
 
 Queries = np.ndarray | Tensor | EmbeddingTable
 """Embeddings (n, d) of any length, or a table of them."""
@@ -145,11 +146,6 @@ def raise_winner(values: Tensor, winner: Tensor) -> Tensor:
     raised = torch.maximum(plain.gather(1, own), torch.nextafter(others, torch.full_like(others, torch.inf)))
     is_winner = F.one_hot(winner, values.shape[1]).bool()
     return torch.where(is_winner, raised + (values - plain), values)
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def logits_dtype(z: Tensor) -> torch.dtype:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.classifiers.base import Queries, chunks, logits_dtype, raise_winner, unit_rows, widest_dtype
+from hsat.classifiers.base import Queries, chunks, logits_dtype, raise_winner, unit_rows
 from hsat.classifiers.search import BLOCK_BYTES, Neighbours
+from hsat.types.precision import widest_dtype
 
 
 class VoteRows(NamedTuple):
