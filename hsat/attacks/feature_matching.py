@@ -81,8 +81,8 @@ def choose_guide_images(
     other = torch.tensor(bank.label).to(z.device) != labels.to(z.device)[:, None]
     if patients is not None:
         other &= torch.tensor(bank.patient).to(z.device) != patients.to(z.device)[:, None]
-    if len(lost := (~other.any(1)).nonzero().flatten()):
-        raise ValueError(f"the bank has no row of another class and patient for image {int(lost[0])}")
+    if len(without := (~other.any(1)).nonzero().flatten()):
+        raise ValueError(f"the bank has no row of another class and patient for image {int(without[0])}")
     with torch.no_grad():
         similarity = F.normalize(z.detach().float(), dim=1) @ rows.T
     if which == "nearest":

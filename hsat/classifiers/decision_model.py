@@ -58,18 +58,18 @@ class DecisionModel(nn.Module):
         self.encoder, self.layer, self.wide = encoder, layer, wide
         tensors = (*encoder.parameters(), *encoder.buffers()) if isinstance(encoder, nn.Module) else ()
         self._classifier = fitted.to(tensors[0].device) if tensors else fitted
-        place = torch.empty(0, device=tensors[0].device if tensors else None)
-        self._device = place.device
-        self.register_buffer("place", place, persistent=False)  # tells where the module is, whatever the classifier is
+        marker = torch.empty(0, device=tensors[0].device if tensors else None)
+        self._device = marker.device
+        self.register_buffer("device_marker", marker, persistent=False)  # says where a module without tensors is
         self._register_bank()
         self.training = encoder.training if isinstance(encoder, nn.Module) else False
 
     @property
     def fitted(self) -> FittedClassifier:
         """The classifier, with its tensors where the module is."""
-        device = self.get_buffer("place").device
-        known = all(self.get_buffer(name) is tensor for name, tensor in self._bank_tensors().items())
-        if device != self._device or not known:  # moved, or converted by `.half()`: take the exact values there
+        device = self.get_buffer("device_marker").device
+        unchanged = all(self.get_buffer(name) is tensor for name, tensor in self._bank_tensors().items())
+        if device != self._device or not unchanged:  # moved, or converted by `.half()`: take the exact values there
             self._classifier, self._device = self._classifier.to(device), device
             self._register_bank()
         return self._classifier
@@ -79,8 +79,8 @@ class DecisionModel(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def _bank_tensors(self) -> dict[str, Tensor]:
-        held = self._classifier.tensors() if isinstance(self._classifier, HoldsTensors) else {}
-        return {f"bank_{name}": tensor for name, tensor in held.items()}
+        tensors = self._classifier.tensors() if isinstance(self._classifier, HoldsTensors) else {}
+        return {f"bank_{name}": tensor for name, tensor in tensors.items()}
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) -> the layer's embeddings (n, d), as the encoder gives them."""

@@ -57,13 +57,13 @@ class BankRows:
         tensor: The same as float32 tensor: the table's own memory on the CPU, or the copy on the device; None where
             rows are read in blocks.
         in_memory: Whether the rows are in memory and not in a file.
-        cost_told: Whether the user was told what a bank in a file costs.
+        has_warned_of_cost: Whether the user was warned what a bank in a file costs.
     """
 
     def __init__(self, table: EmbeddingTable, *, device: torch.device | str = "cpu", hold: bool = False) -> None:
         self.z, self.device = table.z, torch.empty(0, device=device).device  # with the number of the GPU
         self.in_memory = not isinstance(table.z, np.memmap)
-        self.cost_told = False
+        self.has_warned_of_cost = False
         self._samples: dict[int, tuple[np.ndarray, Tensor, tuple[Tensor, ...]]] = {}
         self._table = table
         shared = _shared_tensor(table.z)
@@ -210,10 +210,10 @@ def _measure(
     buffer = np.empty(lines * columns * d)  # one for all slices: fresh memory would cost as much as the products
     for line in chunks(n, lines):
         for column in chunks(m, columns):
-            own = row[line, column]
-            rows = buffer[: own.size * d].reshape(*own.shape, d)
-            rows[...] = bank[own]
-            lengths = _lengths(rows) if length is None else length[own]
+            index = row[line, column]
+            rows = buffer[: index.size * d].reshape(*index.shape, d)
+            rows[...] = bank[index]
+            lengths = _lengths(rows) if length is None else length[index]
             similarity[line, column] = row_products("nkd,nd->nk", rows, unit[line]) / np.where(
                 lengths > 0, lengths, 1.0
             )
@@ -258,14 +258,14 @@ class _ClassMaximum:
         self.row = torch.full(self._value.shape, -1, dtype=torch.int64, device=query.device)
 
     def update(self, product: Tensor, part: slice) -> None:
-        for place, rows in enumerate(self._rows):
+        for label, rows in enumerate(self._rows):
             first, last = torch.searchsorted(rows, torch.tensor([part.start, part.stop], device=rows.device)).tolist()
             if first < last:
-                own = rows[first:last]
-                value, at = product[:, own - part.start].max(1)
-                better = value > self._value[:, place]
-                self._value[:, place] = torch.where(better, value, self._value[:, place])
-                self.row[:, place] = torch.where(better, own[at], self.row[:, place])
+                inside = rows[first:last]
+                value, at = product[:, inside - part.start].max(1)
+                better = value > self._value[:, label]
+                self._value[:, label] = torch.where(better, value, self._value[:, label])
+                self.row[:, label] = torch.where(better, inside[at], self.row[:, label])
 
 
 def _query_tensor(unit: np.ndarray, device: torch.device) -> Tensor:
@@ -379,7 +379,7 @@ def _as_lines(line: np.ndarray, row: np.ndarray, n: int) -> np.ndarray:
     order = np.argsort(line, kind="stable")
     line, row = line[order], row[order]
     count = np.bincount(line, minlength=n)
-    place = np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)
+    column = np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)
     lines = np.full((n, int(count.max(initial=1))), -1, dtype=np.int64)
-    lines[line, place] = row
+    lines[line, column] = row
     return lines
