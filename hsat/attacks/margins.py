@@ -46,10 +46,19 @@ class Margin:
 def margin(model: Callable[[Tensor], Tensor], labels: Tensor) -> Margin:
     """max over the wrong classes of their logit, minus the logit of the true class, one value per image.
 
-    model: images -> logits (n, classes), at least 2 classes.  labels: (n,) int64, the true classes.
     Carlini and Wagner, arXiv:1608.04644, section V-A (f_6 there, with the sign turned and without its clip); called CW
     loss in arXiv:2003.01690.  Above 0 means misclassified, so `success` and value agree: the objective of Square.
-    Raises ValueError for logits or labels of another form.
+
+    Args:
+        model: Images (n, c, h, w) -> logits (n, classes), at least 2 classes; for a classifier of embeddings a
+            `hsat.classifiers.DecisionModel`.
+        labels: (n,) int64, the true classes.
+
+    Returns:
+        A `DecisionObjective`: images -> margins (n,), float32 or wider.
+
+    Raises:
+        ValueError: For labels of another form here; for logits of another form when it is called.
     """
     _check_class_numbers(labels, "labels")
     return Margin(model, labels)
@@ -88,12 +97,22 @@ class LogitRatio:
 def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | None = None) -> LogitRatio:
     """Difference of logits ratio, one value per image; it does not change when logits are shifted or scaled.
 
-    model: images -> logits z (n, classes).  labels: (n,) int64, the true classes y.  target: (n,) int64, classes to
-    reach, or None.  With z_1 >= z_2 >= ... the sorted logits:
-    without target (max over i != y of z_i - z_y) / (z_1 - z_3), eq. 6 of Croce and Hein, arXiv:2003.01690;
-    with target t (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Above 0 means misclassified (without target).
+    With z_1 >= z_2 >= ... the sorted logits and y the true class, the value is
+    (max over i != y of z_i - z_y) / (z_1 - z_3), eq. 6 of Croce and Hein, arXiv:2003.01690;
+    with a target t it is (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Above 0 means misclassified (without target).
     The denominator is floored at 1e-12 (the published code adds that number, which would break the invariance).
-    Needs at least 3 classes, 4 with a target; raises ValueError for fewer, and for logits or labels of another form.
+
+    Args:
+        model: Images (n, c, h, w) -> logits (n, classes), at least 3 classes, 4 with a target.
+        labels: (n,) int64, the true classes.
+        target: (n,) int64, classes to reach, or None.
+
+    Returns:
+        A `DecisionObjective`: images -> ratios (n,).
+
+    Raises:
+        ValueError: For labels or targets of another form here; for fewer classes and logits of another form when it is
+            called.
     """
     _check_class_numbers(labels, "labels")
     if target is not None:

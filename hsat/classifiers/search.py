@@ -120,8 +120,10 @@ class BankRows:
             row = torch.empty(len(query), 0, dtype=torch.int64, device=self.device)
             of_class = _ClassMaximum(self.rows_of_class, query) if per_class else None
             in_place = self.tensor is not None and self.tensor.dtype == query.dtype
-            item = query.element_size() + _INDEX_BYTES * (self.device.type == "cpu")
-            for part in iter_blocks(self.z, columns=len(query), item=item, in_place=in_place):
+            item, columns = query.element_size(), len(query)
+            if self.device.type == "cpu":
+                columns += columns * _INDEX_BYTES // item
+            for part in iter_blocks(self.z, columns=columns, item=item, in_place=in_place):
                 product = query @ self.block(part).to(query.dtype).T
                 if of_class is not None:
                     of_class.update(product, part)
