@@ -96,13 +96,13 @@ def markdown(about: dict[str, object], predictions: dict[str, object], steps: di
         "",
         *(f"- {name.replace('_', ' ')}: {value}" for name, value in about.items()),
     ]
-    for size, found in predictions.items():
+    for size, contenders in predictions.items():
         lines += ["", f"## {size}", "", "| | CPU ms | ms | times faster |", "| --- | --- | --- | --- |"]
         lines += [
             f"| {name} | {1e3 * one['cpu_seconds']:.0f} | {1e3 * one['seconds']:.0f} | {one['times_faster']:.2f} |"
-            for name, one in found.items()
+            for name, one in contenders.items()
         ]
-    for size, found in steps.items():
+    for size, banks in steps.items():
         lines += ["", f"## Attack: {size}", ""]
         lines += [
             "| bank | CPU s per step | s per step | first call, CPU s | MiB beside the bank |",
@@ -111,7 +111,7 @@ def markdown(about: dict[str, object], predictions: dict[str, object], steps: di
         lines += [
             f"| {name} | {one['cpu_seconds_per_step']:.2f} | {one['seconds_per_step']:.2f}"
             f" | {one['first_call_cpu_seconds']:.2f} | {one['own_mib_beside_the_bank']:.0f} |"
-            for name, one in found.items()
+            for name, one in banks.items()
         ]
     return "\n".join(lines) + "\n"
 
@@ -151,11 +151,10 @@ def main() -> None:
             write_bank(bank, options.step_rows, width, 1)
             for file in half_of(bank).iterdir():
                 file.unlink()  # room on the disk
-            found = {
+            steps[f"{options.step_rows} x {width}, {options.images} images"] = {
                 name: time_steps(bank, mapped, width, options.images, options.steps)
                 for name, mapped in (("in a file", True), ("in memory", False))
             }
-            steps[f"{options.step_rows} x {width}, {options.images} images"] = found
     about["load_after"] = os.getloadavg()[0]
     text = markdown(about, predictions, steps)
     sys.stdout.write(text)

@@ -190,9 +190,11 @@ class AggregateMargin:
 
     def _evidence(self, images: Tensor) -> Tensor:
         """What logits and scores are made of: embeddings (n, d), or the logits of a model that gives nothing else."""
-        has_embeddings = isinstance(self.model, EmbeddingDecision)
-        evidence = self.model.embed(images) if isinstance(self.model, EmbeddingDecision) else self.model(images)
-        check_rows(evidence, len(images), "the encoder" if has_embeddings else "the model")
+        if isinstance(self.model, EmbeddingDecision):
+            evidence, giver = self.model.embed(images), "the encoder"
+        else:
+            evidence, giver = self.model(images), "the model"
+        check_rows(evidence, len(images), giver)
         if len(evidence) != len(self.member_of):
             raise ValueError(f"groups for {len(self.member_of)} images, but {len(evidence)} embeddings")
         return evidence
