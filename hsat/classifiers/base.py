@@ -124,6 +124,9 @@ def unit_rows(rows: np.ndarray, *, first: int = 0) -> np.ndarray:
 
 def row_products(subscripts: str, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """`einsum` over the last axis, piece by piece where it would use a buffer and add in an order of its own."""
+    if rows.shape[-1] <= _EINSUM_BUFFER:
+        whole: np.ndarray = np.einsum(subscripts, rows, others)
+        return whole
     products: np.ndarray = np.einsum(subscripts, rows[..., :_EINSUM_BUFFER], others[..., :_EINSUM_BUFFER])
     for part in list(chunks(rows.shape[-1], _EINSUM_BUFFER))[1:]:
         products = products + np.einsum(subscripts, rows[..., part], others[..., part])

@@ -215,10 +215,17 @@ def _measure(
             index = row[line, column]
             rows = buffer[: index.size * d].reshape(*index.shape, d)
             rows[...] = bank[index]
-            lengths = _lengths(rows) if length is None else length[index]
-            similarity[line, column] = row_products("nkd,nd->nk", rows, unit[line]) / np.where(
-                lengths > 0, lengths, 1.0
-            )
+            similarity[line, column] = row_products("nkd,nd->nk", rows, unit[line])
+            if length is None:
+                similarity[line, column] /= _nonzero(_lengths(rows))
+    if length is not None:
+        similarity /= _nonzero(length[row])
+
+
+def _nonzero(lengths: np.ndarray) -> np.ndarray:
+    """The lengths, with one in the place of zero."""
+    divisor: np.ndarray = np.where(lengths > 0, lengths, 1.0)
+    return divisor
 
 
 def highest(value: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -373,7 +380,7 @@ def _unit_block(bank: BankRows, part: slice, device: torch.device) -> Tensor:
         return rows / torch.where(length > 0, length, 1.0)
     wide = bank.z[part].astype(np.float64)
     lengths = row_lengths(wide)
-    return torch.from_numpy(wide / np.where(lengths > 0, lengths, 1.0)[:, None])
+    return torch.from_numpy(wide / _nonzero(lengths)[:, None])
 
 
 def _as_lines(line: np.ndarray, row: np.ndarray, n: int) -> np.ndarray:
