@@ -38,7 +38,8 @@ from hsat.eval import (  # noqa: E402
     write_records,
 )
 from hsat.models import checkpoint_hash, load_encoder  # noqa: E402
-from hsat.training.folder import device_of, versions  # noqa: E402
+from hsat.run_folder import installed_versions  # noqa: E402
+from hsat.cli.options import device_of  # noqa: E402
 from hsat.cli.train import Train, train  # noqa: E402
 
 METHODS = {  # name: (attacked, patients in units of the batch, slides, patches)
@@ -216,7 +217,11 @@ def write_report(records: list[Record], scale: Scale, name: str, out: Path) -> s
     text = "\n".join(lines)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)
-    about = {"scale": asdict(scale), "versions": versions(), "device": records[0].settings.get("device", "cpu")}
+    about = {
+        "scale": asdict(scale),
+        "versions": installed_versions(),
+        "device": records[0].settings.get("device", "cpu"),
+    }
     out.with_suffix(".json").write_text(json.dumps({"about": about, "verdicts": judged}, indent=1) + "\n")
     return text
 

@@ -30,9 +30,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort  # noqa: E402
 from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks  # noqa: E402
 from hsat.models import load_encoder  # noqa: E402
-from hsat.training.folder import versions, write_json  # noqa: E402
-from hsat.cli.options import read_yaml  # noqa: E402
-from hsat.cli.train import DEMO, Train, train  # noqa: E402
+from hsat.run_folder import installed_versions, write_json  # noqa: E402
+from hsat.cli.train import Train, load_settings, train  # noqa: E402
 
 
 def pgd(steps: int, name: str = "pgd") -> list[str]:
@@ -205,7 +204,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     text = report(results, options.steps, options.seeds)
     options.out.with_suffix(".md").write_text(text)
-    content = {"about": {"versions": versions(), "threads": torch.get_num_threads()}, "results": results}
+    content = {"about": {"versions": installed_versions(), "threads": torch.get_num_threads()}, "results": results}
     options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     plot(results, options.out.with_suffix(".png"))
     sys.stdout.write(text)

@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "hsat.attacks": (
         "BIM FFGSM FGSM L2 MIFGSM PGD Linf RandomNoise classification feature_drift hierarchical objective_from"
-        " choose_guide_images match_features aggregate_margin soft_knn worst_case"
+        " choose_guide_images match_features aggregate_margin worst_case"
         " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin"
     ),
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",

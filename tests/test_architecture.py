@@ -24,6 +24,7 @@ MAY_IMPORT = {room: GROUND for room in LOWER} | {
     "distributed": {"types", "files"},
     "fingerprints": {"types", "files"},
     "stains": set(),
+    "run_folder": {"files"},
     "training": LOWER | GROUND | {"embedding"},
     "eval": LOWER | GROUND | {"embedding"},
     "testing": {"types"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {room: GROUND for room in LOWER} | {
 PUBLIC = {
     "hsat.attacks": "BIM FFGSM FGSM L2 MIFGSM PGD Linf RandomNoise"
     " classification feature_drift hierarchical objective_from"
-    " choose_guide_images match_features aggregate_margin soft_knn worst_case"
+    " choose_guide_images match_features aggregate_margin worst_case"
     " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin",
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
     "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",

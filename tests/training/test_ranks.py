@@ -16,11 +16,9 @@ from torch import nn
 from hsat.attacks import PGD, Linf
 from hsat.distributed import (
     average_statistics,
-    batch_share,
     gather_objects,
     global_indices,
     row_share,
-    synchronize_batchnorm,
 )
 from hsat.embedding import gather_table
 from hsat.losses import HiDiscLoss
@@ -312,24 +310,6 @@ def test_without_a_process_group_all_of_it_is_plain():
     before = copy.deepcopy(norm.state_dict())
     average_statistics(norm)
     assert all(torch.equal(norm.state_dict()[key], value) for key, value in before.items())
-
-
-def test_shares_of_a_batch():
-    assert batch_share(12, ranks=2, parts=3) == 6
-    assert global_indices(3, rank=2).tolist() == [6, 7, 8]
-    with pytest.raises(ValueError, match=r"batch_patients=10 .* 2 rank\(s\) with 2 part\(s\) each; use 8 or 12"):
-        batch_share(10, ranks=2, parts=2)
-    with pytest.raises(ValueError, match="at least 1"):
-        batch_share(4, ranks=0)
-
-
-def test_synchronised_norm_says_where_it_works():
-    with pytest.raises(ValueError, match="GPUs"):
-        synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="no BatchNorm"):
-        synchronize_batchnorm(nn.Linear(2, 2), device=torch.device("cuda"))
-    made = synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), device=torch.device("cuda"))
-    assert isinstance(made[0], nn.SyncBatchNorm)
 
 
 @pytest.mark.gpu

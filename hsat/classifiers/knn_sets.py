@@ -1,11 +1,14 @@
-"""A bank in several tables: each is searched by itself, and the nearest rows of all are merged."""
+"""Sets of banks and of classifiers: one kNN classifier on several tables, several classifiers on one table.
+
+Tables are searched one by one, and the nearest rows of all are merged; classifiers share an index and a search.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +18,9 @@ from hsat.classifiers.base import Queries, check_bank, query_rows
 from hsat.classifiers.knn import FittedKNN, KNNClassifier, clip_k
 from hsat.classifiers.knn_vote import NeighbourVote, VoteRows
 from hsat.classifiers.search import Neighbours, topk
-from hsat.types import EmbeddingTable, align_labels
+from hsat.types import Classifier, EmbeddingTable, FittedClassifier, align_labels
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +89,8 @@ class ShardedKNN(NeighbourVote):
         """Bank rows (..., d) float32 with these indices, on the device of `row`."""
         rows = torch.zeros(*row.shape, self.width, device=row.device)
         for shard, start in zip(self.shards, self._starts, strict=True):
-            own = (row >= start) & (row < start + len(shard.table))
-            rows[own] = shard.gather(row[own] - start)
+            inside = (row >= start) & (row < start + len(shard.table))
+            rows[inside] = shard.gather(row[inside] - start)
         return rows
 
     def to(self, device: torch.device | str) -> Self:
@@ -94,8 +99,8 @@ class ShardedKNN(NeighbourVote):
 
     def tensors(self) -> dict[str, Tensor]:
         """The rows of each shard by name, as `FittedKNN.tensors` gives them."""
-        held = [(place, shard.tensors()) for place, shard in enumerate(self.shards)]
-        return {f"{name}_{place}": tensor for place, tensors in held for name, tensor in tensors.items()}
+        by_shard = [(number, shard.tensors()) for number, shard in enumerate(self.shards)]
+        return {f"{name}_{number}": tensor for number, tensors in by_shard for name, tensor in tensors.items()}
 
     @property
     def _starts(self) -> list[int]:
@@ -117,8 +122,10 @@ def fit_shards(settings: KNNClassifier, tables: Sequence[EmbeddingTable]) -> Sha
     """A classifier whose bank is all these tables, of one width and one encoder; they may be memory-mapped.
 
     Classes are matched by name.  k is cut to the rows of all tables, with a UserWarning.  An index from a factory
-    string is built for each table.  Raises ValueError for no table, an empty one, and widths or encoders that differ,
-    naming the table by its place.
+    string is built for each table.
+
+    Raises:
+        ValueError: For no table, an empty one, and widths or encoders that differ, naming the table by its number.
     """
     tables = list(tables)
     names, label = _check_tables(tables)
@@ -128,16 +135,18 @@ def fit_shards(settings: KNNClassifier, tables: Sequence[EmbeddingTable]) -> Sha
 
 
 def concat_tables(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
-    """All rows as one table in memory, for those who need one; answers are those of `fit_shards`.
+    """All rows as one table in memory; a classifier of it answers as that of `fit_shards`.
 
-    split: the splits' names with "+" between.  Raises ValueError as `fit_shards` does, and for tables of different
-    cohorts, whose ids cannot be told apart.
+    Its split is the names of the splits with "+" between.
+
+    Raises:
+        ValueError: As `fit_shards` does, and for tables of different cohorts, whose ids cannot be told apart.
     """
     tables = list(tables)
     names, label = _check_tables(tables)
-    for place, table in enumerate(tables):
+    for number, table in enumerate(tables):
         if table.cohort != tables[0].cohort:
-            raise ValueError(f"shard {place} is of cohort {table.cohort!r}, shard 0 of {tables[0].cohort!r}")
+            raise ValueError(f"shard {number} is of cohort {table.cohort!r}, shard 0 of {tables[0].cohort!r}")
     columns: Any = {
         name: np.concatenate([getattr(table, name) for table in tables]) for name in ("patch", "slide", "patient")
     }
@@ -158,11 +167,66 @@ def _check_tables(tables: list[EmbeddingTable]) -> tuple[tuple[str, ...], np.nda
     if not tables:
         raise ValueError("a sharded bank needs at least one table, got none")
     first = tables[0]
-    for place, table in enumerate(tables):
+    for number, table in enumerate(tables):
         check_bank(table)
         if table.z.shape[1] != first.z.shape[1]:
-            raise ValueError(f"shard {place} has width {table.z.shape[1]}, shard 0 has {first.z.shape[1]}")
+            raise ValueError(f"shard {number} has width {table.z.shape[1]}, shard 0 has {first.z.shape[1]}")
         if table.encoder != first.encoder:
-            raise ValueError(f"shard {place} was embedded by {table.encoder!r}, shard 0 by {first.encoder!r}")
+            raise ValueError(f"shard {number} was embedded by {table.encoder!r}, shard 0 by {first.encoder!r}")
     names = tuple(dict.fromkeys(name for table in tables for name in table.class_names))
     return names, np.concatenate([align_labels(table.label, table.class_names, names) for table in tables])
+
+
+def fit_classifiers(classifiers: Sequence[Classifier], bank: EmbeddingTable) -> list[FittedClassifier]:
+    """Fit classifiers on one bank, in their order.
+
+    kNN classifiers whose settings differ in k and temperature only share one index, which is built once, and one
+    search, for the largest k.
+    """
+    fitted: list[FittedClassifier | None] = [None] * len(classifiers)
+
+    def index_settings(classifier: Classifier) -> Hashable:
+        return replace(classifier, k=1, temperature=1.0) if isinstance(classifier, KNNClassifier) else id(classifier)
+
+    for numbers in _group_numbers(classifiers, index_settings):
+        members = [classifiers[number] for number in numbers]
+        if not all(isinstance(member, KNNClassifier) for member in members):
+            fitted[numbers[0]] = members[0].fit(bank)
+            continue
+        settings = [member for member in members if isinstance(member, KNNClassifier)]
+        largest = max(settings, key=lambda member: member.k).fit(bank)
+        for number, member in zip(numbers, settings, strict=True):
+            k = member.k if member.k == largest.settings.k else clip_k(member.k, len(bank))
+            fitted[number] = replace(largest, settings=member, k=min(k, len(bank)))
+    return [classifier for classifier in fitted if classifier is not None]
+
+
+def predict_scores(fitted: Sequence[FittedClassifier], z: Queries) -> list[np.ndarray]:
+    """Class scores of each classifier, (n, classes) float64 in their order: what its `predict_proba` gives.
+
+    kNN classifiers that share a bank, an index and a search are answered from one search.
+    """
+    scores: list[np.ndarray | None] = [None] * len(fitted)
+
+    def search(classifier: FittedClassifier) -> Hashable:
+        return classifier.search_key if isinstance(classifier, FittedKNN) else id(classifier)
+
+    for numbers in _group_numbers(fitted, search):
+        members = [fitted[number] for number in numbers]
+        largest = max(members, key=lambda member: getattr(member, "k", 0))
+        if len(members) == 1 or not isinstance(largest, FittedKNN):
+            scores[numbers[0]] = members[0].predict_proba(z)
+            continue
+        neighbours = largest.neighbours(z)
+        for number, member in zip(numbers, members, strict=True):
+            assert isinstance(member, FittedKNN)
+            scores[number] = member.score(neighbours)
+    return [score for score in scores if score is not None]
+
+
+def _group_numbers(items: Sequence[Item], key: Callable[[Item], Hashable]) -> list[list[int]]:
+    """Numbers of the items with equal keys, in the order in which the keys come first."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, item in enumerate(items):
+        groups.setdefault(key(item), []).append(number)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""The kNN vote as an objective: it is the classifier's own, it is never flat, and attacks on it succeed."""
+"""The decision of kNN as an objective: it is the classifier's own, it is never flat, and attacks on it succeed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.attacks import PGD, Linf, feature_drift, soft_knn
-from hsat.attacks import vote_bank as module
-from hsat.eval import KNNClassifier
+from hsat.attacks import PGD, Linf, classification, feature_drift, margin
+from hsat.classifiers import DecisionModel, KNNClassifier, search
 from hsat.testing import check_feasible
 from hsat.types import EmbeddingTable
 
@@ -43,15 +42,23 @@ def same(v):
     return v
 
 
+OBJECTIVES = {"margin": margin, "cross-entropy": classification}
+
+
+def model_of(bank, encoder=same, *, k, temperature=0.07):
+    """float64 logits, so that values can be compared with formulas."""
+    return DecisionModel(encoder, KNNClassifier(k=k, temperature=temperature).fit(bank), wide=True)
+
+
 @pytest.mark.parametrize("temperature", [0.07, 1.0, 0.01])
 @pytest.mark.parametrize("k", [1, 7, 60])
 def test_scores_and_decisions_are_the_classifiers(k, temperature):
     bank, z, label = problem()
+    model = model_of(bank, k=k, temperature=temperature)
     knn = KNNClassifier(k=k, temperature=temperature).fit(bank)
-    vote = soft_knn(same, bank, label, k=k, temperature=temperature)
-    np.testing.assert_allclose(vote.scores(z), knn.predict_proba(z), atol=1e-12)
-    np.testing.assert_allclose(vote.scores(z.float()), knn.predict_proba(z.float()), atol=1e-12)
-    wrong = torch.from_numpy(knn.predict(z)) != label
+    np.testing.assert_allclose(model.scores(z), knn.predict_proba(z), atol=1e-12)
+    np.testing.assert_allclose(model.scores(z.float()), knn.predict_proba(z.float()), atol=1e-12)
+    vote, wrong = margin(model, label), torch.from_numpy(knn.predict(z)) != label
     assert 0 < wrong.sum() < len(wrong), "the problem should have both"
     assert torch.equal(vote(z) > 0, wrong) and torch.equal(vote.success(z), wrong)
 
@@ -66,19 +73,19 @@ def test_ties_fall_as_in_the_classifier(data):
     k = data.draw(st.integers(1, len(rows)))
     bank = table_of(directions[at], label, 3)
     z, own = directions.double(), torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=4, max_size=4)))
-    knn = KNNClassifier(k=k).fit(bank)
-    vote = soft_knn(same, bank, own, k=k)
-    np.testing.assert_allclose(vote.scores(z), knn.predict_proba(z), atol=1e-12)
+    knn, model = KNNClassifier(k=k).fit(bank), model_of(bank, k=k)
+    vote = margin(model, own)
+    np.testing.assert_allclose(model.scores(z), knn.predict_proba(z), atol=1e-12)
     wrong = torch.from_numpy(knn.predict(z)) != own
     assert torch.equal(vote.success(z), wrong)
     assert torch.equal(vote(z) > 0, wrong)
 
 
-@pytest.mark.parametrize("slice_size", [65536, 7])
+@pytest.mark.parametrize("block", [search.BLOCK_BYTES, 200])
 @pytest.mark.parametrize("noise", [0.0, 1e-7])
-def test_any_number_of_rows_may_tie(noise, slice_size, monkeypatch):
+def test_any_number_of_rows_may_tie(noise, block, monkeypatch):
     """Far more rows than are proposed beyond k are equal, or nearly so: the earlier ones of the bank are neighbours."""
-    monkeypatch.setattr("hsat.attacks.vote_bank._SLICE", slice_size)
+    monkeypatch.setattr(search, "BLOCK_BYTES", block)
     for seed in range(8):
         g = seeded(seed)
         direction = torch.nn.functional.normalize(torch.randn(3, 2 + seed % 3, generator=g), dim=1)
@@ -86,22 +93,23 @@ def test_any_number_of_rows_may_tie(noise, slice_size, monkeypatch):
         label = torch.randint(0, 3, (90,), generator=g)
         bank, k = table_of(rows + noise * torch.randn(rows.shape, generator=g), label, 3), 11 + 4 * seed
         z = (direction + 0.1 * torch.randn(direction.shape, generator=g)).double()
-        unit, found = torch.nn.functional.normalize(z, dim=1), torch.from_numpy(bank.z).double()
-        similarity = (found[None] * unit[:, None]).sum(2) / found.norm(dim=1)
+        unit, stored = torch.nn.functional.normalize(z, dim=1), torch.from_numpy(bank.z).double()
+        similarity = (stored[None] * unit[:, None]).sum(2) / stored.norm(dim=1)
         near = torch.from_numpy(np.lexsort((np.tile(np.arange(90), (3, 1)), -similarity.numpy()))[:, :k])
         weight = (similarity.gather(1, near) / 0.07).softmax(1)
-        wanted = torch.zeros(3, 3, dtype=torch.float64).scatter_add(1, label[near], weight)
-        vote = soft_knn(same, bank, torch.zeros(3, dtype=torch.int64), k=k)
-        torch.testing.assert_close(vote.scores(z), wanted, atol=1e-9, rtol=0)
+        expected = torch.zeros(3, 3, dtype=torch.float64).scatter_add(1, label[near], weight)
+        model = model_of(bank, k=k)
+        torch.testing.assert_close(model.scores(z), expected, atol=1e-9, rtol=0)
         for alone in range(3):
-            torch.testing.assert_close(vote.bank.vote(z[alone : alone + 1]).scores, wanted[alone : alone + 1])
+            torch.testing.assert_close(model.scores(z[alone : alone + 1]), expected[alone : alone + 1])
 
 
 def test_a_tie_lost_to_a_lower_class_counts_as_wrong():
     bank = table_of([[1.0, 0.0], [1.0, 0.0]], [0, 1], 2)
     z = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    vote = soft_knn(same, bank, torch.tensor([0, 1]), k=2)
-    assert vote(z).tolist() == [0.0, 1e-12]
+    vote = margin(model_of(bank, k=2), torch.tensor([0, 1]))
+    safe, lost = vote(z).tolist()
+    assert -1e-12 < safe <= 0 < lost < 1e-12
     assert vote.success(z).tolist() == [False, True]
 
 
@@ -117,8 +125,8 @@ def loops(bank, z, label, k, temperature):
         anywhere = [s for s, y in zip(similar, bank.label, strict=True) if y == c]
         own = own or ([max(anywhere)] if anywhere else [-1.0])
         votes.append(math.log(sum(math.exp(s / temperature) for s in own)))
-    margin = max(v for c, v in enumerate(votes) if c != label) - votes[label]
-    return margin, math.log(sum(map(math.exp, votes))) - votes[label]
+    lead = max(v for c, v in enumerate(votes) if c != label) - votes[label]
+    return lead, math.log(sum(map(math.exp, votes))) - votes[label]
 
 
 @pytest.mark.parametrize("k", [1, 5, 30])
@@ -127,23 +135,35 @@ def test_values_are_those_of_the_formula(k):
     bank = dataclasses.replace(bank, label=np.where(bank.label == 4, 0, bank.label))  # one class without rows
     label = label.clamp(max=4)
     expected = [loops(bank, row, y, k, 0.07) for row, y in zip(z.tolist(), label.tolist(), strict=True)]
-    margin, entropy = (torch.tensor(column, dtype=torch.float64) for column in zip(*expected, strict=True))
-    torch.testing.assert_close(soft_knn(same, bank, label, k=k)(z), margin)
-    torch.testing.assert_close(soft_knn(same, bank, label, k=k, loss="ce")(z), entropy)
+    lead, entropy = (torch.tensor(column, dtype=torch.float64) for column in zip(*expected, strict=True))
+    model = model_of(bank, k=k)
+    torch.testing.assert_close(margin(model, label)(z), lead)
+    torch.testing.assert_close(classification(model, label)(z), entropy)
 
 
 def test_cross_entropy_is_minus_the_log_of_the_score_where_every_class_votes():
     bank, z, label = problem()
-    vote = soft_knn(same, bank, label, k=60, loss="ce")
-    torch.testing.assert_close(vote(z), -vote.scores(z).gather(1, label[:, None])[:, 0].log())
+    model = model_of(bank, k=60)
+    torch.testing.assert_close(classification(model, label)(z), -model.scores(z).gather(1, label[:, None])[:, 0].log())
 
 
-@pytest.mark.parametrize("loss", ["margin", "ce"])
+def test_logits_are_wide_only_where_that_is_wanted():
+    bank, z, label = problem()
+    knn, z = KNNClassifier(k=9).fit(bank), z.float()
+    usual, wide = DecisionModel(same, knn), model_of(bank, k=9)
+    assert usual(z).dtype == torch.float32 and wide(z).dtype == torch.float64
+    assert torch.equal(wide(z), knn.logits(z.double())) and torch.equal(usual(z), knn.logits(z))
+    assert usual(z).argmax(1).tolist() == wide(z).argmax(1).tolist()
+    torch.testing.assert_close(margin(usual, label)(z).double(), margin(wide, label)(z), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
 @pytest.mark.parametrize("k", [4, 60])
 def test_gradients(k, loss):
     bank, z, label = problem(5, n=6)
-    assert torch.autograd.gradcheck(soft_knn(same, bank, label, k=k, loss=loss), (z.requires_grad_(),))
-    assert torch.autograd.gradcheck(soft_knn(same, bank, label, k=k).scores, (z,))
+    model = model_of(bank, k=k)
+    assert torch.autograd.gradcheck(OBJECTIVES[loss](model, label), (z.requires_grad_(),))
+    assert torch.autograd.gradcheck(model.scores, (z,))
 
 
 def test_the_gradient_is_that_of_a_dense_product():
@@ -155,8 +175,8 @@ def test_the_gradient_is_that_of_a_dense_product():
     votes = torch.stack([similarity[:, torch.from_numpy(bank.label) == c].logsumexp(1) for c in range(CLASSES)], 1)
     dense = votes.logsumexp(1) - votes.gather(1, label[:, None])[:, 0]
     expected = torch.autograd.grad(dense.sum(), z)[0]
-    found = torch.autograd.grad(soft_knn(same, bank, label, k=60, loss="ce")(z).sum(), z)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    gradient = torch.autograd.grad(classification(model_of(bank, k=60), label)(z).sum(), z)[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_rows_that_lie_close_together_are_told_apart():
@@ -166,25 +186,27 @@ def test_rows_that_lie_close_together_are_told_apart():
     rows = centre + 1e-3 * torch.randn(300, 8, generator=g)
     bank = table_of(rows, torch.randint(0, 2, (300,), generator=g), 2)
     z = (centre + 0.05 * away)[None]
+    unit, stored = torch.nn.functional.normalize(z, dim=1), torch.from_numpy(bank.z).double()
+    similarity = (stored @ unit[0] / stored.norm(dim=1)).sort(descending=True).values
     for k in (3, 9, 21):
-        expected = KNNClassifier(k=k).fit(bank).neighbours(z).similarity.sum()
-        vote = soft_knn(same, bank, torch.tensor([0]), k=k, temperature=1.0)
-        np.testing.assert_allclose(vote.vote(z).log_vote.logsumexp(1).exp() / k, np.exp(expected / k), rtol=1e-10)
-        np.testing.assert_allclose(vote.scores(z), KNNClassifier(k=k, temperature=1.0).fit(bank).predict_proba(z))
+        model = model_of(bank, k=k, temperature=1.0)
+        np.testing.assert_allclose(model(z).logsumexp(1), similarity[:k].logsumexp(0), rtol=1e-10)
+        np.testing.assert_allclose(model.fitted.neighbours(z).similarity[0], similarity[:k], atol=1e-12)
 
 
 def test_a_safe_decision_and_a_lost_one_are_not_flat():
     """All neighbours share one class, so that the scores are constant; the objective still points to the other."""
     g = seeded(1)
     right = torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0]]) + 0.01 * torch.randn(30, 3, generator=g), dim=1)
-    bank = table_of(torch.cat((right, torch.tensor([[0.0, 1, 0], [-1, 0, 0.1]]))), [0] * 30 + [1, 1], 2)
+    model = model_of(
+        table_of(torch.cat((right, torch.tensor([[0.0, 1, 0], [-1, 0, 0.1]]))), [0] * 30 + [1, 1], 2), k=20
+    )
     z = torch.tensor([[1.0, 0.02, 0.0]], dtype=torch.float64, requires_grad=True)
+    (flat,) = torch.autograd.grad(model.scores(z)[:, 0].sum(), z)
+    assert flat.abs().max() < 1e-15
     for label, way in ((0, 1.0), (1, -1.0)):  # safe: towards the nearest row of class 1; lost: away from it
-        for loss in ("margin", "ce"):
-            vote = soft_knn(same, bank, torch.tensor([label]), k=20, temperature=0.07, loss=loss)
-            (flat,) = torch.autograd.grad(vote.scores(z)[:, 0].sum(), z)
-            assert flat.abs().max() < 1e-15
-            value = vote(z)
+        for loss, objective in OBJECTIVES.items():
+            value = objective(model, torch.tensor([label]))(z)
             (grad,) = torch.autograd.grad(value.sum(), z)
             assert value.isfinite().all() and grad.isfinite().all()
             assert way * grad[0, 1] > 0
@@ -193,55 +215,53 @@ def test_a_safe_decision_and_a_lost_one_are_not_flat():
 
 
 def test_the_margin_is_continuous_for_the_class_that_enters():
-    """Turning from class 0 to class 1, the vote of class 1 does not jump where its rows become neighbours."""
+    """Turning from class 0 to class 1, the margin does not jump where rows of class 1 become neighbours."""
     angle = torch.linspace(0, math.pi / 2, 40, dtype=torch.float64)
     bank = table_of(torch.stack((angle.cos(), angle.sin()), 1), [0] * 20 + [1] * 20, 2)
     turn = torch.linspace(0, math.pi / 2, 4001, dtype=torch.float64)
     z = torch.stack((turn.cos(), turn.sin()), 1)
-    vote = soft_knn(same, bank, torch.zeros(4001, dtype=torch.int64), k=1)
-    assert (vote.vote(z).log_vote[:, 1].diff().abs() < 0.02).all()
+    model = model_of(bank, k=1)
+    assert (model(z)[:, 1].diff().abs() < 0.02).all()
+    vote = margin(model, torch.zeros(4001, dtype=torch.int64))
     assert (vote(z).diff() > -1e-9).all(), "each step towards class 1 raises the margin"
 
 
-@pytest.mark.parametrize("slice_size", [1, 7])
-def test_slices_of_the_bank_and_of_the_batch_change_nothing(monkeypatch, slice_size):
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_blocks_of_the_bank_and_of_the_batch_change_nothing(monkeypatch, loss):
     bank, z, label = problem(7)
     z.requires_grad_()
-    vote = soft_knn(same, bank, label, k=9)
+    vote = OBJECTIVES[loss](model_of(bank, k=9), label)
     whole, (grad,) = vote(z), torch.autograd.grad(vote(z).sum(), z)
-    monkeypatch.setattr(module, "_SLICE", slice_size)
-    monkeypatch.setattr(module, "_GATHER_BYTES", 1)
+    monkeypatch.setattr(search, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(search, "_GATHER_BYTES", 1)
+    monkeypatch.setattr("hsat.classifiers.knn_vote._CPU_SLICE_BYTES", 1)
     assert torch.equal(vote(z), whole)
-    assert torch.equal(torch.autograd.grad(vote(z).sum(), z)[0], grad)
+    torch.testing.assert_close(torch.autograd.grad(vote(z).sum(), z)[0], grad, rtol=1e-12, atol=1e-12)
 
 
 def test_low_precision_products_are_not_trusted(monkeypatch):
     bank, z, label = problem()
-    vote = soft_knn(same, bank, label, k=9)
+    vote = margin(model_of(bank, k=9), label)
     expected = vote(z)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     assert torch.equal(vote(z), expected)
 
 
-def test_select_relabel_and_tensors_as_bank():
+def test_a_selection_and_another_batch_share_the_model():
     bank, z, label = problem()
-    vote = soft_knn(same, bank, label, k=9)
-    index = torch.tensor([3, 0, 11])
+    model = model_of(bank, k=9)
+    vote, index, other = margin(model, label), torch.tensor([3, 0, 11]), (label + 1) % CLASSES
     assert torch.equal(vote.select(index)(z[index]), vote(z)[index])
-    other = (label + 1) % CLASSES
-    again = vote.relabel(other)
-    assert again.bank is vote.bank
-    assert torch.equal(again(z), soft_knn(same, bank, other, k=9)(z))
-    scaled = (torch.from_numpy(bank.z) * 3, torch.from_numpy(bank.label))
-    torch.testing.assert_close(soft_knn(same, scaled, label, k=9)(z), vote(z), atol=1e-5, rtol=1e-5)
+    assert vote.select(index).model is model
+    assert torch.equal(margin(model, other)(z), margin(model_of(bank, k=9), other)(z))
 
 
 def test_a_zero_embedding_has_a_finite_gradient():
     bank, z, label = problem()
     z[0] = 0
-    vote = soft_knn(same, bank, label, k=9)
-    np.testing.assert_allclose(vote.scores(z)[0].sum(), 1.0)
-    (grad,) = torch.autograd.grad(vote(z.requires_grad_()).sum(), z)
+    model = model_of(bank, k=9)
+    np.testing.assert_allclose(model.scores(z)[0].sum(), 1.0)
+    (grad,) = torch.autograd.grad(margin(model, label)(z.requires_grad_()).sum(), z)
     assert grad.isfinite().all()
 
 
@@ -261,7 +281,7 @@ def images_and_encoder(n=12):
 def test_attacks_turn_the_vote_and_early_stopping_is_the_vote():
     x, label, encoder, bank = images_and_encoder()
     threat = Linf(0.1)
-    vote = soft_knn(encoder, bank, label, k=10)
+    vote = margin(model_of(bank, encoder, k=10), label)
     assert not vote.success(x).any(), "clean images are classified well"
     attack = PGD(threat, step_size=0.02, steps=12)
     result = attack.run(x, vote, generator=seeded())
@@ -276,56 +296,30 @@ def test_attacks_turn_the_vote_and_early_stopping_is_the_vote():
 
 def test_half_precision_images():
     x, label, encoder, bank = images_and_encoder()
-    vote = soft_knn(encoder, bank, label, k=10)
+    vote = margin(model_of(bank, encoder, k=10), label)
     for dtype in (torch.float16, torch.bfloat16):
         x_adv = PGD(Linf(0.1), step_size=0.02, steps=5)(x.to(dtype), vote, generator=seeded())
         assert (vote(x_adv) > vote(x.to(dtype))).all()
 
 
 def test_drift_leaves_the_class_less_often_than_the_vote_does():
-    x, _, encoder, bank = images_and_encoder(30)
-    attack, vote = PGD(Linf(0.05), step_size=0.01, steps=10), soft_knn(encoder, bank, torch.arange(30) % 3, k=10)
+    x, label, encoder, bank = images_and_encoder(30)
+    attack, vote = PGD(Linf(0.05), step_size=0.01, steps=10), margin(model_of(bank, encoder, k=10), label)
     drift = attack(x, feature_drift(encoder, x), generator=seeded(), ids=torch.arange(30))
     aimed = attack(x, vote, generator=seeded(), ids=torch.arange(30))
     assert vote.success(aimed).sum() > vote.success(drift).sum()
 
 
-def test_k_above_the_bank_is_cut_with_a_warning():
+def test_what_does_not_fit_is_named():
     bank, z, label = problem()
-    with pytest.warns(UserWarning, match="k=200 is more than the 60 rows of the bank; using k=60"):
-        vote = soft_knn(same, bank, label)
-    assert torch.equal(vote(z), soft_knn(same, bank, label, k=60)(z))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(k=0), "k must be a whole number of at least 1, got 0"),
-        (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
-        (dict(loss="hinge"), r"unknown loss 'hinge'; choose one of \('margin', 'ce'\)"),
-        (dict(labels=torch.tensor([0, 4])), "labels run from 0 to 4, but the bank has 4 classes"),
-        (dict(labels=torch.tensor([0.0])), r"labels must be integers \(n,\).*got torch.float32 \(1,\)"),
-        (dict(classes=2), "labels of the bank run from 0 to 3, with 2 classes"),
-        (dict(bank=(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))), "the bank is empty"),
-        (dict(bank=(torch.ones(3, 5), torch.zeros(2, dtype=torch.int64))), r"got \(3, 5\) torch.float32 and \(2,\)"),
-        (dict(bank=(torch.full((3, 5), torch.nan), torch.arange(3))), "the bank is not finite, first in row 0"),
-        (dict(bank=(torch.ones(3, 5), torch.zeros(3, dtype=torch.int64))), "needs at least two classes"),
-        (dict(bank=torch.ones(3, 5)), r"an EmbeddingTable or \(embeddings, labels\), got Tensor"),
-    ],
-)
-def test_what_makes_no_vote_is_refused(change, message):
-    bank, _, label = problem()
-    options = dict(bank=bank, labels=label, k=3) | change
-    with pytest.raises((ValueError, TypeError), match=message):
-        soft_knn(same, options.pop("bank"), options.pop("labels"), **options)
-
-
-def test_embeddings_that_do_not_fit_are_named():
-    bank, z, label = problem()
-    vote = soft_knn(same, bank, label, k=3)
+    vote = margin(model_of(bank, k=3), label)
     with pytest.raises(ValueError, match=r"embeddings \(20, 4\), the bank's have width 5: not its bank"):
         vote(z[:, :4])
-    with pytest.raises(ValueError, match="20 labels for 3 embeddings"):
+    with pytest.raises(ValueError, match=r"the model gave shape \(3, 4\) for 20 images"):
         vote(z[:3])
     with pytest.raises(ValueError, match="embeddings on meta, the bank on cpu"):
         vote(z.to("meta"))
+    with pytest.raises(ValueError, match="labels go from 0 to 4, but the model gives 4 classes"):
+        margin(model_of(bank, k=3), torch.tensor([0, 4]))(z[:2])
+    with pytest.raises(ValueError, match=r"labels must be \(n,\) int64 class numbers, got \(1,\) torch.float32"):
+        margin(model_of(bank, k=3), torch.tensor([0.0]))
