@@ -33,10 +33,9 @@ from hsat.eval import (
     Smoothing,
     certify,
     check_certificates,
-    markdown_table,
-    plot_certified_accuracy,
     write_records,
 )
+from hsat.report import markdown_table, plot_certified_accuracy
 from ranks import Ranks
 from runs import versions, write_json
 from settings import listed
@@ -127,10 +126,7 @@ def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> s
     (settings.out / "table.md").write_text(table)
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions()}
     write_json(settings.out / "run.json", about | {"command": sys.argv})
-    try:
-        plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
-    except ImportError as error:
-        print(f"no figures: {error}", file=sys.stderr)
+    plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
     remove_state(settings)
     return table
 

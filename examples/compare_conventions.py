@@ -191,7 +191,7 @@ def write_results(settings: CompareConventions, cohort: Cohort, found: dict[str,
     table = differences(found, settings.metrics)
     explained = f"{table}\nWhat the conventions are (those of training are for train_hsat.py --compat paper):\n\n"
     working = settings.out / ".table.md.partial"
-    working.write_text(explained + conventions_table())
+    working.write_text(explained + conventions_table().to_markdown())
     working.replace(settings.out / "table.md")
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(settings.out / "run.json", about)

@@ -21,7 +21,8 @@ from pydantic import BeforeValidator, Field
 from cohorts import describe, open_cohort
 from evaluate_whitebox import EvaluateWhitebox, evaluate
 from hsat.data import Cohort
-from hsat.eval import Record, markdown_table, read_records, write_report
+from hsat.eval import Record, read_records
+from hsat.report import markdown_table, write_report
 from runs import flat, versions, write_json
 from settings import Settings, listed, read_yaml
 from train_hsat import DEMO, TrainHSAT, train

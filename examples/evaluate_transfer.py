@@ -37,11 +37,10 @@ from hsat.eval import (
     TransferResult,
     evaluate_transfer,
     paper_attacks,
-    plot_transfer,
-    transfer_table,
     write_records,
 )
 from hsat.models import active_branch
+from hsat.report import plot_transfer, transfer_markdown
 from ranks import Ranks
 from runs import device_named, versions, write_json
 from settings import Counts, Names, Pixels, PixelsList
@@ -125,17 +124,14 @@ def write_results(settings: EvaluateTransfer, cohort: Cohort, result: TransferRe
     """Write records, table, heat maps and the account of the run; returns the table."""
     out = settings.out
     write_records(out / "records.jsonl", result.records)
-    table = transfer_table(result.records, intervals=settings.intervals)
+    table = transfer_markdown(result.records, intervals=settings.intervals)
     (out / "table.md").write_text(table)
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(out / "run.json", about | {"attacked_in_this_run": result.made})
     used = {record.k for record in result.records}
     k = settings.k[0] if settings.k[0] in used else max(used)
-    try:
-        for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
-            plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)
-    except ImportError as error:
-        print(f"no figures: {error}", file=sys.stderr)
+    for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
+        plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)
     return table
 
 

@@ -27,11 +27,11 @@ from hsat.eval import (
     KNNClassifier,
     Provenance,
     RunOptions,
-    markdown_table,
     save_adversarial,
     write_records,
 )
 from hsat.eval.export import ShapeBatches
+from hsat.report import markdown_table
 from ranks import Ranks
 from runs import versions, write_json
 from settings import Names, Pixels

@@ -33,9 +33,9 @@ from hsat.eval import (
     RunOptions,
     Scoring,
     evaluate_budget,
-    markdown_table,
     write_records,
 )
+from hsat.report import markdown_table
 from ranks import Ranks
 from runs import versions, write_json
 from settings import Names, Pixels, listed

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from folders import gathered
-from hsat.eval import write_report
+from hsat.report import write_report
 from settings import Names, Settings
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     out = settings.out or Path(settings.runs[0]) / "report.html"
     try:
         path = write_report(settings.runs, out, title=settings.title, k=settings.k, metric=settings.metric)
-    except (ImportError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"report: {path}")
 

@@ -23,17 +23,9 @@ from evaluate_whitebox import loaders
 from hsat.attacks import L2, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
 from hsat.attacks.threat import eps_text
 from hsat.data import BadPatch, Cohort
-from hsat.eval import (
-    KNNClassifier,
-    Provenance,
-    Record,
-    RunOptions,
-    Scoring,
-    evaluate_whitebox,
-    markdown_table,
-    write_records,
-)
+from hsat.eval import KNNClassifier, Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
+from hsat.report import markdown_table
 from runs import device_named, versions, write_json
 from settings import Counts, DataSettings, Names, Pixels, Settings, StoredModelSettings
 from threats import Lengths, check_radii

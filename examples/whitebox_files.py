@@ -1,27 +1,26 @@
-"""The files of a white-box evaluation: records, table, scores, evidence, figures."""
+"""The files of a white-box evaluation: records, table, scores, artifacts, figures."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ensemble_report import write_ensembles
 from evaluation_run import remove_state
 from hsat.data import Cohort
 from hsat.eval import (
+    PAPER,
+    Provenance,
     Record,
+    Scoring,
     WhiteboxResult,
     compare_models,
-    differences_table,
-    markdown_table,
-    plot_accuracy_vs_eps,
-    plot_patches,
     save_scores,
     score_tables,
-    write_evidence,
     write_records,
 )
+from hsat.report import differences_table, markdown_table, plot_accuracy_vs_eps, plot_patches, write_artifacts
 from runs import versions, write_json
 
 if TYPE_CHECKING:
@@ -30,42 +29,37 @@ if TYPE_CHECKING:
 
 def write_results(settings: EvaluateWhitebox, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
     """Write records, table, plots and the account of the run; returns the table."""
-    out = settings.out
+    out, scoring = settings.out, PAPER.scoring if settings.compat == "paper" else Scoring()
     records: list[Record] = [record for result in results.values() for record in result.records]
     write_records(out / "records.jsonl", records)
     scores = [table for result in results.values() for table in score_tables(result)]
     save_scores(out / "scores.npz", scores)
     table = markdown_table(records)
     if len(results) > 1:
-        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.compat)
-        table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
-        write_json(out / "differences.json", [asdict(each) for each in found])
+        differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
+        table += (
+            f"\n**Differences** from {differences[0].against}, on the same patients\n\n{differences_table(differences)}"
+        )
+        write_json(out / "differences.json", [asdict(difference) for difference in differences])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
     (out / "table.md").write_text(table)
     about = {"settings": settings.plain(), "cohort": cohort.fingerprint(), "versions": versions(), "command": sys.argv}
     write_json(out / "run.json", about)
-    keep_evidence(settings, results)
-    try:
-        draw(settings, records, results)
-    except ImportError as error:
-        print(f"no figures: {error}", file=sys.stderr)
+    keep_artifacts(settings, results, scoring)
+    draw(settings, records, results)
     remove_state(settings)
     return table
 
 
-def keep_evidence(settings: EvaluateWhitebox, results: dict[str, WhiteboxResult]) -> None:
+def keep_artifacts(settings: EvaluateWhitebox, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
     """What report.py shows besides numbers: predictions, a map of the embeddings, the first patches."""
     for title, result in results.items():
-        write_evidence(
+        write_artifacts(
             settings.out / "evidence",
-            model=title,
-            tables=result.tables,
-            scores=result.scores,
-            class_names=result.class_names,
-            examples=result.examples,
+            result,
             target=settings.target,
-            compat=settings.compat,
-            checkpoint=result.records[0].checkpoint,
+            provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
+            scoring=scoring,
         )
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
-from hsat.eval.statistics.binomial import clopper_pearson_lower, clopper_pearson_upper
+from hsat.eval.confidence import clopper_pearson_lower, clopper_pearson_upper
 
 ABSTAIN = -1
 GroupPooling = Literal["mean", "vote"]
@@ -64,9 +63,10 @@ def patch_radius(
     The theorem gives the open ball: attacks of norm below the radius.
     """
     winner = selected.argmax(1)
-    lower = _bounds(counts[np.arange(len(counts)), winner], counts.sum(1), alpha, clopper_pearson_lower)
+    lower = clopper_pearson_lower(counts[np.arange(len(counts)), winner], counts.sum(1), alpha)
     sure = lower > 0.5
-    radius = np.where(sure, sigma * _quantile(np.where(sure, lower, 0.5)), 0.0)
+    radius = sigma * _quantile(np.where(sure, lower, 0.5))
+    radius = np.where(sure, np.maximum(0.0, np.nextafter(radius, 0.0)), 0.0)  # rounded to the safe side
     return np.where(sure, winner, ABSTAIN), radius
 
 
@@ -111,10 +111,9 @@ Margin = Callable[[float], float]
 def _mean_margin(selected: np.ndarray, counts: np.ndarray, sigma: float, alpha: float) -> tuple[Margin, int]:
     winner = int(selected.sum(0).argmax())
     share, total = alpha / counts.size, counts.sum(1)
-    lower = _quantile(_bounds(counts[:, winner], total, share, clopper_pearson_lower))
+    lower = _quantile(clopper_pearson_lower(counts[:, winner], total, share))
     others = np.delete(counts, winner, axis=1)
-    wide = np.broadcast_to(total[:, None], others.shape)
-    upper = _quantile(_bounds(others.ravel(), wide.ravel(), share, clopper_pearson_upper)).reshape(others.shape)
+    upper = _quantile(clopper_pearson_upper(others, total[:, None], share))
 
     def margin(r: float) -> float:
         own = _normal(lower - r / sigma)[:, None]
@@ -138,19 +137,17 @@ def _vote_margin(selected: np.ndarray, counts: np.ndarray, sigma: float, alpha: 
     return margin, winner
 
 
-def _bounds(
-    count: np.ndarray, total: np.ndarray, alpha: float, bound: Callable[[int, int, float], float]
-) -> np.ndarray:
-    return np.array([bound(int(k), int(n), alpha) for k, n in zip(count, total, strict=True)], dtype=np.float64)
-
-
 def _quantile(p: np.ndarray) -> np.ndarray:
     """Phi^-1, with -inf at 0 and inf at 1."""
-    value: np.ndarray = torch.special.ndtri(torch.from_numpy(np.asarray(p, dtype=np.float64))).numpy()
+    from scipy.special import ndtri
+
+    value: np.ndarray = ndtri(p)
     return value
 
 
 def _normal(x: np.ndarray) -> np.ndarray:
     """Phi."""
-    value: np.ndarray = torch.special.ndtr(torch.from_numpy(np.asarray(x, dtype=np.float64))).numpy()
+    from scipy.special import ndtr
+
+    value: np.ndarray = ndtr(x)
     return value

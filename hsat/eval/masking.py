@@ -21,7 +21,7 @@ from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, margin
 from hsat.attacks.initialization import image_seed
 from hsat.classifiers import DecisionModel
 from hsat.embedding import attack_unscored, encode
-from hsat.eval.statistics.binomial import binomial_tail
+from hsat.eval.confidence import binomial_tail
 from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective
 
 POINTS = 20  # random points of the search without gradients, half of them at the border of the ball

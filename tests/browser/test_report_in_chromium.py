@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from hsat.eval import write_report
+from hsat.report import write_report
 
 pytestmark = pytest.mark.chromium
 LONG = "a_model_whose_name_is_long_and_has_no_space_where_it_could_break_" * 2

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hsat.eval import open_runs, read_records, write_records
+from hsat.eval import read_records, write_records
+from hsat.report import open_runs
 
 pytest.importorskip("jinja2")
 ROOT = Path(__file__).parents[2]
