@@ -26,6 +26,7 @@ MAY_IMPORT = {room: GROUND for room in LOWER} | {
     "stains": set(),
     "training": LOWER | GROUND | {"embedding"},
     "eval": LOWER | GROUND | {"embedding"},
+    "report": LOWER | GROUND | {"embedding", "eval"},
     "testing": {"types"},
 }
 PUBLIC = {

@@ -134,5 +134,5 @@ def test_the_published_grouping_splits_a_patient_with_two_labels(golden, level):
 def test_keys_that_are_none():
     with pytest.raises(ValueError, match="group_by must be one of 'id', 'id_and_label'; got 'label'"):
         pool(np.eye(2), [0, 1], [0, 1], group_by="label")
-    with pytest.raises(ValueError, match="got 'id_and_label'"):
+    with pytest.raises(ValueError, match="group_by='id_and_label' needs labels"):
         pool(np.eye(2), [0, 1], group_by="id_and_label")

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hsat.report import read_artifacts, write_artifacts
-from hsat.report.artifacts import fit_plane, share_of_movement
+from hsat.eval import Provenance
+from hsat.report import ArtifactSource, read_artifacts, write_artifacts
+from hsat.report.artifacts import explained_displacement, fit_plane
 
 
 @pytest.fixture
@@ -31,16 +32,17 @@ def parts(table):
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
     moved = images.clone()
     moved[0, 0, 1, 2] += 8 / 255
-    return {
-        "tables": tables,
-        "scores": scores,
-        "class_names": ("a", "b"),
-        "examples": {"clean": images, "PGD-8": moved},
-    }
+    examples = {"clean": images, "PGD-8": moved}
+    return {"tables": tables, "scores": scores, "class_names": ("a", "b"), "examples": examples}
+
+
+def write(folder, parts, model="mine", **options):
+    provenance = Provenance(model=model, checkpoint=options.pop("checkpoint", ""))
+    return write_artifacts(folder, ArtifactSource(**parts), provenance=provenance, **options)
 
 
 def test_everything_comes_back(tmp_path, parts):
-    place = write_artifacts(tmp_path, model="mine", target="features", checkpoint="abc", map_rows=4, **parts)
+    place = write(tmp_path, parts, target="features", checkpoint="abc", map_rows=4)
     (found,) = read_artifacts(tmp_path)
     assert place == tmp_path / "mine"
     assert (found.model, found.target, found.checkpoint, found.class_names) == ("mine", "features", "abc", ("a", "b"))
@@ -54,7 +56,7 @@ def test_everything_comes_back(tmp_path, parts):
     rows = [0, 3, 6, 9]
     assert np.array_equal(clean.place_label, label[rows])
     plane = fit_plane(parts["tables"]["clean"].z)
-    np.testing.assert_allclose(attacked.places, plane.place(parts["tables"]["PGD-8"].z)[rows], atol=1e-6)
+    np.testing.assert_allclose(attacked.places, plane.project(parts["tables"]["PGD-8"].z)[rows], atol=1e-6)
     assert found.variance == pytest.approx(tuple(plane.variance))
     assert clean.movement is None and 0 < attacked.movement < 1
     assert len(clean.patches) == len(attacked.patches) == len(attacked.perturbations) == 2
@@ -62,7 +64,7 @@ def test_everything_comes_back(tmp_path, parts):
 
 
 def test_pictures_hold_the_images_and_what_was_added(tmp_path, parts):
-    write_artifacts(tmp_path, model="mine", **parts)
+    write(tmp_path, parts)
     attacked = read_artifacts(tmp_path)[0].conditions["PGD-8"]
     assert attacked.scale == pytest.approx(0.5 / (8 / 255), rel=1e-5)
     shown = np.asarray(Image.open(attacked.patches[1]), dtype=float)
@@ -76,26 +78,26 @@ def test_pictures_hold_the_images_and_what_was_added(tmp_path, parts):
 
 def test_two_channel_images_are_shown_by_their_mean(tmp_path, parts):
     parts["examples"] = {name: images[:, :2] for name, images in parts["examples"].items()}
-    write_artifacts(tmp_path, model="mine", **parts)
+    write(tmp_path, parts)
     shown = np.asarray(Image.open(read_artifacts(tmp_path)[0].conditions["clean"].patches[0]), dtype=float)
     np.testing.assert_allclose(shown[..., 0], parts["examples"]["clean"][0].mean(0) * 255, atol=0.51)
 
 
 def test_same_bytes_and_replaced_as_a_whole(tmp_path, parts):
-    write_artifacts(tmp_path / "a", model="mine", **parts)
-    write_artifacts(tmp_path / "b", model="mine", **parts)
+    write(tmp_path / "a", parts)
+    write(tmp_path / "b", parts)
     files = sorted(path.name for path in (tmp_path / "a" / "mine").iterdir())
     for name in files:
         assert (tmp_path / "a" / "mine" / name).read_bytes() == (tmp_path / "b" / "mine" / name).read_bytes()
-    write_artifacts(tmp_path / "a", model="mine", **parts | {"examples": None})
+    write(tmp_path / "a", parts | {"examples": {}})
     assert not list((tmp_path / "a").rglob("*.png"))
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
 
 
-def test_a_failure_leaves_the_old_evidence(tmp_path, parts):
-    write_artifacts(tmp_path, model="mine", **parts)
+def test_a_failure_leaves_the_old_artifacts(tmp_path, parts):
+    write(tmp_path, parts)
     with pytest.raises(KeyError):
-        write_artifacts(tmp_path, model="mine", **parts | {"scores": {"clean": parts["scores"]["clean"]}})
+        write(tmp_path, parts | {"scores": {"clean": parts["scores"]["clean"]}})
     assert set(read_artifacts(tmp_path)[0].conditions) == {"clean", "PGD-8"}
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -103,7 +105,7 @@ def test_a_failure_leaves_the_old_evidence(tmp_path, parts):
 def test_any_name_of_a_model_stays_inside(tmp_path, parts):
     names = ["../out", "/etc/x", "..", "", "a/b", "a_b", "a b", "<script>", "x" * 200, "über"]
     for name in names:
-        write_artifacts(tmp_path / "evidence", model=name, **parts)
+        write(tmp_path / "evidence", parts, name)
     assert sorted(each.model for each in read_artifacts(tmp_path / "evidence")) == sorted(names)
     assert [path.name for path in tmp_path.iterdir()] == ["evidence"]
 
@@ -111,21 +113,21 @@ def test_any_name_of_a_model_stays_inside(tmp_path, parts):
 def test_conditions_of_any_name(tmp_path, parts):
     for mapping in ("tables", "scores", "examples"):
         parts[mapping]["L2: 0.5/../x"] = parts[mapping].pop("PGD-8")
-    write_artifacts(tmp_path, model="mine", **parts)
+    write(tmp_path, parts)
     (found,) = read_artifacts(tmp_path)
     assert len(found.conditions["L2: 0.5/../x"].patches) == 2
 
 
 def test_what_does_not_fit_is_refused(tmp_path, parts, table):
     with pytest.raises(ValueError, match="do not hold 'clean'"):
-        write_artifacts(tmp_path, model="m", **parts | {"tables": {"PGD-8": parts["tables"]["PGD-8"]}})
+        write(tmp_path, parts | {"tables": {"PGD-8": parts["tables"]["PGD-8"]}}, "m")
     shorter = {"clean": parts["tables"]["clean"], "PGD-8": table(np.eye(3), [0, 1, 0])}
     with pytest.raises(ValueError, match="'PGD-8' holds other patches"):
-        write_artifacts(tmp_path, model="m", **parts | {"tables": shorter})
+        write(tmp_path, parts | {"tables": shorter}, "m")
     assert not list(tmp_path.glob("m"))
 
 
-def test_no_folder_is_no_evidence(tmp_path):
+def test_no_folder_is_nothing(tmp_path):
     assert read_artifacts(tmp_path / "none") == ()
 
 
@@ -157,14 +159,14 @@ def link_out(folder: Path) -> None:
     ("spoil", "message"),
     [
         (spoilt_json, "about.json: not JSON"),
-        (without_variance, "not evidence of an evaluation"),
+        (without_variance, "about.json: .* Field required"),
         (half_a_file, r"PGD-8.npz: damaged"),
         (pickled, r"PGD-8.npz: damaged"),
         (link_out, "leads out of"),
     ],
 )
-def test_damaged_evidence_is_named(tmp_path, parts, spoil, message):
-    spoil(write_artifacts(tmp_path / "run" / "evidence", model="m", **parts))
+def test_damaged_artifacts_is_named(tmp_path, parts, spoil, message):
+    spoil(write(tmp_path / "run" / "evidence", parts, "m"))
     with pytest.raises(ValueError, match=message):
         read_artifacts(tmp_path / "run" / "evidence")
 
@@ -182,16 +184,16 @@ def test_axes_are_those_of_the_singular_value_decomposition(n, d, seed):
         if plane.variance[i] > 1e-6:
             assert abs(plane.axes[i] @ axes[i]) == pytest.approx(1, abs=1e-5)
             assert plane.axes[i][np.abs(plane.axes[i]).argmax()] > 0
-    np.testing.assert_allclose(plane.place(z).sum(0), 0, atol=1e-9)
+    np.testing.assert_allclose(plane.project(z).sum(0), 0, atol=1e-9)
 
 
-def test_share_of_movement_by_hand():
+def test_explained_displacement_by_hand():
     plane = fit_plane(np.array([[2.0, 0, 0], [-2, 0, 0], [0, 1, 0], [0, -1, 0]]))
     np.testing.assert_allclose(plane.axes, [[1, 0, 0], [0, 1, 0]], atol=1e-12)
     np.testing.assert_allclose(plane.variance, [0.8, 0.2])
     before = np.zeros((2, 3))
-    assert share_of_movement(plane, before, np.array([[3.0, 0, 4], [0, 0, 0]])) == pytest.approx(9 / 25)
-    assert np.isnan(share_of_movement(plane, before, before))
+    assert explained_displacement(plane, before, np.array([[3.0, 0, 4], [0, 0, 0]])) == pytest.approx(9 / 25)
+    assert np.isnan(explained_displacement(plane, before, before))
 
 
 def test_no_rows_have_no_map():

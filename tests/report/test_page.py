@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -14,9 +13,6 @@ import pytest
 
 from hsat.eval import write_records
 from hsat.report import open_runs, write_report
-
-pytest.importorskip("jinja2")
-
 
 FETCHING = ("src", "href", "srcset", "action", "data", "poster")
 
@@ -157,10 +153,19 @@ def test_signs_of_masking_are_in_the_summary(made_records, tmp_path):
     assert "2 reasons for doubt" in page.text and "no less than random noise" in page.text
 
 
-def test_an_attack_on_another_layer_is_noted(made_records, tmp_path):
-    records = made_records(target="embedding")
+@pytest.mark.parametrize(("target", "noted"), [("embedding", True), ("features", False), ("decision", False)])
+def test_only_a_drift_of_another_layer_is_noted(made_records, tmp_path, target, noted):
+    records = made_records(target=target)
     page = read(write_report([only_records(tmp_path / "run", records)], tmp_path / "report.html"))
-    assert "Attacks on the embedding are measured by a classifier that reads the features" in page.text
+    assert ("an attack on the features may leave less" in page.text) == noted
+    sentence = "Attacks on the embedding are measured by a classifier that reads the features"
+    assert (sentence in page.text) == noted
+
+
+def test_classifiers_without_neighbours_are_not_runs_of_each_other(made_records, tmp_path):
+    records = [r for name in ("Head()", "NearestCentroid()") for r in made_records(k=0, classifier=name)]
+    page = read(write_report([only_records(tmp_path / "run", records)], tmp_path / "report.html"))
+    assert "2 runs" not in page.text and "classifier: Head()" in page.text
 
 
 def test_k_and_metric_are_chosen(made_records, tmp_path):
@@ -186,13 +191,13 @@ def test_a_training_alone(run, tmp_path):
     (run / "records.jsonl").unlink()
     page = read(write_report([run], tmp_path / "report.html"))
     assert "These runs hold no measurements yet" in page.text and page.tags.count("svg") >= 2
-    assert "evidence of 'HSAT', which is of another evaluation" in page.text
+    assert "artifacts of 'HSAT', which are of another evaluation" in page.text
 
 
-def test_evidence_of_other_weights_is_not_shown(run, made_artifacts, tmp_path):
+def test_artifacts_of_other_weights_is_not_shown(run, made_artifacts, tmp_path):
     made_artifacts(run / "evidence", "HSAT", checkpoint="older weights")
     page = read(write_report([run], tmp_path / "report.html"))
-    assert "records for the evidence of 'HSAT', which is of another evaluation and not shown" in page.text
+    assert "records for the artifacts of 'HSAT', which are of another evaluation and not shown" in page.text
     assert page.tags.count("img") == 3 * 3
 
 
@@ -277,13 +282,7 @@ def test_what_is_no_run(tmp_path):
         write_report([], tmp_path / "report.html")
 
 
-def test_without_jinja(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r'pip install "hsat\[report\]"'):
-        write_report([run], tmp_path / "report.html")
-
-
-def test_evidence_stands_beside_the_records_of_its_own_cohort(made_records, made_artifacts, tmp_path):
+def test_artifacts_stand_beside_the_records_of_its_own_cohort(made_records, made_artifacts, tmp_path):
     only_records(tmp_path / "a", made_records("HSAT", 0.8))
     made_artifacts(tmp_path / "a" / "evidence", "HSAT")
     only_records(tmp_path / "b", made_records("HSAT", 0.6, cohort="beef" * 10))

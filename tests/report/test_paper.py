@@ -52,7 +52,7 @@ def test_markdown(made_records):
 def test_several_seeds(made_records):
     runs = [r for seed, value in enumerate((0.6, 0.8, 0.7)) for r in made_records("m", value, seed=seed)]
     text = paper_markdown(TABLE, paper_lines(TABLE, {"C": runs}))
-    assert "| C | ours | 70.00 ± 10.00 (n=3) / 68.00 ± 10.00 (n=3) |" in text
+    assert "| C | ours | 70.00 ± 10.00 (3 runs) / 68.00 ± 10.00 (3 runs) |" in text
 
 
 def test_other_surrogates_do_not_fill_a_white_box_table(made_records):
@@ -73,8 +73,9 @@ def test_latex_is_a_plain_table_of_equal_rows(made_records):
     ).groups()
     assert begin == "llcc"
     for row in rows.splitlines():
-        assert row == "\\hline" or row.startswith("\\multicolumn{4}{l}{") or len(re.findall(r"(?<!\\)&", row)) == 3
-        assert row == "\\hline" or row.endswith(r"\\")
+        rule = row in ("\\toprule", "\\midrule", "\\bottomrule")
+        assert rule or row.startswith("\\multicolumn{4}{l}{") or len(re.findall(r"(?<!\\)&", row)) == 3
+        assert rule or row.endswith(r"\\")
     assert r"A\_B & ours & 80.00 {[}70.0, 90.0] / 78.00" in rows
     assert r"A\_B & paper & -- & 5.50 / -- \\" in rows
     assert r"R50 \& co (Acc / MCA, \%)" in rows
@@ -87,7 +88,7 @@ def test_latex_is_a_plain_table_of_equal_rows(made_records):
 
 def test_latex_has_no_other_letters_for_several_runs(made_records):
     runs = [r for seed in (0, 1) for r in made_records(seed=seed, value=0.5 + seed / 10)]
-    assert r"$\pm$ 7.07 (n=2)" in paper_latex(TABLE, paper_lines(TABLE, {"C": runs}))
+    assert r"$\pm$ 7.07 (2 runs)" in paper_latex(TABLE, paper_lines(TABLE, {"C": runs}))
 
 
 def test_csv_has_a_line_per_number(made_records):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import builtins
 import sys
 from dataclasses import replace
 
@@ -11,8 +10,6 @@ import torch
 from hsat.eval import Record
 from hsat.report import plot_accuracy_vs_eps, plot_patches
 from hsat.report import plots as module
-
-pytest.importorskip("matplotlib")
 
 
 def records() -> list[Record]:
@@ -124,16 +121,3 @@ def test_patches_of_different_shapes(tmp_path):
 def test_titles_of_another_number(tmp_path):
     with pytest.raises(ValueError, match="1 titles for 2 patches"):
         plot_patches(torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), tmp_path / "patches.png", titles=["one"])
-
-
-def test_without_matplotlib(tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def refuse(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r'figures need matplotlib: pip install "hsat\[report\]"'):
-        plot_patches(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4), tmp_path / "patches.png")

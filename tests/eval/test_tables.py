@@ -1,0 +1,65 @@
+"""One table in four forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from hsat.eval import Table, TableCell
+
+TABLE = Table(
+    head=("name", "Acc", "Acc"),
+    rows=[("a|b\nc", "1 & 2", TableCell("50.0", "40.0 to 60.0")), ("<b>", "±", TableCell("9", shade=0.25))],
+    caption="A 50 % <table>",
+    details=" (n = 3)",
+    groups=[("x_1", 1), ("y", 1)],
+    notes=["a & b"],
+)
+
+
+def test_markdown_has_a_line_per_row():
+    assert TABLE.to_markdown().splitlines() == [
+        "**A 50 % <table>** (n = 3)",
+        "",
+        "| name | x_1 Acc | y Acc |",
+        "| --- | --- | --- |",
+        "| a\\|b c | 1 & 2 | 50.0 (40.0 to 60.0) |",
+        "| <b> | ± | 9 |",
+        "",
+        "- a & b",
+    ]
+    assert str(TABLE) == TABLE.to_markdown()
+
+
+def test_latex_uses_booktabs_and_escapes():
+    lines = TABLE.to_latex().splitlines()
+    assert lines[:3] == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r" & \multicolumn{1}{c}{x\_1} & \multicolumn{1}{c}{y} \\",
+    ]
+    assert lines[4:6] == [r"\midrule", r"\multicolumn{3}{l}{\textit{A 50 \% <table> (n = 3)}} \\"]
+    assert lines[6:8] == [r"a|b c & 1 \& 2 & 50.0 (40.0 to 60.0) \\", r"<b> & $\pm$ & 9 \\"]
+    assert lines[8:] == [r"\bottomrule", r"\end{tabular}"]
+
+
+def test_csv_comes_back():
+    head, first, _ = csv.reader(io.StringIO(TABLE.to_csv()))
+    assert head == ["name", "x_1 Acc", "y Acc"] and first == ["a|b\nc", "1 & 2", "50.0 (40.0 to 60.0)"]
+
+
+def test_html_is_escaped_and_says_what_cells_are():
+    html = TABLE.to_html(kind="text")
+    assert "<caption>A 50 % &lt;table&gt; (n = 3)</caption>" in html and '<table class="text">' in html
+    assert '<th scope="row">&lt;b&gt;</th><td>±</td><td style="--shade:0.250">9</td>' in html
+    assert "<td>50.0 <small>40.0 to 60.0</small></td>" in html and '<p class="note">a &amp; b</p>' in html
+    assert '<th scope="colgroup" colspan="1">x_1</th>' in html
+
+
+def test_rows_and_groups_fit_the_head():
+    with pytest.raises(ValueError, match=r"a row of 1 cells under a head of 2: \['a'\]"):
+        Table(("x", "y"), [("a",)])
+    with pytest.raises(ValueError, match="do not span the 1 columns after the first"):
+        Table(("x", "y"), [], groups=[("g", 2)])
