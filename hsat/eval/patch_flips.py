@@ -28,12 +28,15 @@ def min_patches_to_flip(
 ) -> int | None:
     """The smallest number of patches whose alteration makes the group's decision wrong; 0: it is; None: never.
 
-    clean, attacked: (n, classes), class scores of the group's patches as they are and after their attack; an altered
-    patch takes its attacked row, the others keep their clean one.  label: the true class.
-
     Pooling adds rows up, so the lead of a rival class over the true one is a sum of one term per patch, and altering a
     patch changes only its own.  The best k patches for that rival are then the k with the largest gain; the smallest k
     over all rivals is the exact minimum over all subsets.
+
+    Args:
+        clean, attacked: (n, classes), class scores of the group's patches as they are and after their attack; an
+            altered patch takes its attacked row, the others keep their clean one.
+        label: The true class.
+        pooling: See `pool`.
     """
     if pooled_is_wrong(clean, label, pooling=pooling):
         return 0
@@ -73,11 +76,22 @@ def patches_to_flip(
     order: Order = "worst",
     seed: int = 0,
 ) -> np.ndarray:
-    """For every group, in ascending order of its id, the number of altered patches that it takes, (g,) float64.
+    """For every group, in ascending order of its id, the number of altered patches that it takes.
 
-    0: the decision is wrong as it is.  inf: altering every patch would not do.  groups, labels: (n,).
-    order="worst": the attacker picks, see `min_patches_to_flip`.  order="random": one draw per group, which depends on
-    (seed, id of the group) only.
+    Args:
+        clean, attacked: (n, classes), as for `min_patches_to_flip`.
+        groups: (n,) ids.
+        labels: (n,) true classes, the same for all patches of a group.
+        pooling: See `pool`.
+        order: "worst": the attacker picks, see `min_patches_to_flip`.  "random": one draw per group, which depends on
+            (seed, id of the group) only.
+        seed: Of the random order.
+
+    Returns:
+        (g,) float64.  0: the decision is wrong as it is.  inf: altering every patch would not do.
+
+    Raises:
+        ValueError: For an unknown order.
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {list(ORDERS)}, got {order!r}")

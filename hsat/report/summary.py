@@ -84,8 +84,10 @@ def strongest_per_eps(attacks: Sequence[AccuracyPoint]) -> list[AccuracyPoint]:
 def summarize_model(records: Sequence[Record]) -> RobustnessSummary:
     """The summary of one model from its records of one level, metric and k.
 
-    Where both norms occur, those in Linf (or the first norm there is) are summed up.  Raises ValueError for no records
-    and for records of several models.
+    Where both norms occur, those in Linf (or the first norm there is) are summed up.
+
+    Raises:
+        ValueError: For no records and for records of several models.
     """
     models = {record.model for record in records}
     if len(models) != 1:

@@ -13,6 +13,7 @@ import pytest
 
 from hsat.eval import write_records
 from hsat.report import open_runs, write_report
+from hsat.report.page.sections import flatten_settings
 
 FETCHING = ("src", "href", "srcset", "action", "data", "poster")
 
@@ -378,3 +379,7 @@ def test_certificates_have_a_sentence_and_tables_of_their_own(made_records, tmp_
     slides = [replace(record, level="slide", metric="accuracy") for record in curve]
     text = read(write_report([only_records(tmp_path / "run", slides)], tmp_path / "x.html")).text
     assert "No accuracy of patches was measured; the tables show what was." in text
+
+
+def test_nested_settings_become_flat():
+    assert flatten_settings({"a": {"b": 1, "c": "x"}, "d": None}) == {"a.b": "1", "a.c": "x", "d": "null"}
