@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hsat.data import Cohort
-from hsat.eval import compare_models, load_scores, read_records
+from hsat.eval import Scoring, compare_models, load_scores, read_records
 from hsat.models import load_encoder
 
 QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 2 --diagnose 0 --quiet".split()
@@ -139,7 +139,7 @@ def test_two_checkpoints_are_compared_on_the_same_patients(trained, root, tmp_pa
         expected = measured[each["model"]][key] - measured["first"][key]
         assert each["difference"] == pytest.approx(expected)
         assert each["low"] is not None or each["reason"]
-    again = compare_models(load_scores(tmp_path / "out" / "scores.npz"), resamples=10)
+    again = compare_models(load_scores(tmp_path / "out" / "scores.npz"), scoring=Scoring(bootstrap=10))
     assert [asdict(each) for each in again] == found
 
 
