@@ -101,10 +101,16 @@ def rank_of_true_class(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Average precision of each class against the rest; NaN where the class does not occur.
+    """Average precision of each class against the rest.
 
-    weights: (..., n) non-negative weight of each row (leading axes are alternatives, as in a bootstrap); None is all
-    ones.  Returns (..., classes).
+    Args:
+        scores: (n, classes).
+        labels: (n,) class indices.
+        weights: (..., n) non-negative weight of each row (leading axes are alternatives, as in a bootstrap); None is
+            all ones.
+
+    Returns:
+        (..., classes); NaN where the class does not occur.
     """
     weights = np.ones(len(scores)) if weights is None else weights
     columns = []
@@ -114,10 +120,10 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
         ends = np.flatnonzero(np.append(value[1:] != value[:-1], True))  # the last row of each run of equal scores
         sorted_weights = weights[..., order]
         seen = sorted_weights.cumsum(-1)[..., ends]
-        found = (sorted_weights * hit).cumsum(-1)[..., ends]
-        step = np.diff(found, axis=-1, prepend=0.0)
-        precision = np.divide(found, seen, out=np.zeros(found.shape), where=seen > 0)
-        total = found[..., -1]
+        hits = (sorted_weights * hit).cumsum(-1)[..., ends]
+        step = np.diff(hits, axis=-1, prepend=0.0)
+        precision = np.divide(hits, seen, out=np.zeros(hits.shape), where=seen > 0)
+        total = hits[..., -1]
         area = (step * precision).sum(-1)
         columns.append(np.divide(area, total, out=np.full(total.shape, np.nan), where=total > 0))
     return np.stack(columns, -1)

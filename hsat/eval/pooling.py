@@ -184,8 +184,8 @@ def _check_agreement(names: np.ndarray, labels: np.ndarray, shared: np.ndarray, 
     wrong = np.flatnonzero(labels != shared[member_of])
     if len(wrong):
         group = member_of[wrong[0]]
-        found = sorted({int(label) for label in labels[member_of == group]})
+        mixed = sorted({int(label) for label in labels[member_of == group]})
         raise ValueError(
-            f"group {names[group]} holds patches with labels {found}; a slide or patient has one label."
+            f"group {names[group]} holds patches with labels {mixed}; a slide or patient has one label."
             " Check the ids: they must be unique over the cohort"
         )

@@ -152,13 +152,19 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def software_versions() -> dict[str, str]:
     """Versions of what a number depends on; libraries that are not installed are left out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    for name, package in (("hsat", "hsat"), ("faiss", "faiss-cpu"), ("timm", "timm"), ("torchvision", "torchvision")):
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for name, package in (
+        ("hsat", "hsat"),
+        ("scipy", "scipy"),
+        ("faiss", "faiss-cpu"),
+        ("timm", "timm"),
+        ("torchvision", "torchvision"),
+    ):
         try:
-            found[name] = metadata.version(package)
+            versions[name] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True)
