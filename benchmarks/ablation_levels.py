@@ -26,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
+from hsat.cli.options import device_of  # noqa: E402
+from hsat.cli.train import Train, train  # noqa: E402
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort  # noqa: E402
 from hsat.eval import (  # noqa: E402
     KNNClassifier,
@@ -39,8 +41,6 @@ from hsat.eval import (  # noqa: E402
 )
 from hsat.models import checkpoint_hash, load_encoder  # noqa: E402
 from hsat.run_folder import installed_versions  # noqa: E402
-from hsat.cli.options import device_of  # noqa: E402
-from hsat.cli.train import Train, train  # noqa: E402
 
 METHODS = {  # name: (attacked, patients in units of the batch, slides, patches)
     "HiDisc": (False, 1, 2, 2),

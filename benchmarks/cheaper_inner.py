@@ -27,11 +27,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
+from hsat.cli.train import train  # noqa: E402
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort  # noqa: E402
 from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks  # noqa: E402
 from hsat.models import load_encoder  # noqa: E402
+from hsat.recipes import read_recipe  # noqa: E402
 from hsat.run_folder import installed_versions, write_json  # noqa: E402
-from hsat.cli.train import Train, load_settings, train  # noqa: E402
 
 
 def pgd(steps: int, name: str = "pgd") -> list[str]:
@@ -73,13 +74,13 @@ def run_one(name: str, seed: int, runs: Path, steps: int) -> dict[str, Any]:
     out = folder_of(name, seed, runs)
     if (done := out / "result.json").exists():
         return json.loads(done.read_text())
-    size = read_yaml(DEMO)["data"]["image_size"]
+    size = read_recipe("demo")["data"]["image_size"]
     root = write_synthetic_cohort(runs / f"cohort-{seed}", seed=seed)
     argv = ["--data.root", str(root), "--out", str(out), "--seed", str(seed), "--quiet", "true"]
     argv += ["--train.steps", str(steps)]
     argv += [part.format(quarter=steps // 4) for part in VARIANTS[name]]
     begin = time.process_time()
-    encoder = load_encoder(train(Train.over(read_yaml(DEMO), argv)))
+    encoder = load_encoder(train(load_settings(["--recipe", "demo", "--scale", "demo", *argv])))
     seconds = time.process_time() - begin
     cohort = read_opensrh(root)
     bank, queries = (

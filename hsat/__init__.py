@@ -1,8 +1,8 @@
 """hsat: make histopathology encoders robust, and measure honestly how robust they are.
 
 The rooms are imported by name: hsat.attacks, hsat.losses, hsat.classifiers, hsat.data, hsat.models, hsat.training,
-hsat.eval.  Their public names are offered here as well, loaded when they are first asked for: `import hsat` alone loads
-neither torchvision nor timm nor faiss.
+hsat.eval, hsat.report.  The public names of all but the last are offered here as well, loaded when they are first asked
+for: `import hsat` alone loads neither torchvision nor timm nor faiss nor scipy.
 """
 
 from __future__ import annotations

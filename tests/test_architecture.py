@@ -27,6 +27,7 @@ MAY_IMPORT = {room: GROUND for room in LOWER} | {
     "run_folder": {"files"},
     "training": LOWER | GROUND | {"embedding"},
     "eval": LOWER | GROUND | {"embedding"},
+    "report": LOWER | GROUND | {"embedding", "eval"},
     "testing": {"types"},
 }
 PUBLIC = {

@@ -1,4 +1,4 @@
-"""The files of a white-box evaluation: records, table, scores, evidence, ensembles, figures."""
+"""The files of a white-box evaluation: records, table, scores, artifacts, ensembles, figures."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import csv
 import io
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hsat.cli.evaluation import remove_state
 from hsat.data import Cohort
 from hsat.eval import (
+    PAPER,
     EnsembleOutcome,
+    Provenance,
     Record,
+    Scoring,
     WhiteboxResult,
     compare_models,
-    differences_table,
-    markdown_table,
-    plot_accuracy_vs_eps,
-    plot_patches,
     save_scores,
     score_tables,
-    write_evidence,
     write_records,
 )
 from hsat.files import write_file
+from hsat.report import differences_table, markdown_table, plot_accuracy_vs_eps, plot_patches, write_artifacts
 from hsat.run_folder import write_json, write_run_file
 
 if TYPE_CHECKING:
@@ -35,41 +34,36 @@ if TYPE_CHECKING:
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
     """Write records, table, plots and the account of the run; returns the table."""
-    out = settings.out
+    out, scoring = settings.out, PAPER.scoring if settings.preset == "paper" else Scoring()
     records: list[Record] = [record for result in results.values() for record in result.records]
     write_records(out / "records.jsonl", records)
     scores = [table for result in results.values() for table in score_tables(result)]
     save_scores(out / "scores.npz", scores)
     table = markdown_table(records)
     if len(results) > 1:
-        found = compare_models(scores, seed=settings.seed, resamples=settings.bootstrap, compat=settings.preset)
-        table += f"\n**Differences** from {found[0].against}, on the same patients\n\n{differences_table(found)}"
-        write_json(out / "differences.json", [asdict(each) for each in found])
+        differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
+        table += (
+            f"\n**Differences** from {differences[0].against}, on the same patients\n\n{differences_table(differences)}"
+        )
+        write_json(out / "differences.json", [asdict(difference) for difference in differences])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
     (out / "table.md").write_text(table)
     write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
-    keep_evidence(settings, results)
-    try:
-        draw(settings, records, results)
-    except ImportError as error:
-        print(f"no figures: {error}", file=sys.stderr)
+    keep_artifacts(settings, results, scoring)
+    draw(settings, records, results)
     remove_state(settings)
     return table
 
 
-def keep_evidence(settings: Evaluate, results: dict[str, WhiteboxResult]) -> None:
+def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
     """What report.py shows besides numbers: predictions, a map of the embeddings, the first patches."""
     for title, result in results.items():
-        write_evidence(
+        write_artifacts(
             settings.out / "evidence",
-            model=title,
-            tables=result.tables,
-            scores=result.scores,
-            class_names=result.class_names,
-            examples=result.examples,
+            result,
             target=settings.target,
-            compat=settings.preset,
-            checkpoint=result.records[0].checkpoint,
+            provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
+            scoring=scoring,
         )
 
 

@@ -25,17 +25,9 @@ from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import open_loaders
 from hsat.cli.options import Counts, EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
 from hsat.data import BadPatch, Cohort
-from hsat.eval import (
-    KNNClassifier,
-    Provenance,
-    Record,
-    RunOptions,
-    Scoring,
-    evaluate_whitebox,
-    markdown_table,
-    write_records,
-)
+from hsat.eval import KNNClassifier, Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
+from hsat.report import markdown_table
 from hsat.run_folder import lock_folder, write_run_file
 
 

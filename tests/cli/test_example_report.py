@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hsat.eval import open_runs, read_records, write_records
+from hsat.eval import read_records, write_records
+from hsat.report import open_runs
 
-pytest.importorskip("jinja2")
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,11 +41,11 @@ def test_a_real_evaluation_and_training_on_one_page(trained, root, tmp_path, cap
     argv = ["--checkpoint", f"HSAT={trained / 'final.safetensors'}", "--data.root", str(root), *options]
     evaluate([*argv, "--out", str(tmp_path / "whitebox")])
     (found,) = open_runs([tmp_path / "whitebox"])
-    (evidence,) = found.evidence
-    label, taken = (evidence.conditions["PGD-8"].label, evidence.conditions["PGD-8"].prediction)
+    (artifacts,) = found.artifacts
+    label, taken = (artifacts.conditions["PGD-8"].label, artifacts.conditions["PGD-8"].prediction)
     accuracy = {r.level: r.value for r in found.records if (r.attack_name, r.metric) == ("PGD-8", "accuracy")}
     for level, value in accuracy.items():
-        assert (label[level] == taken[level, 5]).mean() == pytest.approx(value), "evidence and records disagree"
+        assert (label[level] == taken[level, 5]).mean() == pytest.approx(value), "artifacts and records disagree"
     assert found.absent == ()
     report([str(tmp_path / "whitebox"), str(trained), "--out", str(tmp_path / "page.html"), "--title", "Two runs"])
     page = (tmp_path / "page.html").read_text()
@@ -116,7 +116,7 @@ def test_seeds_and_cohorts_are_told(made_records, tmp_path):
         words.append(f"HSAT={tmp_path / str(seed)}")
     reproduce(["--table", "1", "--runs", *words, "--out", str(tmp_path)])
     text = (tmp_path / "table1.md").read_text()
-    assert "80.00 ± 14.14 (n=2)" in text
+    assert "80.00 ± 14.14 (2 runs)" in text
     assert "not of one cohort and split" in text and "000000000000 (val), 111111111111 (val)" in text
     assert "Doubt: HSAT, PGD-8: odd." in text
 
@@ -215,7 +215,7 @@ def test_a_clean_number_of_two_evaluations_counts_once(made_records, tmp_path):
     write_records(tmp_path / "transfer" / "records.jsonl", [*clean, *drops])
     reproduce(["--runs", str(tmp_path / "whitebox"), str(tmp_path / "transfer"), "--out", str(tmp_path)])
     text = (tmp_path / "table1.md").read_text()
-    assert "| HSAT | ours | 80.00 [70.0, 90.0] / 78.00 [68.0, 88.0] |" in text and "(n=" not in text
+    assert "| HSAT | ours | 80.00 [70.0, 90.0] / 78.00 [68.0, 88.0] |" in text and " runs)" not in text
 
 
 def test_printed_numbers_are_the_papers():
@@ -251,7 +251,7 @@ def test_the_page_about_the_report_runs(tmp_path, capsys):
         for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             exec(compile(code, "report.md", "exec", dont_inherit=True), names)
     assert "mine has 90.0 % [80.0, 95.0] accuracy" in (tmp_path / "report.html").read_text()
-    assert names["evidence"].model == "mine"
+    assert names["artifacts"].model == "mine"
     assert read_records(tmp_path / "runs" / "mine" / "records.jsonl") == (names["record"],)
 
 
