@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install $(QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINT
 
 # one thread: the network is too small to gain from more, and threads that wait for each other lose much on busy machines
 demo: announce $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py --out runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m hsat demo --out runs/demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q

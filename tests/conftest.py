@@ -1,9 +1,15 @@
-"""Material of several test folders: numbers of kNN, small tables, a run folder with everything that a report shows."""
+"""Material of several test folders: tables, a run folder, cohorts on disk, one training, commands as processes."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from hsat.data import write_synthetic_cohort
 from hsat.eval import Provenance, Record, write_records
 from hsat.report import ArtifactSource, write_artifacts
 from hsat.types import EmbeddingTable, HierarchicalBatch
@@ -233,3 +241,160 @@ def toy_batches() -> Callable[..., ToyLoader]:
 @pytest.fixture
 def toy_encoder() -> ToyEncoder:
     return ToyEncoder()
+
+
+# An epoch has two batches here, so the checkpoints after steps 3 and 6 lie within one and between two.
+SMALL = "--data.image_size 32 --model.backbone test_byobnet --model.embedding_dim 16".split()
+SHORT = "--train.steps 8 --train.batch_patients 2 --train.eval_every 4 --train.save_every 3 --attack.steps 2".split()
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Sums depend on how many threads share them; the subprocesses get one by OMP_NUM_THREADS."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OpenSRH folder of two classes; a class has three patients to train on and one to validate on."""
+    return write_synthetic_cohort(
+        tmp_path_factory.mktemp("cohort") / "srh", classes=("hgg", "lgg"), patients_per_class=4, patches=3, size=32
+    )
+
+
+@pytest.fixture
+def own_root(root: Path, tmp_path: Path) -> Path:
+    """A copy of that cohort that a test may damage."""
+    return Path(shutil.copytree(root, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def colour_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RGB PNGs as class/patient/slide/patch.png, and the same as manifest.csv; patches are not square."""
+    root, rng = tmp_path_factory.mktemp("colour"), np.random.default_rng(0)
+    lines = ["path,class,patient,slide"]
+    for number in range(8):
+        name = ("adenoma", "normal")[number % 2]
+        for patch in range(2):
+            path = root / name / f"p{number}" / "s1" / f"{patch}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 120, (40, 36, 3)) + 100 * (number % 2)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+            lines.append(f"{path.relative_to(root)},{name},p{number},s1")
+    (root / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def options(root: Path) -> list[str]:
+    """The options of a training of a few seconds, without --out."""
+    return ["--data.root", str(root), *SMALL, *SHORT, "--quiet"]
+
+
+@pytest.fixture(scope="session")
+def trained(options: list[str], one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that training, never interrupted.  Read only."""
+    from hsat.cli.train import main
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    main([*options, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def stops() -> Callable[..., str]:
+    """stops(main, argv): main ends the program; the message, which is one for people and not a traceback."""
+
+    def call(main: Callable[[list[str]], object], argv: list[str]) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert isinstance(stop.value.code, str), f"ended with {stop.value.code!r}"
+        assert stop.value.code.startswith("error:")
+        return stop.value.code
+
+    return call
+
+
+def _start(words: list[str], cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process in a process group of its own, whose errors are in its output."""
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., subprocess.Popen[str]]:
+    """launch(command, *argv, cwd=..., **environment): `hsat command` as a process of its own; or a script.py."""
+
+    def start(command: object, *argv: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+        first = [str(command)] if str(command).endswith(".py") else ["-m", "hsat", str(command)]
+        return _start([*first, *map(str, argv)], cwd, **environment)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.Popen[str]]:
+    """torchrun(command, *argv, cwd=..., ranks=2, restarts=0): the same by torchrun, over gloo on this machine."""
+
+    def start(
+        command: object, *argv: object, cwd: Path, ranks: int = 2, restarts: int = 0, meeting: str = "--standalone"
+    ) -> subprocess.Popen[str]:
+        first = [str(command)] if str(command).endswith(".py") else ["-m", "hsat", str(command)]
+        options = [f"--nproc_per_node={ranks}", f"--max_restarts={restarts}", meeting]
+        return _start(["-m", "torch.distributed.run", *options, *first, *map(str, argv)], cwd)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[..., str]:
+    """finish(process): what it wrote, once it has ended; nothing of it is left."""
+
+    def wait(process: subprocess.Popen[str], *, timeout: float = 300) -> str:
+        try:
+            return process.communicate(timeout=timeout)[0]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def kill() -> Callable[..., str]:
+    """kill(process): kill -9 for it and the processes that it started; what it wrote."""
+
+    def end(process: subprocess.Popen[str]) -> str:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
+
+    return end
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[[list[object]], None]:
+    """train(argv): `hsat train` in this process."""
+    from hsat.cli.train import main
+
+    return lambda argv: main([*map(str, argv)])
+
+
+@pytest.fixture(scope="session")
+def rows_of() -> Callable[[Path], list[dict[str, str]]]:
+    """rows_of(folder): the rows of its train.csv, as texts."""
+
+    def read(folder: Path) -> list[dict[str, str]]:
+        with (folder / "train.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return read

@@ -69,11 +69,11 @@ def attacks_under(
 def ensembles_under(
     threat: Threat, eps_values: Sequence[float], *, steps: int, step_size: float | None
 ) -> dict[str, AttackEnsemble]:
-    """The ensembles under a ball of parse_pixels, {"ensemble-8": ...} or {"ensemble-l2-1": ...}; None is eps / 4."""
+    """The ensembles under a ball of pixels, {"ensemble-8": ...} or {"ensemble-l2-1": ...}; None is eps / 4."""
     if threat == "linf":
         return ensemble_attacks(eps_values, steps=steps, step_size=step_size)
     if threat != "l2":
-        raise ValueError(f"--attacks ensemble needs a ball of parse_pixels: --threat linf or l2, not {threat}")
+        raise ValueError(f"--attacks ensemble needs a ball of pixels: --threat linf or l2, not {threat}")
     return {
         f"ensemble-l2-{eps_text(eps).removesuffix('/255')}": AttackEnsemble(L2(eps), steps=steps, step_size=step_size)
         for eps in eps_values

@@ -1,13 +1,13 @@
 r"""How few patches must an attacker alter to change the diagnosis of a patient?  records.jsonl, groups.csv, table.md.
 
-    python examples/hierarchical_budget.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
-    python examples/hierarchical_budget.py --checkpoint a=runs/a/final.safetensors,b=runs/b/best.safetensors \
+    hsat budget --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    hsat budget --checkpoint a=runs/a/final.safetensors,b=runs/b/best.safetensors \
         --level slide
 
 Every validation patch is attacked; then the fewest attacked patches are counted that turn the pooled decision of their
 patient or slide (docs/threats.md).  groups.csv has that number for each of them.  --query_patches thins the patches,
 and with them the patients' sizes: the fractions stay what they say, of the patches that are left.  --resume goes on
-after an interruption, and torchrun shares the work among processes, as for evaluate_whitebox.py.
+after an interruption, and torchrun shares the work among processes, as for hsat evaluate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
@@ -76,7 +76,7 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
     attacks = attacks_under(
         settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
     )
-    ranks.begin()
+    begin_run(settings, ranks)
     results: dict[tuple[str, str], BudgetResult] = {}
     for title, encoder, digest in encoders:
         if settings.threat == "raw_srh" and encoder.fixed_size is None:

@@ -1,12 +1,12 @@
 """Certified robustness of one or several encoders: records.jsonl, table.md, curves of certified accuracy.
 
-    python examples/certify.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh --sigma 0.1
-    python examples/certify.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors --check 50
+    hsat certify --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh --sigma 0.1
+    hsat certify --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors --check 50
 
 The kNN vote is smoothed with Gaussian noise; what it then answers cannot be changed by any attack of an L2 norm below
 the certified radius, in units of the pixel range (arXiv:1902.02918; docs/honesty.md).  Every patch costs
 --selection + --samples passes, so begin with a few: --query_patches 100.  Encoders that never saw noise certify little.
---resume goes on after an interruption, and torchrun shares the work among processes, as for evaluate_whitebox.py.
+--resume goes on after an interruption, and torchrun shares the work among processes, as for hsat evaluate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import Loader, PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import split_commas
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
@@ -75,7 +75,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
     )
     bank, queries = open_loaders(settings, cohort)
     encoders = open_encoders(settings.checkpoint, settings.model)
-    ranks.begin()
+    begin_run(settings, ranks)
     records: list[Record] = []
     for title, encoder, digest in encoders:
         print(f"certifying {title} (sigma {settings.sigma:g})", file=sys.stderr)

@@ -1,6 +1,6 @@
 """What each convention of the published evaluation does to the numbers of one encoder.
 
-    python examples/compare_conventions.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    hsat compare --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
 
 The encoder is evaluated under hsat's conventions, under the published ones (all at once, as with --preset paper), and
 under hsat's with one convention switched at a time.  Where only arithmetic changes, nothing is attacked again.
@@ -19,9 +19,10 @@ from pydantic import Field
 
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import naming_branch, stored_encoder
-from hsat.cli.evaluation import open_loaders
+from hsat.cli.evaluation import check_folder, open_loaders, remove_results
+from hsat.cli.failures import explain_failure
 from hsat.cli.options import EvaluationDataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings, device_of
-from hsat.data import BadPatch, Cohort
+from hsat.data import Cohort
 from hsat.eval import (
     CONVENTIONS,
     PAPER,
@@ -39,7 +40,7 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
-from hsat.run_folder import write_run_file
+from hsat.run_folder import lock_folder, write_run_file
 
 OWN, PUBLISHED = "hsat", "the published code"
 SCORING = {
@@ -71,6 +72,7 @@ class Compare(Settings):
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/conventions"), description="folder for the results")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
 
 
@@ -189,7 +191,7 @@ def write_results(settings: Compare, cohort: Cohort, found: dict[str, tuple[Reco
     settings.out.mkdir(parents=True, exist_ok=True)
     write_records(settings.out / "records.jsonl", [record for records in found.values() for record in records])
     table = differences(found, settings.metrics)
-    explained = f"{table}\nWhat the conventions are (those of training are for train_hsat.py --preset paper):\n\n"
+    explained = f"{table}\nWhat the conventions are (those of training are for hsat train --preset paper):\n\n"
     working = settings.out / ".table.md.partial"
     working.write_text(explained + conventions_table().to_markdown())
     working.replace(settings.out / "table.md")
@@ -201,14 +203,22 @@ def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
     settings = Compare.load(argv)
     if settings.checkpoint is None:
-        raise SystemExit("error: give --checkpoint FILE; train_hsat.py writes best.safetensors")
+        raise SystemExit("error: give --checkpoint FILE; hsat train writes best.safetensors")
     if unknown := [name for name in settings.metrics if name not in TITLES]:
         raise SystemExit(f"error: unknown metrics {unknown}; choose from {', '.join(TITLES)}")
-    cohort = open_cohort(settings.data, seed=settings.seed)
-    print(describe(cohort), file=sys.stderr)
     try:
-        table = write_results(settings, cohort, evaluate(settings, cohort, settings.checkpoint))
-    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        with lock_folder(settings.out):
+            check_folder(settings)
+            cohort = open_cohort(settings.data, seed=settings.seed)
+            print(describe(cohort), file=sys.stderr)
+            results = evaluate(settings, cohort, settings.checkpoint)
+            if settings.overwrite:
+                remove_results(settings.out)
+            table = write_results(settings, cohort, results)
+    except Exception as error:
+        message = explain_failure(error, workers=settings.data.workers, resumable=False)
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""From nothing to a robustness table: `make demo` runs this.
+"""From nothing to a robustness table; `make demo` installs hsat and runs this.
 
-Writes a synthetic cohort, trains a HiDisc baseline and an HSAT encoder on it with the same recipe (configs/demo.yaml),
+Writes a synthetic cohort, trains a HiDisc baseline and an HSAT encoder on it with the same recipe (`demo`),
 attacks both with PGD, BIM and MI-FGSM at 4/255 and 8/255, and prints one table: baseline, HSAT, an untrained encoder,
 each clean, under random noise of the same size, and attacked.  Then it attacks the kNN vote itself ("decision"), which
 is what decides and the stronger test.  Records, figures, report.md and report.html go to --out.
 
-    python examples/demo.py --out runs/demo --seed 0 --targets features,embedding
+    hsat demo --out runs/demo --seed 0 --targets features,embedding
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def _head_of(model: EncoderSettings) -> HeadSpec | None:
 def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True) -> Encoder:
     """The encoder in a file, its BatchNorm branch chosen; what was not said and had to be inferred goes to stderr.
 
-    A file of train_hsat.py says how to build its encoder.  --model.backbone and the options beside it are for files
+    A file of hsat train says how to build its encoder.  --model.backbone and the options beside it are for files
     that do not; with several files (alone=False) those that do say keep to it.  Raises ValueError, OSError.
     """
     own = "backbone" not in model.model_fields_set or (not alone and has_encoder_spec(path))
@@ -96,6 +96,27 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
         encoders.append(NamedEncoder(title, encoder, checkpoint_hash(path)))
         check_titles(one.title for one in encoders)
     return encoders
+
+
+def untrained_encoder(encoder: Encoder, *, seed: int) -> Encoder:
+    """An encoder of the same kind with random weights, at the size of the patches.
+
+    Raises:
+        ValueError: If it is unknown how the encoder was built.
+    """
+    spec = encoder.spec
+    if spec is None:
+        raise ValueError("--untrained needs an encoder whose file says how it was built, or --model.backbone")
+    head = None if spec["head"] is None else HeadSpec(spec["head"], hidden=tuple(spec["head_hidden"]))
+    return build_encoder(
+        spec["name"],
+        embedding_dim=spec["embedding_dim"],
+        head=head,
+        mean=spec["mean"],
+        std=spec["std"],
+        dual_norm=spec["dual_norm"],
+        seed=seed,
+    ).eval()
 
 
 def check_titles(titles: Iterable[str]) -> None:

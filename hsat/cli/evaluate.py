@@ -1,9 +1,9 @@
 """White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
 
-    python examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
-    python examples/evaluate_whitebox.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
+    hsat evaluate --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
+    hsat evaluate --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
 
-A checkpoint written by train_hsat.py says how to build its encoder.  For any other file (published, plain) give
+A checkpoint written by hsat train says how to build its encoder.  For any other file (published, plain) give
 --model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
 one branch, --model.branch.  Attacks move what --target says: "decision" (the kNN vote itself, of the first --k),
 "features" (what kNN reads) or "embedding" (as in the paper); they start at random points, as in the published
@@ -15,7 +15,7 @@ patch as robust only if all of them fail on it (docs/ensemble.md); with several 
 the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
 same results (docs/devices.md):
 
-    torchrun --nproc_per_node=4 examples/evaluate_whitebox.py --checkpoint runs/hsat/best.safetensors
+    torchrun --nproc_per_node=4 -m hsat evaluate --checkpoint runs/hsat/best.safetensors
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
-from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders
-from hsat.cli.evaluation import PatchSettings, open_loaders, remove_state, run_evaluation
+from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
+from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Counts, Names, Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.results import write_results
@@ -48,7 +48,7 @@ from hsat.eval import (
     evaluate_whitebox,
 )
 from hsat.eval.options import TargetName
-from hsat.models import Encoder, build_encoder, fold_batchnorm
+from hsat.models import Encoder, fold_batchnorm
 from hsat.types import Attack
 
 ENSEMBLE = "ensemble"
@@ -120,14 +120,11 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
     ranks = ranks or Ranks.alone(settings.device)
     encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
     if settings.untrained:
-        spec = {key: value for key, value in (encoders[0].encoder.spec or {}).items() if key != "input_size"}
-        encoders.append(NamedEncoder("untrained", build_encoder(**spec, seed=settings.seed).eval(), ""))
+        encoders.append(NamedEncoder("untrained", untrained_encoder(encoders[0].encoder, seed=settings.seed), ""))
     check_titles(one.title for one in encoders)
     encoders = [one._replace(encoder=convert_encoder(one.encoder, settings.compute)) for one in encoders]
     attacks = attacks_of(settings)
-    if ranks.is_main and not (settings.resume or ranks.again):
-        remove_state(settings)
-    ranks.begin()
+    begin_run(settings, ranks)
     results = {}
     surrogates = {title: encoder.to(ranks.device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for one in encoders:

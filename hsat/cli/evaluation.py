@@ -17,14 +17,34 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from hsat.cli.cohort import describe, open_cohort
+from hsat.cli.failures import explain_failure
 from hsat.cli.options import EvaluationDataSettings, Names, Settings, StoredModelSettings, device_of
 from hsat.cli.ranks import Ranks, first_rank_first, join_ranks, silence_other_ranks
 from hsat.cli.train import same_on_all_ranks
-from hsat.data import BadPatch, Cohort, PatchDataset, patch_loader
-from hsat.distributed import RankFailedError
-from hsat.run_folder import lock_folder
+from hsat.data import Cohort, PatchDataset, patch_loader
+from hsat.run_folder import LOG_FILE, lock_folder
 from hsat.training import assert_ranks_agree
 from hsat.types import HierarchicalBatch
+
+RECORDS = "records.jsonl"
+RESULTS = (
+    RECORDS,
+    "run.json",
+    "table.md",
+    "scores.npz",
+    "differences.json",
+    "ensemble.csv",
+    "groups.csv",
+    "universal.safetensors",
+    "accuracy_vs_eps.png",
+    "certified_accuracy.png",
+    "patches_*.png",
+    "transfer_*.png",
+    "evidence",
+    "cohort",
+    "state",
+)
+"""What evaluations write into --out."""
 
 
 class EvaluationSettings(Settings):
@@ -38,6 +58,7 @@ class EvaluationSettings(Settings):
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(Path("runs/evaluation"), description="folder for the results")
     resume: bool = Field(False, description="go on with the finished batches of an interrupted run in --out")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
 
     @property
@@ -101,17 +122,59 @@ def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
     """The cohort, after the first rank has found the folder for the results free and made it."""
     assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with first_rank_first(ranks):  # which may write the synthetic cohort
-        if ranks.is_main and settings.state.exists() and not (settings.resume or ranks.again):
-            raise ValueError(
-                f"{settings.out} holds finished batches of an earlier run; add --resume to go on with it, or delete"
-                f" {settings.state} to begin anew"
-            )
+        if ranks.is_main and not ranks.again:
+            check_folder(settings)
         cohort = open_cohort(settings.data, seed=settings.seed)
         if ranks.is_main:
             print(describe(cohort), file=sys.stderr)
             settings.out.mkdir(parents=True, exist_ok=True)
     assert_ranks_agree(cohort=cohort, seed=settings.seed)
     return cohort
+
+
+class HasFolder(Protocol):
+    """Options that name a folder for results, of any command."""
+
+    @property
+    def out(self) -> Path: ...  # noqa: D102
+    @property
+    def overwrite(self) -> bool: ...  # noqa: D102
+
+
+def check_folder(settings: HasFolder) -> None:
+    """Raise ValueError, with what to type, unless the folder is free for the results or may be used again."""
+    out, resume = settings.out, bool(getattr(settings, "resume", False))
+    if resume and settings.overwrite:
+        raise ValueError("give --resume to go on with a run, or --overwrite true to replace it; not both")
+    if (out / LOG_FILE).exists() and not (out / RECORDS).exists():
+        raise ValueError(f"{out} holds a training; choose another --out for the evaluation")
+    if resume or settings.overwrite:
+        return
+    if (out / RECORDS).exists():
+        raise ValueError(
+            f"{out} holds the results of another run; choose another --out, or replace them: --overwrite true"
+        )
+    state = getattr(settings, "state", None)
+    if state is not None and state.exists():
+        raise ValueError(
+            f"{out} holds finished batches of an earlier run; add --resume to go on with it, or --overwrite true to"
+            " begin anew"
+        )
+
+
+def begin_run(settings: EvaluationSettings, ranks: Ranks) -> None:
+    """Called by every evaluation once its options are checked: what is to be overwritten goes, the run is begun."""
+    if ranks.is_main and not ranks.again and not settings.resume:
+        if settings.overwrite:
+            remove_results(settings.out)
+        remove_state(settings)
+    ranks.begin()
+
+
+def remove_results(out: Path) -> None:
+    """Remove what evaluations write into a folder, and nothing else."""
+    for path in [path for pattern in RESULTS for path in out.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def remove_state(settings: EvaluationSettings) -> None:
@@ -129,7 +192,7 @@ def run_evaluation(
     """
     if not settings.checkpoint:
         raise SystemExit(
-            "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; train_hsat.py writes best.safetensors"
+            "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; hsat train writes best.safetensors"
         )
     try:
         with (
@@ -142,9 +205,10 @@ def run_evaluation(
                 table = write(settings, cohort, result) if ranks.is_main else ""
         if not ranks.is_main:
             return
-    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except RankFailedError as error:
-        raise SystemExit(f"error: {error}; the same command with --resume goes on with the finished batches") from None
+    except Exception as error:
+        message = explain_failure(error, workers=settings.data.workers)
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)

@@ -1,13 +1,13 @@
 r"""Adversarial patches as files that open anywhere, and the accuracy that is measured on these files.
 
-    python examples/export_adversarial.py --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh \
+    hsat export --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh \
         --threat raw_srh --eps 8/255 --out runs/adversarial
 
 Writes --out/cohort (8-bit PNGs of colour patches, 16-bit TIFFs of SRH, with a manifest; `--data.layout csv` reads it),
 records.jsonl, table.md and run.json.  Patches are attacked at the size of their files and rounded inside the ball; the
 numbers of "(files)" are those of the files, read again (docs/threats.md).  SRH cohorts need --threat raw_srh, since
 their files hold two channels; the default is linf for colour patches and raw_srh for SRH.  --resume goes on after an
-interruption, and torchrun shares the work among processes, as for evaluate_whitebox.py.
+interruption, and torchrun shares the work among processes, as for hsat evaluate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from hsat.cli.attacks import Lengths, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import EvaluationSettings, remove_state, run_evaluation
+from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
@@ -73,7 +73,7 @@ def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
     ((title, encoder, digest),) = open_encoders(settings.checkpoint, settings.model)
     if encoder.fixed_size is None:
         encoder.input_size = (settings.data.image_size,) * 2  # patches come at the size of their files
-    ranks.begin()
+    begin_run(settings, ranks)
     try:
         return save_adversarial(
             settings.out / "cohort",

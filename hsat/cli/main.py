@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -27,6 +28,8 @@ COMMANDS = {
     "demo": "train and attack two encoders on a synthetic cohort",
 }
 
+RESUMABLE = ("train", "evaluate", "transfer", "certify", "budget", "export")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; what the user can mend ends the program with one message and status 1.
@@ -48,13 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: hsat has no command {name!r}; {hint}")
     log_to_stderr()
     signal.signal(signal.SIGTERM, end_at_once)
-    command = importlib.import_module(f"hsat.cli.{name}")
     try:
-        command.main(options)
+        importlib.import_module(f"hsat.cli.{name}").main(options)
     except KeyboardInterrupt:
-        raise SystemExit(interrupted(name, signal.SIGINT)) from None
+        raise SystemExit(interrupted(name, options, signal.SIGINT)) from None
     except TerminatedError:
-        raise SystemExit(interrupted(name, signal.SIGTERM)) from None
+        raise SystemExit(interrupted(name, options, signal.SIGTERM)) from None
 
 
 class TerminatedError(BaseException):
@@ -66,11 +68,13 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     raise TerminatedError
 
 
-def interrupted(name: str, number: int) -> int:
-    """Say that a command was interrupted; returns its exit status."""
-    resumable = name in ("train", "evaluate", "transfer", "certify", "budget", "export")
-    hint = "; the same command with --resume goes on with what is finished" if resumable else ""
-    print(f"interrupted{hint}", file=sys.stderr)
+def interrupted(name: str, options: Sequence[str], number: int) -> int:
+    """Say, once among several ranks, that a command was interrupted and how to go on; returns its exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        from hsat.cli.ranks import command_to_resume
+
+        hint = f"; to go on: {command_to_resume(name, options)}" if name in RESUMABLE else ""
+        print(f"interrupted{hint}", file=sys.stderr)
     return 128 + number
 
 

@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 import secrets
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from hsat.cli.options import device_of
 from hsat.distributed import RankFailedError
 from hsat.rendezvous import PATIENCE as MEETING_PATIENCE
 from hsat.rendezvous import Store, meet_ranks
+from hsat.training.interrupts import TrainingInterrupted
 
 PATIENCE = timedelta(minutes=30)
 BEGUN = "hsat/begun"
@@ -172,6 +174,8 @@ def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
     try:
         with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO()):
             yield
+    except TrainingInterrupted:  # which all ranks agreed upon
+        raise
     except (Exception, SystemExit) as error:
         if _another_spoke(ranks.board, failed, error):
             time.sleep(GRACE)  # torchrun ends all when the first one ends, which has to speak before
@@ -202,3 +206,30 @@ def describe_launcher(environment: Mapping[str, str]) -> list[str]:
     machines = environment.get("GROUP_WORLD_SIZE", "1")
     several = [] if machines == "1" else [f"--nnodes={machines}", "..."]
     return ["torchrun", *several, f"--nproc_per_node={environment['LOCAL_WORLD_SIZE']}", "-m", "hsat"]
+
+
+def command_to_resume(name: str, argv: Sequence[str], values: Mapping[str, str] | None = None) -> str:
+    """The command line that goes on with an interrupted run.
+
+    Args:
+        name: The command.
+        argv: Its options.
+        values: Options that are to have other values, with their dashes.
+    """
+    changed = [word for pair in (values or {}).items() for word in pair]
+    words = [*_without(argv, {*(values or {}), "--resume", "--overwrite"}), "--resume", *changed]
+    return shlex.join([*describe_launcher(os.environ), name, *words])
+
+
+def _without(argv: Sequence[str], names: set[str]) -> list[str]:
+    """The options but for these and their values."""
+    kept: list[str] = []
+    drop = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if name in names:
+            drop = not equals
+        elif word.startswith("--") or not drop:
+            kept.append(word)
+            drop = False
+    return kept

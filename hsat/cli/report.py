@@ -1,9 +1,9 @@
 """One HTML page about one or several runs: summary, tables, curves, confusion, embedding map, patches, doubts, origin.
 
-    python examples/report.py runs/demo
-    python examples/report.py runs/whitebox runs/hsat runs/transfer --out report.html
+    hsat report runs/demo
+    hsat report runs/whitebox runs/hsat runs/transfer --out report.html
 
-RUN is the folder that evaluate_whitebox.py, evaluate_transfer.py or train_hsat.py wrote, or a folder of those.  The
+RUN is the folder that hsat evaluate, hsat transfer or hsat train wrote, or a folder of those.  The
 page needs no network and no other file.  docs/report.md says what it shows.
 """
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     """Read the options, write the page, say where it is."""
     settings = Report.load(collect_words(argv, "runs"))
     if not settings.runs:
-        raise SystemExit("error: give run folders: python examples/report.py runs/whitebox runs/hsat")
+        raise SystemExit("error: give run folders: hsat report runs/whitebox runs/hsat")
     out = settings.out or Path(settings.runs[0]) / "report.html"
     try:
         path = write_report(settings.runs, out, title=settings.title, k=settings.k, metric=settings.metric)

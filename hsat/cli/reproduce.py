@@ -1,12 +1,13 @@
 """The paper's tables with our numbers beside the printed ones: Markdown, LaTeX and CSV from the records of runs.
 
-    python examples/reproduce_paper.py --table 1 --runs runs/demo/embedding
-    python examples/reproduce_paper.py --table 1 --runs HiDisc=runs/a HSAT=runs/b HSAT=runs/c --k 20
-    python examples/reproduce_paper.py --table 3 --runs HSAT-Patch=runs/p HSAT-Patient=runs/x:HSAT
+    hsat reproduce --table 1 --runs runs/demo/embedding
+    hsat reproduce --table 1 --runs HiDisc=runs/a HSAT=runs/b HSAT=runs/c --k 20
+    hsat reproduce --table 3 --runs HSAT-Patch=runs/p HSAT-Patient=runs/x:HSAT
 
 Which run fills which row: a plain DIR gives every model in its records to the row of that name; ROW=DIR gives the one
 model of DIR (or the one that is called ROW) to ROW; ROW=DIR:MODEL gives that one.  A row named several times has
-several seeds: mean, standard deviation and n.  Rows without a run show a dash.  paper_numbers.yaml lists the rows.
+several seeds: mean, standard deviation and n.  Rows without a run show a dash.
+hsat/recipes/paper_numbers.yaml lists the rows.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from pydantic import BeforeValidator, Field
 
 from hsat.cli.options import Names, Settings, collect_words, read_yaml
 from hsat.eval import Record, read_records
+from hsat.recipes import read_paper_numbers
 from hsat.report import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.report.aggregation import EvaluationSetting, drop_duplicates, label_branch
-
-NUMBERS = Path(__file__).parent / "paper_numbers.yaml"
 
 
 class Reproduce(Settings):
@@ -37,14 +37,14 @@ class Reproduce(Settings):
     )
     k: int | None = Field(None, gt=0, description="neighbours; 200, as in the paper, where the records have it")
     attack: str = Field("PGD-8", description="of the drops in table 2")
-    numbers: Path = Field(NUMBERS, description="YAML file of the printed numbers")
+    numbers: Path | None = Field(None, description="YAML file of the printed numbers; the package's if not given")
     out: Path = Field(Path("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
 
 
-def read_tables(path: Path) -> dict[str, PaperTable]:
-    """The tables of a YAML file such as paper_numbers.yaml, by number; SystemExit names what is wrong in it."""
+def read_tables(path: Path | None = None) -> dict[str, PaperTable]:
+    """The paper's tables by number, of a YAML file or the package's; SystemExit names what is wrong in the file."""
     found = {}
-    for number, text in read_yaml(path).items():
+    for number, text in (read_paper_numbers() if path is None else read_yaml(path)).items():
         try:
             found[str(number)] = as_table(int(number), text)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -133,7 +133,7 @@ def _records_of(table: PaperTable, word: str) -> tuple[str | None, tuple[Record,
 def _read(folder: Path) -> tuple[Record, ...]:
     path = folder / "records.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no records.jsonl; evaluate_whitebox.py and evaluate_transfer.py write it")
+        raise ValueError(f"{folder} holds no records.jsonl; hsat evaluate and hsat transfer write it")
     records = read_records(path)
     if not records:
         raise ValueError(f"{path} is empty")
@@ -153,10 +153,8 @@ def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
         }
         for what, found in kinds.items():
             if len(found) > 1:
-                split_commas = "; ".join(map(str, found))
-                raise ValueError(
-                    f"{row}, {column}: runs of different {what} ({split_commas}); give those of one kind only"
-                )
+                listed = "; ".join(map(str, found))
+                raise ValueError(f"{row}, {column}: runs of different {what} ({listed}); give those of one kind only")
 
 
 def of_one_setting(
@@ -179,8 +177,8 @@ def of_one_setting(
     data = {name: sorted({f"{r.cohort[:12]} ({r.split})" for r in found}) for name, found in kept.items() if found}
     places = sorted({place for found in data.values() for place in found})
     if len(places) > 1:
-        split_commas = "; ".join(f"{name}: {', '.join(found)}" for name, found in data.items())
-        remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {split_commas}.")
+        listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in data.items())
+        remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {listed}.")
     else:
         remarks.append(f"Cohort and split of ours: {', '.join(places)}. The paper's is OpenSRH.")
     remarks += [f"No record of {name} has target {target} and k = {k}." for name, found in kept.items() if not found]
@@ -226,7 +224,9 @@ def main(argv: list[str]) -> None:
     wanted = list(tables) if settings.table == "all" else [settings.table]
     for number in wanted:
         if number not in tables:
-            raise SystemExit(f"error: {settings.numbers} has no table {number}; it has {', '.join(tables)}")
+            raise SystemExit(
+                f"error: {settings.numbers or 'the paper'} has no table {number}; it has {', '.join(tables)}"
+            )
         try:
             print(write_table(of_attack(tables[number], settings.attack), settings))
         except (OSError, ValueError) as error:

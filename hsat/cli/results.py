@@ -56,7 +56,7 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
 
 
 def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
-    """What report.py shows besides numbers: predictions, a map of the embeddings, the first patches."""
+    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches."""
     for title, result in results.items():
         write_artifacts(
             settings.out / "evidence",

@@ -12,7 +12,6 @@ final.safetensors and best.safetensors, the latter chosen by robust kNN on held-
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,10 +20,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from hsat.cli.cohort import describe, open_cohort, open_store
 from hsat.cli.encoders import new_encoder
+from hsat.cli.failures import explain_failure
 from hsat.cli.options import (
     DataSettings,
     LoggerSettings,
@@ -34,8 +34,9 @@ from hsat.cli.options import (
     say,
     split_commas,
 )
-from hsat.cli.ranks import Ranks, describe_launcher, first_rank_first, join_ranks, silence_other_ranks
-from hsat.data import BadPatch, Cohort
+from hsat.cli.ranks import Ranks, command_to_resume, first_rank_first, join_ranks, silence_other_ranks
+from hsat.data import Cohort
+from hsat.distributed import world_rank
 from hsat.recipes import SCALES, read_recipe
 from hsat.run_folder import lock_folder
 from hsat.training import assert_ranks_agree, is_out_of_memory
@@ -45,6 +46,13 @@ from hsat.training.interrupts import TrainingInterrupted
 from hsat.training.trainer import Trainer
 
 CHANGEABLE = ("train.lr", "train.precision")  # with --change: what may keep numbers finite
+TYPED = (
+    ("give augmentation", "give --data.augmentation"),
+    ("give precision", "give --train.precision"),
+    ("leave out clean", "leave out --train.clean"),
+    ("give the attack levels", "give --attack.levels"),
+)
+"""What a configuration is told to change, as it is typed."""
 MAY_DIFFER = {
     "resume",
     "recipe",
@@ -129,6 +137,17 @@ def load_settings(argv: list[str]) -> Train:
     if find_option(argv, "train.steps", str) is not None:
         recipe.get("train", {}).pop("epochs", None)
     return Train.load(argv, recipe=recipe)
+
+
+def check_config(settings: Train) -> None:
+    """End the program where the options do not fit together, with the options to change."""
+    try:
+        settings.train_config()
+    except ValidationError as error:
+        message = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        for name, option in TYPED:
+            message = message.replace(name, option)
+        raise SystemExit(f"error: {message}") from None
 
 
 def same_on_all_ranks(settings: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +242,7 @@ def train(settings: Train, ranks: Ranks | None = None) -> Path:
 def main(argv: list[str]) -> None:
     """Read the options, train, say where the encoder is; what the user can mend ends the program with the reason."""
     settings = load_settings(argv)
+    check_config(settings)
     try:
         patience = timedelta(seconds=settings.rank_timeout)
         with join_ranks(settings.device, patience=patience) as ranks, silence_other_ranks(ranks):
@@ -232,7 +252,8 @@ def main(argv: list[str]) -> None:
                 print(f"encoder: {path}")
                 say(f"evaluate it: hsat evaluate --checkpoint {path}{describe_data(settings)}")
     except TrainingInterrupted as stop:
-        say(f"{stop}. To go on:\n  {command_to_resume(argv)}")
+        if world_rank() == 0:
+            say(f"{stop}; to go on: {command_to_resume('train', argv)}")
         raise SystemExit(128 + stop.signal) from None
     except FloatingPointError as error:
         raise SystemExit(f"error: {error}. {advise_finite(settings, argv)}") from None
@@ -241,12 +262,12 @@ def main(argv: list[str]) -> None:
         raise SystemExit(
             f"error: {error}" + (f"; or add --change {','.join(error.names)}" if changeable else "")
         ) from None
-    except (BadPatch, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        workers = settings.data.workers
+        message = advise_memory(error, settings) if is_out_of_memory(error) else explain_failure(error, workers=workers)
+        if message is None:
             raise
-        raise SystemExit(f"error: {advise_memory(error, settings)}") from None
+        raise SystemExit(f"error: {message}") from None
 
 
 def describe_data(settings: Train) -> str:
@@ -283,27 +304,5 @@ def advise_finite(settings: Train, argv: Sequence[str]) -> str:
         reason, changed = "a lower learning rate may avoid it", {"train.lr": f"{settings.train.lr / 10:g}"}
     names = [*settings.change, *(name for name in changed if name not in settings.change)]
     values = {f"--{name}": value for name, value in changed.items()} | {"--change": ",".join(names)}
-    command = command_to_resume(argv, values)
+    command = command_to_resume("train", argv, values)
     return f"The same options would come to the same step again; {reason}. To go on:\n  {command}"
-
-
-def command_to_resume(argv: Sequence[str], values: dict[str, str] | None = None) -> str:
-    """The command that goes on with a run, with other values of some options."""
-    values = dict(values or {})
-    changed = [word for pair in values.items() for word in pair]
-    words = [*_without(argv, {*values, "--resume"}), "--resume", *changed]
-    return shlex.join([*describe_launcher(os.environ), "train", *words])
-
-
-def _without(argv: Sequence[str], names: set[str]) -> list[str]:
-    """The options but for these and their values."""
-    kept: list[str] = []
-    drop = False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        if name in names:
-            drop = not equals
-        elif word.startswith("--") or not drop:
-            kept.append(word)
-            drop = False
-    return kept

@@ -1,7 +1,7 @@
 """Black-box transfer between encoders: records.jsonl, table.md, heat maps.
 
-    python examples/evaluate_transfer.py --checkpoint a=runs/a/best.safetensors,b=FILE,c=FILE --data.root /data/opensrh
-    python examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE,c=FILE --surrogates a,b --target embedding --resume
+    hsat transfer --checkpoint a=runs/a/best.safetensors,b=FILE,c=FILE --data.root /data/opensrh
+    hsat transfer --checkpoint a=FILE,b=FILE,c=FILE --surrogates a,b --target embedding --resume
 
 Every encoder of --surrogates is attacked on the validation patches, once per attack; every encoder of --targets then
 classifies what came out with its own bank of clean training patches.  Acc-D and MCA-D are the target's clean accuracy
@@ -11,7 +11,7 @@ The folder `state` in --out keeps what is finished: after an interruption the sa
 there and ends with the same records; encoders and attacks may be added later.  Several GPUs or processes share the
 work, with the same results (docs/devices.md):
 
-    torchrun --nproc_per_node=4 examples/evaluate_transfer.py --checkpoint a=FILE,b=FILE --data.root /data/opensrh
+    torchrun --nproc_per_node=4 -m hsat transfer --checkpoint a=FILE,b=FILE --data.root /data/opensrh
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pydantic import Field
 
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluate import target_and_scoring
-from hsat.cli.evaluation import PatchSettings, open_loaders, run_evaluation
+from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Counts, Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
@@ -95,7 +95,7 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
     goal = settings.target or ("embedding" if settings.preset == "paper" else "features")
     target, scoring = target_and_scoring(goal, settings.preset, bootstrap=settings.bootstrap)
     attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
-    ranks.begin()
+    begin_run(settings, ranks)
     result = evaluate_transfer(
         {one.title: one.encoder.to(ranks.device) for one in encoders},
         bank,

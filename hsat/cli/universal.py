@@ -1,6 +1,6 @@
 r"""One label-free perturbation for all images, fitted on one encoder and measured on every encoder.
 
-    python examples/universal.py --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors \
+    hsat universal --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors \
         --data.root /data/opensrh --eps 8/255
 
 It is fitted on the training patches of --fit_on (the first checkpoint), without their labels, and added to the
@@ -22,9 +22,10 @@ from hsat.attacks.threat import eps_text
 from hsat.cli.attacks import Lengths, check_radii
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import open_loaders
+from hsat.cli.evaluation import check_folder, open_loaders, remove_results
+from hsat.cli.failures import explain_failure
 from hsat.cli.options import Counts, EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
-from hsat.data import BadPatch, Cohort
+from hsat.data import Cohort
 from hsat.eval import KNNClassifier, Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
 from hsat.report import markdown_table
@@ -52,6 +53,7 @@ class Universal(Settings):
     seed: int = Field(0, ge=0, description="of the random start")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     out: Path = Field(Path("runs/universal"), description="folder for the results")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
 
 
@@ -101,12 +103,15 @@ def main(argv: list[str]) -> None:
     """Read the options, fit, measure, write, print."""
     settings = Universal.load(argv)
     if not settings.checkpoint:
-        raise SystemExit("error: give --checkpoint FILE, or name=FILE; train_hsat.py writes best.safetensors")
-    cohort = open_cohort(settings.data, seed=settings.seed)
-    print(describe(cohort), file=sys.stderr)
+        raise SystemExit("error: give --checkpoint FILE, or name=FILE; hsat train writes best.safetensors")
     try:
         with lock_folder(settings.out):
+            check_folder(settings)
+            cohort = open_cohort(settings.data, seed=settings.seed)
+            print(describe(cohort), file=sys.stderr)
             delta, records = run(settings, cohort)
+            if settings.overwrite:
+                remove_results(settings.out)
             delta.save(settings.out / "universal.safetensors")
             write_records(settings.out / "records.jsonl", records)
             table = markdown_table(records)
@@ -114,7 +119,10 @@ def main(argv: list[str]) -> None:
             write_run_file(
                 settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, history=delta.history
             )
-    except (BadPatch, FloatingPointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except Exception as error:
+        message = explain_failure(error, workers=settings.data.workers, resumable=False)
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -16,9 +18,9 @@ AT_ONCE = timedelta(seconds=0.1)
 
 
 def room_of(store, *, rank, size, patience=SECONDS):
-    from hsat.rendezvous import common_room
+    from hsat.rendezvous import meet_ranks
 
-    return common_room(store, rank=rank, size=size, patience=patience)
+    return meet_ranks(store, rank=rank, size=size, patience=patience)
 
 
 def meet(store, size, *, late=()):
@@ -69,19 +71,24 @@ def test_who_does_not_come_is_named():
         room_of(store, rank=2, size=3, patience=AT_ONCE)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["torchrun's store", "a store of rank 0"])
-def test_a_restart_goes_on_only_with_what_was_begun(kept, monkeypatch):
-    """A run that was refused, because another one is in its folder, is refused again by the next attempt."""
-    from hsat.cli.ranks import Ranks, _begun
+@pytest.mark.parametrize(("terms", "sizes"), [(("", ""), (2, 3)), (("", ""), (3, 2)), (("cuda", "cpu"), (2, 2))])
+def test_ranks_of_other_terms_are_refused_on_both_sides_at_once(terms, sizes):
+    from hsat.rendezvous import meet_ranks
 
-    store = dist.HashStore()
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(kept))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not _begun(store)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert _begun(store) is not kept
-    Ranks(1, 2, torch.device("cpu"), board=store).begin()
-    assert _begun(store) is not kept, "that is for rank 0 to say"
-    Ranks(0, 2, torch.device("cpu"), board=store).begin()
-    assert _begun(store)
-    Ranks(0, 1, torch.device("cpu")).begin()  # alone there is nobody to tell
+    store, errors = dist.HashStore(), {}
+
+    def meet(rank):
+        try:
+            meet_ranks(store, rank=rank, size=sizes[rank], terms=terms[rank])
+        except ValueError as error:
+            errors[rank] = str(error)
+
+    with ExitStack() as stack:
+        for rank in range(2):
+            thread = threading.Thread(target=meet, args=(rank,))
+            thread.start()
+            stack.callback(thread.join, timeout=20)
+    assert errors[0] == errors[1]
+    assert re.search(
+        rf"rank 1 was started with WORLD_SIZE={sizes[1]}.*{terms[1]}.*rank 0 with WORLD_SIZE={sizes[0]}", errors[0]
+    )

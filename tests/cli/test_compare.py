@@ -1,7 +1,8 @@
-"""compare_conventions.py: its columns are those of evaluate_whitebox, and each convention is switched alone."""
+"""hsat compare: its columns are those of hsat evaluate, and each convention is switched alone."""
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -13,15 +14,15 @@ QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --k 5 --eps 8/255 --quiet
 SCORING = ("pooling", "absent classes", "grouping")
 
 
-def run(script, argv):
-    __import__(script).main([*argv])
+def run(command, argv):
+    importlib.import_module(f"hsat.cli.{command}").main([*argv])
 
 
 @pytest.fixture(scope="module")
 def compared(trained, root, tmp_path_factory):
     out = tmp_path_factory.mktemp("conventions")
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK]
-    run("compare_conventions", [*argv, "--attacks", "pgd,bim,ffgsm", "--out", str(out)])
+    run("compare", [*argv, "--attacks", "pgd,bim,ffgsm", "--out", str(out)])
     return out
 
 
@@ -39,10 +40,10 @@ def test_every_applicable_convention_is_there(compared):
     assert json.loads((compared / "run.json").read_text())["settings"]["k"] == 5
 
 
-def test_the_two_columns_are_those_of_the_other_example(compared, trained, root, tmp_path):
+def test_the_two_columns_are_those_of__the_evaluation(compared, trained, root, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--gallery", "0"]
     run(
-        "evaluate_whitebox",
+        "evaluate",
         [*argv, "--attacks", "pgd,bim", "--preset", "paper", "--noise", "false", "--out", str(tmp_path)],
     )
     published, found = read_records(tmp_path / "records.jsonl"), by_convention(compared)
@@ -94,7 +95,7 @@ def test_an_encoder_with_dual_batchnorm(root, tmp_path):
     encoder = build_encoder("test_byobnet", dual_norm=True, embedding_dim=8, seed=0)
     save_encoder(encoder, tmp_path / "dual.safetensors")
     argv = ["--checkpoint", str(tmp_path / "dual.safetensors"), "--data.root", str(root), *QUICK, "--attacks", "pgd"]
-    run("compare_conventions", [*argv, "--bootstrap", "0", "--query_patches", "6", "--out", str(tmp_path / "out")])
+    run("compare", [*argv, "--bootstrap", "0", "--query_patches", "6", "--out", str(tmp_path / "out")])
     found = by_convention(tmp_path / "out")
     assert "dual BatchNorm" in found and "random start" not in found
     branches = {

@@ -1,4 +1,4 @@
-"""evaluate_whitebox.py --threat: which attacks it names, what eps means, and what is refused."""
+"""hsat evaluate --threat: which attacks it names, what eps means, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""universal.py: one perturbation for every encoder, in a file that can be read again, and how it refuses."""
+"""hsat universal: one perturbation for every encoder, in a file that can be read again, and how it refuses."""
 
 from __future__ import annotations
 

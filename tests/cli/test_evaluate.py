@@ -1,4 +1,4 @@
-"""evaluate_whitebox.py: what it writes, which checkpoints and cohorts it takes, and how it refuses."""
+"""hsat evaluate: what it writes, which checkpoints and cohorts it takes, and how it refuses."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_two_checkpoints_are_compared_on_the_same_patients(trained, root, tmp_pa
 
 
 @pytest.mark.parametrize(("more", "target"), [([], "embedding"), (["--target", "features"], "features")])
-def test_compat_switches_to_the_published_evaluation(more, target, trained, root, tmp_path):
+def test_the_preset_switches_to_the_published_evaluation(more, target, trained, root, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *ONE, "--gallery", "0"]
     evaluate([*argv, "--preset", "paper", *more, "--out", str(tmp_path / "out")])
     for record in read_records(tmp_path / "out" / "records.jsonl"):
@@ -243,9 +243,10 @@ def test_a_real_process_refuses_a_web_page_without_a_traceback(launch, root, tmp
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_loaders_lock_pages_for_a_gpu_alone(root, monkeypatch, kind):
-    import evaluate_whitebox as script
+    from hsat.cli import evaluation
+    from hsat.cli.evaluate import Evaluate
 
-    monkeypatch.setattr(script, "device_of", lambda _name: torch.device(kind))
-    settings = script.Evaluate.load(["--data.root", str(root), "--checkpoint", "x"])
-    for loader in script.loaders(settings, read_opensrh(root)):
+    monkeypatch.setattr(evaluation, "device_of", lambda _name: kind)
+    settings = Evaluate.load(["--data.root", str(root), "--checkpoint", "x"])
+    for loader in evaluation.open_loaders(settings, read_opensrh(root)):
         assert loader.pin_memory == (kind == "cuda")

@@ -1,4 +1,4 @@
-"""The scripts on a GPU, as a user would run them: `python -m pytest -m gpu`."""
+"""The commands on a GPU, as a user would run them: `python -m pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from hsat.models import load_encoder
 
 pytestmark = pytest.mark.gpu
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_hsat.py"
 DEVICE = "cuda"
 SHORT = "--train.steps 4 --train.eval_every 2 --train.save_every 2 --attack.steps 2".split()
 STEPS = [*SHORT, "--device", DEVICE]
@@ -78,19 +76,19 @@ class PowerCut(BaseException):
 def test_a_run_goes_on_from_its_checkpoint(options, tmp_path, monkeypatch):
     import hsat.training.trainer as trainer
 
-    step = trainer.Trainer.train_step
+    step = trainer.Trainer.step
 
-    def until_the_third(self, batch, epoch):
-        if self.step == 3:
+    def until_the_third(self, batch):
+        if self.done == 3:
             raise PowerCut
-        return step(self, batch, epoch)
+        return step(self, batch)
 
     train([*options, *STEPS, "--out", tmp_path / "whole"])
     part = [*options, *STEPS, "--out", tmp_path / "part"]
-    monkeypatch.setattr(trainer.Trainer, "train_step", until_the_third)
+    monkeypatch.setattr(trainer.Trainer, "step", until_the_third)
     with pytest.raises(PowerCut):
         train(part)
-    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     train([*part, "--resume"])
     assert [row["step"] for row in rows_of(tmp_path / "part")] == [0, 1, 2, 3]
     for here, there in zip(rows_of(tmp_path / "part"), rows_of(tmp_path / "whole"), strict=True):
@@ -98,7 +96,7 @@ def test_a_run_goes_on_from_its_checkpoint(options, tmp_path, monkeypatch):
 
 
 def test_torchrun_with_one_rank_over_nccl(options, tmp_path):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(SCRIPT)]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "hsat", "train"]
     done = subprocess.run(
         [sys.executable, *words, *options, *STEPS, "--out", str(tmp_path / "run")],
         check=False,

@@ -1,10 +1,8 @@
-"""evaluate_whitebox.py --attacks ensemble, --cache, and a run that is killed and goes on."""
+"""hsat evaluate --attacks ensemble, --cache, and a run that is killed and goes on."""
 
 from __future__ import annotations
 
 import csv
-import os
-import signal
 import time
 
 import pytest
@@ -26,12 +24,7 @@ def argv(trained, root):
     return ["--checkpoint", both, "--data.root", str(root), *QUICK, "--batch_size", "4", "--query_patches", "8"]
 
 
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def test_an_ensemble_survives_a_kill_and_names_who_broke_what(argv, root, launch, stops, tmp_path):
+def test_an_ensemble_survives_a_kill_and_names_who_broke_what(argv, launch, kill, stops, tmp_path):
     ours = [*argv, "--attacks", "pgd,ensemble", "--cache", str(tmp_path / "cache")]
     evaluate([*ours, "--out", str(tmp_path / "whole")])
     out = tmp_path / "out"

@@ -1,71 +1,31 @@
-"""train_hsat.py where a number is not finite: nothing is spoiled, the step is named, and the run can go on."""
+"""hsat train where a number is not finite: nothing is spoiled, the step is named, and the run can go on."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import os
 import shlex
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PLANTED = """
-import os, sys
-sys.path.insert(0, {examples!r})
-import hsat.cli.train as train_hsat
+import sys
+import hsat.cli.train as command
 from hsat.training.trainer import Trainer
 
 class Planted(Trainer):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         rank, step, value = sys.argv[1:4]
-        if int(rank) == self.ranks.rank:
-            weight = self.model.head.layers[0].weight
-            weight.register_hook(lambda grad: grad * float(value) if self.step == int(step) else grad)
+        if int(rank) == self.rank:
+            weight = self.encoder.head.layers[0].weight
+            weight.register_hook(lambda grad: grad * float(value) if self.done == int(step) else grad)
 
-train_hsat.Trainer = Planted
-train_hsat.main(sys.argv[4:])
+command.Trainer = Planted
+command.main(sys.argv[4:])
 """
-
-
-def train(argv):
-    from hsat.cli.train import main
-
-    main([*map(str, argv)])
-
-
-def rows_of(out):
-    with (out / "train.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def started(command, cwd):
-    """The command as a process in a process group of its own."""
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process):
-    try:
-        return process.communicate(timeout=300)[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def assert_kept(out, step):
@@ -81,16 +41,16 @@ def assert_kept(out, step):
 @pytest.fixture
 def plant(monkeypatch):
     """plant(change): `change(trainer)` is called with every trainer that a run makes."""
-    import hsat.cli.train as train_hsat
+    import hsat.cli.train as command
     from hsat.training.trainer import Trainer
 
     def use(change):
         class Planted(Trainer):
-            def __init__(self, *args):
-                super().__init__(*args)
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
                 change(self)
 
-        monkeypatch.setattr(train_hsat, "Trainer", Planted)
+        monkeypatch.setattr(command, "Trainer", Planted)
 
     return use
 
@@ -99,10 +59,10 @@ def spoil_gradient(value, steps):
     """In these steps one parameter's gradient holds this value, and the loss is finite."""
 
     def change(trainer):
-        weight = trainer.model.backbone.stem.conv.weight
+        weight = trainer.encoder.backbone.stem.conv.weight
 
         def spoiled(grad):
-            if trainer.step in steps:
+            if trainer.done in steps:
                 grad = grad.clone()
                 grad.view(-1)[-1] = value
             return grad
@@ -112,21 +72,22 @@ def spoil_gradient(value, steps):
     return change
 
 
-def test_a_nan_gradient_ends_the_process_and_its_command_goes_on(options, tmp_path):
-    (tmp_path / "script.py").write_text(PLANTED.format(examples=str(EXAMPLES)))
+def test_a_nan_gradient_ends_the_process_and_its_command_goes_on(options, rows_of, finish, launch, tmp_path):
+    (tmp_path / "script.py").write_text(PLANTED)
     argv = [*options, "--out", str(tmp_path / "run")]
-    process = started([sys.executable, "script.py", "0", "5", "nan", *argv], tmp_path)
-    shown = finished(process)
+    process = launch("script.py", "0", "5", "nan", *argv, cwd=tmp_path)
+    shown = finish(process)
     assert process.returncode == 1 and "Traceback" not in shown, shown
     for part in ("error: step 5:", "head.layers.0.weight", "after 3 steps", str(tmp_path / "run" / "last.pt")):
         assert part in shown
     assert_kept(tmp_path / "run", 3)
     assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == list(range(5))
 
-    first, *words = shlex.split(shown.strip().splitlines()[-1])
-    assert first == "python" and "--resume" in words and words[words.index("--train.lr") + 1] == "0.0001"
-    process = started([sys.executable, *words], tmp_path)
-    shown = finished(process)
+    program, command, *words = shlex.split(shown.strip().splitlines()[-1])
+    assert (program, command) == ("hsat", "train") and "--resume" in words
+    assert words[words.index("--train.lr") + 1] == "0.0001"
+    process = launch("train", *words, cwd=tmp_path)
+    shown = finish(process)
     assert process.returncode == 0, shown
     assert "from step 3 on train.lr is 0.0001; it was 0.001" in shown
     rows = rows_of(tmp_path / "run")
@@ -151,7 +112,7 @@ def test_a_nan_gradient_ends_the_process_and_its_command_goes_on(options, tmp_pa
     ids=["parts", "free", "baseline with two BatchNorms", "bfloat16, clean images"],
 )
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_bad_gradient_is_not_stepped_on(value, chosen, options, tmp_path, plant, stops):
+def test_a_bad_gradient_is_not_stepped_on(value, chosen, options, train, tmp_path, plant, stops):
     plant(spoil_gradient(value, {4}))
     argv = [*options, *chosen, "--data.tune_fraction", "0", "--train.eval_every", "8"]
     message = stops(train, [*argv, "--out", str(tmp_path / "run")])
@@ -159,7 +120,9 @@ def test_a_bad_gradient_is_not_stepped_on(value, chosen, options, tmp_path, plan
     assert_kept(tmp_path / "run", 3)
 
 
-def test_before_the_first_checkpoint_the_command_starts_over(options, tmp_path, plant, stops, monkeypatch):
+def test_before_the_first_checkpoint_the_command_starts_over(
+    options, train, rows_of, tmp_path, plant, stops, monkeypatch
+):
     plant(spoil_gradient(math.nan, {1}))
     argv = [*options, "--train.lr=0.01", "--data.tune_fraction", "0", "--out", str(tmp_path / "run")]
     message = stops(train, argv)
@@ -173,32 +136,31 @@ def test_before_the_first_checkpoint_the_command_starts_over(options, tmp_path, 
     assert changes == [{"step": 0, "settings": {"train.lr": [0.01, 0.001]}}]
 
 
-def test_two_ranks_end_with_one_message(options, tmp_path):
-    (tmp_path / "script.py").write_text(PLANTED.format(examples=str(EXAMPLES)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def test_two_ranks_end_with_one_message(options, torchrun, finish, tmp_path):
+    (tmp_path / "script.py").write_text(PLANTED)
     argv = [*options, "--data.tune_fraction", "0", "--out", str(tmp_path / "run")]
-    process = started([*launcher, "script.py", "1", "4", "inf", *argv], tmp_path)
-    shown = finished(process)
+    process = torchrun("script.py", "1", "4", "inf", *argv, cwd=tmp_path)
+    shown = finish(process)
     assert process.returncode == 1, shown
     assert shown.count("error: step 4:") == 1 and "head.layers.0.weight" in shown and "after 3 steps" in shown
-    assert "torchrun --nproc_per_node=2 " in shown
+    assert "torchrun --nproc_per_node=2 -m hsat train " in shown
     assert_kept(tmp_path / "run", 3)
 
 
-def test_spoiled_statistics_are_not_saved(options, tmp_path, plant, stops):
+def test_spoiled_statistics_are_not_saved(options, train, tmp_path, plant, stops):
     """BatchNorm's running mean is NaN after the last step, whose loss and gradients are finite."""
 
     def change(trainer):
-        honest = trainer.train_step
-        names[:] = [n for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        honest = trainer.step
+        names[:] = [n for n, m in trainer.encoder.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
-        def train_step(batch, epoch):
-            row = honest(batch, epoch)
+        def step(batch):
+            row = honest(batch)
             if row["step"] == 7:
-                trainer.model.get_submodule(names[0]).running_mean[0] = math.nan
+                trainer.encoder.get_submodule(names[0]).running_mean[0] = math.nan
             return row
 
-        trainer.train_step = train_step
+        trainer.step = step
 
     names: list[str] = []
     plant(change)
@@ -209,7 +171,7 @@ def test_spoiled_statistics_are_not_saved(options, tmp_path, plant, stops):
         assert_kept(out, 6)
 
 
-def test_weights_that_a_step_made_infinite_are_not_saved(options, tmp_path, plant, stops):
+def test_weights_that_a_step_made_infinite_are_not_saved(options, train, tmp_path, plant, stops):
     """The learning rate overflows in the last step: there is no loss after it that would show it."""
     argv = ["--train.lr", "1e39", "--train.warmup", "0", "--train.steps", "1", "--data.tune_fraction", "0"]
     message = stops(train, [*options, *argv, "--attack.name", "none", "--out", str(tmp_path / "run")])
@@ -220,7 +182,7 @@ def test_weights_that_a_step_made_infinite_are_not_saved(options, tmp_path, plan
 HALF = ("--train.precision", "16", "--attack.name", "none")
 
 
-def test_skipped_float16_steps_are_counted_and_said(options, tmp_path, plant, capsys):
+def test_skipped_float16_steps_are_counted_and_said(options, train, rows_of, tmp_path, plant, capsys):
     """Some overflow by themselves, until the scale of the loss fits this encoder."""
     plant(spoil_gradient(math.inf, {6}))
     train([*options, *HALF, "--out", tmp_path / "run"])
@@ -232,7 +194,7 @@ def test_skipped_float16_steps_are_counted_and_said(options, tmp_path, plant, ca
     assert state["extra"]["scaler"]["scale"] == 2.0 ** (16 - sum(skipped))
 
 
-def test_a_float16_run_whose_every_step_was_skipped_says_so(options, tmp_path, plant, stops):
+def test_a_float16_run_whose_every_step_was_skipped_says_so(options, train, tmp_path, plant, stops):
     plant(spoil_gradient(math.inf, range(8)))
     argv = [*options, *HALF, "--train.steps", "3", "--out", str(tmp_path / "run")]
     message = stops(train, argv)
@@ -241,7 +203,7 @@ def test_a_float16_run_whose_every_step_was_skipped_says_so(options, tmp_path, p
     assert stops(train, [*argv, "--resume"]) == message
 
 
-def test_float16_gradients_that_no_scale_helps_end_the_run(options, tmp_path, plant, stops, monkeypatch):
+def test_float16_gradients_that_no_scale_helps_end_the_run(options, train, tmp_path, plant, stops, monkeypatch):
     def change(trainer):
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         spoil_gradient(math.nan, range(9))(trainer)
@@ -260,25 +222,25 @@ def test_float16_gradients_that_no_scale_helps_end_the_run(options, tmp_path, pl
 
 
 @pytest.mark.parametrize("parts", ["1", "2"])
-def test_an_encoder_whose_output_is_detached_is_refused(parts, options, tmp_path, plant, stops):
-    plant(lambda trainer: trainer.model.register_forward_hook(lambda module, inputs, output: output.detach()))
+def test_an_encoder_whose_output_is_detached_is_refused(parts, options, train, tmp_path, plant, stops):
+    plant(lambda trainer: trainer.encoder.register_forward_hook(lambda module, inputs, output: output.detach()))
     argv = ["--attack.name", "none", "--train.accumulate", parts, "--out", str(tmp_path / "run")]
     message = stops(train, [*options, *argv])
     assert "gradient" in message and "detached" in message
     assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_a_frozen_encoder_is_refused_before_anything_is_written(options, tmp_path, stops, monkeypatch):
-    import hsat.training.trainer as trainer
+def test_a_frozen_encoder_is_refused_before_anything_is_written(options, train, tmp_path, stops, monkeypatch):
+    import hsat.cli.train as command
 
-    honest = trainer.new_encoder
-    monkeypatch.setattr(trainer, "new_encoder", lambda *args, **how: honest(*args, **how).requires_grad_(False))
+    honest = command.new_encoder
+    monkeypatch.setattr(command, "new_encoder", lambda *args, **how: honest(*args, **how).requires_grad_(False))
     message = stops(train, [*options, "--out", str(tmp_path / "run")])
     assert "requires_grad" in message and "backbone.stem.conv.weight" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_another_learning_rate_needs_consent(options, tmp_path, stops):
+def test_another_learning_rate_needs_consent(options, train, tmp_path, stops):
     argv = [*options, "--train.steps", "2", "--attack.name", "none", "--out", str(tmp_path / "run")]
     train(argv)
     other = [*argv, "--resume", "--train.lr", "0.0005"]

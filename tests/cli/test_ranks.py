@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,24 +14,21 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 CASES = """
-import json, os, sys
-sys.path.insert(0, {examples!r})
-import hsat.cli.train as train_hsat
+import json, os
+from hsat.cli.train import load_settings, train
 from hsat.cli.transfer import Transfer
 from hsat.cli.evaluate import Evaluate
 from hsat.cli.evaluation import open_run
 from hsat.cli.ranks import join_ranks
 
 rank = int(os.environ["RANK"])
-opened = {{
-    "train": lambda argv, ranks: train_hsat.train(train_hsat.load_settings(argv), ranks),
+opened = {
+    "train": lambda argv, ranks: train(load_settings(argv), ranks),
     "whitebox": lambda argv, ranks: open_run(Evaluate.load(argv), ranks),
     "transfer": lambda argv, ranks: open_run(Transfer.load(argv), ranks),
-}}
-found = {{}}
+}
+found = {}
 with join_ranks("cpu") as ranks:
     for name, (script, *both) in json.load(open("cases.json")).items():
         try:
@@ -43,38 +36,18 @@ with join_ranks("cpu") as ranks:
             found[name] = ""
         except ValueError as error:
             found[name] = str(error)
-json.dump(found, open(f"rank{{rank}}.json", "w"))
+json.dump(found, open(f"rank{rank}.json", "w"))
 """
 
 
-def started(words, *, cwd, **environment):
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process):
-    try:
-        return process.communicate(timeout=300)[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def by_hand(commands, *, cwd):
+def by_hand(launch, finish, *commands, cwd):
     """What processes write that somebody started without torchrun, but with its variables."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
     place |= {"WORLD_SIZE": str(len(commands))}
-    running = [started(words, cwd=cwd, RANK=str(rank), **place) for rank, words in enumerate(commands)]
-    shown = [finished(process) for process in running]
+    running = [launch("train", *words, cwd=cwd, RANK=str(rank), **place) for rank, words in enumerate(commands)]
+    shown = [finish(process) for process in running]
     return shown, [process.returncode for process in running]
 
 
@@ -87,7 +60,9 @@ def other_pixels(root, tmp_path_factory):
     return copy, path.relative_to(copy).as_posix()
 
 
-def test_ranks_that_differ_are_named_before_anything_is_written(root, options, other_pixels, tmp_path):
+def test_ranks_that_differ_are_named_before_anything_is_written(
+    root, options, other_pixels, torchrun, finish, tmp_path
+):
     """Several runs in turn, of the same two ranks."""
     from hsat.cli.encoders import new_encoder
     from hsat.cli.train import load_settings
@@ -97,11 +72,11 @@ def test_ranks_that_differ_are_named_before_anything_is_written(root, options, o
         torch.save(new_encoder(settings.model, seed=seed).backbone.state_dict(), tmp_path / f"{seed}.pt")
     out, copy = ["--out", str(tmp_path / "out")], ["--data.root", str(other_pixels[0])]
     evaluation = ["--data.root", str(root), "--checkpoint", "a=x,b=y", "--device", "cpu", *out]
-    train = [*options, *out]
+    training = [*options, *out]
     cases = {
-        "pixels": ("train", train, [*train, *copy]),
-        "learning rate": ("train", train, [*train, "--train.lr", "0.5", "--data.workers", "1"]),
-        "weights": ("train", *([*train, "--model.weights", str(tmp_path / f"{seed}.pt")] for seed in range(2))),
+        "pixels": ("train", training, [*training, *copy]),
+        "learning rate": ("train", training, [*training, "--train.lr", "0.5", "--data.workers", "1"]),
+        "weights": ("train", *([*training, "--model.weights", str(tmp_path / f"{seed}.pt")] for seed in range(2))),
         "whitebox pixels": ("whitebox", evaluation, [*evaluation, *copy]),
         "whitebox steps": ("whitebox", evaluation, [*evaluation, "--steps", "3"]),
         "transfer pixels": ("transfer", evaluation, [*evaluation, *copy]),
@@ -109,10 +84,9 @@ def test_ranks_that_differ_are_named_before_anything_is_written(root, options, o
         "whitebox agrees": ("whitebox", evaluation, [*evaluation, "--quiet"]),
     }
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    (tmp_path / "script.py").write_text(CASES.format(examples=str(EXAMPLES)))
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "script.py"]
-    process = started(torchrun, cwd=tmp_path)
-    shown = finished(process)
+    (tmp_path / "script.py").write_text(CASES)
+    process = torchrun("script.py", cwd=tmp_path)
+    shown = finish(process)
     assert process.returncode == 0, shown
     found, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert found == other, "both say the same"
@@ -127,10 +101,10 @@ def test_ranks_that_differ_are_named_before_anything_is_written(root, options, o
     assert not any((tmp_path / "out").rglob("*")), "no run.json, no state"
 
 
-def test_ranks_started_by_hand_end_with_one_reason(root, options, other_pixels, tmp_path):
+def test_ranks_started_by_hand_end_with_one_reason(root, options, other_pixels, finish, launch, tmp_path):
     """They used to train each by itself: nothing but torchrun's own mark was looked at."""
-    train = [EXAMPLES / "train_hsat.py", *options, "--out", "out"]
-    shown, codes = by_hand([train, [*train, "--data.root", other_pixels[0]]], cwd=tmp_path)
+    argv = [*options, "--out", "out"]
+    shown, codes = by_hand(launch, finish, argv, [*argv, "--data.root", other_pixels[0]], cwd=tmp_path)
     assert codes == [1, 1]
     lines = [line for line in "".join(shown).splitlines() if line and not line.startswith("[Gloo]")]  # torch 2.8
     assert lines and all(
@@ -140,13 +114,11 @@ def test_ranks_started_by_hand_end_with_one_reason(root, options, other_pixels, 
 
 
 @pytest.mark.slow
-def test_ranks_started_by_hand_train_together(options, tmp_path):
-    from hsat.cli.train import main
-
+def test_ranks_started_by_hand_train_together(options, train, finish, launch, tmp_path):
     argv = [*options, "--data.tune_fraction", "0", "--train.steps", "3", "--out"]
-    shown, codes = by_hand([[EXAMPLES / "train_hsat.py", *argv, "ranks"]] * 2, cwd=tmp_path)
+    shown, codes = by_hand(launch, finish, *[[*argv, "ranks"]] * 2, cwd=tmp_path)
     assert codes == [0, 0], shown
-    main([*argv, str(tmp_path / "parts"), "--train.accumulate", "2"])
+    train([*argv, str(tmp_path / "parts"), "--train.accumulate", "2"])
     found, wanted = (load_file(tmp_path / name / "final.safetensors") for name in ("ranks", "parts"))
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
@@ -156,10 +128,10 @@ def test_ranks_started_by_hand_train_together(options, tmp_path):
 
 def test_an_error_of_the_connection_says_that_rank_0_has_ended(monkeypatch):
     """What it kept is gone: another error is still told, one of the connection would only puzzle."""
-    import hsat.cli.ranks as silence_other_ranks
+    import hsat.cli.ranks as module
     from hsat.cli.ranks import Ranks
 
-    monkeypatch.setattr(silence_other_ranks, "GRACE", 0.1)
+    monkeypatch.setattr(module, "GRACE", 0.1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for error, expected, words in (
@@ -170,9 +142,27 @@ def test_an_error_of_the_connection_says_that_rank_0_has_ended(monkeypatch):
             board = dist.TCPStore("127.0.0.1", kept.port, 2, is_master=False, wait_for_workers=False)
             with (
                 pytest.raises(expected, match=words),
-                silence_other_ranks.silence_other_ranks(Ranks(1, 2, torch.device("cpu"), board=board)),
+                module.silence_other_ranks(Ranks(1, 2, torch.device("cpu"), board=board)),
             ):
                 del kept
                 raise error
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["torchrun's store", "a store of rank 0"])
+def test_a_restart_goes_on_only_with_what_was_begun(kept, monkeypatch):
+    """A run that was refused, because another one is in its folder, is refused again by the next attempt."""
+    from hsat.cli.ranks import Ranks, _begun
+
+    store = dist.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(kept))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not _begun(store)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert _begun(store) is not kept
+    Ranks(1, 2, torch.device("cpu"), board=store).begin()
+    assert _begun(store) is not kept, "that is for rank 0 to say"
+    Ranks(0, 2, torch.device("cpu"), board=store).begin()
+    assert _begun(store)
+    Ranks(0, 1, torch.device("cpu")).begin()  # alone there is nobody to tell

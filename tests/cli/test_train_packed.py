@@ -1,4 +1,4 @@
-"""train_hsat.py on packed patches: the same training, without the files; and views of an item at once."""
+"""hsat train on packed patches: the same training, without the files; and views of an item at once."""
 
 from __future__ import annotations
 

@@ -1,30 +1,12 @@
-"""report.py and reproduce_paper.py as people call them, and docs/report.md."""
+"""hsat reproduce: which run fills which row of the paper's tables, and how it refuses."""
 
 from __future__ import annotations
 
-import contextlib
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from hsat.eval import read_records, write_records
-from hsat.report import open_runs
-
-ROOT = Path(__file__).parents[2]
-
-
-def report(argv):
-    from hsat.cli.report import main
-
-    main([*argv])
-
-
-def reproduce(argv):
-    from hsat.cli.reproduce import main
-
-    main([*argv])
+from hsat.eval import write_records
 
 
 @pytest.fixture
@@ -32,60 +14,10 @@ def run(made_run, tmp_path):
     return made_run(tmp_path / "run")
 
 
-def test_a_real_evaluation_and_training_on_one_page(trained, root, tmp_path, capsys):
-    from hsat.cli.evaluate import main as evaluate
+def reproduce(argv):
+    from hsat.cli.reproduce import main
 
-    options = (
-        "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 2 --quiet --k 5 --eps 8/255 --attacks pgd".split()
-    )
-    argv = ["--checkpoint", f"HSAT={trained / 'final.safetensors'}", "--data.root", str(root), *options]
-    evaluate([*argv, "--out", str(tmp_path / "whitebox")])
-    (found,) = open_runs([tmp_path / "whitebox"])
-    (artifacts,) = found.artifacts
-    label, taken = (artifacts.conditions["PGD-8"].label, artifacts.conditions["PGD-8"].prediction)
-    accuracy = {r.level: r.value for r in found.records if (r.attack_name, r.metric) == ("PGD-8", "accuracy")}
-    for level, value in accuracy.items():
-        assert (label[level] == taken[level, 5]).mean() == pytest.approx(value), "artifacts and records disagree"
-    assert found.absent == ()
-    report([str(tmp_path / "whitebox"), str(trained), "--out", str(tmp_path / "page.html"), "--title", "Two runs"])
-    page = (tmp_path / "page.html").read_text()
-    assert "Two runs</h1>" in page and "HSAT keeps" in page and "Training loss of run." in page
-    assert page.count("data:image/png") == 6
-    assert str(tmp_path / "page.html") in capsys.readouterr().out
-
-
-def test_the_page_lies_in_the_first_run_by_default(run, capsys):
-    report(["--k", "20", "--runs", str(run)])
-    assert (run / "report.html").is_file()
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        ([], "give run folders"),
-        (["/no/such/folder"], "/no/such/folder is not a folder"),
-        (["RUN", "--k", "7"], "no record has k=7"),
-        (["RUN", "--metric", "map"], "option metric"),
-    ],
-)
-def test_mistakes_end_the_report_with_their_name(argv, named, run, stops):
-    assert named in stops(report, [str(run) if word == "RUN" else word for word in argv])
-
-
-def test_folders_on_the_command_line():
-    from hsat.cli.options import collect_words
-
-    assert collect_words(["a", "b", "--k", "3", "--runs", "c", "d", "--out", "e"], "runs") == [
-        *("--k", "3", "--out", "e"),
-        *("--runs", "a,b,c,d"),
-    ]
-    assert collect_words(["--runs=a", "b"], "runs") == ["--runs", "a,b"]
-    assert collect_words(["--k", "3"], "runs") == ["--k", "3"]
-
-
-def test_a_folder_with_a_comma_is_refused(tmp_path, stops):
-    (tmp_path / "a,b").mkdir()
-    assert "rename it" in stops(report, [str(tmp_path / "a,b")])
+    main([*argv])
 
 
 def test_models_fill_the_rows_of_their_names(run, tmp_path, capsys):
@@ -219,9 +151,9 @@ def test_a_clean_number_of_two_evaluations_counts_once(made_records, tmp_path):
 
 
 def test_printed_numbers_are_the_papers():
-    from hsat.cli.reproduce import NUMBERS, read_tables
+    from hsat.cli.reproduce import read_tables
 
-    tables = read_tables(NUMBERS)
+    tables = read_tables()
     assert list(tables) == ["1", "2", "3", "4"]
     for table in tables.values():
         assert len({row.name for row in table.rows}) == len(table.rows)
@@ -242,28 +174,3 @@ def test_printed_numbers_are_the_papers():
     assert number("2", "HiDisc-R101", "patch", "drop", "mca_drop") == 35.36
     assert number("3", "HSAT-Slide", "slide", "PGD-8", "accuracy") == 69.32
     assert number("4", "s_pt", "patient", "PGD-8", "mca") == 66.67
-
-
-def test_the_page_about_the_report_runs(tmp_path, capsys):
-    text = (ROOT / "docs" / "report.md").read_text()
-    names = {}
-    with contextlib.chdir(tmp_path):
-        for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            exec(compile(code, "report.md", "exec", dont_inherit=True), names)
-    assert "mine has 90.0 % [80.0, 95.0] accuracy" in (tmp_path / "report.html").read_text()
-    assert names["artifacts"].model == "mine"
-    assert read_records(tmp_path / "runs" / "mine" / "records.jsonl") == (names["record"],)
-
-
-def test_the_commands_of_the_page_parse():
-    import report as script
-
-    import hsat.cli.reproduce as reproduce_paper
-    from hsat.cli.options import collect_words
-
-    text = (ROOT / "docs" / "report.md").read_text() + (script.__doc__ or "") + (reproduce_paper.__doc__ or "")
-    found = re.findall(r"^ *python examples/(report|reproduce_paper)\.py (.*)$", text, re.MULTILINE)
-    assert len(found) >= 8
-    for name, words in found:
-        settings = {"report": script.Report, "reproduce_paper": reproduce_paper.Reproduce}[name]
-        assert settings.over({}, collect_words(words.split(), "runs")).runs

@@ -1,10 +1,8 @@
-"""certify.py: what it writes, that the attack on its certificates runs, and how it refuses."""
+"""hsat certify: what it writes, that the attack on its certificates runs, and how it refuses."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 
 import pytest
@@ -36,15 +34,14 @@ def test_writes_records_table_and_curve(trained, root, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["settings"]["sigma"] == 0.02
 
 
-def test_a_killed_run_goes_on(trained, root, launch, stops, tmp_path):
+def test_a_killed_run_goes_on(trained, root, launch, kill, stops, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--batch_size", "2"]
     certify([*argv, "--out", str(tmp_path / "whole")])
     out = tmp_path / "out"
     process = launch("certify", *argv, "--out", str(out), cwd=tmp_path)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert list(out.glob(".state/*/batch-*")) and not (out / "records.jsonl").exists()
     assert "--resume" in stops(certify, [*argv, "--out", str(out)])
     certify([*argv, "--out", str(out), "--resume"])

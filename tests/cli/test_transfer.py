@@ -1,11 +1,9 @@
-"""evaluate_transfer.py: a 3x3 matrix, what it writes, kill -9 and --resume, and how it refuses."""
+"""hsat transfer: a 3x3 matrix, what it writes, kill -9 and --resume, and how it refuses."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 
 import pytest
@@ -23,11 +21,6 @@ def transfer(argv):
     from hsat.cli.transfer import main
 
     main([*argv])
-
-
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +72,7 @@ def test_writes_the_matrix(whole, files, root):
     assert about["attacked_in_this_run"] == [[s, a] for s in "abc" for a in ("PGD-8", "MIFGSM-8")]
 
 
-def test_killed_and_resumed(argv, whole, launch, tmp_path):
+def test_killed_and_resumed(argv, whole, launch, kill, tmp_path):
     out = tmp_path / "out"
     process = launch("transfer", *argv, "--out", str(out), cwd=tmp_path)
     state = out / "state"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --k 5 --eps 32/255 --batch_size 3 --query_patches 5".split()
 
 
@@ -21,28 +19,6 @@ def evaluate(argv):
     from hsat.cli.evaluate import main
 
     main([*map(str, argv)])
-
-
-def torchrun(script, *argv, cwd, restarts=0):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--max_restarts={restarts}", "--standalone"]
-    return subprocess.Popen(
-        [sys.executable, *words, str(EXAMPLES / script), *map(str, argv)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process):
-    try:
-        shown = process.communicate(timeout=400)[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return shown
 
 
 @pytest.fixture
@@ -64,11 +40,11 @@ def assert_same_results(out, other):
         assert (out / path.relative_to(other)).read_bytes() == path.read_bytes(), path
 
 
-def test_two_ranks_write_what_one_process_writes(argv, tmp_path):
+def test_two_ranks_write_what_one_process_writes(argv, torchrun, finish, tmp_path):
     ours = [*argv, "--attacks", "pgd,ensemble", "--target", "decision", "--diagnose", "0", "--gallery", "4"]
-    process = torchrun("evaluate_whitebox.py", *ours, "--out", tmp_path / "ranks", "--cache", "cache", cwd=tmp_path)
+    process = torchrun("evaluate", *ours, "--out", tmp_path / "ranks", "--cache", "cache", cwd=tmp_path)
     evaluate([*ours, "--out", tmp_path / "one", "--quiet"])
-    shown = finished(process)
+    shown = finish(process)
     assert process.returncode == 0, shown
     assert_same_results(tmp_path / "ranks", tmp_path / "one")
     assert shown.count("evaluating first") == shown.count("results are in") == 1
@@ -77,13 +53,13 @@ def test_two_ranks_write_what_one_process_writes(argv, tmp_path):
 
 
 @pytest.mark.slow
-def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, tmp_path):
+def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, torchrun, finish, tmp_path):
     from hsat.cli.transfer import main
 
     ours = [*map(str, argv), "--attacks", "pgd"]
-    process = torchrun("evaluate_transfer.py", *ours, "--out", tmp_path / "ranks", cwd=tmp_path)
+    process = torchrun("transfer", *ours, "--out", tmp_path / "ranks", cwd=tmp_path)
     main([*ours, "--out", str(tmp_path / "one"), "--quiet"])
-    shown = finished(process)
+    shown = finish(process)
     assert process.returncode == 0, shown
     for name in ("records.jsonl", "table.md"):
         assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
@@ -95,10 +71,10 @@ def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "more", "files"),
+    ("command", "more", "files"),
     [
-        ("hierarchical_budget", QUICK, ("records.jsonl", "table.md", "groups.csv")),
-        ("export_adversarial", "--data.image_size 32 --steps 2 --bootstrap 10 --k 5 --batch_size 5".split(), ()),
+        ("budget", QUICK, ("records.jsonl", "table.md", "groups.csv")),
+        ("export", "--data.image_size 32 --steps 2 --bootstrap 10 --k 5 --batch_size 5".split(), ()),
         (
             "certify",
             "--data.image_size 32 --k 5 --batch_size 3 --query_patches 5 --sigma 0.02 --samples 20".split(),
@@ -106,29 +82,29 @@ def test_transfer_by_two_ranks_and_a_state_that_one_goes_on_with(argv, tmp_path)
         ),
     ],
 )
-def test_other_evaluations_by_two_ranks(script, more, files, trained, root, tmp_path):
+def test_other_evaluations_by_two_ranks(command, more, files, trained, root, torchrun, finish, tmp_path):
     ours = ["--checkpoint", trained / "best.safetensors", "--data.root", root, *more]
-    process = torchrun(f"{script}.py", *ours, "--out", tmp_path / "ranks", cwd=tmp_path)
-    __import__(script).main([*map(str, ours), "--out", str(tmp_path / "one"), "--quiet"])
-    shown = finished(process)
+    process = torchrun(command, *ours, "--out", tmp_path / "ranks", cwd=tmp_path)
+    importlib.import_module(f"hsat.cli.{command}").main([*map(str, ours), "--out", str(tmp_path / "one"), "--quiet"])
+    shown = finish(process)
     assert process.returncode == 0, shown
     assert shown.count("results are in") == 1
     one, ranks = tmp_path / "one", tmp_path / "ranks"
     assert {path.name for path in ranks.iterdir()} == {path.name for path in one.iterdir()}
     images = [path.relative_to(one) for path in one.rglob("*.tif")]
-    assert bool(images) == (script == "export_adversarial")
+    assert bool(images) == (command == "export")
     for name in (*files, *images):
         assert (ranks / name).read_bytes() == (one / name).read_bytes(), name
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_ends_all_with_one_message(argv, own_root, tmp_path):
+def test_a_rank_that_fails_ends_all_with_one_message(argv, own_root, torchrun, finish, tmp_path):
     files = sorted((own_root / "studies").rglob("*.tif"))
     for path in files:
         path.write_bytes(b"II*\0" + b"x" * 99)
     ours = ["--attacks", "pgd", "--data.root", own_root, "--out", tmp_path / "out"]
-    process = torchrun("evaluate_whitebox.py", *argv, *ours, cwd=tmp_path)
-    shown = finished(process)
+    process = torchrun("evaluate", *argv, *ours, cwd=tmp_path)
+    shown = finish(process)
     assert process.returncode != 0
     assert shown.count("error: ") == 1, shown
     assert "stopped" not in shown and "another process" not in shown and ".tif" in shown
@@ -141,15 +117,15 @@ def workers_of(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_killed_rank_and_those_that_go_on(argv, tmp_path, restarts):
+def test_a_killed_rank_and_those_that_go_on(argv, torchrun, finish, tmp_path, restarts):
     """One process with --resume, or the same torchrun, which starts its ranks anew."""
     ours = [*argv, "--attacks", "pgd,ensemble", "--diagnose", "0", "--batch_size", "2", "--cache", tmp_path / "cache"]
     out = tmp_path / "out"
-    process = torchrun("evaluate_whitebox.py", *ours, "--out", out, cwd=tmp_path, restarts=restarts)
+    process = torchrun("evaluate", *ours, "--out", out, cwd=tmp_path, restarts=restarts)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):
         time.sleep(0.005)
     os.kill(workers_of(process)[-1], signal.SIGKILL)
-    shown = finished(process)
+    shown = finish(process)
     assert (process.returncode == 0) == (out / "records.jsonl").exists() == bool(restarts), shown
     if not restarts:
         assert list(out.glob(".state/*/batch-*.arrays"))

@@ -10,6 +10,14 @@ import hsat.data
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
+def test_quickstart_has_help_without_running_and_is_short(tmp_path, launch):
+    process = launch(QUICKSTART, "--help", cwd=tmp_path)
+    shown = process.communicate()[0]
+    assert process.returncode == 0 and "your model" in shown
+    assert not list(tmp_path.iterdir())
+    assert len(QUICKSTART.read_text().splitlines()) < 60
+
+
 def test_quickstart_trains_and_measures(root, monkeypatch, capsys):
     monkeypatch.setattr(hsat.data, "write_synthetic_cohort", lambda path: root)
     monkeypatch.setattr("sys.argv", ["quickstart.py"])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 
@@ -15,18 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
-
-
-def train(argv):
-    from hsat.cli.train import main
-
-    main([*argv])
-
-
-def kill(process):
-    """kill -9 for the script and its reading processes."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 def wait_for_rows(process, path, wanted):
@@ -47,7 +33,7 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_killed_twice_and_resumed_with_another_number_of_workers(trained, options, launch, tmp_path):
+def test_killed_twice_and_resumed_with_another_number_of_workers(trained, options, launch, kill, tmp_path):
     out, chance = tmp_path / "run", random.Random()
     argv = [*options, "--out", str(out)]
     for workers, rows, switches in (("0", 3, []), ("1", 5, ["--resume"])):
@@ -63,9 +49,9 @@ def test_killed_twice_and_resumed_with_another_number_of_workers(trained, option
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_until_it_is_through(trained, options, launch, tmp_path):
+def test_killed_at_random_moments_until_it_is_through(trained, options, launch, kill, train, tmp_path):
     out, chance = tmp_path / "run", random.Random()
-    argv, pauses = ["train_hsat.py", *options, "--out", str(out), "--resume"], []
+    argv, pauses = ["train", *options, "--out", str(out), "--resume"], []
     process = launch(*argv, cwd=tmp_path)
     begin = time.monotonic()
     wait_for_rows(process, out / "train.csv", 1)
@@ -83,7 +69,7 @@ def test_killed_at_random_moments_until_it_is_through(trained, options, launch, 
     assert_same(out, trained)
 
 
-def test_a_torn_log_and_a_half_written_checkpoint_do_not_matter(copied, trained, options):
+def test_a_torn_log_and_a_half_written_checkpoint_do_not_matter(copied, trained, options, train):
     (copied / "final.safetensors").unlink()
     (copied / ".last.pt-0.partial").write_bytes(b"PK half of it")
     path = copied / "train.csv"
@@ -95,24 +81,23 @@ def test_a_torn_log_and_a_half_written_checkpoint_do_not_matter(copied, trained,
     assert (copied / "final.safetensors").read_bytes() == (trained / "final.safetensors").read_bytes()
 
 
-def test_resuming_before_the_first_checkpoint_starts_over(trained, options, copied):
+def test_resuming_before_the_first_checkpoint_starts_over(trained, options, copied, train):
     for name in ("last.pt", "best.safetensors", "best.json", "final.safetensors"):
         (copied / name).unlink()
     train([*options, "--out", str(copied), "--resume"])
     assert_same(copied, trained)
 
 
-def test_a_finished_run_resumes_to_itself(copied, trained, options):
+def test_a_finished_run_resumes_to_itself(copied, trained, options, train):
     argv = [word for word in options if word != "--quiet"]
     train([*argv, "--out", str(copied), "--resume", "--data.workers", "1", "--train.save_every", "1"])
     assert_same(copied, trained)
 
 
 def test_the_log_is_not_rewritten_at_every_step(tmp_path):
-    from hsat.cli.options import LoggerSettings
-    from hsat.training.folder import Run
+    from hsat.training.folder import TrainingFolder
 
-    run = Run(tmp_path, {}, cohort="", resume=False, log=LoggerSettings())
+    run = TrainingFolder(tmp_path, {}, cohort="")
     run.keep_rows_before(0)
     run.log({"step": 0, "loss": 1.0})
     file = (tmp_path / "train.csv").stat().st_ino
@@ -124,13 +109,13 @@ def test_the_log_is_not_rewritten_at_every_step(tmp_path):
     assert (tmp_path / "train.csv").read_text().replace("\r\n", "\n") == wanted
 
 
-def test_a_run_is_not_overwritten(copied, trained, options, stops):
+def test_a_run_is_not_overwritten(copied, trained, options, train, stops):
     message = stops(train, [*options, "--out", str(copied)])
     assert str(copied) in message and "--resume" in message
     assert_same(copied, trained)
 
 
-def test_other_settings_are_refused_by_name(copied, trained, options, stops):
+def test_other_settings_are_refused_by_name(copied, trained, options, train, stops):
     argv = [*options, "--out", str(copied), "--resume", "--train.lr", "0.01", "--attack.eps", "4/255", "--seed", "7"]
     message = stops(train, [*argv, "--data.tune_fraction", "0.4"])
     for text in ("train.lr was 0.001, now 0.01", "seed was 0, now 7", "attack.eps", "data.tune_fraction"):
@@ -139,7 +124,7 @@ def test_other_settings_are_refused_by_name(copied, trained, options, stops):
     assert_same(copied, trained)
 
 
-def test_another_cohort_is_refused(copied, own_root, options, stops):
+def test_another_cohort_is_refused(copied, own_root, options, train, stops):
     argv = [*options, "--out", str(copied), "--resume", "--data.root", str(own_root)]
     train(argv)  # a copy elsewhere is the same cohort
     victim = sorted(own_root.glob("studies/*/1/patches/*"))[0]
@@ -158,7 +143,9 @@ def test_another_cohort_is_refused(copied, own_root, options, stops):
         (lambda content: content[:9999] + bytes([content[9999] ^ 4]) + content[10000:], "checksum"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(damage, named, copied, trained, options, stops):
+def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(
+    damage, named, copied, trained, options, train, stops
+):
     (copied / "last.pt").write_bytes(damage((trained / "last.pt").read_bytes()))
     message = stops(train, [*options, "--out", str(copied), "--resume"])
     assert str(copied / "last.pt") in message and named in message
@@ -166,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(damage, named,
     assert (copied / "train.csv").read_bytes() == (trained / "train.csv").read_bytes()
 
 
-def test_the_checkpoint_of_another_run_is_refused_by_its_settings(copied, trained, options, stops):
+def test_the_checkpoint_of_another_run_is_refused_by_its_settings(copied, trained, options, train, stops):
     """Its model fits; its seed, and with it the draws to come, do not."""
     content = torch.load(copied / "last.pt", weights_only=True)
     content["config"]["seed"] = 7
@@ -180,7 +167,7 @@ def test_the_checkpoint_of_another_run_is_refused_by_its_settings(copied, traine
     "change",
     [{"step": 99}, {"step": "3"}, {"extra": {}}, {"extra": {"best": 0.0, "inner": {"gap": [1], "warm": None}}}],
 )
-def test_a_crafted_checkpoint_is_named(change, copied, options, stops):
+def test_a_crafted_checkpoint_is_named(change, copied, options, train, stops):
     torch.save(torch.load(copied / "last.pt", weights_only=True) | change, copied / "last.pt")
     message = stops(train, [*options, "--out", str(copied), "--resume"])
     assert str(copied / "last.pt") in message and "damaged" in message
@@ -190,7 +177,7 @@ def test_a_crafted_checkpoint_is_named(change, copied, options, stops):
     ("name", "content"),
     [("run.json", b"{"), ("run.json", b"[]"), ("train.csv", b"\xff\xfe,1\n2,3\n"), ("train.csv", b"a,b\n1,2\n")],
 )
-def test_a_damaged_file_of_the_run_is_named(name, content, copied, options, stops):
+def test_a_damaged_file_of_the_run_is_named(name, content, copied, options, train, stops):
     (copied / name).write_bytes(content)
     message = stops(train, [*options, "--out", str(copied), "--resume"])
     assert f"{copied / name} is damaged" in message

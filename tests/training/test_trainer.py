@@ -1,0 +1,146 @@
+"""The trainer as a library: fit, a loop of one's own, a validation of one's own, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from hsat.data import read_opensrh
+from hsat.fingerprints import fingerprint_weights
+from hsat.models import load_encoder
+from hsat.training.config import InnerAttackConfig, TrainConfig, ViewConfig
+from hsat.training.folder import OccupiedRunError, SettingsChangedError
+
+FAST = {"steps": 5, "batch_patients": 2, "eval_every": 2, "save_every": 3, "views": {"image_size": 32}}
+TINY = TrainConfig(**FAST, attack={"steps": 2})
+BASELINE = TrainConfig(**FAST, attack={"name": "none"})
+
+
+def only_train(root):
+    return read_opensrh(root)
+
+
+def test_fit_trains_and_returns_the_best_encoder(make_trainer, tmp_path, rows_of):
+    trainer = make_trainer("run", TINY)
+    assert (trainer.done, trainer.total, trainer.epochs) == (0, 5, 3)
+    path = trainer.fit()
+    assert path == tmp_path / "run" / "best.safetensors" and trainer.done == 5
+    assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["settings"]["train"]["attack"]["steps"] == 2 and about["settings"]["encoder"]["name"] == "test_byobnet"
+    final = load_encoder(tmp_path / "run" / "final.safetensors")
+    assert fingerprint_weights(final) == fingerprint_weights(trainer.encoder.eval())
+
+
+def test_a_loop_of_ones_own_is_fit_bit_for_bit(make_trainer):
+    fitted, looped = make_trainer("fit", TINY), make_trainer("loop", TINY)
+    fitted.fit()
+    rows = [looped.step(batch) for batch in looped.batches()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and looped.done == looped.total
+    assert {"loss", "lr", "eps", "strength", "epoch", "adversarial_patch"} <= rows[0].keys()
+    for name, value in fitted.encoder.state_dict().items():
+        assert torch.equal(value, looped.encoder.state_dict()[name]), name
+
+
+def test_a_loop_of_ones_own_may_stop_save_and_go_on(make_trainer):
+    whole, begun = make_trainer("whole", BASELINE), make_trainer("parts", BASELINE)
+    whole.fit()
+    for batch in begun.batches():
+        begun.step(batch)
+        if begun.done == 3:
+            break
+    begun.save()
+    resumed = make_trainer("parts", BASELINE, resume=True)
+    assert resumed.done == 3
+    for batch in resumed.batches():
+        resumed.step(batch)
+    for name, value in whole.encoder.state_dict().items():
+        assert torch.equal(value, resumed.encoder.state_dict()[name]), name
+
+
+def test_ones_own_validation_chooses_the_best_encoder(make_trainer, tmp_path, rows_of):
+    scores = iter((0.2, 0.9, 0.5))
+    seen = []
+
+    def validate(encoder):
+        seen.append(fingerprint_weights(encoder))
+        return {"score": next(scores), "mine": float(len(seen))}
+
+    path = make_trainer("run", BASELINE, validate=validate).fit()
+    assert path.name == "best.safetensors" and fingerprint_weights(load_encoder(path)) == seen[1] != seen[2]
+    assert [row["mine"] for row in rows_of(tmp_path / "run")] == ["", "1.0", "", "2.0", "3.0"]
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert (best["step"], best["score"], best["mine"]) == (4, 0.9, 2.0)
+
+
+def test_without_held_out_patients_the_final_encoder_is_returned(make_trainer, root, tmp_path):
+    path = make_trainer("run", BASELINE, cohort=read_opensrh(root)).fit()
+    assert path == tmp_path / "run" / "final.safetensors" and not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_a_folder_with_a_run_is_refused_and_other_settings_are_named(make_trainer):
+    make_trainer("run", BASELINE).fit()
+    with pytest.raises(OccupiedRunError, match="holds a run already"):
+        make_trainer("run", BASELINE)
+    other = BASELINE.model_copy(update={"lr": 0.5})
+    with pytest.raises(SettingsChangedError, match=r"train\.lr was 0\.001, now 0\.5") as error:
+        make_trainer("run", other, resume=True)
+    assert error.value.names == ("train.lr",)
+    assert make_trainer("run", BASELINE, resume=True).done == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"attack": {"name": "warm"}}, "augmentation none and true ids"),
+        ({"attack": {"name": "warm"}, "views": {"augmentation": "none", "ids": "slots"}}, "true ids"),
+        ({"attack": {"name": "free"}, "clean": True}, "leave out clean"),
+        ({"attack": {"name": "free"}, "precision": "16"}, "precision bf16"),
+        ({"attack": {"name": "free", "levels": "pt"}}, "levels p_s_pt"),
+        ({"steps": 3, "epochs": 3}, "epochs or steps, not both"),
+        ({"attack": {"eps": 8}}, "8/255"),
+        ({"lrr": 1}, "lrr"),
+        ({"max_memory": "much"}, "8GB"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**config)
+
+
+def test_named_configurations():
+    assert TrainConfig.hsat() == TrainConfig() and TrainConfig.hidisc(steps=3).attack.name == "none"
+    assert TrainConfig(attack={"eps": "4/255"}).attack == InnerAttackConfig(eps=4 / 255)
+    assert TrainConfig().views == ViewConfig() and TrainConfig().attack.eps == 8 / 255
+
+
+def test_two_batchnorm_branches_resume_bit_for_bit(make_trainer, tmp_path):
+    config = TrainConfig(**FAST | {"steps": 3, "save_every": 1}, clean=True, attack={"steps": 2})
+    make_trainer("whole", config, dual_norm=True).fit()
+    part = make_trainer("parts", config, dual_norm=True)
+    honest = part.step
+
+    def step(batch):
+        if part.done == 2:
+            raise KeyboardInterrupt
+        return honest(batch)
+
+    part.step = step
+    with pytest.raises(KeyboardInterrupt):
+        part.fit()
+    make_trainer("parts", config, dual_norm=True, resume=True).fit()
+    for name in ("final.safetensors", "best.safetensors", "train.csv"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    normal, pgd = load_encoder(tmp_path / "parts" / "last.pt").backbone.stem.bn.bn_list
+    assert int(normal.num_batches_tracked) == int(pgd.num_batches_tracked) == 3
+    assert not torch.equal(normal.running_mean, pgd.running_mean)
+
+
+def test_notes_are_logged_and_not_printed(make_trainer, caplog, capsys):
+    make_trainer("run", BASELINE).fit()
+    with caplog.at_level(logging.INFO, logger="hsat"):
+        make_trainer("run", BASELINE.model_copy(update={"workers": 0, "save_every": 1}), resume=True)
+    assert capsys.readouterr() == ("", "")
