@@ -20,9 +20,8 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.cohort import describe, open_cohort
-from hsat.cli.evaluate import Evaluate, evaluate
+from hsat.cli.evaluate import Evaluate, evaluate, write_results
 from hsat.cli.options import Settings, split_commas
-from hsat.cli.results import write_results
 from hsat.cli.train import load_settings, train
 from hsat.data import Cohort
 from hsat.eval import Record, read_records
