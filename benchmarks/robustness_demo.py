@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hsat.eval import Record, markdown_table, read_records
+from hsat.eval import Record, read_records
+from hsat.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("features", "embedding")

@@ -15,8 +15,9 @@ from hsat.attacks import MIFGSM, Linf
 from hsat.classifiers import KNNClassifier
 from hsat.cli.main import main
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
-from hsat.eval import RunOptions, Scoring, evaluate_transfer, transfer_table, write_records
+from hsat.eval import RunOptions, Scoring, evaluate_transfer, write_records
 from hsat.models import Encoder, build_encoder
+from hsat.report import transfer_markdown
 
 
 def measure_transfer(encoders: Mapping[str, Encoder], root: Path, out: Path, *, image_size: int = 32) -> str:
@@ -36,7 +37,7 @@ def measure_transfer(encoders: Mapping[str, Encoder], root: Path, out: Path, *, 
         run=RunOptions(seed=0, resume_dir=out / "state"),  # an interrupted call goes on from there
     )
     write_records(out / "records.jsonl", result.records)
-    return transfer_table(result.records)
+    return transfer_markdown(result.records)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from hsat.attacks import L2, PGD
 from hsat.classifiers import KNNClassifier
 from hsat.cli.main import main
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
-from hsat.eval import Provenance, RunOptions, Scoring, evaluate_whitebox, markdown_table, paper_attacks, write_records
+from hsat.eval import Provenance, RunOptions, Scoring, evaluate_whitebox, paper_attacks, write_records
 from hsat.models import Encoder, build_encoder
+from hsat.report import markdown_table
 
 
 def evaluate_encoder(encoder: Encoder, root: Path, out: Path, *, image_size: int = 32) -> str:

@@ -10,8 +10,9 @@ from torch import Tensor
 from hsat.attacks import PGD, Linf
 from hsat.classifiers import KNNClassifier
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
-from hsat.eval import Provenance, RunOptions, Scoring, evaluate_whitebox, markdown_table
+from hsat.eval import Provenance, RunOptions, Scoring, evaluate_whitebox
 from hsat.models import build_encoder
+from hsat.report import markdown_table
 from hsat.testing import check_attack
 from hsat.types import AttackResult, Objective
 

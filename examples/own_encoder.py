@@ -17,9 +17,10 @@ from hsat.data import (
     read_opensrh,
     write_synthetic_cohort,
 )
-from hsat.eval import Provenance, RunOptions, Scoring, evaluate_whitebox, markdown_table
+from hsat.eval import Provenance, RunOptions, Scoring, evaluate_whitebox
 from hsat.losses import HiDiscLoss
 from hsat.models import wrap_encoder
+from hsat.report import markdown_table
 from hsat.training import adversarial_step
 
 SIZE, STEPS = 32, 12
