@@ -10,7 +10,9 @@ from torch import nn
 
 from hsat import data
 from hsat.attacks import PGD, Linf
-from hsat.eval import KNNClassifier, embed, metrics
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import embed
+from hsat.eval import metrics
 from hsat.losses import supcon_loss
 from hsat.models import frozen, wrap_encoder
 

@@ -18,8 +18,9 @@ from hsat.classifiers import KNNClassifier
 from hsat.cli.main import main
 from hsat.cli.reproduce import read_tables
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
-from hsat.eval import PAPER, Provenance, evaluate_whitebox, paper_attacks, paper_lines, paper_markdown
+from hsat.eval import PAPER, Provenance, evaluate_whitebox, paper_attacks
 from hsat.models import Encoder, build_encoder
+from hsat.report import paper_lines, paper_markdown
 
 
 def fill_table(encoders: Mapping[str, Encoder], root: Path, *, image_size: int = 32, steps: int = 10) -> str:

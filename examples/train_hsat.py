@@ -14,8 +14,7 @@ from pathlib import Path
 from hsat.cli.main import main
 from hsat.data import read_opensrh, write_synthetic_cohort
 from hsat.models import build_encoder
-from hsat.training.config import TrainConfig, ViewConfig
-from hsat.training.trainer import Trainer
+from hsat.training import TrainConfig, Trainer, ViewConfig
 
 
 def train_encoder(root: Path, out: Path, *, steps: int = 8, image_size: int = 32) -> Path:
