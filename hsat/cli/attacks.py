@@ -29,7 +29,17 @@ EPS = {
 
 
 def lengths(value: Any) -> list[float]:
-    """Radii of any size, 8/255 or 1.5; `check_radii` knows which threat models allow more than 1."""
+    """Radii of any size; `check_radii` knows which threat models allow more than 1.
+
+    Args:
+        value: A text such as "8/255,1.5", or numbers.
+
+    Returns:
+        The radii.
+
+    Raises:
+        ValueError: For other texts, and for negative or infinite radii.
+    """
     try:
         numbers = [float(Fraction(part) if isinstance(part, str) else part) for part in split_commas(value)]
     except (ValueError, ZeroDivisionError, TypeError) as error:
@@ -50,7 +60,18 @@ def check_radii(threat: Threat, eps_values: list[float]) -> list[float]:
 def attacks_under(
     threat: Threat, eps_values: Sequence[float], *, names: Sequence[str], steps: int, step_size: float | None
 ) -> dict[str, Attack]:
-    """The paper's attacks under a threat model, {"PGD-8": ...} or {"PGD-l2-1": ...}; step_size None is eps / 4."""
+    """The paper's attacks under a threat model.
+
+    Args:
+        threat: What the attacks may change.
+        eps_values: Radii in the unit of the threat model.
+        names: Such as pgd, bim and mifgsm.
+        steps: Gradient steps.
+        step_size: Size of a step; None is eps / 4.
+
+    Returns:
+        {"PGD-8": ...} or {"PGD-l2-1": ...}
+    """
     found: dict[str, Attack] = {}
     for eps in eps_values:
         size = eps / 4 if step_size is None else step_size
@@ -69,7 +90,20 @@ def attacks_under(
 def ensembles_under(
     threat: Threat, eps_values: Sequence[float], *, steps: int, step_size: float | None
 ) -> dict[str, AttackEnsemble]:
-    """The ensembles under a ball of pixels, {"ensemble-8": ...} or {"ensemble-l2-1": ...}; None is eps / 4."""
+    """The ensembles under a ball of pixels.
+
+    Args:
+        threat: "linf" or "l2".
+        eps_values: Radii.
+        steps: Gradient steps of the drift attacks.
+        step_size: Size of a step; None is eps / 4.
+
+    Returns:
+        {"ensemble-8": ...} or {"ensemble-l2-1": ...}
+
+    Raises:
+        ValueError: For other threat models.
+    """
     if threat == "linf":
         return ensemble_attacks(eps_values, steps=steps, step_size=step_size)
     if threat != "l2":
@@ -89,7 +123,11 @@ def _in_space(threat: Threat, attack: Any) -> Attack:
 
 
 def check_threat(threat: Threat, cohort: Cohort) -> None:
-    """ValueError for a threat model that means nothing for the cohort's kind of image."""
+    """Check that a threat model fits the cohort's kind of image.
+
+    Raises:
+        ValueError: For raw channels of colour images, and stains of SRH patches.
+    """
     if threat == "raw_srh" and cohort.kind != "srh":
         raise ValueError("--threat raw_srh is for SRH patches of two recorded channels; these are colour images")
     if threat.startswith("stain") and cohort.kind != "rgb":

@@ -68,7 +68,16 @@ class Budget(PatchSettings):
 
 
 def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, str], BudgetResult]:
-    """Results by encoder and attack."""
+    """Count, for every encoder and attack, how few patches change each decision.
+
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        ranks: The place of this process; all ranks call this and get the result of one.
+
+    Returns:
+        Results by encoder and attack.
+    """
     check_threat(settings.threat, cohort)
     budget = PatchBudget(level=settings.level, fractions=settings.fractions, order=settings.order)
     encoders = open_encoders(settings.checkpoint, settings.model)
@@ -125,7 +134,16 @@ def write_groups(path: Path, results: dict[tuple[str, str], BudgetResult]) -> No
 
 
 def write_results(settings: Budget, cohort: Cohort, results: dict[tuple[str, str], BudgetResult]) -> str:
-    """Write records, groups, table and the account of the run; returns the table."""
+    """Write records, groups, table and the account of the run.
+
+    Args:
+        settings: The options.
+        cohort: What was evaluated.
+        results: By encoder and attack.
+
+    Returns:
+        The table, as Markdown.
+    """
     records = records_of(results)
     write_records(settings.out / "records.jsonl", records)
     write_groups(settings.out / "groups.csv", results)

@@ -63,7 +63,16 @@ class Certify(PatchSettings):
 
 
 def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
-    """Certify every encoder, attack its certificates where asked; all records."""
+    """Certify every encoder, and attack its certificates where asked.
+
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        ranks: The place of this process; all ranks call this and get the result of one.
+
+    Returns:
+        All records.
+    """
     options = CertifyOptions(radii=settings.radii, pooling=settings.how, noisy_bank=settings.noisy_bank)
     smoothing = Smoothing(
         sigma=settings.sigma,
@@ -99,7 +108,18 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
 def attack_certificates(
     settings: Certify, title: str, encoder: Encoder, queries: Loader, certified: CertificateResult
 ) -> None:
-    """Attack certified patches and say what came of it; certificates that do not hold end the program."""
+    """Attack certified patches and print what came of it.
+
+    Args:
+        settings: The options.
+        title: Name of the encoder.
+        encoder: The encoder.
+        queries: The patches that were certified.
+        certified: Their certificates.
+
+    Raises:
+        SystemExit: For certificates that do not hold.
+    """
     if not (certified.levels["patch"].radius > 0).any():
         print(f"{title}: no patch is certified, nothing to check", file=sys.stderr)
         return
@@ -117,7 +137,16 @@ def attack_certificates(
 
 
 def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> str:
-    """Write records, table, curves and the account of the run; returns the table."""
+    """Write records, table, curves and the account of the run.
+
+    Args:
+        settings: The options.
+        cohort: What was evaluated.
+        records: Of all encoders.
+
+    Returns:
+        The table, as Markdown.
+    """
     write_records(settings.out / "records.jsonl", records)
     table = markdown_table(records, metrics=("certified_accuracy",))
     (settings.out / "table.md").write_text(table)

@@ -39,10 +39,18 @@ def _read(data: DataSettings | EvaluationDataSettings, seed: int) -> Cohort:
 
 
 def open_store(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:
-    """The cohort packed in --data.packed, made where it is not there yet; None where that is not asked for.
+    """The cohort packed in --data.packed, made where it is not there yet.
 
-    auto is a folder beside the run, named by paths and sizes of the cohort's files: runs of one cohort share it, also
+    "auto" is a folder beside the run, named by paths and sizes of the cohort's files: runs of one cohort share it, also
     under other splits.
+
+    Args:
+        cohort: The patches.
+        data: Options.
+        out: The run folder.
+
+    Returns:
+        The store; None where --data.packed is not given.
     """
     if data.packed is None:
         return None

@@ -130,7 +130,16 @@ class Evaluation:
 
 
 def evaluate(settings: Compare, cohort: Cohort, file: Path) -> dict[str, tuple[Record, ...]]:
-    """Records by what was switched: "hsat" (nothing), one convention each, "the published code" (everything)."""
+    """Evaluate under hsat's conventions, with one convention switched at a time, and as published.
+
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        file: Of the encoder.
+
+    Returns:
+        Records by what was switched: "hsat" (nothing), one convention each, "the published code" (everything).
+    """
     evaluation = Evaluation(settings, cohort, file)
     own = evaluation.attacked(switched=())
     results = {OWN: own.records}
@@ -187,7 +196,16 @@ def _cell(record: Record) -> str:
 
 
 def write_results(settings: Compare, cohort: Cohort, found: dict[str, tuple[Record, ...]]) -> str:
-    """Write records, table and the account of the run; returns the table."""
+    """Write records, table and the account of the run.
+
+    Args:
+        settings: The options.
+        cohort: What was evaluated.
+        found: Records by what was switched.
+
+    Returns:
+        The table, as Markdown.
+    """
     settings.out.mkdir(parents=True, exist_ok=True)
     write_records(settings.out / "records.jsonl", [record for records in found.values() for record in records])
     table = differences(found, settings.metrics)

@@ -61,7 +61,16 @@ def train_both(demo: Demo) -> dict[str, Path]:
 
 
 def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[str, Cohort]:
-    """White-box evaluation of both encoders and an untrained one against attacks on `target`; returns the table."""
+    """Attack both encoders and an untrained one.
+
+    Args:
+        demo: The options.
+        encoders: Files by name.
+        target: What the attacks move.
+
+    Returns:
+        The table, and the cohort.
+    """
     recipe = {"data": {"image_size": read_recipe("demo")["data"]["image_size"]}}
     argv = ["--checkpoint", ",".join(f"{name}={path}" for name, path in encoders.items()), "--target", target]
     argv += ["--out", str(demo.out / target), "--seed", str(demo.seed), "--quiet", str(demo.quiet)]
@@ -92,7 +101,17 @@ def chance_line(cohort: Cohort) -> str:
 
 
 def value(records: list[Record], model: str, attack: str, metric: str) -> float:
-    """One number at patch level, with the demo's k."""
+    """One number at patch level, with the demo's k.
+
+    Args:
+        records: Of one target.
+        model: Name of the encoder.
+        attack: Name of the attack.
+        metric: "accuracy" or "mca".
+
+    Returns:
+        The value.
+    """
     fitting = (model, attack, metric, "patch", K)
     (found,) = [r.value for r in records if (r.model, r.attack_name, r.metric, r.level, r.k) == fitting]
     return found
@@ -113,7 +132,17 @@ def verdict(records: list[Record]) -> str:
 
 
 def report(demo: Demo, tables: Mapping[str, str], cohort: Cohort, seconds: float) -> str:
-    """The report in Markdown: what was done, every table, the figures, how it was made."""
+    """The report in Markdown: what was done, every table, the figures, how it was made.
+
+    Args:
+        demo: The options.
+        tables: By target.
+        cohort: What was evaluated.
+        seconds: How long it took.
+
+    Returns:
+        The text.
+    """
     lines = [
         "# hsat demo",
         "",

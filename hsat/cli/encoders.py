@@ -52,10 +52,22 @@ def _head_of(model: EncoderSettings) -> HeadSpec | None:
 
 
 def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True) -> Encoder:
-    """The encoder in a file, its BatchNorm branch chosen; what was not said and had to be inferred goes to stderr.
+    """The encoder in a file, its BatchNorm branch chosen.
 
-    A file of hsat train says how to build its encoder.  --model.backbone and the options beside it are for files
-    that do not; with several files (alone=False) those that do say keep to it.  Raises ValueError, OSError.
+    What was not said and had to be inferred is printed to standard error.
+
+    Args:
+        model: --model.backbone and the options beside it, for files that do not say how to build their encoder; a file
+            of hsat train does.
+        path: The file.
+        alone: False where several files are opened: those that say how to build their encoder keep to it.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: For a file that does not fit, naming what is wrong.
+        OSError: For a file that cannot be read.
     """
     own = "backbone" not in model.model_fields_set or (not alone and has_encoder_spec(path))
     said_head, hidden = "head" in model.model_fields_set, tuple(model.head_hidden)
@@ -77,9 +89,18 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
 
 
 def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, paper: bool = False) -> list[NamedEncoder]:
-    """The encoders of --checkpoint: `file` or `name=file` each.  ValueError for what cannot be read, and equal names.
+    """The encoders of --checkpoint.
 
-    paper: as the published evaluation, which attacks branch "pgd" of a dual encoder and scores "normal".
+    Args:
+        checkpoints: `file` or `name=file` each.
+        model: What the files do not say.
+        paper: As the published evaluation, which attacks branch "pgd" of a dual encoder and scores "normal".
+
+    Returns:
+        The encoders, with names and digests of their files.
+
+    Raises:
+        ValueError: For what cannot be read, and for equal names.
     """
     encoders: list[NamedEncoder] = []
     for text in checkpoints:
@@ -120,7 +141,11 @@ def untrained_encoder(encoder: Encoder, *, seed: int) -> Encoder:
 
 
 def check_titles(titles: Iterable[str]) -> None:
-    """ValueError for two encoders of one name."""
+    """Check that encoders have names of their own.
+
+    Raises:
+        ValueError: For two encoders of one name.
+    """
     known: set[str] = set()
     for title in titles:
         if title in known:
@@ -129,7 +154,16 @@ def check_titles(titles: Iterable[str]) -> None:
 
 
 def choose_branch(encoder: Encoder, wanted: str | None, path: Path) -> None:
-    """Set the BatchNorm branch of a dual encoder: the one asked for, or the one that was trained with attacks."""
+    """Set the BatchNorm branch of a dual encoder.
+
+    Args:
+        encoder: Any encoder.
+        wanted: The branch that was asked for; None is the one that was trained with attacks.
+        path: The encoder's file, for messages.
+
+    Raises:
+        ValueError: For a branch of an encoder that has none.
+    """
     if not is_dual(encoder):
         if wanted is not None:
             raise ValueError(

@@ -27,11 +27,18 @@ class Place(NamedTuple):
 
 
 def place_of(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun's variables give this process; None for a process by itself.
+    """The place that torchrun's variables give this process.
 
-    Raises ValueError, saying what to type, where they are incomplete or make no sense (RANK=0 WORLD_SIZE=2 without
-    MASTER_ADDR, RANK=5 of WORLD_SIZE=2), and where srun or mpirun started several processes without them: each would
-    run by itself, and all would write into one folder.
+    Args:
+        environment: Variables by name.
+
+    Returns:
+        The place; None for a process by itself.
+
+    Raises:
+        ValueError: Where the variables are incomplete or make no sense (RANK=0 WORLD_SIZE=2 without MASTER_ADDR, RANK=5
+            of WORLD_SIZE=2), and where srun or mpirun started several processes without them: each would run by itself,
+            and all would write into one folder.  It says what to type.
     """
     given = {name: environment[name] for name in RANK_VARIABLES if environment.get(name)}
     if not given and "TORCHELASTIC_RUN_ID" not in environment:

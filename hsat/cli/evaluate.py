@@ -115,16 +115,34 @@ class Evaluate(PatchSettings):
 
 
 def target_and_scoring(target: TargetName, preset: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
-    """What the attacks maximise and how embeddings become numbers; a target that was named wins over --preset."""
+    """What the attacks maximise and how embeddings become numbers.
+
+    Args:
+        target: A target that was named wins over the preset.
+        preset: None or "paper".
+        bootstrap: Resamples of patients.
+
+    Returns:
+        Target and scoring of an evaluation.
+    """
     if preset != "paper":
         return Target.of(target), Scoring(bootstrap=bootstrap)
     return replace(PAPER.target, objective=target), replace(PAPER.scoring, bootstrap=bootstrap)
 
 
 def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> dict[str, WhiteboxResult]:
-    """Results by the name of the encoder.
+    """Attack and measure every encoder.
 
-    ranks: which of several processes this is; all of them call this, and all get the results of one.
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        ranks: The place of this process; all ranks call this and get the result of one.
+
+    Returns:
+        Results by the name of the encoder.
+
+    Raises:
+        ValueError: For options that do not fit the cohort or the encoders.
     """
     check_threat(settings.threat, cohort)
     ranks = ranks or Ranks.alone(settings.device)
@@ -157,7 +175,19 @@ def evaluate_encoder(
     surrogates: Mapping[str, Encoder],
     ranks: Ranks,
 ) -> WhiteboxResult:
-    """The result of one encoder; its records say which branch of a dual BatchNorm was measured."""
+    """Attack and measure one encoder.
+
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        one: The encoder, with its name and the digest of its file.
+        attacks: By name.
+        surrogates: Other encoders, from which ensembles transfer.
+        ranks: The place of this process.
+
+    Returns:
+        The result; its records say which branch of a dual BatchNorm was measured.
+    """
     bank, queries = open_loaders(settings, cohort, own_size=settings.threat == "raw_srh")
     target, scoring = target_and_scoring(settings.target, settings.preset, bootstrap=settings.bootstrap)
     result = evaluate_whitebox(
@@ -197,7 +227,16 @@ def attacks_of(settings: Evaluate) -> dict[str, Any]:
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
-    """Write records, table, plots and the account of the run; returns the table."""
+    """Write records, table, plots and the account of the run.
+
+    Args:
+        settings: The options.
+        cohort: What was evaluated.
+        results: By the name of the encoder.
+
+    Returns:
+        The table, as Markdown.
+    """
     out, scoring = settings.out, PAPER.scoring if settings.preset == "paper" else Scoring()
     records: list[Record] = [record for result in results.values() for record in result.records]
     write_records(out / "records.jsonl", records)

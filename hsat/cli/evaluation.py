@@ -101,7 +101,13 @@ Loader = DataLoader[HierarchicalBatch]
 def open_loaders(settings: HasPatches, cohort: Cohort, *, own_size: bool = False) -> tuple[Loader, Loader]:
     """The bank (clean training patches) and the queries (validation patches), thinned evenly where asked.
 
-    own_size: Patches keep the size of their files; resized, SRH patches are not made of two channels any more.
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        own_size: Patches keep the size of their files; resized, SRH patches are not made of two channels any more.
+
+    Returns:
+        Loaders of the bank and of the queries.
     """
     loaders = []
     on_gpu = device_of(settings.device).startswith("cuda")
@@ -185,10 +191,15 @@ def remove_state(settings: EvaluationSettings) -> None:
 def run_evaluation(
     settings: S, evaluate: Callable[[S, Cohort, Ranks], Result], write: Callable[[S, Cohort, Result], str]
 ) -> None:
-    """Evaluate on all ranks, write and print on the first; what the user can mend ends the program with the reason.
+    """Evaluate on all ranks, write and print on the first.
 
-    evaluate: (settings, cohort, ranks) -> result.  It says `ranks.begin()` once the options are checked.
-    write: (settings, cohort, result) -> the table that is printed.
+    Args:
+        settings: The options.
+        evaluate: (settings, cohort, ranks) -> result.  It calls `ranks.begin()` once the options are checked.
+        write: (settings, cohort, result) -> the table that is printed.
+
+    Raises:
+        SystemExit: With the reason, for what the user can mend.
     """
     if not settings.checkpoint:
         raise SystemExit(

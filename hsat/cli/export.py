@@ -57,7 +57,19 @@ class Export(EvaluationSettings):
 
 
 def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
-    """Attack, write, score."""
+    """Attack the patches of a split, write them as files, and score the files.
+
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        ranks: The place of this process; all ranks call this and get the result of one.
+
+    Returns:
+        What was written and measured.
+
+    Raises:
+        ValueError: For several encoders, attacks or radii, and for an attack whose images no file of this kind holds.
+    """
     for option in ("checkpoint", "attacks", "eps"):
         if len(given := getattr(settings, option)) != 1:
             raise ValueError(f"one run writes the files of one attack on one encoder; --{option} has {len(given)}")
@@ -94,7 +106,16 @@ def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
 
 
 def write_results(settings: Export, cohort: Cohort, result: ExportResult) -> str:
-    """Write records, table and the account of the run; returns the table."""
+    """Write records, table and the account of the run.
+
+    Args:
+        settings: The options.
+        cohort: What was evaluated.
+        result: What was written and measured.
+
+    Returns:
+        The table, as Markdown.
+    """
     write_records(settings.out / "records.jsonl", result.records)
     table = markdown_table(result.records)
     (settings.out / "table.md").write_text(table)

@@ -69,7 +69,16 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def interrupted(name: str, options: Sequence[str], number: int) -> int:
-    """Say, once among several ranks, that a command was interrupted and how to go on; returns its exit status."""
+    """Print, once among several ranks, that a command was interrupted and how to go on.
+
+    Args:
+        name: The command.
+        options: Its words.
+        number: The signal.
+
+    Returns:
+        The exit status, 128 + number.
+    """
     if os.environ.get("RANK", "0") == "0":
         from hsat.cli.ranks import command_to_resume
 

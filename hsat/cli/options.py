@@ -139,7 +139,16 @@ class Settings(BaseSettings):
 
 
 def find_option(argv: list[str], name: str, kind: type) -> Any:
-    """The value of one option that has to be known before the others are read; None where it is not given."""
+    """The value of one option that has to be known before the others are read.
+
+    Args:
+        argv: Words of the command line.
+        name: The option, without dashes.
+        kind: Makes the value from its word.
+
+    Returns:
+        The value; None where the option is not given.
+    """
     value = None
     for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, text = word.partition("=")

@@ -60,10 +60,19 @@ class Ranks(NamedTuple):
 def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterator[Ranks]:
     """The ranks that the environment tells of (torchrun's variables), connected inside the block; or one by itself.
 
-    device: what --device says.  On GPUs each process of a machine takes its own (NCCL); on CPUs they talk over gloo.
-    patience: how long to wait for the others.  Raises ValueError for variables that are incomplete or make no sense
-    (see `place_of`) and for ranks of other worlds, kinds of devices or versions of torch; TimeoutError naming the
-    ranks that did not come.
+    On GPUs each process of a machine takes its own (NCCL); on CPUs they talk over gloo.
+
+    Args:
+        device: What --device says.
+        patience: How long to wait for the others.
+
+    Yields:
+        The place of this process.
+
+    Raises:
+        ValueError: For variables that are incomplete or make no sense (see `place_of`), and for ranks of other worlds,
+            kinds of devices or versions of torch.
+        TimeoutError: Naming the ranks that did not come.
     """
     place = place_of(os.environ)
     if place is None:

@@ -89,7 +89,18 @@ def of_attack(table: PaperTable, attack: str) -> PaperTable:
 
 
 def by_row(table: PaperTable, words: Sequence[str]) -> dict[str, list[Record]]:
-    """Records by the name of the row that they fill.  ValueError for a word that fills none, or no single one."""
+    """Records by the name of the row that they fill.
+
+    Args:
+        table: The paper's table.
+        words: DIR, ROW=DIR or ROW=DIR:MODEL each.
+
+    Returns:
+        Records by row.
+
+    Raises:
+        ValueError: For a word that fills no row, or no single one.
+    """
     found: dict[str, list[Record]] = {}
     for word in words:
         name, records = _records_of(table, word)
@@ -141,7 +152,16 @@ def _read(folder: Path) -> tuple[Record, ...]:
 
 
 def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
-    """ValueError for records that would become runs of one number, and are of different attacks, encoders or banks."""
+    """Check that records which would become runs of one number are of one kind.
+
+    Args:
+        row: Name of the row.
+        records: That fill it.
+        table: The paper's table.
+
+    Raises:
+        ValueError: For records of different attacks, encoders or banks.
+    """
     shown = [r for r in records if r.surrogate == table.surrogate and r.attack_name in table.columns]
     for column in table.columns:
         here = [record for record in shown if record.attack_name == column]
@@ -160,7 +180,19 @@ def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
 def of_one_setting(
     rows: dict[str, list[Record]], settings: Reproduce, table: PaperTable
 ) -> tuple[dict[str, list[Record]], list[str]]:
-    """The records of one target and k, and remarks on what they are; ValueError where a choice is needed."""
+    """The records of one target and k.
+
+    Args:
+        rows: Records by row.
+        settings: The options.
+        table: The paper's table.
+
+    Returns:
+        The records that are shown, and remarks on what they are.
+
+    Raises:
+        ValueError: Where a choice is needed, naming the option.
+    """
     records = [record for found in rows.values() for record in found]
     target = _chosen("target", settings.target, "embedding", [record.target for record in records])
     k = _chosen("k", settings.k, 200, [record.k for record in records])
@@ -198,7 +230,18 @@ def _chosen(what: str, asked: Any, paper: Any, there: Sequence[Any]) -> Any:
 
 
 def write_table(table: PaperTable, settings: Reproduce) -> str:
-    """Write a table in three forms; returns the Markdown."""
+    """Write a table as Markdown, LaTeX and CSV.
+
+    Args:
+        table: The paper's table.
+        settings: The options.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        ValueError: Where no record of the runs fits the table.
+    """
     kept, remarks = of_one_setting(by_row(table, settings.runs), settings, table)
     lines = paper_lines(table, kept)
     if not any(line.ours for line in lines):

@@ -156,7 +156,18 @@ def same_on_all_ranks(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def hold_out(cohort: Cohort, settings: Train) -> Cohort:
-    """Some training patients become the split "tune", by which the best encoder is chosen."""
+    """Some training patients become the split "tune", by which the best encoder is chosen.
+
+    Args:
+        cohort: With a split "train".
+        settings: The options.
+
+    Returns:
+        The cohort; unchanged where --data.tune_fraction is 0.
+
+    Raises:
+        ValueError: For a cohort of too few patients.
+    """
     share, seed = settings.data.tune_fraction, settings.data.split_seed
     if share == 0:
         return cohort

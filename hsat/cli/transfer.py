@@ -74,7 +74,18 @@ class Transfer(PatchSettings):
 
 
 def pairs_of(settings: Transfer, titles: Sequence[str]) -> list[tuple[str, str]]:
-    """Every surrogate with every target.  ValueError for names that are none of the encoders'."""
+    """Every surrogate with every target.
+
+    Args:
+        settings: The options.
+        titles: Names of the encoders.
+
+    Returns:
+        (surrogate, target) pairs.
+
+    Raises:
+        ValueError: For names that are none of the encoders'.
+    """
     chosen = {}
     for option in ("surrogates", "targets"):
         chosen[option] = list(dict.fromkeys(getattr(settings, option) or titles))
@@ -84,9 +95,15 @@ def pairs_of(settings: Transfer, titles: Sequence[str]) -> list[tuple[str, str]]
 
 
 def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> TransferResult:
-    """The whole matrix; its records say which branch of a dual BatchNorm was measured.
+    """Attack every surrogate and measure every target.
 
-    ranks: which of several processes this is; all of them call this, and all get the result of one.
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+        ranks: The place of this process; all ranks call this and get the result of one.
+
+    Returns:
+        The whole matrix; its records say which branch of a dual BatchNorm was measured.
     """
     ranks = ranks or Ranks.alone(settings.device)
     encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
@@ -118,7 +135,16 @@ def _naming_branch(record: Record, branches: dict[str, str | None]) -> Record:
 
 
 def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) -> str:
-    """Write records, table, heat maps and the account of the run; returns the table."""
+    """Write records, table, heat maps and the account of the run.
+
+    Args:
+        settings: The options.
+        cohort: What was evaluated.
+        result: The whole matrix.
+
+    Returns:
+        The table, as Markdown.
+    """
     out = settings.out
     write_records(out / "records.jsonl", result.records)
     table = transfer_markdown(result.records, intervals=settings.intervals)

@@ -58,7 +58,18 @@ class Universal(Settings):
 
 
 def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Record]]:
-    """The perturbation, and its records on every encoder."""
+    """Fit one perturbation and measure it on every encoder.
+
+    Args:
+        settings: The options.
+        cohort: With the splits "train" and "val".
+
+    Returns:
+        The perturbation, and the records of all encoders.
+
+    Raises:
+        ValueError: For several radii, and for an encoder to fit on that is none of those given.
+    """
     if len(settings.eps) != 1:
         raise ValueError(f"one perturbation has one radius; --eps has {len(settings.eps)}")
     (eps,) = check_radii(settings.threat, settings.eps)

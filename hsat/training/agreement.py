@@ -125,9 +125,16 @@ def package_versions() -> dict[str, str]:
 
 
 def stored_digests(cohort: Cohort, *, store: PatchStore | None, seed: int, patches: int) -> dict[str, str]:
-    """A digest of the stored integers of some patches by path, chosen by the seed; read as training reads them.
+    """A digest of the stored integers of some patches, read as training reads them.
 
-    A patch that cannot be read is "unreadable" here: what to do about it is for the training to say.
+    Args:
+        cohort: The patches.
+        store: Read in place of the files, where given.
+        seed: Chooses the patches.
+        patches: How many.
+
+    Returns:
+        Digests by path.  A patch that cannot be read is "unreadable" here: the training decides what follows.
     """
     count = min(patches, len(cohort))
     rows = np.sort(np.random.default_rng(seed).choice(len(cohort), count, replace=False))

@@ -264,9 +264,18 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a file that torch.save wrote, on the CPU; raises ValueError saying what the file is instead.
+    """The dict in a file that torch.save wrote, on the CPU.
 
     The checksums in the file are compared with its contents, which torch itself does not do.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        ValueError: For another or a damaged file, saying what it is instead.
     """
     with open_regular(path, kind="checkpoint") as file:
         size = os.fstat(file.fileno()).st_size

@@ -120,7 +120,16 @@ class InnerAttack:
 
 
 def check_groups(config: InnerAttackConfig, *, ranks: int, accumulate: int) -> None:
-    """Raise ValueError where an inner maximisation cannot serve several ranks or parts, with what to type."""
+    """Check that an inner maximisation can serve several groups of patients.
+
+    Args:
+        config: The inner maximisation.
+        ranks: Number of processes.
+        accumulate: Parts of a batch in each.
+
+    Raises:
+        ValueError: Where it cannot, with what to type.
+    """
     if config.name == "warm" and ranks * accumulate > 1:
         raise ValueError(
             "--attack.name warm remembers perturbations within one process, and from epoch to epoch patients change"

@@ -28,7 +28,16 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def make_adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused: one pass over weights, gradients and moments instead of a dozen, on CPUs and GPUs."""
+    """AdamW, fused: one pass over weights, gradients and moments instead of a dozen, on CPUs and GPUs.
+
+    Args:
+        model: Its parameters are optimised.
+        lr: Peak learning rate.
+        weight_decay: Of AdamW.
+
+    Returns:
+        The optimiser.
+    """
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused or None)
 

@@ -117,14 +117,22 @@ def adversarial_step(
 
 
 def check_step(model: nn.Module, clean_weight: float) -> None:
-    """Raise ValueError for a model in eval mode or a clean_weight outside [0, 1]."""
+    """Check model and weight before a step.
+
+    Raises:
+        ValueError: For a model in eval mode or a clean_weight outside [0, 1].
+    """
     if not 0 <= clean_weight <= 1:
         raise ValueError(f"clean_weight is the share of the clean loss and must lie in [0, 1], got {clean_weight}")
     check_train_mode(model)
 
 
 def check_train_mode(model: nn.Module) -> None:
-    """Raise ValueError for a model in eval mode."""
+    """Check that a model is in train mode.
+
+    Raises:
+        ValueError: For a model in eval mode.
+    """
     if not model.training:
         raise ValueError(f"{type(model).__name__} is in eval mode; call .train() on it before training steps")
 
@@ -140,7 +148,21 @@ def attack_batch(
     start: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> Tensor:
-    """The adversarial images of a batch; generator, start and ids are handed to the attack."""
+    """The adversarial images of a batch.
+
+    Args:
+        model: Images -> embeddings; unwrapped and frozen meanwhile.
+        loss: (embeddings, batch) -> what the attack maximises.
+        attack: The inner maximisation.
+        batch: The images of this rank.
+        autocast: Makes the context of the passes.
+        generator: Handed to the attack, as start and ids are.
+        start: Where the attack starts (n, c, h, w).
+        ids: (n,), by which an image's noise is drawn.
+
+    Returns:
+        (n, c, h, w), detached.
+    """
     encoder = unwrap_parallel(model)
     with use_branch(encoder, "pgd"), frozen(encoder), autocast():
         objective = hierarchical(encoder, loss, batch)
@@ -155,13 +177,28 @@ def outer_loss_terms(
     autocast: Autocast,
     norm_branch: str,
 ) -> Terms:
-    """What the loss gives for a batch in a pass with gradients to everything; norm_branch: of a dual BatchNorm."""
+    """What the loss gives for a batch in a pass with gradients to everything.
+
+    Args:
+        model: Images -> embeddings.
+        loss: (embeddings, batch) -> terms or a scalar.
+        batch: The images, clean or adversarial.
+        autocast: Makes the context of the pass.
+        norm_branch: The branch of a dual BatchNorm.
+
+    Returns:
+        The terms.
+    """
     with use_branch(unwrap_parallel(model), norm_branch), autocast():
         return loss(embed_in_train_mode(model, batch.images), batch)
 
 
 def embed_in_train_mode(model: nn.Module, images: Tensor) -> Tensor:
-    """`model(images)` in train mode; ValueError, naming the layers, where BatchNorm cannot take statistics of them."""
+    """`model(images)` in train mode.
+
+    Raises:
+        ValueError: Where BatchNorm cannot take statistics of the images, naming the layers.
+    """
     try:
         z: Tensor = model(images)
     except ValueError as error:

@@ -12,7 +12,20 @@ from hsat.types import HierarchicalBatch
 def view_loader(
     config: TrainConfig, sampler: PatientBatchSampler, *, plateau: int, pin_memory: bool, store: PatchStore | None
 ) -> Iterable[HierarchicalBatch]:
-    """Batches of augmented views.  Under the preset "paper" the first plateau of a dynamic augmentation is static."""
+    """Batches of augmented views.
+
+    Under the preset "paper" the first plateau of a dynamic augmentation is static.
+
+    Args:
+        config: All options.
+        sampler: Draws the patients of each batch.
+        plateau: Epochs of equal augmentation strength.
+        pin_memory: Put batches into page-locked memory, for a GPU.
+        store: The cohort's patch store, read in place of its files.
+
+    Returns:
+        A loader; the sampler's epoch decides what it draws.
+    """
     views, static_epochs = config.views, config.views.static_epochs
     if static_epochs is None:
         dynamic = views.dynamic and views.augmentation in ("v0", "v1")

@@ -112,7 +112,11 @@ class WarmStarts:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take everything back; raises ValueError when the parts do not belong together."""
+        """Take everything back.
+
+        Raises:
+            ValueError: When the parts do not belong together.
+        """
         keys, scales, deltas = (state_dict[name] for name in ("keys", "scales", "deltas"))
         if not len(keys) == len(scales) == len(deltas):
             raise ValueError(f"{len(keys)} keys, {len(scales)} scales and {len(deltas)} perturbations: not one state")
