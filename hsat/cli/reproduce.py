@@ -24,6 +24,7 @@ from hsat.cli.options import Names, Settings, collect_words, read_yaml
 from hsat.eval import PaperRow, PaperTable, Record, paper_csv, paper_latex, paper_lines, paper_markdown, read_records
 from hsat.eval.reporting.grouping import branch_of, setting_of, unique
 from hsat.recipes import read_paper_numbers
+from hsat.training.config import written
 
 
 class Reproduce(Settings):
@@ -37,7 +38,7 @@ class Reproduce(Settings):
     k: int | None = Field(None, gt=0, description="neighbours; 200, as in the paper, where the records have it")
     attack: str = Field("PGD-8", description="of the drops in table 2")
     numbers: Path | None = Field(None, description="YAML file of the printed numbers; the package's if not given")
-    out: Path = Field(Path("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
+    out: Path = Field(written("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
 
 
 def read_tables(path: Path | None = None) -> dict[str, PaperTable]:

@@ -57,7 +57,7 @@ from hsat.training.gradients import (
     non_finite_gradients,
 )
 from hsat.training.inner_attack import InnerAttack, check_groups
-from hsat.training.interrupts import StopRequest, TrainingInterrupted, stop_on_signals
+from hsat.training.interrupts import StopRequest, TrainingInterrupted, leave_process_group, stop_on_signals
 from hsat.training.precision import average_gradients, compile_in_place, make_adamw, make_autocast, make_scaler
 from hsat.training.resources import StepClock, memory_report, peak_memory
 from hsat.training.schedules import (
@@ -596,9 +596,11 @@ def view_loader(
         on_bad=views.on_bad,
         store=store,
     )
-    return hierarchical_loader(
+    loader = hierarchical_loader(
         dataset, sampler, workers=views.workers, pin_memory=pin_memory, ids=views.ids, compat=config.preset
     )
+    loader.worker_init_fn = leave_process_group
+    return loader
 
 
 def _freeze_unused_branch(encoder: nn.Module, *, attacked: bool) -> None:
