@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
-LONG = ["--train.steps", "60", "--train.eval_every", "1000", "--train.save_every", "1000", "--data.tune_fraction", "0"]
+LONG = ["--train.steps", "9000", "--train.eval_every", "9999", "--train.save_every", "9999", "--data.tune_fraction", "0"]
 
 
 def wait_for_rows(process, out, rows):
@@ -36,7 +36,7 @@ def assert_one_line(shown, *parts):
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     number, status, workers, trained, options, launch, finish, tmp_path
 ):
-    """To the whole group, as a terminal does it; the command that is printed ends with the bytes of an uninterrupted run."""
+    """Sent to the whole group, as a terminal does; the command that is printed ends with the bytes of a whole run."""
     out = tmp_path / "run"
     process = launch("train", *options, "--data.workers", workers, "--out", out, cwd=tmp_path)
     wait_for_rows(process, out, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 import pytest
@@ -99,11 +100,12 @@ def test_float16_trains_and_keeps_the_scale(options, train, rows_of, tmp_path):
     assert all(value.dtype != torch.float16 for value in state["model"].values())
 
 
-def test_length_and_memory_are_said(options, train, tmp_path, capsys):
+def test_length_and_memory_are_said(options, train, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="hsat")
     loud = [word for word in options if word != "--quiet"]
     argv = [*loud, "--train.steps", "4", "--data.tune_fraction", "0", "--attack.steps", "1"]
     train([*argv, "--train.max_memory", "1MB", "--out", tmp_path / "run"])
-    shown = capsys.readouterr().err
+    shown = caplog.text
     assert "s per step (over 2 steps)" in shown and "for 1 more steps" in shown
     assert "of --train.max_memory 1 MB; " in shown and "were in use before it" in shown and "lower" not in shown
 
