@@ -119,6 +119,7 @@ class CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """The help, without defaults that say no more than the description: None, and an empty list."""
         text = re.sub(r"\s+\(default:\s+(None|\[\])\)", "", super().format_help())
+        text = re.sub(r"(?<=default:)\s+(True|False)\b", lambda found: found[0].lower(), text)
         return re.sub(r"^  -(\w) ", r"  --\1 ", text, flags=re.MULTILINE)  # as it may be typed, too
 
 

@@ -61,9 +61,8 @@ def test_branches_that_nobody_trained_are_pointed_at(tmp_path, root, capsys, sto
     assert "using branch normal" in shown and "never trained" not in shown
     evaluate(["--checkpoint", path, *argv, "--model.branch", "pgd", "--overwrite"])
     assert f"note: branch pgd of {path} was never trained" in capsys.readouterr().err
-    message = stops(
-        evaluate, ["--checkpoint", str(trained / "final.safetensors"), *map(str, argv), "--overwrite", "--model.branch", "pgd"]
-    )
+    single = ["--checkpoint", trained / "final.safetensors", *argv, "--overwrite", "--model.branch", "pgd"]
+    message = stops(evaluate, single)
     assert "holds no dual BatchNorm" in message and "--model.branch pgd" in message
 
 

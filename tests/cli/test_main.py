@@ -55,7 +55,8 @@ def test_the_version_is_that_of_the_package(word, capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("trian", "did you mean hsat train?"), ("evalute", "did you mean hsat evaluate?"), ("xyz", "demo")]
+    ("word", "hint"),
+    [("trian", "did you mean hsat train?"), ("evalute", "did you mean hsat evaluate?"), ("xyz", "demo")],
 )
 def test_a_mistyped_command_is_answered_with_the_nearest(word, hint, stops):
     message = stops(main, [word, "--seed", "1"])
@@ -95,7 +96,7 @@ def test_defaults_are_shown_as_a_person_writes_them(command, capsys):
     shown = " ".join(help_of(command, capsys).split())
     for default in re.findall(r"\(default: (.*?)\)", shown):
         assert not re.search(r"[\[\]'{}]|None|Posix|\d\.\d{4}", default), default
-    assert "None" not in shown and "Path}" not in shown
+    assert "None" not in shown and "True" not in shown and "False" not in shown
 
 
 def test_some_defaults(capsys):

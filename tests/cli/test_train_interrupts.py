@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
-LONG = ["--train.steps", "9000", "--train.eval_every", "9999", "--train.save_every", "9999", "--data.tune_fraction", "0"]
+LONG = "--train.steps 9000 --train.eval_every 9999 --train.save_every 9999 --data.tune_fraction 0".split()
 
 
 def wait_for_rows(process, out, rows):
