@@ -93,7 +93,7 @@ def test_an_interrupted_evaluation_says_one_line_and_goes_on(
     from hsat.cli.evaluate import main
 
     file, out = trained / "final.safetensors", tmp_path / "out"
-    argv = ["--checkpoint", file, "--data.root", root, *FEW[:-4], "--steps", "40", "--attacks", "pgd,mifgsm"]
+    argv = ["--checkpoint", file, "--data.root", root, *FEW[:-4], "--steps", "12", "--attacks", "pgd,mifgsm"]
     argv += ["--batch_size", "2", "--diagnose", "0", "--gallery", "0"]
     process = launch("evaluate", *argv, "--out", out, cwd=tmp_path)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):
