@@ -23,23 +23,15 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+from hsat.classifiers import KNNClassifier
+from hsat.cli.options import device_of
+from hsat.cli.train import Train, train
+from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
+from hsat.eval import Provenance, Record, RunOptions, evaluate_whitebox, paper_attacks, read_records, write_records
+from hsat.models import checkpoint_hash, load_encoder
+from hsat.run_folder import installed_versions
 
-from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort  # noqa: E402
-from hsat.eval import (  # noqa: E402
-    KNNClassifier,
-    Provenance,
-    Record,
-    RunOptions,
-    evaluate_whitebox,
-    paper_attacks,
-    read_records,
-    write_records,
-)
-from hsat.models import checkpoint_hash, load_encoder  # noqa: E402
-from hsat.training.folder import device_of, versions  # noqa: E402
-from hsat.cli.train import Train, train  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 METHODS = {  # name: (attacked, patients in units of the batch, slides, patches)
     "HiDisc": (False, 1, 2, 2),
@@ -106,7 +98,7 @@ def trained(name: str, scale: Scale, root: Path, out: Path, *, seed: int, device
             },
         }
         argv = ["--out", str(out), "--seed", str(seed), "--device", device, "--resume", "true", "--quiet", "true"]
-        train(Train.over(layer, argv))
+        train(Train.load(argv, recipe=layer))
     return final
 
 
@@ -216,7 +208,11 @@ def write_report(records: list[Record], scale: Scale, name: str, out: Path) -> s
     text = "\n".join(lines)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)
-    about = {"scale": asdict(scale), "versions": versions(), "device": records[0].settings.get("device", "cpu")}
+    about = {
+        "scale": asdict(scale),
+        "versions": installed_versions(),
+        "device": records[0].settings.get("device", "cpu"),
+    }
     out.with_suffix(".json").write_text(json.dumps({"about": about, "verdicts": judged}, indent=1) + "\n")
     return text
 

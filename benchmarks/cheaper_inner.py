@@ -1,6 +1,6 @@
 """Robust accuracy against training time: the paper's inner maximisation and the cheaper ones, on the synthetic cohort.
 
-Every training uses the demo's recipe (examples/configs/demo.yaml) and differs in its inner maximisation alone.  Time is
+Every training uses the recipe `demo` (hsat/recipes) and differs in its inner maximisation alone.  Time is
 CPU time of the training process, which a busy machine changes less than the clock on the wall.  All encoders are
 attacked with PGD, 10 steps of 2/255, at 8/255, on the features that kNN (k = 20) reads.  Warm starts need fixed pixels
 and are compared without augmentation.
@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+from hsat.classifiers import KNNClassifier
+from hsat.cli.train import Train, train
+from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
+from hsat.eval import RunOptions, Scoring, evaluate_whitebox, paper_attacks
+from hsat.models import load_encoder
+from hsat.recipes import read_recipe
+from hsat.run_folder import installed_versions, write_json
 
-from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort  # noqa: E402
-from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks  # noqa: E402
-from hsat.models import load_encoder  # noqa: E402
-from hsat.training.folder import versions, write_json  # noqa: E402
-from hsat.cli.options import read_yaml  # noqa: E402
-from hsat.cli.train import DEMO, Train, train  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pgd(steps: int, name: str = "pgd") -> list[str]:
@@ -74,13 +74,14 @@ def run_one(name: str, seed: int, runs: Path, steps: int) -> dict[str, Any]:
     out = folder_of(name, seed, runs)
     if (done := out / "result.json").exists():
         return json.loads(done.read_text())
-    size = read_yaml(DEMO)["data"]["image_size"]
+    recipe = read_recipe("demo")
+    size = recipe["data"]["image_size"]
     root = write_synthetic_cohort(runs / f"cohort-{seed}", seed=seed)
     argv = ["--data.root", str(root), "--out", str(out), "--seed", str(seed), "--quiet", "true"]
     argv += ["--train.steps", str(steps)]
     argv += [part.format(quarter=steps // 4) for part in VARIANTS[name]]
     begin = time.process_time()
-    encoder = load_encoder(train(Train.over(read_yaml(DEMO), argv)))
+    encoder = load_encoder(train(Train.load(argv, recipe=recipe)))
     seconds = time.process_time() - begin
     cohort = read_opensrh(root)
     bank, queries = (
@@ -205,7 +206,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     text = report(results, options.steps, options.seeds)
     options.out.with_suffix(".md").write_text(text)
-    content = {"about": {"versions": versions(), "threads": torch.get_num_threads()}, "results": results}
+    content = {"about": {"versions": installed_versions(), "threads": torch.get_num_threads()}, "results": results}
     options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     plot(results, options.out.with_suffix(".png"))
     sys.stdout.write(text)

@@ -1,6 +1,6 @@
 """How much lower an ensemble of attacks finds robust accuracy than the paper's three attacks, on the demo's encoders.
 
-    python examples/demo.py
+    hsat demo
     python benchmarks/ensemble.py --demo runs/demo --out benchmarks/results/strongest.md
 
 The paper's attacks and the ensemble run in calls of their own, on all validation patches; what is finished in --runs is
@@ -34,14 +34,7 @@ def evaluate(demo: Path, runs: Path, k: int, seed: int) -> None:
         out = runs / ("paper" if attacks != "ensemble" else attacks)
         if (out / "records.jsonl").exists():
             continue
-        command = [
-            sys.executable,
-            str(ROOT / "examples/evaluate_whitebox.py"),
-            "--checkpoint",
-            files,
-            "--out",
-            str(out),
-        ]
+        command = [sys.executable, "-m", "hsat", "evaluate", "--checkpoint", files, "--out", str(out)]
         command += ["--attacks", attacks, "--target", "features", "--k", str(k), "--seed", str(seed)]
         command += ["--data.image_size", "48", "--resume"]
         command += ["--cache", str(runs / "cache"), "--noise", "false", "--diagnose", "0", "--gallery", "0", "--quiet"]

@@ -31,7 +31,7 @@ import sklearn
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from hsat.eval import KNNClassifier
+from hsat.classifiers import KNNClassifier
 from hsat.types import EmbeddingTable
 
 K, TEMPERATURE, CLASSES, CENTRES, LATENT = 200, 0.07, 7, 40, 64

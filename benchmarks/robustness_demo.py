@@ -1,6 +1,6 @@
 """The demo over several seeds and both targets: does HSAT keep what the baseline loses?
 
-Runs examples/demo.py once per seed (each with its own synthetic cohort, weights, draws and attack starts), reads the
+Runs `hsat demo` once per seed (each with its own synthetic cohort, weights, draws and attack starts), reads the
 records, holds them against the project's aims and writes everything down, met or not.
 
     python benchmarks/robustness_demo.py --seeds 0 1 2 --out benchmarks/results/robustness_demo
@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hsat.eval import Record, markdown_table, read_records
+from hsat.eval import Record, read_records
+from hsat.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("features", "embedding")
@@ -73,7 +74,7 @@ def main() -> None:
     all_records: list[Record] = []
     for seed in options.seeds:
         run = options.runs / f"seed-{seed}"
-        command = [sys.executable, str(ROOT / "examples/demo.py"), "--out", str(run), "--seed", str(seed)]
+        command = [sys.executable, "-m", "hsat", "demo", "--out", str(run), "--seed", str(seed)]
         command += ["--targets", ",".join(TARGETS), "--quiet", "true"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for target in TARGETS:

@@ -1,8 +1,8 @@
 """hsat: make histopathology encoders robust, and measure honestly how robust they are.
 
 The rooms are imported by name: hsat.attacks, hsat.losses, hsat.classifiers, hsat.data, hsat.models, hsat.training,
-hsat.eval.  Their public names are offered here as well, loaded when they are first asked for: `import hsat` alone loads
-neither torchvision nor timm nor faiss.
+hsat.eval, hsat.report.  The public names of all but the last are offered here as well, loaded when they are first asked
+for: `import hsat` alone loads neither torchvision nor timm nor faiss nor scipy.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 from hsat.types import (
     Attack,
     AttackResult,
+    Classifier,
+    DecisionObjective,
     EmbeddingFunction,
     EmbeddingTable,
+    FittedClassifier,
     HierarchicalBatch,
     Levels,
     Objective,
@@ -25,9 +28,9 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "hsat.attacks": (
-        "BIM FFGSM FGSM L2 MIFGSM PGD Linf RandomNoise classification feature_drift hierarchical objective_from"
-        " choose_guide_images match_features aggregate_margin soft_knn worst_case"
-        " APGD DIFGSM NIFGSM Square TIFGSM VMIFGSM dlr margin"
+        "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf RandomNoise Square"
+        " aggregate_margin choose_guide_images classification dlr feature_drift hierarchical margin match_features"
+        " objective_from worst_case"
     ),
     "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
     "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
@@ -36,17 +39,27 @@ _ROOMS = {
         " build_transform collate hierarchical_loader patch_loader read_csv read_folders read_opensrh read_patch"
         " srh_to_rgb write_patch_store write_synthetic_cohort"
     ),
-    "hsat.models": "build_encoder frozen load_checkpoint wrap_encoder",
-    "hsat.training": ("adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule paper_clean_weight"),
-    "hsat.eval": "embed evaluate_transfer evaluate_whitebox metrics pool",
+    "hsat.models": "HeadSpec build_encoder frozen load_checkpoint load_encoder save_encoder wrap_encoder",
+    "hsat.embedding": "embed",
+    "hsat.training": (
+        "TrainConfig Trainer adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule"
+        " held_out_validation paper_clean_weight"
+    ),
+    "hsat.eval": (
+        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_transfer evaluate_whitebox"
+        " metrics pool"
+    ),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
 __all__ = [  # noqa: PLE0604
     "Attack",
     "AttackResult",
-    "EmbeddingTable",
+    "Classifier",
+    "DecisionObjective",
     "EmbeddingFunction",
+    "EmbeddingTable",
+    "FittedClassifier",
     "HierarchicalBatch",
     "Levels",
     "Objective",

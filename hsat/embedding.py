@@ -288,7 +288,7 @@ def loader_info(
     """Class names, cohort fingerprint and split: what was given, else what the loader's dataset says.
 
     Raises:
-        ValueError: If nobody says what the classes are.
+        ValueError: If neither says what the classes are.
     """
     dataset = getattr(loader, "dataset", None)
     names = class_names if class_names is not None else getattr(dataset, "class_names", None)
@@ -297,10 +297,10 @@ def loader_info(
             f"class names are missing and {type(loader).__name__} has no dataset.class_names; pass class_names=(...)"
         )
     fingerprint = getattr(getattr(dataset, "cohort", None), "fingerprint", "")
-    own = fingerprint() if callable(fingerprint) else fingerprint
+    stated = fingerprint() if callable(fingerprint) else fingerprint
     return LoaderInfo(
         class_names=tuple(names),
-        cohort=cohort or str(own or ""),
+        cohort=cohort or str(stated or ""),
         split=split or str(getattr(dataset, "split", None) or ""),
     )
 

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hsat.data import write_synthetic_cohort
-from hsat.eval import Record, write_evidence, write_records
+from hsat.eval import Provenance, Record, write_records
+from hsat.report import ArtifactSource, write_artifacts
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
 CLASSES = ("hgg", "lgg", "normal")
@@ -125,7 +126,7 @@ def made_records() -> Callable[..., list[Record]]:
     return _records
 
 
-def _evidence(folder: Path, model: str, *, size: int = 12, **changes: Any) -> Path:
+def _artifacts(folder: Path, model: str, *, size: int = 12, **changes: Any) -> Path:
     rng = np.random.default_rng(len(model))
     n = 36
     label = np.arange(n) % 3
@@ -143,15 +144,15 @@ def _evidence(folder: Path, model: str, *, size: int = 12, **changes: Any) -> Pa
         sign = torch.from_numpy(rng.choice([-1.0, 1.0], images.shape).astype(np.float32))
         examples[name] = (images + eps / 255 * sign).clamp(0, 1)
     options: dict[str, Any] = {"target": "features", "checkpoint": f"digest of {model}"} | changes
-    return write_evidence(
-        folder, model=model, tables=tables, scores=scores, class_names=CLASSES, examples=examples, **options
-    )
+    provenance = Provenance(model=model, checkpoint=options.pop("checkpoint"))
+    source = ArtifactSource(tables=tables, scores=scores, class_names=CLASSES, examples=examples)
+    return write_artifacts(folder, source, provenance=provenance, **options)
 
 
 @pytest.fixture(scope="session")
-def made_evidence() -> Callable[..., Path]:
-    """made_evidence(folder, model): evidence of random embeddings and images that fits `made_records`."""
-    return _evidence
+def made_artifacts() -> Callable[..., Path]:
+    """made_artifacts(folder, model): artifacts of random embeddings and images that fits `made_records`."""
+    return _artifacts
 
 
 def _run(folder: Path, *, models: tuple[str, ...] = ("HiDisc", "HSAT")) -> Path:
@@ -161,7 +162,7 @@ def _run(folder: Path, *, models: tuple[str, ...] = ("HiDisc", "HSAT")) -> Path:
         [record for model, value in zip(models, values, strict=True) for record in _records(model, value)],
     )
     for model in models:
-        _evidence(folder / "evidence", model)
+        _artifacts(folder / "evidence", model)
     about = {
         "settings": {"seed": 3, "data": {"image_size": 48}, "k": [20]},
         "cohort": "c0ffee" * 10,
@@ -179,7 +180,7 @@ def _run(folder: Path, *, models: tuple[str, ...] = ("HiDisc", "HSAT")) -> Path:
 
 @pytest.fixture(scope="session")
 def made_run() -> Callable[..., Path]:
-    """made_run(folder, models=...): a run folder with records, evidence, run.json and train.csv."""
+    """made_run(folder, models=...): a run folder with records, artifacts, run.json and train.csv."""
     return _run
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from hsat.distributed import (
@@ -17,6 +18,7 @@ from hsat.distributed import (
     global_indices,
     row_share,
     shared_world,
+    synchronize_batchnorm,
     world_rank,
     world_size,
 )
@@ -84,8 +86,19 @@ def test_shares_of_a_batch():
     assert global_indices(3, rank=2).tolist() == [6, 7, 8]
     with pytest.raises(ValueError, match=r"images=10 .*2 rank\(s\) with 2 part\(s\).*use 8 or 12"):
         batch_share(10, ranks=2, parts=2, name="images")
+    with pytest.raises(ValueError, match=r"batch_patients=10 .* use 8 or 12"):
+        batch_share(10, ranks=2, parts=2)
     with pytest.raises(ValueError, match="at least 1"):
         batch_share(4, ranks=0)
+
+
+def test_synchronize_batchnorm_says_where_it_works():
+    with pytest.raises(ValueError, match="GPUs"):
+        synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="no BatchNorm"):
+        synchronize_batchnorm(nn.Linear(2, 2), device=torch.device("cuda"))
+    made = synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), device=torch.device("cuda"))
+    assert isinstance(made[0], nn.SyncBatchNorm)
 
 
 def test_a_loader_knows_how_many_batches_it_gave():

@@ -22,7 +22,7 @@ from hsat.types import EmbeddingTable
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
 DOCUMENTS = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
-ROOMS = ("types", "stains", "attacks", "losses", "data", "models", "training", "classifiers", "embedding", "eval")
+ROOMS = "types stains attacks losses data models training classifiers embedding eval report".split()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -141,8 +141,8 @@ def test_maps_instead_of_embeddings(toy_batches):
 
 def test_importing_the_room_loads_nothing_heavy():
     code = (
-        "import sys, hsat.eval;"
-        "print([m for m in ('torchvision', 'timm', 'faiss', 'matplotlib', 'hsat.data') if m in sys.modules])"
+        "import sys, hsat.eval, hsat.report; heavy = ('torchvision', 'timm', 'faiss', 'hsat.data',"
+        " 'matplotlib', 'scipy', 'sklearn', 'jinja2', 'pandas'); print([m for m in heavy if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from hsat.attacks import FittedUniversal
-from hsat.eval.reporting.evidence import read_evidence
-from hsat.eval.reporting.run_folders import open_runs
-from hsat.eval.statistics.score_files import load_scores
+from hsat.eval.comparison import load_scores
 from hsat.files import load_array, load_arrays
+from hsat.report.artifacts import read_artifacts
+from hsat.report.run_folders import open_runs
 from hsat.training.checkpoint import read_checkpoint, write_checkpoint
 from hsat.untrusted import open_regular, shown, strict_json
 
@@ -37,7 +37,7 @@ def test_a_pipe_among_the_evidence_of_a_run_is_refused_at_once(tmp_path):
     (tmp_path / "train.csv").write_text("step,loss\n0,1.5\n")
     os.mkfifo(tmp_path / "evidence" / "model" / "about.json")
     with pytest.raises(ValueError, match=r"about\.json is a named pipe"):
-        read_evidence(tmp_path / "evidence")
+        read_artifacts(tmp_path / "evidence")
     with pytest.raises(ValueError, match=r"about\.json is a named pipe"):
         open_runs([tmp_path])
 

@@ -7,7 +7,6 @@ from hsat.attacks.feature_matching import choose_guide_images, match_features
 from hsat.attacks.margins import aggregate_margin, dlr, margin
 from hsat.attacks.masked import Masked
 from hsat.attacks.momentum import DIFGSM, NIFGSM, TIFGSM, VMIFGSM
-from hsat.attacks.nearest_vote import soft_knn
 from hsat.attacks.objectives import classification, feature_drift, hierarchical, objective_from
 from hsat.attacks.pgd import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, RandomNoise
 from hsat.attacks.reparametrized import Parametrization, Reparametrized, compose_objective
@@ -53,6 +52,5 @@ __all__ = [
     "margin",
     "match_features",
     "objective_from",
-    "soft_knn",
     "worst_case",
 ]

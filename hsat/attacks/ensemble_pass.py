@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.attacks.initialization import image_seed
-from hsat.attacks.margins import margin
+from hsat.attacks.margins import EmbeddingDecision, margin
 from hsat.attacks.objectives import classification, feature_drift
 from hsat.attacks.threat import require_images
 from hsat.attacks.worst_case import with_threat
@@ -21,7 +21,6 @@ from hsat.types import (
     AttackResult,
     DecisionObjective,
     EmbeddingFunction,
-    FittedClassifier,
     MemberStats,
     Objective,
     SuccessTest,
@@ -45,16 +44,12 @@ class LayeredModel(Protocol):
 
 
 @runtime_checkable
-class EmbeddingDecision(LayeredModel, Protocol):
+class LayerDecision(LayeredModel, EmbeddingDecision, Protocol):
     """A model that decides from one of its layers, so that embeddings which are known cost no pass."""
 
     @property
     def layer(self) -> str:
         """The layer's name."""
-
-    @property
-    def fitted(self) -> FittedClassifier:
-        """What decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +122,7 @@ class EnsemblePass:
         self.x = require_images(x.detach(), threat)
         model = objective.model
         self.layers = dict(model.layers()) if isinstance(model, LayeredModel) else dict[str, EmbeddingFunction]()
-        self.decides = model if isinstance(model, EmbeddingDecision) else None
+        self.decides = model if isinstance(model, LayerDecision) else None
         self.everything = torch.arange(len(x), device=x.device)
         self.broken, self.margin, self.z = self._judge(self.x, self.everything, clean)
         self.references: dict[str, Tensor] = {}
@@ -257,7 +252,7 @@ class EnsemblePass:
                 value, z = margin(model, labels)(x_adv), None
             else:
                 z = self.layers[self.decides.layer](x_adv) if z is None else z
-                value = margin(self.decides.fitted.logits, labels)(z)
+                value = margin(self.decides.classify, labels)(z)
             if self.success is None:
                 return value > 0, value, z
             everything = x_adv if len(keep) == len(self.x) else self.best.index_copy(0, keep, x_adv)

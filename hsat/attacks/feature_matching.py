@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.attacks.bank_rows import check_labels
 from hsat.types import EmbeddingFunction, EmbeddingTable
-from hsat.types.row_checks import check_rows
+from hsat.types.row_checks import check_labels, check_rows
 
 Which = Literal["nearest", "farthest"]
 
@@ -44,11 +43,18 @@ class FeatureMatch:
 def match_features(encoder: EmbeddingFunction, targets: Tensor) -> FeatureMatch:
     """Targeted objective: pull the embedding of each image towards a given one, such as another patient's.
 
-    encoder: images -> (n, d).  targets: (n, d), one embedding per image, of any length, such as
-    `choose_guide_images` finds.  Gives the cosine similarity to the target, one value per image, to be maximised.
     The feature adversaries of Sabour et al., arXiv:1511.05122, eq. 1, which minimise the Euclidean distance to the
     guide's features; here it is the cosine, since that is what kNN and the losses compare.
-    Raises ValueError for targets of another shape, not finite, or of length zero.
+
+    Args:
+        encoder: Images (n, c, h, w) -> embeddings (n, d).
+        targets: (n, d), one embedding per image, of any length, such as `choose_guide_images` gives.
+
+    Returns:
+        Images -> cosine similarities to the targets (n,), to be maximised.
+
+    Raises:
+        ValueError: For targets of another shape, not finite, or of length zero.
     """
     if not isinstance(targets, Tensor) or targets.ndim != 2 or not targets.dtype.is_floating_point:
         form = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
@@ -66,10 +72,22 @@ def choose_guide_images(
 ) -> Tensor:
     """For each embedding the nearest, or farthest, row of a bank that has another class and another patient, (n, d).
 
-    bank: a table.  z: (n, d) embeddings of the images.  labels: (n,), their classes as indices of the bank's classes.
-    patients: (n,), their patients; None where the bank is of another cohort, whose ids mean nothing here.
-    Distance is the cosine on float32 products; ties go to the earlier row.  Device of z.
-    Raises ValueError where the bank has no such row for an image, naming it.
+    Distance is the cosine on float32 products; ties go to the earlier row.
+
+    Args:
+        bank: Embeddings of other images.
+        z: (n, d) embeddings of the images.
+        labels: (n,) ints, their classes as indices of the bank's classes.
+        patients: (n,), their patients; None where the bank is of another cohort, whose ids mean nothing here.
+        which: "nearest" or "farthest".
+
+    Returns:
+        (n, d) float32 rows of the bank, on the device of z.
+
+    Raises:
+        TypeError: For labels that are no integers.
+        ValueError: For embeddings, labels or patients that do not fit, and where the bank has no such row for an image,
+            naming it.
     """
     if which not in ("nearest", "farthest"):
         raise ValueError(f"which must be 'nearest' or 'farthest', got {which!r}")
@@ -82,8 +100,8 @@ def choose_guide_images(
     other = torch.tensor(bank.label).to(z.device) != labels.to(z.device)[:, None]
     if patients is not None:
         other &= torch.tensor(bank.patient).to(z.device) != patients.to(z.device)[:, None]
-    if len(lost := (~other.any(1)).nonzero().flatten()):
-        raise ValueError(f"the bank has no row of another class and patient for image {int(lost[0])}")
+    if len(without := (~other.any(1)).nonzero().flatten()):
+        raise ValueError(f"the bank has no row of another class and patient for image {int(without[0])}")
     with torch.no_grad():
         similarity = F.normalize(z.detach().float(), dim=1) @ rows.T
     if which == "nearest":

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hsat.attacks.bank_rows import BankLike, check_labels
-from hsat.attacks.nearest_vote import lead, signed
-from hsat.attacks.vote_bank import Vote, VoteBank, vote_bank
-from hsat.types import EmbeddingFunction
-from hsat.types.row_checks import check_rows
+from hsat.types import FittedClassifier
+from hsat.types.precision import widest_dtype
+from hsat.types.row_checks import check_labels, check_rows
 
 TINY = 1e-12
 """Floor of the denominator of the logit ratio, as in the published code."""
+
+_LOST_TIE = 1e-12  # the margin of a decision that is lost on a tie
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +46,19 @@ class Margin:
 def margin(model: Callable[[Tensor], Tensor], labels: Tensor) -> Margin:
     """max over the wrong classes of their logit, minus the logit of the true class, one value per image.
 
-    model: images -> logits (n, classes), at least 2 classes.  labels: (n,) int64, the true classes.
     Carlini and Wagner, arXiv:1608.04644, section V-A (f_6 there, with the sign turned and without its clip); called CW
     loss in arXiv:2003.01690.  Above 0 means misclassified, so `success` and value agree: the objective of Square.
-    Raises ValueError for logits or labels of another form.
+
+    Args:
+        model: Images (n, c, h, w) -> logits (n, classes), at least 2 classes; for a classifier of embeddings a
+            `hsat.classifiers.DecisionModel`.
+        labels: (n,) int64, the true classes.
+
+    Returns:
+        A `DecisionObjective`: images -> margins (n,), float32 or wider.
+
+    Raises:
+        ValueError: For labels of another form here; for logits of another form when it is called.
     """
     _check_class_numbers(labels, "labels")
     return Margin(model, labels)
@@ -87,12 +97,22 @@ class LogitRatio:
 def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | None = None) -> LogitRatio:
     """Difference of logits ratio, one value per image; it does not change when logits are shifted or scaled.
 
-    model: images -> logits z (n, classes).  labels: (n,) int64, the true classes y.  target: (n,) int64, classes to
-    reach, or None.  With z_1 >= z_2 >= ... the sorted logits:
-    without target (max over i != y of z_i - z_y) / (z_1 - z_3), eq. 6 of Croce and Hein, arXiv:2003.01690;
-    with target t (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Above 0 means misclassified (without target).
+    With z_1 >= z_2 >= ... the sorted logits and y the true class, the value is
+    (max over i != y of z_i - z_y) / (z_1 - z_3), eq. 6 of Croce and Hein, arXiv:2003.01690;
+    with a target t it is (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Above 0 means misclassified (without target).
     The denominator is floored at 1e-12 (the published code adds that number, which would break the invariance).
-    Needs at least 3 classes, 4 with a target; raises ValueError for fewer, and for logits or labels of another form.
+
+    Args:
+        model: Images (n, c, h, w) -> logits (n, classes), at least 3 classes, 4 with a target.
+        labels: (n,) int64, the true classes.
+        target: (n,) int64, classes to reach, or None.
+
+    Returns:
+        A `DecisionObjective`: images -> ratios (n,).
+
+    Raises:
+        ValueError: For labels or targets of another form here; for fewer classes and logits of another form when it is
+            called.
     """
     _check_class_numbers(labels, "labels")
     if target is not None:
@@ -110,15 +130,33 @@ def decision_is_wrong(model: Callable[[Tensor], Tensor], labels: Tensor, images:
         return model(images).argmax(1) != labels
 
 
+@runtime_checkable
+class EmbeddingDecision(Protocol):
+    """A model that decides from embeddings, as `hsat.classifiers.DecisionModel` does."""
+
+    @property
+    def fitted(self) -> FittedClassifier:
+        """The classifier of embeddings."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> the embeddings (n, d) that the classifier reads."""
+
+    def classify(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) -> the logits (n, classes) that the model gives for their images."""
+
+
 @dataclass(frozen=True, eq=False)
 class AggregateMargin:
-    """Sum over the groups of a batch of the log-odds of their pooled votes; see `aggregate_margin`.
+    """Sum over the groups of a batch of the log-odds of their pooled decisions; see `aggregate_margin`.
 
-    groups: (g,) the ids, ascending.  member_of: (n,) the position of each image's group.  labels: (g,).
+    Attributes:
+        model: Images -> logits, or an `EmbeddingDecision`.
+        groups: (g,) the ids, ascending.
+        member_of: (n,) int64, the position of each image's group.
+        labels: (g,) int64, the class of each group.
     """
 
-    encode: EmbeddingFunction
-    bank: VoteBank
+    model: Callable[[Tensor], Tensor] | EmbeddingDecision
     groups: Tensor
     member_of: Tensor
     labels: Tensor
@@ -129,74 +167,92 @@ class AggregateMargin:
 
     def values(self, images: Tensor) -> Tensor:
         """The margin of each group, (g,): positive exactly where its pooled decision is wrong."""
-        vote = self._vote(images)
-        share = vote.log_vote.log_softmax(1)
+        evidence = self._evidence(images)
+        logits = self._wide_logits(evidence)
+        with torch.no_grad():
+            wrong = self._wrong(self._scores(evidence))
+        share = logits.log_softmax(1)
         highest = share.detach().new_full((len(self.groups), share.shape[1]), -torch.inf)
         where = self.member_of[:, None].expand_as(share)
         highest = highest.scatter_reduce(0, where, share.detach(), "amax")
         total = torch.zeros_like(highest).index_add(0, self.member_of, (share - highest[self.member_of]).exp())
-        return signed(lead(highest + total.log(), self.labels), self._wrong(vote))
+        pooled = highest + total.log()
+        return _with_sign(_best_wrong(pooled, self.labels) - _of(pooled, self.labels), wrong)
 
     def scores(self, images: Tensor) -> Tensor:
         """Pooled class scores (g, classes): the mean over each group's images, as `hsat.eval.pool` gives them."""
-        return self._pool(self._vote(images))
+        return self._pool(self._scores(self._evidence(images)))
 
     def wrong(self, images: Tensor) -> Tensor:
         """(g,) bool: is the pooled decision, ties to the lower class index, another class than the label?"""
         with torch.no_grad():
-            return self._wrong(self._vote(images))
+            return self._wrong(self._scores(self._evidence(images)))
 
-    def _vote(self, images: Tensor) -> Vote:
-        z = self.encode(images)
-        check_rows(z, len(images), "the encoder")
-        if len(z) != len(self.member_of):
-            raise ValueError(f"groups for {len(self.member_of)} images, but {len(z)} embeddings")
-        return self.bank.vote(z)
+    def _evidence(self, images: Tensor) -> Tensor:
+        """What logits and scores are made of: embeddings (n, d), or the logits of a model that gives nothing else."""
+        if isinstance(self.model, EmbeddingDecision):
+            evidence, giver = self.model.embed(images), "the encoder"
+        else:
+            evidence, giver = self.model(images), "the model"
+        check_rows(evidence, len(images), giver)
+        if len(evidence) != len(self.member_of):
+            raise ValueError(f"groups for {len(self.member_of)} images, but {len(evidence)} embeddings")
+        return evidence
 
-    def _pool(self, vote: Vote) -> Tensor:
-        total = vote.scores.new_zeros(len(self.groups), self.bank.classes)
+    def _wide_logits(self, evidence: Tensor) -> Tensor:
+        evidence = evidence.to(widest_dtype(evidence.device))
+        logits = self.model.fitted.logits(evidence) if isinstance(self.model, EmbeddingDecision) else evidence
+        return _logits(logits, self.labels[self.member_of], least=2, name="aggregate_margin")
+
+    def _scores(self, evidence: Tensor) -> Tensor:
+        if isinstance(self.model, EmbeddingDecision):
+            return self.model.fitted.scores(evidence)
+        return evidence.to(widest_dtype(evidence.device)).softmax(1)
+
+    def _pool(self, scores: Tensor) -> Tensor:
+        total = scores.new_zeros(len(self.groups), scores.shape[1])
         size = torch.bincount(self.member_of, minlength=len(self.groups))
-        return total.index_add(0, self.member_of, vote.scores) / size[:, None]
+        return total.index_add(0, self.member_of, scores) / size[:, None]
 
-    def _wrong(self, vote: Vote) -> Tensor:
-        return self._pool(vote).detach().argmax(1) != self.labels
+    def _wrong(self, scores: Tensor) -> Tensor:
+        return self._pool(scores).detach().argmax(1) != self.labels
 
 
 def aggregate_margin(
-    encoder: EmbeddingFunction,
-    bank: BankLike,
-    groups: Tensor,
-    labels: Tensor,
-    *,
-    k: int = 200,
-    temperature: float = 0.07,
-    classes: int | None = None,
+    model: Callable[[Tensor], Tensor] | EmbeddingDecision, groups: Tensor, labels: Tensor
 ) -> AggregateMargin:
     """The decisions on slides or patients as one objective over all their patches.
 
-    encoder, bank, k, temperature, classes: as in `soft_knn`.  groups: (n,) ids, `batch.slide` or `batch.patient`; the
-    batch must hold every patch of its groups, for the decision is that of the patches it holds.  labels: (n,), the
-    class of each image, as an index of the bank's classes; one class per group.
+    With p_ic the softmax over classes of the logits V_ic and P_gc the mean of p_ic over the members i of group g,
 
-    With p_ic the softmax over classes of the votes V_ic of `soft_knn` (stand-ins for classes without a neighbour
-    included) and P_gc the mean of p_ic over the members i of group g,
-      margin_g = max_{c != label} log P_gc - log P_g,label.
+        margin_g = max over c != label of log P_gc - log P_g,label.
+
     A group's margin is moved by a constant, without changing its gradient, where its sign is not that of the decision:
-    the mean of the members' class scores, as `hsat.eval.pool` with how="mean" takes it.  So it is positive exactly
-    where that decision is wrong, and its gradient does not vanish where all votes agree.
+    the mean of the members' class scores, as `hsat.eval.pool` with how="mean" takes it.  For kNN these are the vote
+    shares, zeros included, while the logits let a class without a neighbour take part.  So the margin is positive
+    exactly where the decision is wrong, and its gradient does not vanish where all votes agree.
 
     The value is a scalar, the sum over groups: a patch's value depends on the other patches of its group, which values
     per image would deny.  Hence no `success` and no `.select`; restarts are kept or dropped whole.  `.values` has the
     margins (g,), `.scores` the pooled scores (g, classes) and `.wrong` the decisions (g,), by `.groups`.
-    Raises ValueError as `soft_knn` does, and for a group with two labels, naming it.
+
+    Args:
+        model: A `DecisionModel`, of whose embeddings logits are computed in float64 and scores are the classifier's;
+            or any function from images to logits (n, classes), whose scores are the softmax.
+        groups: (n,) ids, `batch.slide` or `batch.patient`.  The batch must hold every patch of its groups, for the
+            decision is that of the patches it holds.
+        labels: (n,) the class of each image, as an index of the model's classes; one class per group.
+
+    Raises:
+        TypeError: For labels that are no integers.
+        ValueError: For groups of another shape, labels that are no classes of the model, and for a group with two
+            labels, naming it.
     """
-    check_labels(labels)
+    check_labels(labels, classes=len(model.fitted.class_names) if isinstance(model, EmbeddingDecision) else None)
     if groups.shape != labels.shape or groups.dtype.is_floating_point:
         raise ValueError(
             f"groups must be integers ({len(labels)},), one id per label; got {groups.dtype} {tuple(groups.shape)}"
         )
-    ready = vote_bank(bank, k=k, temperature=temperature, classes=classes, device=labels.device)
-    check_labels(labels, classes=ready.classes)
     names, member_of = torch.unique(groups.to(labels.device), return_inverse=True)
     shared = labels.new_zeros(len(names)).scatter_reduce(0, member_of, labels, "amax", include_self=False)
     if len(split := (shared[member_of] != labels).nonzero().flatten()):
@@ -205,7 +261,13 @@ def aggregate_margin(
         raise ValueError(
             f"group {int(group)} holds images with labels {classes_of_group}; a slide or patient has one label"
         )
-    return AggregateMargin(encoder, ready, names, member_of, shared)
+    return AggregateMargin(model, names, member_of, shared)
+
+
+def _with_sign(margin: Tensor, wrong: Tensor) -> Tensor:
+    """The margin, moved by a constant where its sign is not the decision's: positive where wrong, else at most zero."""
+    value = margin.detach()
+    return margin + (torch.where(wrong, value.clamp_min(_LOST_TIE), value.clamp_max(0.0)) - value)
 
 
 def _check_class_numbers(labels: Tensor, name: str) -> None:
@@ -219,7 +281,7 @@ def _logits(logits: Tensor, labels: Tensor, *, least: int, name: str) -> Tensor:
     check_rows(logits, len(labels), "the model", columns="classes")
     classes = logits.shape[1]
     if classes < least:
-        hint = "" if name == "margin" else "; use `margin`, which needs two"
+        hint = "; use `margin`, which needs two" if least > 2 else ""
         raise ValueError(f"{name} needs at least {least} classes, the model gives {classes}{hint}")
     _check_classes(labels, classes, "labels")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -56,11 +56,20 @@ def feature_drift(
 ) -> FeatureDrift:
     """Label-free objective: how far the embedding of each image moves from that of the clean image.
 
-    encode: images -> (n, d).  x: (n, c, h, w) clean images, embedded once, here.  reference: (n, d), their embeddings
-    when you have them already.  distance: "cosine" (1 - cosine similarity), "l2" (squared distance) or "l1".
-    Gives per-image values.  The clean images are a stationary point of all three, so attacks without a random start
-    begin at a random point all the same (and count it).  Evaluation attack of HSAT, arXiv:2503.10629, section 3.
-    Raises ValueError for an unknown distance or a reference of the wrong shape.
+    The clean images are a stationary point of all three distances, so attacks without a random start begin at a random
+    point all the same (and count it).  Evaluation attack of HSAT, arXiv:2503.10629, section 3.
+
+    Args:
+        encode: Images (n, c, h, w) -> embeddings (n, d).
+        x: (n, c, h, w) clean images, embedded once, here.
+        distance: "cosine" (1 - cosine similarity), "l2" (squared distance) or "l1".
+        reference: (n, d), the embeddings of the clean images where they are known already.
+
+    Returns:
+        Images -> distances (n,).
+
+    Raises:
+        ValueError: For an unknown distance or a reference of the wrong shape.
     """
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}; choose one of {DISTANCES}")
@@ -78,9 +87,15 @@ def hierarchical(
 ) -> Objective:
     """The hierarchical contrastive loss of a batch as a function of its images: HSAT's inner maximisation.
 
-    encoder: images -> embeddings (n, d).  loss: (embeddings, batch) -> a scalar, or terms with `.total`, for instance
-    HiDiscLoss; it is handed the batch, or the Levels, that is given here.
-    Gives a scalar, because every image takes part in every other image's loss.  arXiv:2503.10629, section 2.
+    arXiv:2503.10629, section 2.
+
+    Args:
+        encoder: Images (n, c, h, w) -> embeddings (n, d).
+        loss: (embeddings, batch) -> a scalar, or terms with `.total`, for instance HiDiscLoss.
+        batch: What the loss is called with: a batch, or its Levels.
+
+    Returns:
+        Images -> a scalar, because every image takes part in every other image's loss.
     """
 
     def objective(images: Tensor) -> Tensor:
@@ -116,13 +131,25 @@ class Classification:
 
 
 def classification(model: Callable[[Tensor], Tensor], labels: Tensor) -> Classification:
-    """Cross-entropy of a classifier against the true labels (n,) int64, one value per image; the untargeted attack."""
+    """Cross-entropy of a classifier against the true labels, one value per image; the untargeted attack.
+
+    Args:
+        model: Images (n, c, h, w) -> logits (n, classes), for instance a `hsat.classifiers.DecisionModel`.
+        labels: (n,) int64, the true classes.
+
+    Returns:
+        A `DecisionObjective`: images -> cross-entropies (n,), float32 or wider.
+    """
     return Classification(model, labels)
 
 
 def objective_from(model: Callable[[Tensor], Any], loss_fn: Callable[..., Tensor], *args: Any) -> Objective:
     """The objective images -> loss_fn(model(images), *args), for any model and loss of yours.
 
-    A result of shape (n,) promises that entry i depends on image i alone.
+    Args:
+        model: Images (n, c, h, w) -> anything.
+        loss_fn: (what the model gives, *args) -> a scalar, or (n,), which promises that entry i depends on image i
+            alone.
+        args: Further arguments of the loss.
     """
     return lambda images: loss_fn(model(images), *args)

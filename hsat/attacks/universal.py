@@ -1,4 +1,4 @@
-"""One perturbation for all images: found without labels, applied to any encoder."""
+"""One perturbation for all images: made without labels, applied to any encoder."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ class UniversalPerturbation:
     (Shafahi et al., arXiv:1811.11304, algorithm 1, with the attacked network fixed).  Label-free: the objective is the
     mean drift of the embeddings, so that no diagnosis is needed to make it.
 
-    threat: Linf or L2, with an eps that is the same for all images (per channel is fine).  step_size: in units of its
-    norm.  epochs: passes over the loader; epochs * batches * step_size should be well above eps.  distance: see
-    `feature_drift`.
+    Attributes:
+        threat: Linf or L2, with an eps that is the same for all images (per channel is fine).
+        step_size: In units of the threat model's norm.
+        epochs: Passes over the loader; epochs * batches * step_size should be well above eps.
+        distance: See `feature_drift`.
     """
 
     threat: Linf | L2
@@ -73,14 +75,20 @@ class UniversalPerturbation:
     ) -> FittedUniversal:
         """The perturbation that moves the embeddings of the loader's images most, on average.
 
-        loader: HierarchicalBatches of one image size; read `epochs` times, so not a one-way iterator.  Use patients
-        that the evaluation does not.  encode: images -> (n, d), such as `encoder.features`; keep its module `frozen`.
-        objective: (images, batch) -> an objective, in place of the drift; for instance classification with the labels.
-        generator: source of the random start (a point of the ball, since the clean images are stationary for a drift);
-        torch's global one if None.  device: where the images go; None leaves them where they are.
-        note: kept with the result, to say what it was made on.
-        Raises ValueError for an empty loader, a loader that gives nothing the second time, images of other sizes or
-        outside the range; what the gradient raises.
+        Args:
+            loader: HierarchicalBatches of one image size; read `epochs` times, so not a one-way iterator.  Use patients
+                that the evaluation does not.
+            encode: Images (n, c, h, w) -> embeddings (n, d), such as `encoder.features`; keep its module `frozen`.
+            objective: (images, batch) -> an objective, in place of the drift; for instance classification with the
+                labels.
+            generator: Source of the random start (a point of the ball, since the clean images are stationary for a
+                drift); torch's global one if None.
+            device: Where the images go; None leaves them where they are.
+            note: Kept with the result, to say what it was made on.
+
+        Raises:
+            ValueError: For an empty loader, a loader that gives nothing the second time, and images of other sizes or
+                outside the range.
         """
         fit = _UniversalFit(self, encode, objective, generator, device)
         for epoch in range(self.epochs):
@@ -101,7 +109,7 @@ class UniversalPerturbation:
 
 
 class _UniversalFit:
-    """The perturbation on its way, and the mean objective of each pass."""
+    """The perturbation so far, and the mean objective of each pass."""
 
     def __init__(
         self,
@@ -129,10 +137,10 @@ class _UniversalFit:
             self.delta = self.ball.random_start(origin, self.generator)
         self.delta = self.delta.to(origin)
         if self.delta.shape != origin.shape:
-            first, now = tuple(self.delta.shape[1:]), tuple(origin.shape[1:])
+            first_shape, shape = tuple(self.delta.shape[1:]), tuple(origin.shape[1:])
             raise ValueError(
-                f"a universal perturbation is for images of one size; the loader began with {first} and now gives"
-                f" {now}. Pass image_size to the dataset"
+                f"a universal perturbation is for images of one size; the loader began with {first_shape} and now gives"
+                f" {shape}. Pass image_size to the dataset"
             )
         value, grad = ImageGradient(self.delta, work)(self._mean_objective(clean, batch), self.delta)
         check_finite(~grad.isfinite().flatten(1).all(1))
@@ -151,12 +159,17 @@ class _UniversalFit:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class FittedUniversal:
-    """An attack that adds one delta (1, c, h, w) to every image and projects; it asks nobody for gradients.
+    """An attack that adds one delta to every image and projects; it needs no gradients.
 
-    threat: what the projection keeps to.  settings: repr of the UniversalPerturbation that found it.  history: mean
-    objective of each pass while it was found.  note: what it was made on.
-    `start`, `generator` and `ids` change nothing, since nothing is drawn; `success` is asked once, about the result.
-    Raises ValueError for images of another size than delta's, naming both.
+    `start`, `generator` and `ids` change nothing, since nothing is drawn; `success` is called once, with the result.
+    Images of another size than delta's are a ValueError that names both.
+
+    Attributes:
+        threat: What the projection keeps to.
+        delta: (1, c, h, w), the perturbation.
+        settings: repr of the UniversalPerturbation that made it.
+        history: Mean objective of each pass while it was made.
+        note: What it was made on.
     """
 
     threat: Linf | L2

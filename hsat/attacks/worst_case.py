@@ -24,8 +24,9 @@ Part = tuple[Attack, ObjectiveFactory | None]
 class WorstCase:
     """Several attacks on the same images, of which each image keeps the strongest; see `worst_case`.
 
-    parts: the attacks, each with the maker of its own objective or None.  threat: that of all parts;
-    `dataclasses.replace(attack, threat=...)` gives every part another one.
+    Attributes:
+        parts: The attacks, each with the function that makes its own objective, or None.
+        threat: The threat model of all parts; `dataclasses.replace(attack, threat=...)` gives every part another one.
     """
 
     parts: tuple[Part, ...]
@@ -164,15 +165,21 @@ class _WorstCaseState:
 def worst_case(*parts: Attack | tuple[Attack, ObjectiveFactory]) -> WorstCase:
     """An attack that runs several attacks and keeps, for each image, the strongest.
 
-    parts: attacks, which climb the objective of the call; or pairs (attack, make), where make(x) gives the objective
-    that this attack climbs on the images x (n, c, h, w), such as `lambda x: feature_drift(encoder, x)`.  The objective
-    of the call judges in any case: a success first (where `success` is given), then the higher value; the earlier part
-    on ties.  With a scalar objective the batch of the highest value is kept whole, as restarts do.
+    The objective of the call judges: a success comes first (where `success` is given), then the higher value, then the
+    earlier part.  With a scalar objective the batch of the highest value is kept whole, as restarts do.
 
     With `success`, images that have broken are kept as they are; later attacks do not see them, where the objectives
     have `.select`.  With `ids` all parts that start at random begin at the same points, so the result is the best of
     what each gives alone.  An ensemble in the sense of Croce and Hein, arXiv:2003.01690, section 4.
-    Raises TypeError for parts that are not attacks with a threat model, ValueError where their threat models differ.
+
+    Args:
+        parts: Attacks, which climb the objective of the call; or pairs (attack, make), where make(x) gives the
+            objective that this attack climbs on the images x (n, c, h, w), such as
+            `lambda x: feature_drift(encoder, x)`.
+
+    Raises:
+        TypeError: For parts that are not attacks with a threat model.
+        ValueError: For no part, and where threat models differ.
     """
     if not parts:
         raise ValueError("worst_case needs at least one attack: worst_case(PGD(...), MIFGSM(...))")
@@ -209,14 +216,14 @@ def _scatter(part: AttackResult, keep: Tensor, whole: AttackResult) -> AttackRes
     def put(into: Tensor, rows: Tensor) -> Tensor:
         return into.index_copy(0, keep, rows)
 
-    nobody = torch.zeros_like(whole.zero_gradient, dtype=torch.bool)
+    none = torch.zeros_like(whole.zero_gradient, dtype=torch.bool)
     return dataclasses.replace(
         part,
         x_adv=put(whole.x_adv, part.x_adv),
-        value=put(part.value.new_full((len(nobody),), -torch.inf), part.value),
+        value=put(part.value.new_full((len(none),), -torch.inf), part.value),
         zero_gradient=put(torch.zeros_like(whole.zero_gradient), part.zero_gradient),
-        success=None if part.success is None else put(nobody, part.success),
-        stationary=None if part.stationary is None else put(nobody, part.stationary),
+        success=None if part.success is None else put(none, part.success),
+        stationary=None if part.stationary is None else put(none, part.stationary),
     )
 
 

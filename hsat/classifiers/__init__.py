@@ -3,10 +3,9 @@
 from hsat.classifiers.decision_model import DecisionModel
 from hsat.classifiers.head import Head
 from hsat.classifiers.knn import FittedKNN, KNNClassifier, load_knn
+from hsat.classifiers.knn_sets import ShardedKNN, concat_tables, fit_classifiers, fit_shards, predict_scores
 from hsat.classifiers.nearest_centroid import FittedNearestCentroid, NearestCentroid
 from hsat.classifiers.search import Neighbours
-from hsat.classifiers.sharded import ShardedKNN, concat_tables, fit_shards
-from hsat.classifiers.shared_search import fit_classifiers, predict_scores
 
 __all__ = [
     "DecisionModel",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.types import EmbeddingTable, align_labels
+from hsat.types.precision import widest_dtype
 
 Queries = np.ndarray | Tensor | EmbeddingTable
 """Embeddings (n, d) of any length, or a table of them."""
@@ -91,19 +92,19 @@ def query_rows(
     Args:
         z: Embeddings or a table; a table's classes are matched by name.
         class_names: The classes that a table may have.
-        width: The width that is wanted; None for any.
+        width: The width that they must have; None for any.
         reads: "raw" takes the rows of a table as the encoder gave them.
 
     Raises:
-        ValueError: For another shape, an unknown class, and a table without lengths where raw rows are wanted.
+        ValueError: For another shape, an unknown class, and a table without lengths where raw rows are asked for.
     """
     if isinstance(z, EmbeddingTable):
         align_labels(z.label, z.class_names, tuple(class_names))
         z = z.raw() if reads == "raw" else z.z
     array = np.asarray(z.detach().cpu().double() if isinstance(z, Tensor) else z)
     if array.ndim != 2 or (width is not None and array.shape[1] != width):
-        wanted = "n, d" if width is None else f"n, {width}"
-        raise ValueError(f"queries must be ({wanted}) as the bank's embeddings are, got shape {array.shape}")
+        form = "n, d" if width is None else f"n, {width}"
+        raise ValueError(f"queries must be ({form}) as the bank's embeddings are, got shape {array.shape}")
     return array
 
 
@@ -123,6 +124,9 @@ def unit_rows(rows: np.ndarray, *, first: int = 0) -> np.ndarray:
 
 def row_products(subscripts: str, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """`einsum` over the last axis, piece by piece where it would use a buffer and add in an order of its own."""
+    if rows.shape[-1] <= _EINSUM_BUFFER:
+        whole: np.ndarray = np.einsum(subscripts, rows, others)
+        return whole
     products: np.ndarray = np.einsum(subscripts, rows[..., :_EINSUM_BUFFER], others[..., :_EINSUM_BUFFER])
     for part in list(chunks(rows.shape[-1], _EINSUM_BUFFER))[1:]:
         products = products + np.einsum(subscripts, rows[..., part], others[..., part])
@@ -140,16 +144,11 @@ def raise_winner(values: Tensor, winner: Tensor) -> Tensor:
 
     Rounding can make the winner tie with other classes or fall behind them.  Gradients are those of `values`.
     """
-    plain, own = values.detach(), winner[:, None]
-    others = plain.scatter(1, own, -torch.inf).amax(1, keepdim=True)
-    raised = torch.maximum(plain.gather(1, own), torch.nextafter(others, torch.full_like(others, torch.inf)))
+    plain, column = values.detach(), winner[:, None]
+    others = plain.scatter(1, column, -torch.inf).amax(1, keepdim=True)
+    raised = torch.maximum(plain.gather(1, column), torch.nextafter(others, torch.full_like(others, torch.inf)))
     is_winner = F.one_hot(winner, values.shape[1]).bool()
     return torch.where(is_winner, raised + (values - plain), values)
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def logits_dtype(z: Tensor) -> torch.dtype:

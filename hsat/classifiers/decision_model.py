@@ -6,11 +6,16 @@ from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsat.types import EmbeddingFunction, FittedClassifier
+from hsat.types.precision import widest_dtype
+from hsat.types.row_checks import check_rows
 
 Layer = Literal["features", "embedding"]
+
+_ABSENT_CLASS = -1e3  # logit of the class that is put beside a single one, far below logits of usual temperatures
 
 
 @runtime_checkable
@@ -34,31 +39,37 @@ class DecisionModel(nn.Module):
         fitted: The classifier; what its bank was embedded with is what `encoder` and `layer` have to be.
         layer: "features" reads `encoder.features` where there is one, else the call, as `embed` does; "embedding" reads
             the call.
+        wide: Give float64 logits (float32 on devices without float64) for images of any dtype.  Without it logits have
+            the dtype that other libraries expect, that of the encoder or float32, in which margins lose what is below
+            1e-6: a search that compares margins (Auto-PGD, Square) may end at other images.
 
     Attributes:
         encoder: The encoder.
         layer: The layer that the classifier reads.
+        wide: Whether logits are float64.
     """
 
-    def __init__(self, encoder: EmbeddingFunction, fitted: FittedClassifier, *, layer: Layer = "features") -> None:
+    def __init__(
+        self, encoder: EmbeddingFunction, fitted: FittedClassifier, *, layer: Layer = "features", wide: bool = False
+    ) -> None:
         super().__init__()
         if layer not in ("features", "embedding"):
             raise ValueError(f"unknown layer {layer!r}; choose one of ['features', 'embedding']")
-        self.encoder, self.layer = encoder, layer
+        self.encoder, self.layer, self.wide = encoder, layer, wide
         tensors = (*encoder.parameters(), *encoder.buffers()) if isinstance(encoder, nn.Module) else ()
         self._classifier = fitted.to(tensors[0].device) if tensors else fitted
-        place = torch.empty(0, device=tensors[0].device if tensors else None)
-        self._device = place.device
-        self.register_buffer("place", place, persistent=False)  # tells where the module is, whatever the classifier is
+        marker = torch.empty(0, device=tensors[0].device if tensors else None)
+        self._device = marker.device
+        self.register_buffer("device_marker", marker, persistent=False)  # says where a module without tensors is
         self._register_bank()
         self.training = encoder.training if isinstance(encoder, nn.Module) else False
 
     @property
     def fitted(self) -> FittedClassifier:
         """The classifier, with its tensors where the module is."""
-        device = self.get_buffer("place").device
-        known = all(self.get_buffer(name) is tensor for name, tensor in self._bank_tensors().items())
-        if device != self._device or not known:  # moved, or converted by `.half()`: take the exact values there
+        device = self.get_buffer("device_marker").device
+        unchanged = all(self.get_buffer(name) is tensor for name, tensor in self._bank_tensors().items())
+        if device != self._device or not unchanged:  # moved, or converted by `.half()`: take the exact values there
             self._classifier, self._device = self._classifier.to(device), device
             self._register_bank()
         return self._classifier
@@ -68,12 +79,14 @@ class DecisionModel(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def _bank_tensors(self) -> dict[str, Tensor]:
-        held = self._classifier.tensors() if isinstance(self._classifier, HoldsTensors) else {}
-        return {f"bank_{name}": tensor for name, tensor in held.items()}
+        tensors = self._classifier.tensors() if isinstance(self._classifier, HoldsTensors) else {}
+        return {f"bank_{name}": tensor for name, tensor in tensors.items()}
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) -> the layer's embeddings (n, d), as the encoder gives them."""
-        return self.layers()[self.layer](images)
+        z = self.layers()[self.layer](images)
+        check_rows(z, len(images), "the encoder")
+        return z
 
     def layers(self) -> dict[str, EmbeddingFunction]:
         """The encoder's layers by name: "features", and "embedding" where features are something else than the call."""
@@ -82,14 +95,21 @@ class DecisionModel(nn.Module):
             return {"features": features, "embedding": self.encoder}
         return {"features": self.encoder} if self.layer == "features" else {"embedding": self.encoder}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> logits (n, classes).
+    def classify(self, z: Tensor) -> Tensor:
+        """Embeddings (n, d) of the layer, as the encoder gives them -> logits (n, classes).
 
-        A classifier of one class gets a second logit, one below its own, so that margins exist.
+        A classifier of one class gets a second logit, -1000 or less and below its own, so that margins exist.
         """
-        logits = self.fitted.logits(self.embed(images))
-        return logits if logits.shape[1] > 1 else torch.cat((logits, logits.detach() - 1.0), 1)
+        logits = self.fitted.logits(z.to(widest_dtype(z.device)) if self.wide else z)
+        if logits.shape[1] > 1:
+            return logits
+        return torch.cat((logits, (logits.detach() - 1.0).clamp(max=_ABSENT_CLASS)), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) -> logits (n, classes), those of `classify`."""
+        return self.classify(self.embed(images))
 
     def scores(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> class scores (n, classes); rows sum to one."""
-        return self.fitted.scores(self.embed(images))
+        """Images (n, c, h, w) -> class scores (n, classes); rows sum to one; zero for the second class of one."""
+        scores = self.fitted.scores(self.embed(images))
+        return scores if scores.shape[1] > 1 else F.pad(scores, (0, 1))

@@ -27,9 +27,18 @@ def split_factory(index: str) -> tuple[str, str]:
 def build_index(bank: np.ndarray, factory: str, parameters: str, *, seed: int) -> Any:
     """A FAISS index of the bank (n, d), trained on a seeded sample and filled block by block.
 
-    Graphs (HNSW, NSG) are built on one thread, so that the same bank gives the same graph.  Raises ValueError for a
-    string that FAISS does not know, lists that outnumber the rows, graphs of fewer than 4 links, and parameters that do
-    not fit, with examples.
+    Graphs (HNSW, NSG) are built on one thread, so that the same bank gives the same graph.
+
+    Args:
+        bank: (n, d) rows.
+        factory: FAISS's factory string.
+        parameters: Search parameters in FAISS's notation, or "".
+        seed: Draws the rows that train the index.
+
+    Raises:
+        ValueError: For a string that FAISS does not know, lists that outnumber the rows, graphs of fewer than 4 links,
+            and parameters that do not fit, with examples.
+        ImportError: Without FAISS.
     """
     faiss = load_faiss(factory)
     links = [int(number) for number in re.findall(r"(?:HNSW|NSG|NNDescent)(\d+)", factory)]
@@ -75,7 +84,7 @@ def set_parameters(faiss: Any, index: Any, parameters: str) -> None:
 
 
 def load_faiss(index: str) -> Any:
-    """The module, which is optional; its own type hints miss overloads.  ImportError says what does without."""
+    """The module faiss, whose own type hints miss overloads; the ImportError names the index that needs none."""
     try:
         return import_module("faiss")
     except ImportError as error:

@@ -323,8 +323,8 @@ class FittedKNN(NeighbourVote):
         return nearest, None if proposals.class_row is None else proposals.class_row.cpu().numpy()
 
     def _warn_of_cost(self) -> None:
-        if not self._bank.cost_told:
-            self._bank.cost_told = True
+        if not self._bank.has_warned_of_cost:
+            self._bank.has_warned_of_cost = True
             size = self.table.z.nbytes / 2**30
             warnings.warn(
                 f"the bank is a file of {size:.2f} GiB: every call of logits reads"
@@ -334,9 +334,9 @@ class FittedKNN(NeighbourVote):
             )
 
     def _require_neighbours(self, similarity: np.ndarray) -> None:
-        if lost := int(np.isneginf(similarity[:, 0]).sum()):
+        if missing := int(np.isneginf(similarity[:, 0]).sum()):
             raise ValueError(
-                f"index {self.settings.index!r} found no neighbour for {lost} of {len(similarity)} queries;"
+                f"index {self.settings.index!r} found no neighbour for {missing} of {len(similarity)} queries;"
                 " search wider, for instance index_parameters='nprobe=8', or use index='flat'"
             )
 

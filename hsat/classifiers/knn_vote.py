@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.classifiers.base import Queries, chunks, logits_dtype, raise_winner, unit_rows, widest_dtype
+from hsat.classifiers.base import Queries, chunks, logits_dtype, raise_winner, unit_rows
 from hsat.classifiers.search import BLOCK_BYTES, Neighbours
+from hsat.types.precision import widest_dtype
+
+_CPU_SLICE_BYTES = 4 * 2**20  # of rows that a gradient gathers: twice as fast as slices that no cache holds
 
 
 class VoteRows(NamedTuple):
@@ -283,7 +286,8 @@ class _CosineSimilarity(torch.autograd.Function):
         z, unit, row = ctx.saved_tensors
         grad = torch.where(row < 0, 0.0, grads[0])
         sums = []
-        for part in chunks(len(row), max(1, BLOCK_BYTES // max(1, 8 * row.shape[1] * unit.shape[1]))):
+        limit = _CPU_SLICE_BYTES if unit.device.type == "cpu" else BLOCK_BYTES
+        for part in chunks(len(row), max(1, limit // max(1, 8 * row.shape[1] * unit.shape[1]))):
             rows = ctx.gather(row[part].clamp_min(0)).to(unit.dtype)
             length = torch.linalg.vector_norm(rows, dim=2)
             weight = grad[part] / torch.where(length > 0, length, 1.0)

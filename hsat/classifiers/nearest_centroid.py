@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.classifiers.base import LogitClassifier, check_bank, logits_dtype, raise_winner, widest_dtype
+from hsat.classifiers.base import LogitClassifier, check_bank, logits_dtype, raise_winner
 from hsat.classifiers.search import iter_blocks
 from hsat.types import EmbeddingTable
+from hsat.types.precision import widest_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

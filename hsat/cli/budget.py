@@ -35,9 +35,9 @@ from hsat.eval import (
     RunOptions,
     Scoring,
     evaluate_budget,
-    markdown_table,
     write_records,
 )
+from hsat.report import markdown_table
 from hsat.run_folder import write_run_file
 from hsat.training.config import written
 

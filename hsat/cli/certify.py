@@ -34,11 +34,10 @@ from hsat.eval import (
     Smoothing,
     certify,
     check_certificates,
-    markdown_table,
-    plot_certified_accuracy,
     write_records,
 )
 from hsat.models import Encoder
+from hsat.report import markdown_table, plot_certified_accuracy
 from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
@@ -124,10 +123,7 @@ def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> s
     table = markdown_table(records, metrics=("certified_accuracy",))
     (settings.out / "table.md").write_text(table)
     write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
-    try:
-        plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
-    except ImportError as error:
-        print(f"no figures: {error}", file=sys.stderr)
+    plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
     remove_state(settings)
     return table
 

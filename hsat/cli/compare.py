@@ -194,7 +194,7 @@ def write_results(settings: Compare, cohort: Cohort, found: dict[str, tuple[Reco
     table = differences(found, settings.metrics)
     explained = f"{table}\nWhat the conventions are (those of training are for hsat train --preset paper):\n\n"
     working = settings.out / ".table.md.partial"
-    working.write_text(explained + conventions_table())
+    working.write_text(explained + conventions_table().to_markdown())
     working.replace(settings.out / "table.md")
     write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
     return table

@@ -20,13 +20,13 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.cohort import describe, open_cohort
-from hsat.cli.evaluate import Evaluate, evaluate
+from hsat.cli.evaluate import Evaluate, evaluate, write_results
 from hsat.cli.options import Settings, split_commas
-from hsat.cli.results import write_results
 from hsat.cli.train import load_settings, train
 from hsat.data import Cohort
-from hsat.eval import Record, markdown_table, read_records, write_report
+from hsat.eval import Record, read_records
 from hsat.recipes import read_recipe
+from hsat.report import markdown_table, write_report
 from hsat.run_folder import installed_versions, write_json
 from hsat.training.config import written
 from hsat.training.folder import flatten

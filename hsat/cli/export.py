@@ -30,11 +30,11 @@ from hsat.eval import (
     KNNClassifier,
     Provenance,
     RunOptions,
-    markdown_table,
     save_adversarial,
     write_records,
 )
 from hsat.eval.export import ShapeBatches
+from hsat.report import markdown_table
 from hsat.run_folder import write_run_file
 from hsat.training.config import written
 

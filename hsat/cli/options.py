@@ -6,7 +6,6 @@ names.  A key that does not exist is an error.  Nothing is read from the environ
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
 import sys
@@ -178,9 +177,12 @@ class Settings(BaseSettings):
 
 def find_option(argv: list[str], name: str, kind: type) -> Any:
     """The value of one option that has to be known before the others are read; None where it is not given."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument(f"--{name}", type=kind)
-    return getattr(finder.parse_known_args(argv)[0], name)
+    value = None
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        option, equals, text = word.partition("=")
+        if option == f"--{name}":
+            value = kind(text if equals else following)
+    return value
 
 
 def merge_layers(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

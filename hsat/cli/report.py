@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import Field
 
 from hsat.cli.options import Names, Settings, collect_words
-from hsat.eval import write_report
+from hsat.report import write_report
 
 
 class Report(Settings):
@@ -36,6 +36,6 @@ def main(argv: list[str]) -> None:
     out = settings.out or Path(settings.runs[0]) / "report.html"
     try:
         path = write_report(settings.runs, out, title=settings.title, k=settings.k, metric=settings.metric)
-    except (ImportError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"report: {path}")

@@ -21,9 +21,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.options import Names, Settings, collect_words, read_yaml
-from hsat.eval import PaperRow, PaperTable, Record, paper_csv, paper_latex, paper_lines, paper_markdown, read_records
-from hsat.eval.reporting.grouping import branch_of, setting_of, unique
+from hsat.eval import Record, read_records
 from hsat.recipes import read_paper_numbers
+from hsat.report import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
+from hsat.report.aggregation import EvaluationSetting, drop_duplicates, label_branch
 from hsat.training.config import written
 
 
@@ -107,7 +108,7 @@ def by_row(table: PaperTable, words: Sequence[str]) -> dict[str, list[Record]]:
                     found.setdefault(fitting[record.model], []).append(record)
         else:
             found.setdefault(name, []).extend(records)
-    return {name: list(unique(records)) for name, records in found.items()}
+    return {name: list(drop_duplicates(records)) for name, records in found.items()}
 
 
 def _records_of(table: PaperTable, word: str) -> tuple[str | None, tuple[Record, ...]]:
@@ -147,9 +148,9 @@ def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
         here = [record for record in shown if record.attack_name == column]
         kinds: dict[str, dict[Any, None]] = {
             "attacks": dict.fromkeys(record.attack for record in here),
-            "branches": dict.fromkeys(branch_of(record) or "none" for record in here),
+            "branches": dict.fromkeys(label_branch(record) or "none" for record in here),
             "temperatures": dict.fromkeys(record.temperature for record in here),
-            "indexes": dict.fromkeys(setting_of(record).index or "exact" for record in here),
+            "indexes": dict.fromkeys(EvaluationSetting.of(record).index or "exact" for record in here),
         }
         for what, found in kinds.items():
             if len(found) > 1:
@@ -168,7 +169,7 @@ def of_one_setting(
         name: [record for record in found if (record.target, record.k) == (target, k)] for name, found in rows.items()
     }
     chosen = [record for found in kept.values() for record in found]
-    arithmetic = sorted({setting_of(record).arithmetic for record in chosen})
+    arithmetic = sorted({EvaluationSetting.of(record).arithmetic for record in chosen})
     if len(arithmetic) > 1:
         raise ValueError(f"the runs differ in their arithmetic ({'; '.join(arithmetic)}); give those of one kind only")
     for name, found in kept.items():

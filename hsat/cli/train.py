@@ -174,7 +174,7 @@ def make_trainer(settings: Train, ranks: Ranks | None = None) -> Trainer:
     with first_rank_first(ranks):  # which may write the synthetic cohort, and pack
         cohort = hold_out(open_cohort(settings.data, seed=settings.seed), settings)
         store = open_store(cohort, settings.data, out=settings.out)
-    assert_ranks_agree(cohort=cohort, packed=store, seed=settings.seed)
+    assert_ranks_agree(cohort=cohort, store=store, seed=settings.seed)
     if ranks.is_main:
         say(describe(cohort))
     resume = settings.resume or ranks.again

@@ -39,11 +39,10 @@ from hsat.eval import (
     TransferResult,
     evaluate_transfer,
     paper_attacks,
-    plot_transfer,
-    transfer_table,
     write_records,
 )
 from hsat.models import active_branch
+from hsat.report import plot_transfer, transfer_markdown
 from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
@@ -123,18 +122,15 @@ def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) ->
     """Write records, table, heat maps and the account of the run; returns the table."""
     out = settings.out
     write_records(out / "records.jsonl", result.records)
-    table = transfer_table(result.records, intervals=settings.intervals)
+    table = transfer_markdown(result.records, intervals=settings.intervals)
     (out / "table.md").write_text(table)
     write_run_file(
         out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, attacked_in_this_run=result.made
     )
     used = {record.k for record in result.records}
     k = settings.k[0] if settings.k[0] in used else max(used)
-    try:
-        for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
-            plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)
-    except ImportError as error:
-        print(f"no figures: {error}", file=sys.stderr)
+    for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
+        plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)
     return table
 
 

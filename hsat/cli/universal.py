@@ -26,17 +26,9 @@ from hsat.cli.evaluation import check_folder, open_loaders, remove_results
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import Counts, EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
 from hsat.data import Cohort
-from hsat.eval import (
-    KNNClassifier,
-    Provenance,
-    Record,
-    RunOptions,
-    Scoring,
-    evaluate_whitebox,
-    markdown_table,
-    write_records,
-)
+from hsat.eval import KNNClassifier, Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
+from hsat.report import markdown_table
 from hsat.run_folder import lock_folder, write_run_file
 from hsat.training.config import written
 

@@ -62,11 +62,16 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class CropToSize:
-    """With probability `prob` a random crop (area share in `scale`, aspect in `ratio`); then a resize to `size`.
+    """With probability `prob` a random crop; then a resize, also where no crop was drawn.
 
-    size=None means the patch's own size.  The resize also happens where no crop was drawn, so every patch leaves with
-    the same size.  uncropped="keep" is the published way: a patch that was not cropped stays as large as it came, so
-    that patches of any size but `size` could not be stacked; they are refused.
+    Attributes:
+        size: Side of what leaves; None is the patch's own size.
+        prob: Of the crop.
+        scale: Range of the crop's share of the area.
+        ratio: Range of the crop's aspect.
+        mode: Of the resampling.
+        uncropped: "resize" gives every patch the same size.  "keep" is the published way: a patch that was not cropped
+            stays as large as it came, so that patches of any size but `size` could not be stacked; they are refused.
     """
 
     size: int | None
@@ -128,16 +133,12 @@ def build_transform(
     prob: float = 0.5,
     uncropped: Uncropped = "resize",
 ) -> Augmentation:
-    """The augmentation pipeline called `name`, ending at image_size x image_size (None keeps the patch's own size).
+    """The augmentation pipeline called `name`, ending at image_size x image_size.
 
     "none": only the resize.  "static": flips, noise, autocontrast, solarize, sharpness, blur, affine, crop, erasing,
-    each with probability `prob`; `strength` changes nothing.  "v0": the same ideas, where `strength` s scales the
-    ranges of noise, colour jitter, solarize, blur, erasing, affine and crop, and the probabilities of jitter, solarize,
-    blur, erasing and affine.  "v1" (DynACL's): crop, horizontal flip, colour jitter with probability 0.8 s, grayscale
-    with probability 0.2 s; `prob` changes nothing.  uncropped="keep": see `CropToSize`.
-
-    Raises ValueError for an unknown name or uncropped, a size below 1, or strength or prob outside [0, 1]; ImportError
-    where torchvision does not load (every name but "none" needs it).
+    each with probability `prob`.  "v0": the same ideas, where `strength` s scales the ranges of noise, colour jitter,
+    solarize, blur, erasing, affine and crop, and the probabilities of jitter, solarize, blur, erasing and affine.  "v1"
+    (DynACL's): crop, horizontal flip, colour jitter with probability 0.8 s, grayscale with probability 0.2 s.
 
     Source: Malik et al. (arXiv:2503.10629) and its published pipelines; parameters agree with them for every strength.
     Deliberate differences: the published output size is always 300, and a patch that was not cropped keeps its size;
@@ -145,6 +146,17 @@ def build_transform(
     clamped to [0, 1], after the bicubic crop of v1 too, which overshoots.  The static list's colour jitter has no
     ranges and does nothing, so it is left out.  v0 at strength 0 fails there (blur of width 0); here operations of
     probability zero are left out.
+
+    Args:
+        name: One of `AUGMENTATIONS`.
+        image_size: Side of the images; None keeps the patch's own size.
+        strength: In [0, 1]; it changes nothing in "none" and "static".
+        prob: In [0, 1]; it changes nothing in "none" and "v1".
+        uncropped: See `CropToSize`.
+
+    Raises:
+        ValueError: An unknown name or uncropped, a size below 1, or strength or prob outside [0, 1].
+        ImportError: torchvision does not load; every name but "none" needs it.
     """
     _check_choices(name, uncropped, prob)
     _check_share("strength", strength)

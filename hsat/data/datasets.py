@@ -68,6 +68,7 @@ class PatchDataset(Dataset[Sample]):
 
     Raises:
         ValueError: An unknown split, an image_size below 1, or a store that was opened for another cohort.
+        TypeError: A transform that cannot be called.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class PatchDataset(Dataset[Sample]):
         store: PatchStore | None = None,
     ) -> None:
         _check_store(store, cohort)
+        if transform is not None:
+            _check_transform(transform, "a function")
         self.cohort, self.split, self.store = cohort, split, store
         self.image_size, self.transform = image_size, transform
         self.rows = cohort.rows(split)
@@ -157,6 +160,7 @@ class HierarchicalDataset(Dataset[Sample]):
 
     Raises:
         ValueError: Counts below 1, an unknown split, pipeline or on_bad, or a store of another cohort.
+        TypeError: A transform of another kind.
         IndexError: A draw asks for a patient outside the cohort or the split.
     """
 
@@ -182,6 +186,7 @@ class HierarchicalDataset(Dataset[Sample]):
         if isinstance(self.transform, AugmentationPolicy):
             self.transform.pipeline(image_size)  # refuses a wrong size, and says if torchvision does not load
         else:
+            _check_transform(transform, "a name, an AugmentationPolicy or a function")
             build_transform("none", image_size=image_size)
         _check_store(store, cohort)
         self.cohort, self.split, self.image_size = cohort, split, image_size
@@ -335,6 +340,11 @@ def _rows_by_patient(cohort: Cohort, rows: np.ndarray) -> dict[int, list[np.ndar
 def _check_store(store: PatchStore | None, cohort: Cohort) -> None:
     if store is not None:
         store.check_rows(cohort)
+
+
+def _check_transform(transform: object, kinds: str) -> None:
+    if not callable(transform):
+        raise TypeError(f"transform must be {kinds} from a patch (3, h, w) to an image, got {transform!r}")
 
 
 def _check_index(index: int, length: int, unit: str) -> int:

@@ -34,8 +34,10 @@ def check_inside(root: Path, full: str, name: str) -> None:
 def file_sizes(root: Path, names: Iterable[str], paths: Iterable[Path]) -> list[int]:
     """Size in bytes of every file, in the order given; names are for the messages.
 
-    Raises FileNotFoundError naming the missing files (up to five, and how many), ValueError for files that are empty,
-    not regular, or reached through a link out of the root, and another OSError for those that may not be looked at.
+    Raises:
+        FileNotFoundError: Files are missing; up to five are named, and how many there are.
+        ValueError: Files are empty, not regular, or reached through a link out of the root.
+        OSError: Files may not be looked at.
     """
     sizes: list[int] = []
     missing: list[str] = []

@@ -14,8 +14,12 @@ _NAMED = ("class_name", "patient", "slide", "split")
 class PatchRecord(NamedTuple):
     """One patch: where its file lies and where it belongs.
 
-    path: relative to the cohort's root, with forward slashes.  class_name, patient, slide: not empty; a slide's name
-    need only be unique within its patient.  split: "" means none.
+    Attributes:
+        path: Relative to the cohort's root, with forward slashes.
+        class_name: Not empty.
+        patient: Not empty.
+        slide: Not empty; the name need only be unique within its patient.
+        split: "" means none.
     """
 
     path: str
@@ -58,7 +62,12 @@ def check_records(
 
     Rules: at least one row; all fields strings, names not empty and without white space around them; safe relative
     paths, each once; one split and one class per patient; classes taken from class_names, which has no repeats.
-    `where(i)` words the place of row i in messages.  Passes over whole columns, so that a million rows take seconds.
+    The checks pass over whole columns, so that a million rows take seconds.
+
+    Args:
+        records: The rows.
+        class_names: All classes.
+        where: Words the place of row i in messages.
     """
     _check_classes(class_names)
     if not records:

@@ -22,8 +22,9 @@ def split_by_patient(
 ) -> tuple[PatchRecord, ...]:
     """The records with new splits; see `Cohort.with_split`.
 
-    Raises ValueError for a fraction outside (0, 1), a negative seed, names that are empty or equal, or when no class
-    has two patients, so that names[1] would stay empty.
+    Raises:
+        ValueError: A fraction outside (0, 1), a negative seed, names that are empty or equal, or no class has two
+            patients, so that names[1] would stay empty.
     """
     _check_options(val_fraction, seed, names)
     patients_of: dict[str, set[str]] = {}

@@ -15,10 +15,18 @@ OFFSET = 5000 / RAW_RANGE
 def srh_to_rgb(raw: Tensor) -> Tensor:
     """Three channels (CH3 - CH2 + 5000/65536, CH2, CH3), clamped to [0, 1], from the two raw ones.
 
-    raw: (..., 2, h, w) floats in [0, 1), CH2 first (the order of planes in the files).  Returns (..., 3, h, w) in the
-    same dtype, differentiable in raw, so that an attack on the two recorded channels carries the third one along.
     Equal bit for bit to the transform of the published code in float32.
-    Raises TypeError for anything but a floating tensor, ValueError unless the third dimension from the end is 2.
+
+    Args:
+        raw: (..., 2, h, w) floats in [0, 1), CH2 first (the order of planes in the files).
+
+    Returns:
+        (..., 3, h, w) in the same dtype, differentiable in raw, so that an attack on the two recorded channels carries
+        the third one along.
+
+    Raises:
+        TypeError: Anything but a floating tensor.
+        ValueError: The third dimension from the end is not 2.
     """
     if not isinstance(raw, Tensor):
         raise TypeError(f"raw must be a tensor, got {type(raw).__name__}; for an array write torch.from_numpy(raw)")

@@ -1,4 +1,4 @@
-"""Evaluation: embeddings, nearest neighbours, metrics at three levels, white-box attacks, records and figures."""
+"""Evaluation: embeddings, nearest neighbours, metrics at three levels, attacks, records and comparisons."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from hsat.embedding import embed, gather_table
 from hsat.eval.budget import BudgetResult, PatchBudget, evaluate_budget
 from hsat.eval.certificate_check import CertificateCheck, CheckOptions, check_certificates
 from hsat.eval.certificates import Certificates
-from hsat.eval.certified_curves import plot_certified_accuracy
 from hsat.eval.certify import CertificateResult, CertifyOptions, certify
+from hsat.eval.comparison import (
+    Difference,
+    ScoreTable,
+    compare_models,
+    load_scores,
+    paired_difference,
+    save_scores,
+    score_tables,
+)
+from hsat.eval.confidence import Interval, bootstrap_intervals
+from hsat.eval.conventions import CONVENTIONS, Convention, conventions_table, rescore
 from hsat.eval.diagnostics import Diagnosis, diagnose
-from hsat.eval.effects import CONVENTIONS, Convention, conventions_table
 from hsat.eval.export import ExportOptions, ExportResult, save_adversarial
+from hsat.eval.metrics import Metrics, metrics, metrics_by_level
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines, ensemble_attacks, paper_attacks
-from hsat.eval.pooling import PooledScores, pool
+from hsat.eval.pooling import LevelRows, PooledScores, pool, pool_by_level
 from hsat.eval.records import Record, read_records, write_records
-from hsat.eval.reporting.evidence import Condition, Evidence, read_evidence, write_evidence
-from hsat.eval.reporting.figures import plot_accuracy_vs_eps, plot_patches
-from hsat.eval.reporting.paper_tables import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
-from hsat.eval.reporting.report import write_report
-from hsat.eval.reporting.run_folders import RunFolder, open_runs
-from hsat.eval.rescoring import rescore
-from hsat.eval.scoring import Metrics, match_classes, metrics, score_levels
 from hsat.eval.smoothing import Smoothing
-from hsat.eval.statistics.bootstrap import Interval, bootstrap_intervals
-from hsat.eval.statistics.paired import Difference, compare_models, differences_table, paired_difference
-from hsat.eval.statistics.score_files import ScoreTable, load_scores, save_scores, score_tables
 from hsat.eval.store import EmbeddingCache
-from hsat.eval.tables import markdown_table
+from hsat.eval.tables import Table, TableCell
 from hsat.eval.transfer import TransferResult, evaluate_transfer
-from hsat.eval.transfer_table import plot_transfer, transfer_table
 from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 
 __all__ = [
@@ -43,30 +42,28 @@ __all__ = [
     "Certificates",
     "CertifyOptions",
     "CheckOptions",
-    "Condition",
     "Convention",
     "Diagnosis",
     "Difference",
     "EmbeddingCache",
     "EnsembleOutcome",
-    "Evidence",
     "ExportOptions",
     "ExportResult",
     "Interval",
     "KNNClassifier",
+    "LevelRows",
     "Metrics",
-    "PaperRow",
-    "PaperTable",
     "PatchBudget",
     "PooledScores",
     "Provenance",
     "Record",
-    "RunFolder",
     "RunOptions",
     "ScoreTable",
     "Scoring",
     "ShardedKNN",
     "Smoothing",
+    "Table",
+    "TableCell",
     "Target",
     "TransferResult",
     "WhiteboxResult",
@@ -77,7 +74,6 @@ __all__ = [
     "compare_models",
     "conventions_table",
     "diagnose",
-    "differences_table",
     "embed",
     "ensemble_attacks",
     "evaluate_budget",
@@ -87,30 +83,16 @@ __all__ = [
     "gather_table",
     "load_knn",
     "load_scores",
-    "markdown_table",
-    "match_classes",
     "metrics",
-    "open_runs",
+    "metrics_by_level",
     "paired_difference",
     "paper_attacks",
-    "paper_csv",
-    "paper_latex",
-    "paper_lines",
-    "paper_markdown",
-    "plot_accuracy_vs_eps",
-    "plot_certified_accuracy",
-    "plot_patches",
-    "plot_transfer",
     "pool",
-    "read_evidence",
+    "pool_by_level",
     "read_records",
     "rescore",
     "save_adversarial",
     "save_scores",
-    "score_levels",
     "score_tables",
-    "transfer_table",
-    "write_evidence",
     "write_records",
-    "write_report",
 ]

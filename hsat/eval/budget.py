@@ -11,6 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from hsat.classifiers import KNNClassifier
+from hsat.eval.confidence import (
+    Interval,
+    bootstrap_draws,
+    bootstrap_intervals,
+    confidence_interval,
+    missing_interval_reason,
+)
 from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
@@ -18,9 +25,6 @@ from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner
-from hsat.eval.statistics.bootstrap import bootstrap_intervals, no_interval
-from hsat.eval.statistics.intervals import Interval, interval_around
-from hsat.eval.statistics.resampling import patient_draws
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective, align_labels
@@ -174,9 +178,9 @@ def _flips(
     template: RecordTemplate,
 ) -> BudgetResult:
     """How many patches every group needs, without records."""
-    how = template.scoring.pooling
+    pooling = template.scoring.pooling
     labels, ids = align_labels(clean.label, clean.class_names, template.class_names), getattr(clean, budget.level)
-    pooled = pool(scores[0], ids, labels, how=how)
+    pooled = pool(scores[0], ids, labels, pooling=pooling)
     assert pooled.labels is not None  # labels were given
     return BudgetResult(
         records=(),
@@ -185,7 +189,7 @@ def _flips(
         labels=pooled.labels,
         patients=clean.patient[np.unique(ids, return_index=True)[1]],
         sizes=pooled.sizes,
-        needed=patches_to_flip(*scores, ids, labels, how=how, order=budget.order, seed=template.seed),
+        needed=patches_to_flip(*scores, ids, labels, pooling=pooling, order=budget.order, seed=template.seed),
         clean=clean,
         attacked=attacked,
     )
@@ -240,11 +244,11 @@ def _budget_records(
 def _mean_interval(values: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
     """The interval of the mean of values in [0, 1], one per group, over resampled patients."""
     people, member_of = np.unique(patients, return_inverse=True)
-    if reason := no_interval(len(people), resamples):
+    if reason := missing_interval_reason(len(people), resamples):
         return Interval(None, None, reason)
-    draws = patient_draws(len(people), resamples, np.random.default_rng(seed))[:, member_of]
+    draws = bootstrap_draws(len(people), resamples, np.random.default_rng(seed))[:, member_of]
     drawn = draws @ values / draws.sum(1)
-    return interval_around(float(values.mean()), drawn, people=len(people), method="t", confidence=0.95)
+    return confidence_interval(float(values.mean()), drawn, n_patients=len(people), method="t", confidence=0.95)
 
 
 def _accuracy_interval(result: BudgetResult, fraction: float, template: RecordTemplate) -> Interval:

@@ -16,9 +16,9 @@ from hsat.classifiers import DecisionModel
 from hsat.embedding import eval_mode, resolve_device, select_layer, show_progress, to_device
 from hsat.eval.certificates import ABSTAIN
 from hsat.eval.certify import CertificateResult
+from hsat.eval.confidence import binomial_tail
 from hsat.eval.options import RunOptions, Target
 from hsat.eval.smoothing import classifier_vote, count_votes
-from hsat.eval.statistics.binomial import binomial_tail
 from hsat.types import Attack, EmbeddingFunction, HierarchicalBatch, Objective
 
 _FIRST_DRAW = 10**9  # draws of a check are far from those that made the certificate

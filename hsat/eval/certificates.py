@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
-from hsat.eval.statistics.binomial import clopper_pearson_lower, clopper_pearson_upper
+from hsat.eval.confidence import clopper_pearson_lower, clopper_pearson_upper
 
 ABSTAIN = -1
 GroupPooling = Literal["mean", "vote"]
@@ -28,9 +27,12 @@ _HALVINGS = 60
 class Certificates:
     """Certified decisions at one level, one row per patch, slide or patient.
 
-    groups: (g,) ids.  prediction: (g,) int64 class, -1 where the smoothed classifier abstains.  radius: (g,) float64,
-    the L2 radius, in units of the pixel range, inside which the decision cannot be changed; 0 where it abstains.  For
-    slides and patients every patch may be moved by that much at the same time.  label, patient: (g,) int64.
+    Attributes:
+        groups: (g,) ids.
+        prediction: (g,) int64 class, -1 where the smoothed classifier abstains.
+        radius: (g,) float64, the L2 radius, in units of the pixel range, inside which the decision cannot be changed; 0
+            where it abstains.  For slides and patients every patch may be moved by that much at the same time.
+        label, patient: (g,) int64.
     """
 
     groups: np.ndarray
@@ -59,14 +61,20 @@ def patch_radius(
 ) -> tuple[np.ndarray, np.ndarray]:
     """CERTIFY of arXiv:1902.02918: (prediction, radius) of each patch, (n,) each.
 
-    selected: (n, classes) votes that choose the class.  counts: (n, classes) votes of fresh draws, from which the lower
-    bound p_A comes (Clopper-Pearson, 1 - alpha).  radius = sigma Phi^-1(p_A) where p_A > 1/2; else -1 and 0.
-    The theorem gives the open ball: attacks of norm below the radius.
+    radius = sigma Phi^-1(p_A), rounded down, where p_A > 1/2; else -1 and 0.  The theorem gives the open ball: attacks
+    of norm below the radius.
+
+    Args:
+        selected: (n, classes) votes that choose the class.
+        counts: (n, classes) votes of fresh draws, from which the lower bound p_A comes (Clopper-Pearson, 1 - alpha).
+        sigma: The noise.
+        alpha: Probability that a certificate is wrong.
     """
     winner = selected.argmax(1)
-    lower = _bounds(counts[np.arange(len(counts)), winner], counts.sum(1), alpha, clopper_pearson_lower)
+    lower = clopper_pearson_lower(counts[np.arange(len(counts)), winner], counts.sum(1), alpha)
     sure = lower > 0.5
-    radius = np.where(sure, sigma * _quantile(np.where(sure, lower, 0.5)), 0.0)
+    radius = sigma * _quantile(np.where(sure, lower, 0.5))
+    radius = np.where(sure, np.maximum(0.0, np.nextafter(radius, 0.0)), 0.0)  # rounded to the safe side
     return np.where(sure, winner, ABSTAIN), radius
 
 
@@ -75,8 +83,8 @@ def group_radius(
 ) -> tuple[int, float]:
     """(prediction, radius) of a slide or patient from its m patches, each of which may be attacked at once.
 
-    selected, counts: (m, classes), as in `patch_radius`; the decision A is the class of most selecting votes.  The
-    group's certificate is wrong with probability at most alpha.
+    The decision A is the class of most selecting votes.  The group's certificate is wrong with probability at most
+    alpha.
 
     pooling="mean": the group answers the class of the highest mean of p_c over its patches.  With l a lower bound of
     p_A and u_c upper bounds of p_c, m x classes of them, each at alpha / (m classes) (Bonferroni: all hold together),
@@ -87,7 +95,14 @@ def group_radius(
     certified at alpha / m each; those that are not certified at r all go to the strongest other class.
 
     Both margins fall as r grows, so the radius is found by halving, from the certified side.
-    Raises ValueError for an unknown pooling and for fewer than two classes.
+
+    Args:
+        selected, counts: (m, classes), as in `patch_radius`.
+        sigma, alpha: As in `patch_radius`.
+        pooling: "mean" or "vote".
+
+    Raises:
+        ValueError: For an unknown pooling and for fewer than two classes.
     """
     if counts.shape[1] < 2:
         raise ValueError(f"a certificate needs at least two classes to decide between, got {counts.shape[1]}")
@@ -111,10 +126,9 @@ Margin = Callable[[float], float]
 def _mean_margin(selected: np.ndarray, counts: np.ndarray, sigma: float, alpha: float) -> tuple[Margin, int]:
     winner = int(selected.sum(0).argmax())
     share, total = alpha / counts.size, counts.sum(1)
-    lower = _quantile(_bounds(counts[:, winner], total, share, clopper_pearson_lower))
+    lower = _quantile(clopper_pearson_lower(counts[:, winner], total, share))
     others = np.delete(counts, winner, axis=1)
-    wide = np.broadcast_to(total[:, None], others.shape)
-    upper = _quantile(_bounds(others.ravel(), wide.ravel(), share, clopper_pearson_upper)).reshape(others.shape)
+    upper = _quantile(clopper_pearson_upper(others, total[:, None], share))
 
     def margin(r: float) -> float:
         own = _normal(lower - r / sigma)[:, None]
@@ -138,19 +152,17 @@ def _vote_margin(selected: np.ndarray, counts: np.ndarray, sigma: float, alpha: 
     return margin, winner
 
 
-def _bounds(
-    count: np.ndarray, total: np.ndarray, alpha: float, bound: Callable[[int, int, float], float]
-) -> np.ndarray:
-    return np.array([bound(int(k), int(n), alpha) for k, n in zip(count, total, strict=True)], dtype=np.float64)
-
-
 def _quantile(p: np.ndarray) -> np.ndarray:
     """Phi^-1, with -inf at 0 and inf at 1."""
-    value: np.ndarray = torch.special.ndtri(torch.from_numpy(np.asarray(p, dtype=np.float64))).numpy()
+    from scipy.special import ndtri
+
+    value: np.ndarray = ndtri(p)
     return value
 
 
 def _normal(x: np.ndarray) -> np.ndarray:
     """Phi."""
-    value: np.ndarray = torch.special.ndtr(torch.from_numpy(np.asarray(x, dtype=np.float64))).numpy()
+    from scipy.special import ndtr
+
+    value: np.ndarray = ndtr(x)
     return value

@@ -14,12 +14,12 @@ from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_layer, to_device
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
+from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import AttackFacts, Record, RecordTemplate, bank_flags
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
-from hsat.eval.statistics.bootstrap import bootstrap_intervals
 from hsat.eval.store import StoredResult, open_session, open_world
 from hsat.types import (
     LEVELS,

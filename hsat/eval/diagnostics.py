@@ -14,11 +14,11 @@ from torch import Tensor
 from hsat.attacks import AttackEnsemble, FittedUniversal, RandomNoise, Square
 from hsat.attacks.initialization import image_seed
 from hsat.attacks.threat import eps_value
-from hsat.classifiers import KNNClassifier
+from hsat.classifiers import DecisionModel, KNNClassifier
 from hsat.embedding import Layer, embed, encode, eval_mode, require_labels, select_layer, using_branch
 from hsat.eval.evaluation import Evaluation
-from hsat.eval.masking import CRITERIA, DiagnosisTarget, judge_criterion, probe
-from hsat.eval.objectives import ObjectiveFactory, decision_model
+from hsat.eval.masking import CRITERIA, DiagnosisTarget, judge_criterion, run_checks
+from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.store import Session, StoredResult
 from hsat.fingerprints import fingerprint_batch, fingerprint_settings
@@ -124,7 +124,7 @@ def diagnosis_target(
         return _in_branch(encoder, objectives.branch, made)
 
     attacked = scored if objectives.target == "decision" else select_layer(encoder, objectives.target)
-    model = decision_model(encoder, classifier, layer)
+    model = DecisionModel(encoder, classifier, layer=layer, wide=True)
     return DiagnosisTarget(attack=attack, attacked=attacked, model=model, objective=objective, seed=seed)
 
 
@@ -146,7 +146,7 @@ def examine(subject: DiagnosisTarget, batches: Iterable[HierarchicalBatch], *, d
     subject.model.to(device)
     for batch in batches:
         images = batch.images.to(device)
-        parts.append(probe(subject, images, torch.from_numpy(require_labels(batch)), batch.patch))
+        parts.append(run_checks(subject, images, torch.from_numpy(require_labels(batch)), batch.patch))
     seen = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     right = seen["right_clean"]
     measures = {"images": float(len(right)), "images_right": float(right.sum())}

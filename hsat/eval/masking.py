@@ -21,7 +21,7 @@ from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, margin
 from hsat.attacks.initialization import image_seed
 from hsat.classifiers import DecisionModel
 from hsat.embedding import attack_unscored, encode
-from hsat.eval.statistics.binomial import binomial_tail
+from hsat.eval.confidence import binomial_tail
 from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective
 
 POINTS = 20  # random points of the search without gradients, half of them at the border of the ball
@@ -39,12 +39,18 @@ DiagnosisObjective = Callable[[Tensor, Tensor], Objective]
 """(clean images, labels as the bank numbers them) -> the objective that the attack maximises on them."""
 
 FALSE_ALARM = 0.01
-"""Probability that a sound model, at all its tolerated shares, gets any flag: shared out over the signs."""
+"""Probability that a sound model, at all its tolerated shares, gets any flag: shared out over the criteria."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One sign: `tolerated` is the share of images in which a sound model may show it, `text` says what was seen."""
+    """One criterion of masked gradients.
+
+    Attributes:
+        name: Its name; records carry its share under it.
+        tolerated: The share of images in which a sound model may meet it.
+        text: What was seen, for the flag.
+    """
 
     name: str
     tolerated: float
@@ -76,7 +82,7 @@ CRITERIA = (
 
 
 def judge_criterion(criterion: Criterion, seen: np.ndarray) -> tuple[float, str]:
-    """(share of images, flag) for a sign; seen: (n,) bool.  The flag is "" where the share can be tolerated."""
+    """(share of images, flag) for a criterion; seen: (n,) bool.  The flag is "" where the share can be tolerated."""
     if not len(seen):
         return 0.0, ""
     count = int(seen.sum())
@@ -118,11 +124,17 @@ class DiagnosisTarget:
         return self.attack.threat  # type: ignore[attr-defined]
 
 
-def probe(subject: DiagnosisTarget, images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, np.ndarray]:
-    """Outcomes by name, (n,) bool each: the criteria in `CRITERIA`, and which decisions were right.
+def run_checks(subject: DiagnosisTarget, images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, np.ndarray]:
+    """Outcomes by name: the criteria in `CRITERIA`, and which decisions were right.
 
-    images: (n, c, h, w), in [0, 1].  labels, ids: (n,).  What is said about decisions
-    counts for the images of "right_clean" only.
+    Args:
+        subject: Model and attack.
+        images: (n, c, h, w), in [0, 1].
+        labels: (n,) classes as the classifier numbers them.
+        ids: (n,) patch ids, on which noise depends.
+
+    Returns:
+        (n,) bool each.  What is said about decisions counts for the images of "right_clean" only.
     """
     checks = _Checks(subject, images, labels, ids)
     result = checks.attacked(subject.attack)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hsat.attacks import AttackEnsemble, feature_drift, margin
@@ -20,14 +17,11 @@ from hsat.types import (
     Attack,
     DecisionObjective,
     EmbeddingFunction,
-    EmbeddingTable,
     FittedClassifier,
     HierarchicalBatch,
     Objective,
     align_labels,
 )
-
-_NEVER_WINS = -1e3  # below any logit of a vote with a temperature above 0.001; in float32 a margin keeps 4 digits
 
 
 def attacks_decision(target: Target, attack: Attack) -> bool:
@@ -71,51 +65,6 @@ def _projection(encoder: EmbeddingFunction, features: Tensor) -> Tensor | None:
     from hsat.models import Encoder
 
     return encode(encoder.project, features) if isinstance(encoder, Encoder) else None
-
-
-@dataclass(frozen=True, eq=False)
-class WithRival:
-    """A fitted classifier of one class, beside a rival that never wins, so that its decision has a margin."""
-
-    classifier: FittedClassifier
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The class, and the rival's empty name."""
-        return (*self.classifier.class_names, "")
-
-    @property
-    def classes_with_rows(self) -> int:
-        """One."""
-        return self.classifier.classes_with_rows
-
-    @property
-    def reads(self) -> Literal["unit", "raw"]:
-        """What it decides from."""
-        return self.classifier.reads
-
-    def logits(self, z: Tensor) -> Tensor:
-        """Embeddings (n, d) -> logits (n, 2)."""
-        return F.pad(self.classifier.logits(z), (0, 1), value=_NEVER_WINS)
-
-    def scores(self, z: Tensor) -> Tensor:
-        """Embeddings (n, d) -> scores (n, 2); rows sum to one."""
-        return F.pad(self.classifier.scores(z), (0, 1))
-
-    def predict_proba(self, z: np.ndarray | Tensor | EmbeddingTable) -> np.ndarray:
-        """Scores (n, 2) float64."""
-        proba: np.ndarray = np.pad(self.classifier.predict_proba(z), ((0, 0), (0, 1)))
-        return proba
-
-    def to(self, device: torch.device | str) -> WithRival:
-        """The same on a device."""
-        return WithRival(self.classifier.to(device))
-
-
-def decision_model(encoder: EmbeddingFunction, classifier: FittedClassifier, layer: Layer) -> DecisionModel:
-    """Images -> logits of at least two classes."""
-    rivals = classifier if len(classifier.class_names) > 1 else WithRival(classifier)
-    return DecisionModel(encoder, rivals, layer=layer)
 
 
 class ObjectiveFactory:
@@ -196,5 +145,6 @@ class ObjectiveFactory:
             raise ValueError("there is no decision to attack without a classifier")
         device = str(labels.device)
         if device not in self._models:
-            self._models[device] = decision_model(self._encoder, self._classifier.to(device), self._layer)
+            fitted = self._classifier.to(device)
+            self._models[device] = DecisionModel(self._encoder, fitted, layer=self._layer, wide=True)
         return margin(self._models[device], labels)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from hsat.embedding import LAYERS, Layer
+from hsat.embedding import Layer
 from hsat.types import EmbeddingFunction
 
 Pooling = Literal["mean", "paper"]
@@ -21,8 +21,9 @@ TargetName = Literal["decision", "features", "embedding"]
 PAPER_BRANCH = "paper"
 
 
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """ValueError naming the option and its choices; choices: a Literal."""
+    if value not in (allowed := get_args(choices)):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
@@ -54,10 +55,9 @@ class Scoring:
     bootstrap: int = 1000
 
     def __post_init__(self) -> None:
-        choices = {"layer": LAYERS, "pooling": get_args(Pooling)}
-        choices |= {"absent_classes": get_args(AbsentClasses), "group_by": get_args(GroupBy)}
+        choices = {"layer": Layer, "pooling": Pooling, "absent_classes": AbsentClasses, "group_by": GroupBy}
         for name, allowed in choices.items():
-            _check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         _check_count("bootstrap", self.bootstrap)
 
 
@@ -129,7 +129,7 @@ class Target:
     branch: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("target", self.objective, get_args(TargetName))
+        check_choice("target", self.objective, TargetName)
 
     @classmethod
     def of(cls, target: Target | str) -> Target:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from torch import Tensor
 
+from hsat.eval.tables import Table
 from hsat.types import AttackResult, MemberStats
 
 _SUSPICIOUS_FRACTION = 0.01
@@ -100,11 +101,10 @@ class EnsembleOutcome:
 
     def to_markdown(self) -> str:
         """A table: each member, the images it saw, those it newly broke, how many are robust afterwards, its passes."""
-        lines = ["| attack | seen | newly broken | robust | forwards | backwards |", "|" + " --- |" * 6]
-        robust = len(self.patch)
+        rows, robust = [], len(self.patch)
         for member in self.members:
             robust -= member.newly_broken
             left = f"{robust} ({100 * robust / max(1, len(self.patch)):.1f} %)"
-            passes = f"{member.forwards} | {member.backwards}"
-            lines.append(f"| {member.name} | {member.seen} | {member.newly_broken} | {left} | {passes} |")
-        return "\n".join(lines) + "\n"
+            counts = (member.seen, member.newly_broken, left, member.forwards, member.backwards)
+            rows.append((member.name, *map(str, counts)))
+        return Table(("attack", "seen", "newly broken", "robust", "forwards", "backwards"), rows).to_markdown()

@@ -14,26 +14,33 @@ ORDERS = ("worst", "random")
 _NEAR_TIE = 1e-9  # sums in another order differ by less; whoever comes this near is decided by the real pooling
 
 
-def pooled_is_wrong(rows: np.ndarray, label: int, *, how: Pooling = "mean") -> bool:
+def pooled_is_wrong(rows: np.ndarray, label: int, *, pooling: Pooling = "mean") -> bool:
     """Whether the pooled decision on the patches (n, classes) of one group is another class; exactly that of `pool`."""
-    total = np.cumsum(softmax_rows(rows) if how == "paper" else rows, axis=0)[-1]  # one after the other, as pool adds
-    pooled = total / (len(rows) if how == "mean" else total.sum())
+    total = np.cumsum(softmax_rows(rows) if pooling == "paper" else rows, axis=0)[
+        -1
+    ]  # one after the other, as pool adds
+    pooled = total / (len(rows) if pooling == "mean" else total.sum())
     return int(pooled.argmax()) != label
 
 
-def min_patches_to_flip(clean: np.ndarray, attacked: np.ndarray, label: int, *, how: Pooling = "mean") -> int | None:
+def min_patches_to_flip(
+    clean: np.ndarray, attacked: np.ndarray, label: int, *, pooling: Pooling = "mean"
+) -> int | None:
     """The smallest number of patches whose alteration makes the group's decision wrong; 0: it is; None: never.
-
-    clean, attacked: (n, classes), class scores of the group's patches as they are and after their attack; an altered
-    patch takes its attacked row, the others keep their clean one.  label: the true class.
 
     Pooling adds rows up, so the lead of a rival class over the true one is a sum of one term per patch, and altering a
     patch changes only its own.  The best k patches for that rival are then the k with the largest gain; the smallest k
     over all rivals is the exact minimum over all subsets.
+
+    Args:
+        clean, attacked: (n, classes), class scores of the group's patches as they are and after their attack; an
+            altered patch takes its attacked row, the others keep their clean one.
+        label: The true class.
+        pooling: See `pool`.
     """
-    if pooled_is_wrong(clean, label, how=how):
+    if pooled_is_wrong(clean, label, pooling=pooling):
         return 0
-    before, after = (softmax_rows(rows) if how == "paper" else rows for rows in (clean, attacked))
+    before, after = (softmax_rows(rows) if pooling == "paper" else rows for rows in (clean, attacked))
     fewest: int | None = None
     for rival in range(clean.shape[1]):
         if rival == label:
@@ -43,18 +50,18 @@ def min_patches_to_flip(clean: np.ndarray, attacked: np.ndarray, label: int, *, 
         order = np.argsort(-gain, kind="stable")
         enough = np.flatnonzero(lead.sum() + np.cumsum(gain[order]) >= -_NEAR_TIE) + 1
         for count in enough[: None if fewest is None else int(np.searchsorted(enough, fewest))]:
-            if pooled_is_wrong(_mixed(clean, attacked, order[:count]), label, how=how):
+            if pooled_is_wrong(_mixed(clean, attacked, order[:count]), label, pooling=pooling):
                 fewest = int(count)
                 break
     return fewest
 
 
 def patches_to_flip_in_order(
-    clean: np.ndarray, attacked: np.ndarray, label: int, order: np.ndarray, *, how: Pooling = "mean"
+    clean: np.ndarray, attacked: np.ndarray, label: int, order: np.ndarray, *, pooling: Pooling = "mean"
 ) -> int | None:
     """The same when the patches are altered in a given order: the first count at which the decision is wrong."""
     for count in range(len(clean) + 1):
-        if pooled_is_wrong(_mixed(clean, attacked, order[:count]), label, how=how):
+        if pooled_is_wrong(_mixed(clean, attacked, order[:count]), label, pooling=pooling):
             return count
     return None
 
@@ -65,15 +72,26 @@ def patches_to_flip(
     groups: np.ndarray,
     labels: np.ndarray,
     *,
-    how: Pooling = "mean",
+    pooling: Pooling = "mean",
     order: Order = "worst",
     seed: int = 0,
 ) -> np.ndarray:
-    """For every group, in ascending order of its id, the number of altered patches that it takes, (g,) float64.
+    """For every group, in ascending order of its id, the number of altered patches that it takes.
 
-    0: the decision is wrong as it is.  inf: altering every patch would not do.  groups, labels: (n,).
-    order="worst": the attacker picks, see `min_patches_to_flip`.  order="random": one draw per group, which depends on
-    (seed, id of the group) only.
+    Args:
+        clean, attacked: (n, classes), as for `min_patches_to_flip`.
+        groups: (n,) ids.
+        labels: (n,) true classes, the same for all patches of a group.
+        pooling: See `pool`.
+        order: "worst": the attacker picks, see `min_patches_to_flip`.  "random": one draw per group, which depends on
+            (seed, id of the group) only.
+        seed: Of the random order.
+
+    Returns:
+        (g,) float64.  0: the decision is wrong as it is.  inf: altering every patch would not do.
+
+    Raises:
+        ValueError: For an unknown order.
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {list(ORDERS)}, got {order!r}")
@@ -82,11 +100,11 @@ def patches_to_flip(
         rows = np.flatnonzero(groups == group)
         mine, theirs, label = clean[rows], attacked[rows], int(labels[rows[0]])
         if order == "worst":
-            found = min_patches_to_flip(mine, theirs, label, how=how)
+            count = min_patches_to_flip(mine, theirs, label, pooling=pooling)
         else:
             drawn = np.random.default_rng((seed, int(group))).permutation(len(rows))
-            found = patches_to_flip_in_order(mine, theirs, label, drawn, how=how)
-        counts.append(np.inf if found is None else float(found))
+            count = patches_to_flip_in_order(mine, theirs, label, drawn, pooling=pooling)
+        counts.append(np.inf if count is None else float(count))
     return np.array(counts)
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hsat.eval.conventions import How as How  # noqa: PLC0414 (offered here as well)
-from hsat.eval.conventions import Keys
+from hsat.eval.options import GroupBy, Pooling, check_choice
+from hsat.types import align_labels
 
 
 @dataclass(frozen=True, eq=False)
 class PooledScores:
     """One row per group, in ascending order of the group ids.
 
-    groups: (g,) the ids; with keys="id_and_label" an id stands there once for each of its labels.
-    scores: (g, classes) float64, rows sum to one when those of the patches do.
-    labels: (g,) the label that all members share, or None when none were given.  sizes: (g,) members of each group.
+    Attributes:
+        groups: (g,) the ids; with group_by="id_and_label" an id stands there once for each of its labels.
+        scores: (g, classes) float64, rows sum to one when those of the patches do.
+        labels: (g,) the label that all members share, or None when none were given.
+        sizes: (g,) members of each group.
     """
 
     groups: np.ndarray
@@ -29,32 +32,63 @@ class PooledScores:
         return len(self.groups)
 
 
-def pool(scores: Any, groups: Any, labels: Any = None, *, how: How = "mean", keys: Keys = "id") -> PooledScores:
+class LabelledRows(Protocol):
+    """Rows with a class, a slide and a patient each: an `EmbeddingTable` or a `ScoreTable`."""
+
+    @property
+    def label(self) -> np.ndarray:
+        """(n,) indices into class_names."""
+
+    @property
+    def slide(self) -> np.ndarray:
+        """(n,) ids."""
+
+    @property
+    def patient(self) -> np.ndarray:
+        """(n,) ids."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+
+
+class LevelRows(NamedTuple):
+    """The rows of one level: scores (g, classes), labels (g,) as columns of the scores, patients (g,) ids."""
+
+    scores: np.ndarray
+    labels: np.ndarray
+    patients: np.ndarray
+
+
+def pool(
+    scores: Any, groups: Any, labels: Any = None, *, pooling: Pooling = "mean", group_by: GroupBy = "id"
+) -> PooledScores:
     """Pool the scores of patches into one row per group (slide or patient).
 
-    scores: (n, classes), class scores of each patch as `predict_proba` gives them.  groups: (n,) ids, integers or text.
-    labels: (n,) class indices; they are carried along.
+    Args:
+        scores: (n, classes), class scores of each patch as `predict_proba` gives them.
+        groups: (n,) ids, integers or text.
+        labels: (n,) class indices; they are carried along.
+        pooling: "mean": the mean of the members' scores.  "paper": the arithmetic of the published evaluation, which
+            takes scores that sum to one for logits: softmax of each row, sum over the group, division by the row sum.
+        group_by: "id": rows of one id are a group, and their labels must agree.  "id_and_label": the published
+            grouping, in which a patient with two labels is two groups; it needs labels.
 
-    keys="id": rows of one id are a group, and their labels must agree.  keys="id_and_label": the published grouping, in
-    which a patient with two labels is two groups; it needs labels.
-
-    how="mean": the mean of the members' scores.  how="paper": the arithmetic of the published evaluation, which takes
-    scores that sum to one for logits: softmax of each row, sum over the group, division by the row sum.
-
-    Raises ValueError for lengths that differ, scores that are not finite, an unknown `how` or `keys`, no rows at all,
-    and with keys="id" for a group whose members disagree about the label, naming the group.
+    Raises:
+        ValueError: For lengths that differ, scores that are not finite, an unknown `pooling` or `group_by`, no rows at
+            all, and with group_by="id" for a group whose members disagree about the label, naming the group.
     """
     scores = check_scores(scores)
     groups = _column("groups", groups, len(scores))
-    if how not in ("mean", "paper"):
-        raise ValueError(f"how must be 'mean' or 'paper', got {how!r}")
-    if keys not in ("id", "id_and_label") or (keys == "id_and_label" and labels is None):
-        raise ValueError(f"keys must be 'id', or with labels 'id_and_label'; got {keys!r}")
+    check_choice("pooling", pooling, Pooling)
+    check_choice("group_by", group_by, GroupBy)
+    if group_by == "id_and_label" and labels is None:
+        raise ValueError("group_by='id_and_label' needs labels; give them, or group_by='id'")
     names, first, member_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     shared = None
     if labels is not None:
         labels = _column("labels", labels, len(scores))
-        if keys == "id_and_label":
+        if group_by == "id_and_label":
             pairs = np.stack((member_of, np.unique(labels, return_inverse=True)[1]), 1)
             _, first, member_of, sizes = np.unique(
                 pairs, axis=0, return_index=True, return_inverse=True, return_counts=True
@@ -62,12 +96,58 @@ def pool(scores: Any, groups: Any, labels: Any = None, *, how: How = "mean", key
             names, member_of = groups[first], member_of.reshape(-1)
         shared = labels[first]
         _check_agreement(names, labels, shared, member_of)
-    if how == "paper":
+    if pooling == "paper":
         scores = softmax_rows(scores)
     total = np.zeros((len(names), scores.shape[1]))
     np.add.at(total, member_of, scores)
-    pooled = total / (sizes[:, None] if how == "mean" else total.sum(1, keepdims=True))
+    pooled = total / (sizes[:, None] if pooling == "mean" else total.sum(1, keepdims=True))
     return PooledScores(groups=names, scores=pooled, labels=shared, sizes=sizes)
+
+
+def pool_by_level(
+    scores: Any,
+    table: LabelledRows,
+    *,
+    class_names: Sequence[str] | None = None,
+    pooling: Pooling = "mean",
+    group_by: GroupBy = "id",
+) -> dict[str, LevelRows]:
+    """The rows at each of the levels patch, slide and patient.
+
+    Args:
+        scores: (n, classes), one row per row of `table`.
+        table: Labels and ids of the patches.
+        class_names: What the columns of the scores are (the bank's classes); the table's labels are matched to them by
+            name.  None means the table's own.
+        pooling, group_by: See `pool`.
+
+    Returns:
+        {"patch": ..., "slide": ..., "patient": ...}.  The patch level has one row per row of the table.  With
+        pooling="paper" its scores are softmaxed as in the published code, which moves the mean average precision and
+        nothing else.
+
+    Raises:
+        ValueError: As `pool` does, for another number of rows, and for a class that `class_names` lacks.
+    """
+    scores = check_scores(scores)
+    if len(scores) != len(table.label):
+        raise ValueError(
+            f"{len(scores)} rows of scores for a table of {len(table.label)} embeddings; give one per embedding"
+        )
+    labels = align_labels(table.label, table.class_names, table.class_names if class_names is None else class_names)
+    slides, first = np.unique(table.slide, return_index=True)
+    by_slide = pool(scores, table.slide, labels, pooling=pooling, group_by=group_by)
+    by_patient = pool(scores, table.patient, labels, pooling=pooling, group_by=group_by)
+    return {
+        "patch": LevelRows(softmax_rows(scores) if pooling == "paper" else scores, labels, table.patient),
+        "slide": _level_rows(by_slide, table.patient[first][np.searchsorted(slides, by_slide.groups)]),
+        "patient": _level_rows(by_patient, by_patient.groups),
+    }
+
+
+def _level_rows(pooled: PooledScores, patients: np.ndarray) -> LevelRows:
+    assert pooled.labels is not None  # labels were given
+    return LevelRows(pooled.scores, pooled.labels, patients)
 
 
 def softmax_rows(scores: np.ndarray) -> np.ndarray:
@@ -104,8 +184,8 @@ def _check_agreement(names: np.ndarray, labels: np.ndarray, shared: np.ndarray, 
     wrong = np.flatnonzero(labels != shared[member_of])
     if len(wrong):
         group = member_of[wrong[0]]
-        found = sorted({int(label) for label in labels[member_of == group]})
+        mixed = sorted({int(label) for label in labels[member_of == group]})
         raise ValueError(
-            f"group {names[group]} holds patches with labels {found}; a slide or patient has one label."
+            f"group {names[group]} holds patches with labels {mixed}; a slide or patient has one label."
             " Check the ids: they must be unique over the cohort"
         )

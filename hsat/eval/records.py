@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hsat.attacks.threat import eps_text, eps_value
+from hsat.eval.confidence import Interval, bootstrap_intervals
+from hsat.eval.metrics import METRICS, Metrics, metrics
 from hsat.eval.options import Scoring
 from hsat.eval.outcomes import AttackStats
-from hsat.eval.reporting.json_fields import COUNT, NUMBER, OBJECT, TEXT, TEXTS, check_fields
-from hsat.eval.scoring import METRICS, Metrics, level_scores, metrics
-from hsat.eval.statistics.bootstrap import Interval, bootstrap_intervals
+from hsat.eval.pooling import pool_by_level
 from hsat.files import read_json_lines, write_json_lines
 from hsat.types import EmbeddingTable
 
-_KINDS = dict.fromkeys(
-    ("model", "attack", "attack_name", "eps", "target", "level", "metric", "cohort", "split", "checkpoint"), TEXT
-)
-_KINDS |= dict.fromkeys(("eps_value", "value", "low", "high", "temperature", "forwards", "backwards"), NUMBER)
-_KINDS |= {"surrogate": TEXT, "n": COUNT, "k": COUNT, "seed": COUNT}
-_KINDS |= {"flags": TEXTS, "versions": OBJECT, "settings": OBJECT, "classifier": TEXT, "schema": COUNT}
 _STARTS = {"FFGSM": True, "FGSM": False, "RandomNoise": True}  # attacks whose start is not an option
-_MEASURED = dict.fromkeys(("zero_gradient_share", "never_moved_share", "stationary_share"), NUMBER)
-_MEASURED |= {"bank_rows": COUNT}  # entries of settings that are reckoned with
-
 SCHEMA = 2
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How values of files are read: no kind is taken for another, and NaN and infinity are no numbers."""
+
+Count = Annotated[int, Field(ge=0)]
+
+_T = TypeVar("_T")
+
+
+class _MeasuredSettings(BaseModel):
+    """Entries of settings that are reckoned with; a file need not have them."""
+
+    model_config = STRICT | {"extra": "ignore"}
+
+    zero_gradient_share: float = 0.0
+    never_moved_share: float = 0.0
+    stationary_share: float = 0.0
+    bank_rows: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +71,10 @@ class Record:
     value: float
     low: float | None = None
     high: float | None = None
-    n: int
-    k: int
+    n: Count
+    k: Count
     temperature: float
-    seed: int
+    seed: Count
     versions: dict[str, str] = field(default_factory=dict)
     cohort: str = ""
     split: str = ""
@@ -74,7 +85,9 @@ class Record:
     backwards: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     classifier: str = ""
-    schema: int = 1
+    schema: Count = 1
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flags", tuple(self.flags))
@@ -105,20 +118,53 @@ def _as_record(values: dict[str, Any], where: str) -> Record:
         raise ValueError(f"{where}: fields {missing} are missing; every record needs {sorted(needed)}")
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"{where}: unknown fields {unknown}; a record has {sorted(known)}")
-    check_fields(values, where, _KINDS, optional=("low", "high"))
-    check_fields(values.get("settings", {}), f"{where}, settings", _MEASURED)
-    return Record(**values)
+    record = read_fields(Record, values, where)
+    read_fields(_MeasuredSettings, record.settings, f"{where}, settings")
+    return record
+
+
+def read_fields(kind: type[_T], values: Any, where: str) -> _T:
+    """Values of a file as an object of some kind, which pydantic checks.
+
+    Args:
+        kind: A dataclass with `STRICT` as its `__pydantic_config__`, or a pydantic model.
+        values: Fields by name.
+        where: The file; error messages begin with it.
+
+    Raises:
+        ValueError: Naming the first field that does not fit.
+    """
+    try:
+        # as JSON: there a list is a tuple, and an object a dataclass, also where nothing else is converted
+        fields: _T = _adapter(kind).validate_json(json.dumps(values))  # type: ignore[arg-type]  # a class is hashable
+        return fields
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name, shown = ".".join(map(str, first["loc"])) or "its value", repr(first["input"])
+        shown = shown if len(shown) <= 40 else shown[:40] + "..."
+        raise ValueError(f"{where}: {name} is {shown}; {first['msg']}") from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def software_versions() -> dict[str, str]:
     """Versions of what a number depends on; libraries that are not installed are left out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    for name, package in (("hsat", "hsat"), ("faiss", "faiss-cpu"), ("timm", "timm"), ("torchvision", "torchvision")):
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for name, package in (
+        ("hsat", "hsat"),
+        ("scipy", "scipy"),
+        ("faiss", "faiss-cpu"),
+        ("timm", "timm"),
+        ("torchvision", "torchvision"),
+    ):
         try:
-            found[name] = metadata.version(package)
+            versions[name] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,17 +355,17 @@ def measure_levels(
     scores: np.ndarray, queries: EmbeddingTable, *, class_names: Sequence[str], scoring: Scoring, seed: int
 ) -> dict[str, tuple[Metrics, dict[str, Interval]]]:
     """Metrics and their intervals at each level."""
-    levels = level_scores(scores, queries, class_names=class_names, how=scoring.pooling, keys=scoring.group_by)
+    levels = pool_by_level(scores, queries, class_names=class_names, pooling=scoring.pooling, group_by=scoring.group_by)
     return {
         level: (
-            metrics(pooled, labels, absent=scoring.absent_classes),
+            metrics(pooled, labels, absent_classes=scoring.absent_classes),
             bootstrap_intervals(
                 pooled,
                 labels,
                 patients,
                 generator=np.random.default_rng(seed),
                 resamples=scoring.bootstrap,
-                absent=scoring.absent_classes,
+                absent_classes=scoring.absent_classes,
             ),
         )
         for level, (pooled, labels, patients) in levels.items()

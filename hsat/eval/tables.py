@@ -1,92 +1,160 @@
-"""Records as Markdown tables."""
+"""One table of text, and its four forms: Markdown, LaTeX, CSV and HTML."""
 
 from __future__ import annotations
 
-import statistics
+import csv
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 
-from hsat.eval.records import Record
-from hsat.types import LEVELS
-
-_TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
+ABSENT = "–"
+"""What stands in a cell for a number that is not known or was not measured."""
 
 
-def markdown_table(
-    records: Sequence[Record],
-    *,
-    levels: Sequence[str] = LEVELS,
-    metrics: Sequence[str] = ("accuracy", "mca"),
-    intervals: bool = True,
-) -> str:
-    """One Markdown table per level: rows are models, columns are clean and then the attacks as they first occur.
+@dataclass(frozen=True)
+class TableCell:
+    """A cell with more than a text.
 
-    A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
-    cell (seeds, splits) give their mean and standard deviation.  Rows are split by target and k where those differ.
-    Transfers have a row per pair, "surrogate → model"; see `transfer_table` for the matrix.
-    Below the tables stand the notes and flags of the records.  Raises ValueError if no record fits.
+    Attributes:
+        text: What it says.
+        small: What qualifies that, in small type where there is such a thing.
+        shade: Share of colour behind it, in [0, 1], on a page.
     """
-    wanted = [record for record in records if record.level in levels and record.metric in metrics]
-    if not wanted:
-        raise ValueError(
-            f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
-        )
-    columns = list(dict.fromkeys(record.attack_name for record in wanted))
-    columns.sort(key=lambda name: name != "clean")
-    parts = [_table(level, wanted, columns, metrics, intervals) for level in levels]
-    parts.append(_remarks(wanted))
-    return "\n\n".join(part for part in parts if part) + "\n"
+
+    text: str
+    small: str = ""
+    shade: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.small})" if self.small else self.text
 
 
-def _table(
-    level: str, records: Sequence[Record], columns: Sequence[str], metrics: Sequence[str], intervals: bool
-) -> str:
-    here = [record for record in records if record.level == level]
-    if not here:
-        return ""
-    rows = list(dict.fromkeys((_row(record), record.target, record.k) for record in here))
-    sizes = sorted({record.n for record in here})
-    heading = f"**{level.capitalize()} level** ({' / '.join(_TITLES.get(name, name) for name in metrics)}, %;"
-    heading += f" n = {', '.join(map(str, sizes))})"
-    lines = [heading, "", table_row(["model", "target", "k", *columns]), "|" + " --- |" * (len(columns) + 3)]
-    for row in rows:
-        mine = [record for record in here if (_row(record), record.target, record.k) == row]
-        cells = [
-            _cell([record for record in mine if record.attack_name == name], metrics, intervals) for name in columns
-        ]
-        lines.append(table_row([*(str(value) for value in row), *cells]))
-    return "\n".join(lines)
+Row = Sequence[str | TableCell]
 
 
-def table_row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table; a bar or a line break inside a cell does not end it."""
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a head.
+
+    Attributes:
+        head: One label per column; the first column names the rows.
+        rows: One text or `TableCell` per column.
+        caption: What the table is, in bold where there is such a thing.
+        details: What follows the caption.
+        groups: (label, number of columns below it) of the columns after the first, in order; empty for none.
+        notes: What stands below the table, a sentence each.
+
+    Raises:
+        ValueError: For a row or groups of another number of columns than the head.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Row]
+    caption: str = ""
+    details: str = ""
+    groups: Sequence[tuple[str, int]] = ()
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.head):
+                raise ValueError(f"a row of {len(row)} cells under a head of {len(self.head)}: {list(map(str, row))}")
+        if self.groups and sum(span for _, span in self.groups) != len(self.head) - 1:
+            raise ValueError(f"groups {list(self.groups)} do not span the {len(self.head) - 1} columns after the first")
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def to_markdown(self) -> str:
+        """The table as Markdown; a bar or a line break inside a cell does not end it."""
+        lines = [f"**{self.caption}**{self.details}", ""] if self.caption else []
+        lines += [_markdown_row(self._flat_head()), "|" + " --- |" * len(self.head)]
+        lines += [_markdown_row([str(cell) for cell in row]) for row in self.rows]
+        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(lines) + "\n"
+
+    def to_latex(self) -> str:
+        """The table as a `tabular` with the rules of booktabs, a package that the document must use."""
+        return latex_tabular([self])
+
+    def to_csv(self) -> str:
+        """Head and rows as CSV."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(self._flat_head())
+        writer.writerows([str(cell) for cell in row] for row in self.rows)
+        return out.getvalue()
+
+    def to_html(self, *, kind: str = "") -> str:
+        """The table as HTML, in a box of its own that scrolls; all text is escaped.
+
+        Args:
+            kind: A class of the style sheet.
+        """
+        caption = escape(self.caption + self.details)
+        parts = [f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">']
+        parts += [f'<table class="{escape(kind)}">', f"<caption>{caption}</caption>", "<thead>"]
+        if self.groups:
+            spans = "".join(
+                f'<th scope="colgroup" colspan="{span}">{escape(label)}</th>' for label, span in self.groups
+            )
+            parts.append(f"<tr><td></td>{spans}</tr>")
+        corner, *labels = self.head
+        columns = "".join(f'<th scope="col"><span>{escape(label)}</span></th>' for label in labels)
+        parts += [f'<tr><th scope="col">{escape(corner)}</th>{columns}</tr>', "</thead>", "<tbody>"]
+        for label, *cells in self.rows:
+            parts.append(f'<tr><th scope="row">{escape(str(label))}</th>{"".join(map(_html_cell, cells))}</tr>')
+        parts += ["</tbody>", "</table>", "</div>", *(f'<p class="note">{escape(note)}</p>' for note in self.notes)]
+        return "\n".join(parts)
+
+    def _flat_head(self) -> list[str]:
+        """The head in one line: the group before the label."""
+        if not self.groups:
+            return list(self.head)
+        groups = [label for label, span in self.groups for _ in range(span)]
+        return [self.head[0], *(f"{group} {label}" for group, label in zip(groups, self.head[1:], strict=True))]
+
+
+def latex_tabular(tables: Sequence[Table], *, align: str = "") -> str:
+    """Tables of one head as sections of one `tabular` with the rules of booktabs.
+
+    Args:
+        tables: At least one; captions become lines across all columns.
+        align: Letters of the columns; by default the first is "l" and the others are "r".
+    """
+    first = tables[0]
+    width = len(first.head)
+    lines = [f"\\begin{{tabular}}{{{align or 'l' + 'r' * (width - 1)}}}", "\\toprule"]
+    if first.groups:
+        spans = [f"\\multicolumn{{{span}}}{{c}}{{{escape_latex(label)}}}" for label, span in first.groups]
+        lines.append(" & ".join(["", *spans]) + r" \\")
+    lines.append(" & ".join(map(escape_latex, first.head)) + r" \\")
+    for table in tables:
+        lines.append("\\midrule")
+        if title := table.caption + table.details:
+            lines.append(f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{escape_latex(title)}}}}} \\\\")
+        lines += [" & ".join(escape_latex(str(cell)) for cell in row) + r" \\" for row in table.rows]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"±": r"$\pm$", "–": "--", "−": "$-$", "→": r"$\to$", "[": "{[}"}
+_LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def escape_latex(text: str) -> str:
+    """A text on one line as LaTeX source; a bracket is no option of the line before it."""
+    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _row(record: Record) -> str:
-    return f"{record.surrogate} → {record.model}" if record.surrogate else record.model
-
-
-def _cell(records: Sequence[Record], metrics: Sequence[str], intervals: bool) -> str:
-    parts = []
-    for name in metrics:
-        found = [record for record in records if record.metric == name]
-        if not found:
-            parts.append("–")
-        elif len(found) > 1:
-            values = [100 * record.value for record in found]
-            parts.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} runs)")
-        elif intervals and found[0].low is not None and found[0].high is not None:
-            parts.append(f"{100 * found[0].value:.1f} [{100 * found[0].low:.1f}, {100 * found[0].high:.1f}]")
-        else:
-            parts.append(f"{100 * found[0].value:.1f}")
-    return " / ".join(parts) if any(part != "–" for part in parts) else "–"
-
-
-def _remarks(records: Sequence[Record]) -> str:
-    lines: dict[str, None] = {}
-    for record in records:
-        if note := record.settings.get("note"):
-            lines[f"- {record.attack_name}: {note}"] = None
-        for flag in record.flags:
-            lines[f"- {_row(record)}, {record.attack_name} ({record.target}): {flag}"] = None
-    return "\n".join(lines)
+def _html_cell(cell: str | TableCell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{escape(cell)}</td>"
+    style = f' style="--shade:{cell.shade:.3f}"' if cell.shade else ""
+    small = f" <small>{escape(cell.small)}</small>" if cell.small else ""
+    return f"<td{style}>{escape(cell.text)}{small}</td>"

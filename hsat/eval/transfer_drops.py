@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsat.eval.confidence import (
+    Interval,
+    bootstrap_draws,
+    confidence_interval,
+    missing_interval_reason,
+    weighted_metrics,
+)
 from hsat.eval.evaluation import ScoredClassifier, ScoresKey
+from hsat.eval.pooling import pool_by_level
 from hsat.eval.records import Record, RecordTemplate
-from hsat.eval.scoring import level_scores
-from hsat.eval.statistics.bootstrap import no_interval
-from hsat.eval.statistics.intervals import Interval, interval_around
-from hsat.eval.statistics.resampling import metric_values, patient_draws
 from hsat.types import EmbeddingTable
 
 OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
@@ -41,14 +45,18 @@ def resample_metrics(
     """
     values: dict[_Place, np.ndarray] = {}
     n_patients, scoring = len(np.unique(table.patient)), template.scoring
-    if no_interval(n_patients, scoring.bootstrap):
+    if missing_interval_reason(n_patients, scoring.bootstrap):
         return values
-    draws = patient_draws(n_patients, scoring.bootstrap, np.random.default_rng(template.seed))
+    draws = bootstrap_draws(n_patients, scoring.bootstrap, np.random.default_rng(template.seed))
     for key, rows in scores.items():
-        levels = level_scores(rows, table, class_names=template.class_names, how=scoring.pooling, keys=scoring.group_by)
+        levels = pool_by_level(
+            rows, table, class_names=template.class_names, pooling=scoring.pooling, group_by=scoring.group_by
+        )
         for level, (pooled, labels, patients) in levels.items():
             member_of = np.unique(patients, return_inverse=True)[1]
-            drawn = metric_values(pooled, labels, member_of, draws, names=tuple(DROPS), absent=scoring.absent_classes)
+            drawn = weighted_metrics(
+                pooled, labels, member_of, draws, names=tuple(DROPS), absent_classes=scoring.absent_classes
+            )
             values |= {(key, level, metric): value for metric, value in drawn.items()}
     return values
 
@@ -107,9 +115,11 @@ def average_drops(drops: Mapping[str, TransferDrop], *, n_patients: int) -> list
 def _with_interval(record: Record, metric: str, value: float, resampled: np.ndarray | None, n_patients: int) -> Record:
     settings = {key: entry for key, entry in record.settings.items() if key not in ("interval", "no_interval")}
     if resampled is None:
-        interval = Interval(None, None, no_interval(n_patients, settings["bootstrap"]))
+        interval = Interval(None, None, missing_interval_reason(n_patients, settings["bootstrap"]))
     else:
-        interval = interval_around(value, resampled, people=n_patients, method="t", confidence=0.95, difference=True)
+        interval = confidence_interval(
+            value, resampled, n_patients=n_patients, method="t", confidence=0.95, difference=True
+        )
     if interval.reason:
         settings["no_interval"] = interval.reason
     return dataclasses.replace(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hsat.attacks import AttackEnsemble, RandomNoise
 from hsat.classifiers import KNNClassifier
+from hsat.eval.confidence import binomial_tail
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
     Bank,
@@ -29,7 +30,6 @@ from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
-from hsat.eval.statistics.binomial import binomial_tail
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
 

@@ -194,12 +194,13 @@ class WeightFile(NamedTuple):
     Attributes:
         state: The tensors by name, on the CPU.
         metadata: The plain values by name.
-        own: Whether hsat wrote it, so that its "encoder" is meant for hsat and not the settings of another program.
+        from_hsat: Whether hsat wrote it, so that its "encoder" is meant for hsat and is not the settings of another
+            program.
     """
 
     state: dict[str, Tensor]
     metadata: dict[str, Any]
-    own: bool
+    from_hsat: bool
 
 
 def checkpoint_hash(path: str | os.PathLike[str]) -> str:
@@ -252,16 +253,16 @@ def _read_safetensors(path: Path, file: IO[bytes], size: int) -> WeightFile:
     from safetensors import SafetensorError, safe_open
 
     texts = check_safetensors_header(path, file, size)
-    own = SAFETENSORS_KEY in texts
+    from_hsat = SAFETENSORS_KEY in texts
     metadata: dict[str, Any] = {key: value for key, value in texts.items() if key != SAFETENSORS_KEY}
-    if own:
+    if from_hsat:
         metadata.update(parse_metadata(texts[SAFETENSORS_KEY], path))
     try:
         with safe_open(str(path), framework="pt", device="cpu") as opened:
             state = {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged, or no safetensors file: {error}; fetch it again") from error
-    return WeightFile(state, metadata, own)
+    return WeightFile(state, metadata, from_hsat)
 
 
 def _read_torch(path: Path, file: IO[bytes], size: int) -> WeightFile:
@@ -296,6 +297,9 @@ def _state_of(path: Path, content: Mapping[Any, Any]) -> tuple[dict[str, Tensor]
     for name in STATE_NAMES:
         if name in content and _is_state(content[name]):
             metadata = {str(k): v for k, v in content.items() if k != name and _is_plain(v)}
+            extra = content.get("extra")  # of a training checkpoint: "encoder" may stand beside tensors in it
+            if "extra" not in metadata and isinstance(extra, Mapping) and len(extra) <= LONGEST_PLAIN:
+                metadata["extra"] = {str(k): v for k, v in extra.items() if _is_plain(v)}
             return dict(content[name]), metadata
     keys = ", ".join(key[:40] if isinstance(key, str) else type(key).__name__ for key in list(content)[:8])
     raise ValueError(

@@ -44,8 +44,11 @@ def is_dual(module: nn.Module) -> bool:
 def convert_to_dual(module: nn.Module) -> nn.Module:
     """Replace every BatchNorm inside by a DualBatchNorm, in place; returns the module (a new one if it is a BatchNorm).
 
-    Layers that are dual already stay as they are.  Raises ValueError if there is no BatchNorm to replace.  Call it
-    before the optimiser is built: the "pgd" copies are new parameters.
+    Layers that are dual already stay as they are.  Call it before the optimiser is built: the "pgd" copies are new
+    parameters.
+
+    Raises:
+        ValueError: If there is no BatchNorm to replace.
     """
     if isinstance(module, BatchNorm):
         return DualBatchNorm(module)
@@ -70,12 +73,18 @@ def branch(module: nn.Module, name: str) -> Iterator[None]:
     """Inside the block, every DualBatchNorm of the module uses the branch "normal" or "pgd"; restored afterwards.
 
     Blocks nest, and every layer gets back the branch it had, also after an exception.  Outside of any block the branch
-    is "normal", or what `set_branch` chose.  Raises ValueError for another name, or if the module has no DualBatchNorm.
+    is "normal", or what `set_branch` chose.  The published evaluation attacks one branch and scores the other; use one
+    block around both.
 
         with branch(encoder, "pgd"):
             x_adv = attack(x, hierarchical(encoder, loss, batch))
 
-    The published evaluation attacks one branch and scores the other; use one block around both.
+    Args:
+        module: A network with dual BatchNorm.
+        name: "normal" or "pgd".
+
+    Raises:
+        ValueError: For another name, or if the module has no DualBatchNorm.
     """
     layers = _layers(module, name)
     before = [layer.active for layer in layers]
@@ -103,7 +112,7 @@ def active_branch(module: nn.Module) -> str | None:
 
 
 def trained_branch(module: nn.Module) -> str:
-    """The branch to evaluate where nobody chose one: "pgd", unless "normal" saw more batches in training.
+    """The branch to evaluate where none was chosen: "pgd", unless "normal" was trained on more batches.
 
     Training with an attack moves "pgd" in its adversarial passes, and "normal" only where clean images are mixed in; a
     baseline without an attack moves "normal" alone.  Counted by `num_batches_tracked`.  Errors as in `branch`.
@@ -114,7 +123,7 @@ def trained_branch(module: nn.Module) -> str:
 
 
 def unused_branches(module: nn.Module) -> tuple[str, ...]:
-    """Branches that never saw a batch although the other one did: they normalise with initial statistics."""
+    """Branches without a batch in training although the other one had some: they normalise with initial statistics."""
     layers = _layers(module, BRANCHES[0])
     counts = [sum(_batches(layer.bn_list[i]) for layer in layers) for i in range(len(BRANCHES))]
     return tuple(name for name, count in zip(BRANCHES, counts, strict=True) if count == 0 < max(counts))

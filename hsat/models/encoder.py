@@ -30,8 +30,17 @@ class Encoder(nn.Module):
 
     A backbone's output may be (n, d), or a map (n, d, h, w), which is averaged over h and w; anything else is an error
     that says what to do.  Build one with `build_encoder` or `wrap_encoder`.
-    `spec` is what `build_encoder` needs to build the same encoder again, or None; `weights_report` says what its
-    `weights=` file held; `batchnorm_folded` whether `fold_batchnorm` made it.
+
+    Attributes:
+        backbone: The network that gives the features.
+        head: The projection head, or None.
+        mean: Pixel mean per channel, or None for pixels as they are.
+        std: Pixel standard deviation per channel, or None.
+        input_size: (height, width) to which images are resized, or None.
+        fixed_size: The one (height, width) that the backbone takes, or None.
+        spec: What `build_encoder` needs to build the same encoder again, or None.
+        weights_report: What was read from the file of its weights, or None.
+        batchnorm_folded: Whether `fold_batchnorm` made it.
     """
 
     pixel_mean: Tensor | None
@@ -78,7 +87,7 @@ class Encoder(nn.Module):
 
     @property
     def feature_dim(self) -> int:
-        """Width of `features`; when nobody said it, found by the first forward pass or by running black images."""
+        """Width of `features`; where it was not given, that of the first forward pass or of black images."""
         if self._feature_dim is None:
             self._feature_dim = self._probe(self.features)
         return self._feature_dim
@@ -95,15 +104,20 @@ class Encoder(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Backbone features (n, feature_dim), not normalised to unit length.
 
-        Raises TypeError if x holds integers, ValueError if it is not (n, c, h, w), has another number of channels than
-        mean has, or another size than the backbone is built for.
+        Args:
+            x: Images (n, c, h, w) in [0, 1].
+
+        Raises:
+            TypeError: If x holds integers.
+            ValueError: If x is not (n, c, h, w), has another number of channels than mean has, or another size than the
+                backbone is built for.
         """
-        backbone: Any = self.backbone
+        compute: Callable[[Tensor], object] = self.backbone
         if isinstance(self._features, str):
-            backbone = attrgetter(self._features)(self.backbone)
+            compute = attrgetter(self._features)(self.backbone)
         elif self._features is not None:
-            backbone = self._features
-        features = _as_vectors(backbone(self._prepare(x)), len(x))
+            compute = self._features
+        features = _as_vectors(compute(self._prepare(x)), len(x))
         if self._feature_dim is None:
             self._feature_dim = features.shape[1]
         elif features.shape[1] != self._feature_dim:
@@ -113,7 +127,7 @@ class Encoder(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """Unit rows (n, embedding_dim) from backbone features (n, feature_dim); `encoder(x)` is this of `features(x)`.
 
-        Serves those who want both from one pass through the backbone.
+        With it, one pass through the backbone gives both.
         """
         projected = features if self.head is None else self.head(features)
         if projected.dtype in {torch.float16, torch.bfloat16}:

@@ -295,7 +295,7 @@ def _stated_spec(content: WeightFile) -> Mapping[str, Any] | None:
     """The "encoder" of a file, unchecked; a dict without a name in a file of another program is not meant for hsat."""
     extra = content.metadata.get("extra")
     stated = content.metadata.get("encoder", extra.get("encoder") if isinstance(extra, dict) else None)
-    return stated if isinstance(stated, dict) and (content.own or "name" in stated) else None
+    return stated if isinstance(stated, dict) and (content.from_hsat or "name" in stated) else None
 
 
 def _rebuild(spec: EncoderSpec) -> Encoder:

@@ -41,15 +41,16 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
     """A copy of an encoder in evaluation mode that computes the same without BatchNorm; the original is left alone.
 
     A BatchNorm that reads what a convolution or a linear layer gives, and nothing else reads, goes into that layer's
-    weights (in float64, then rounded); any other becomes a scale and a shift for each channel.  Who reads what is known
-    from torch.fx; a BatchNorm that is called by a module which torch.fx cannot trace becomes a scale and a shift, with
-    a warning that names the module.  Features and embeddings are those of the original up to rounding; that is checked
-    on two random images.  The copy is for evaluation: its parameters are frozen, its `spec` is None, `batchnorm_folded`
-    is True, which records of evaluations state.
+    weights (in float64, then rounded); any other becomes a scale and a shift for each channel.  torch.fx says which
+    layer reads which; a BatchNorm that is called by a module which torch.fx cannot trace becomes a scale and a shift,
+    with a warning that names the module.  Features and embeddings are those of the original up to rounding; that is
+    checked on two random images.  The copy is for evaluation: its parameters are frozen, its `spec` is None,
+    `batchnorm_folded` is True, which records of evaluations state.
 
-    Raises TypeError for anything but an `Encoder`, ValueError for one without BatchNorm, in training mode, with dual
-    BatchNorm, with a BatchNorm that keeps no statistics or that is not reached by `features` and the head of the copy,
-    and where the check fails.
+    Raises:
+        TypeError: For anything but an `Encoder`.
+        ValueError: For an encoder without BatchNorm, in training mode, with dual BatchNorm, with a BatchNorm that keeps
+            no statistics or that is not reached by `features` and the head of the copy, and where the check fails.
     """
     _check(encoder)
     folded = copy.deepcopy(encoder)
@@ -65,8 +66,8 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
             layer = reads.before.get(norm)
             once = layer is not None and runs.count[layer] == runs.count[norm] == 1
             _fold(folded, name, norm, layer if once and layer not in runs.channels_last else None)
-        for original, mine in ((encoder.features, folded.features), (encoder, folded)):
-            _check_same(original(images), mine(images))
+        _check_same(encoder.features(images), folded.features(images))
+        _check_same(encoder(images), folded(images))
     for name, reason in reads.untraced.items():
         warnings.warn(
             f"torch.fx cannot trace {name} ({reason}): its BatchNorm became a scale and a shift", stacklevel=2

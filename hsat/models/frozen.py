@@ -23,10 +23,11 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
     Several threads may run a model inside one block.  Blocks of two threads on one model would undo each other's flags.
 
-    Raises TypeError for what is not a torch.nn.Module, before anything is changed.
-
         with frozen(encoder):
             x_adv = attack(x, feature_drift(encoder.features, x))
+
+    Raises:
+        TypeError: For what is not a torch.nn.Module, before anything is changed.
     """
     for module in modules:
         _check_is_module(module)

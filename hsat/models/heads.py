@@ -54,14 +54,20 @@ def projection_head(
 ) -> ProjectionHead:
     """One of the paper's three projection heads (arXiv 2503.10629, ablation of the projector).
 
-    kind "linear": one affine layer; embedding_dim None means 128.
-    kind "mlp": affine layers with ReLU between them; `hidden` lists the inner widths, empty means two of the feature
-    width (2048, 2048 on a ResNet-50); embedding_dim None means 128 (the paper's run with this head used 2048).
-    kind "mlp3_bn": three affine layers, BatchNorm after each, ReLU after the first two; only the first has a bias;
-    embedding_dim None and empty `hidden` mean the feature width throughout, as in the paper.
     The width of the input is always the true feature width; the published code fixes it to 2048 for most backbones,
     so that narrower ones cannot run there.
-    Raises ValueError naming the option for an unknown kind or widths that do not fit it.
+
+    Args:
+        kind: "linear": one affine layer.  "mlp": affine layers with ReLU between them.  "mlp3_bn": three affine layers,
+            BatchNorm after each, ReLU after the first two; only the first has a bias.
+        in_features: Width of the features.
+        embedding_dim: Width of the output.  None means 128 (the paper's run with "mlp" used 2048), for "mlp3_bn" the
+            feature width.
+        hidden: Widths of the inner layers of "mlp" and "mlp3_bn"; empty means two of the feature width (2048, 2048 on a
+            ResNet-50).
+
+    Raises:
+        ValueError: Naming the option, for an unknown kind or widths that do not fit it.
     """
     if kind not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, or None for no head; got {kind!r}")

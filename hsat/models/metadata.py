@@ -69,7 +69,8 @@ class EncoderSpec:
 def parse_metadata(text: str, path: object) -> dict[str, Any]:
     """The JSON under the key `hsat` of an encoder file; `training` is checked, `encoder` when it is asked for.
 
-    Raises ValueError naming the key that is not as it must be.
+    Raises:
+        ValueError: Naming the key that is not as it must be.
     """
     where = f"{path}: metadata 'hsat'"
     if len(text) > MOST_TEXT:
@@ -85,10 +86,13 @@ def parse_metadata(text: str, path: object) -> dict[str, Any]:
 
 
 def read_spec(values: Mapping[str, Any], path: object) -> EncoderSpec:
-    """The `encoder` of a file's metadata.  Raises ValueError naming the key that is unknown, missing or out of limits.
+    """The `encoder` of a file's metadata, checked.
 
     Only names of the paper and of timm's own registry are taken, with timm's own tags: none of them makes timm fetch or
     open anything as long as pretrained weights are not asked for, which a file cannot do.
+
+    Raises:
+        ValueError: Naming the key that is unknown, missing or out of limits.
     """
     try:
         _check(values, _ENCODER, where="encoder")
@@ -115,7 +119,8 @@ def read_spec(values: Mapping[str, Any], path: object) -> EncoderSpec:
 def check_training(values: object, where: str) -> None:
     """What the encoder was trained on: kind of the images, image_size and digests of the patients' names.
 
-    Raises ValueError beginning with `where` and naming the key.
+    Raises:
+        ValueError: Beginning with `where` and naming the key.
     """
     try:
         if not isinstance(values, Mapping):

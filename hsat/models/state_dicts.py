@@ -169,7 +169,7 @@ def _first_of_kind(name: str) -> str:
     def kind(architecture: Architecture) -> tuple[object, ...]:
         return architecture.timm, architecture.options, architecture.dual
 
-    return next(other for other, known in PAPER_NAMES.items() if kind(known) == kind(PAPER_NAMES[name]))
+    return next(other for other, entry in PAPER_NAMES.items() if kind(entry) == kind(PAPER_NAMES[name]))
 
 
 @functools.cache

@@ -5,9 +5,11 @@ from __future__ import annotations
 from hsat.training.accumulation import SplitBatch, accumulated_step, split_batch
 from hsat.training.agreement import assert_ranks_agree, assert_same
 from hsat.training.checkpoint import RandomStateMismatch, TrainingState, load_training_state, save_checkpoint
+from hsat.training.config import InnerAttackConfig, TrainConfig, ViewConfig
 from hsat.training.fast import LossGap, OverfittingGuard
 from hsat.training.free import free_replays
 from hsat.training.gradients import check_gradients, check_state, check_trainable, largest_gradient
+from hsat.training.interrupts import TrainingInterrupted
 from hsat.training.resources import (
     StepClock,
     is_out_of_memory,
@@ -23,16 +25,23 @@ from hsat.training.schedules import (
     paper_clean_weight,
 )
 from hsat.training.step import StepResult, adversarial_step
+from hsat.training.trainer import Trainer
+from hsat.training.validation import held_out_validation
 from hsat.training.warm_start import WarmStarts
 
 __all__ = [
+    "InnerAttackConfig",
     "LossGap",
     "OverfittingGuard",
     "RandomStateMismatch",
     "SplitBatch",
     "StepClock",
     "StepResult",
+    "TrainConfig",
+    "Trainer",
+    "TrainingInterrupted",
     "TrainingState",
+    "ViewConfig",
     "WarmStarts",
     "accumulated_step",
     "adversarial_step",
@@ -45,6 +54,7 @@ __all__ = [
     "cosine_with_warmup",
     "epsilon_schedule",
     "free_replays",
+    "held_out_validation",
     "is_out_of_memory",
     "largest_batch",
     "largest_gradient",

@@ -9,7 +9,6 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +16,7 @@ from hsat.data import BadPatch, Cohort, PatchStore
 from hsat.data.cohort import patient_digests
 from hsat.data.readers import read_stored
 from hsat.distributed import gather_objects, world_rank, world_size
+from hsat.fingerprints import tensor_bytes
 
 PACKAGES = ("hsat", "torch", "torchvision", "timm", "numpy")
 """Packages whose version decides what a training step computes; other ones show in the pixels that are compared."""
@@ -69,7 +69,7 @@ def assert_ranks_agree(
     *,
     settings: Mapping[str, Any] | None = None,
     cohort: Cohort | None = None,
-    packed: PatchStore | None = None,
+    store: PatchStore | None = None,
     model: nn.Module | None = None,
     optimizer: Optimizer | None = None,
     seed: int = 0,
@@ -87,7 +87,7 @@ def assert_ranks_agree(
         settings: texts, numbers, lists and dicts; leave out what may differ, such as paths.
         cohort: its fingerprint (paths, sizes, classes, patients, slides, splits, ids), then the stored pixels of some
             patches, since files of one size may hold different images.  The root may differ.
-        packed: where the pixels are read in place of the files; what it holds of the cohort is compared as a whole.
+        store: where the pixels are read in place of the files; what it holds of the cohort is compared as a whole.
         model: every parameter and buffer, bit for bit.
         optimizer: every number in its state, after a resume.
         seed: chooses the patches whose pixels are compared.
@@ -103,9 +103,9 @@ def assert_ranks_agree(
         assert_same("the settings", dict(settings), named=10)
     if cohort is not None:
         assert_same("the cohort", _summary(cohort), details=lambda: patient_digests(cohort))
-        content = "not packed" if packed is None else packed.content_digest()[:_DIGITS]
+        content = "not packed" if store is None else store.content_digest()[:_DIGITS]
         assert_same("the packed patches", content)
-        pixels = stored_digests(cohort, packed=packed, seed=seed, patches=patches)
+        pixels = stored_digests(cohort, store=store, seed=seed, patches=patches)
         assert_same("the pixels of patches", pixels, named=1)
     if model is not None:
         assert_same("the weights", tensor_digests(model.state_dict()), named=1)
@@ -124,7 +124,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def stored_digests(cohort: Cohort, *, packed: PatchStore | None, seed: int, patches: int) -> dict[str, str]:
+def stored_digests(cohort: Cohort, *, store: PatchStore | None, seed: int, patches: int) -> dict[str, str]:
     """A digest of the stored integers of some patches by path, chosen by the seed; read as training reads them.
 
     A patch that cannot be read is "unreadable" here: what to do about it is for the training to say.
@@ -135,7 +135,7 @@ def stored_digests(cohort: Cohort, *, packed: PatchStore | None, seed: int, patc
     for row in map(int, rows):
         path = cohort.records[row].path
         try:
-            values = packed.stored(row) if packed is not None else read_stored(cohort.path(row), kind=cohort.kind)
+            values = store.stored(row) if store is not None else read_stored(cohort.path(row), kind=cohort.kind)
         except BadPatch:
             digests[path] = "unreadable"
             continue
@@ -150,8 +150,7 @@ def tensor_digests(state: object, prefix: str = "") -> dict[str, str]:
     elif isinstance(state, list | tuple):
         entries = [(str(number), value) for number, value in enumerate(state)]
     elif isinstance(state, Tensor):
-        flat = state.detach().cpu().contiguous().flatten()
-        return {prefix: _digest(f"{state.dtype}{tuple(state.shape)}".encode(), _bytes_of(flat))}
+        return {prefix: _digest(f"{state.dtype}{tuple(state.shape)}".encode(), tensor_bytes(state))}
     else:
         return {prefix: repr(state)}
     return {
@@ -159,10 +158,6 @@ def tensor_digests(state: object, prefix: str = "") -> dict[str, str]:
         for key, value in entries
         for name, digest in tensor_digests(value, f"{prefix}.{key}" if prefix else key).items()
     }
-
-
-def _bytes_of(flat: Tensor) -> memoryview:
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _summary(cohort: Cohort) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class OverfittingGuard:
 
     A network can learn to mask the one gradient that a single-step attack reads (catastrophic overfitting): the fast
     attack then finds next to nothing, and several steps find nearly everything (arXiv:2001.03994, section 5).  Every
-    `every` steps both attack the same batch, and `LossGap.share` below `least` means: train with `strong` until a later
-    check finds the fast attack trustworthy again (falling back to PGD is the remedy of arXiv:2006.03089).
+    `check_every` steps both attack the same batch.  A `LossGap.share` below `min_share` means: train with `strong`,
+    until a later check gives a sufficient share (falling back to PGD is the remedy of arXiv:2006.03089).
 
         gap = guard.measure(model, loss, batch, generator=generator) if guard.is_due(step) else gap
         attack = guard.choose_attack(gap)
@@ -53,8 +53,9 @@ class OverfittingGuard:
     Attributes:
         fast: The attack of one step.
         strong: The PGD; it names the ball, and what `fast` gives is projected into it before it is measured.
-        every: Steps between checks, the first at step 0.
-        least: In [0, 1]; of a linear loss FFGSM reaches 0.86, since one step cannot undo its random start everywhere.
+        check_every: Steps between checks, the first at step 0.
+        min_share: In [0, 1]; of a linear loss FFGSM reaches 0.86, since one step cannot undo its random start
+            everywhere.
 
     Raises:
         ValueError: For numbers out of range.
@@ -63,22 +64,22 @@ class OverfittingGuard:
     fast: Attack
     strong: PGD
     _: KW_ONLY
-    every: int = 20
-    least: float = 0.5
+    check_every: int = 20
+    min_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every must be a whole number of steps >= 1, got {self.every!r}")
-        if not 0 <= self.least <= 1:
-            raise ValueError(f"least is a share and must lie in [0, 1], got {self.least!r}")
+        if isinstance(self.check_every, bool) or not isinstance(self.check_every, int) or self.check_every < 1:
+            raise ValueError(f"check_every must be a whole number of steps >= 1, got {self.check_every!r}")
+        if not 0 <= self.min_share <= 1:
+            raise ValueError(f"min_share must lie in [0, 1], got {self.min_share!r}")
 
     def is_due(self, step: int) -> bool:
         """Whether this step begins with a check."""
-        return step % self.every == 0
+        return step % self.check_every == 0
 
     def choose_attack(self, gap: LossGap | None) -> Attack:
         """What to train with after this check; the fast attack where there was none yet."""
-        return self.strong if gap is not None and gap.share < self.least else self.fast
+        return self.strong if gap is not None and gap.share < self.min_share else self.fast
 
     def measure(
         self,

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hsat.run_folder import RUN_FILE, TrainingLog, read_run_file, write_json, write_run_file
 
@@ -169,3 +169,10 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as they come back from a JSON file, so that a tuple equals a list."""
     content: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return content
+
+
+class FolderFactory(Protocol):
+    """Opens the run folder once the trainer knows the cohort's fingerprint."""
+
+    def __call__(self, *, cohort: str, writes: bool) -> TrainingFolder:
+        """The folder of the run."""

@@ -23,7 +23,11 @@ class Stateful(Protocol):
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError, naming parameters, where none of the model's parameters has `requires_grad`."""
+    """Check that there is something to train.
+
+    Raises:
+        ValueError: Naming parameters, if none of them has `requires_grad`.
+    """
     names, kind = [name for name, _ in model.named_parameters()], type(model).__name__
     if not names:
         raise ValueError(f"{kind} has no parameters, so there is nothing to train")
@@ -42,7 +46,8 @@ def largest_gradient(model: nn.Module) -> Tensor:
     Call it between backward and the optimiser's step.  Parameters without a gradient, such as those of a BatchNorm
     branch that this step did not use, are left out.
 
-    Raises ValueError where no parameter has a gradient, with the reason.
+    Raises:
+        ValueError: Where no parameter has a gradient, with the reason.
     """
     largest = largest_magnitude(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
     if largest is None:
@@ -68,8 +73,9 @@ def check_gradients(model: nn.Module) -> float:
     Not for loops with a GradScaler: there an overflow is expected, the scaler leaves out that step, and
     `largest_gradient` tells which ones it leaves out.
 
-    Raises FloatingPointError naming the parameters whose gradient holds NaN or infinity, and ValueError where no
-    parameter has a gradient at all.
+    Raises:
+        FloatingPointError: Naming the parameters whose gradient holds NaN or infinity.
+        ValueError: Where no parameter has a gradient at all.
     """
     largest = float(largest_gradient(model))
     if not math.isfinite(largest):
@@ -85,9 +91,12 @@ def non_finite_gradients(model: nn.Module) -> str:
 
 
 def check_state(model: nn.Module, optimizer: Stateful | None = None) -> None:
-    """Raise FloatingPointError naming what is NaN or infinite in the state of a model, or of its optimiser.
+    """Check that the state of a model, and of its optimiser, is finite; one read of the device.
 
-    One read of the device.  `save_checkpoint` and `save_encoder` do this by themselves.
+    `save_checkpoint` and `save_encoder` do this by themselves.
+
+    Raises:
+        FloatingPointError: Naming what is NaN or infinite.
     """
     if entries := non_finite_state(model, optimizer):
         raise FloatingPointError(f"the state is not finite in {list_entries(entries)}")

@@ -73,7 +73,7 @@ class InnerAttack:
         fast = SINGLE_STEP[self.config.name](pgd.threat)
         if self.config.check_every == 0:
             return fast, None
-        guard = OverfittingGuard(fast, pgd, every=self.config.check_every, least=self.config.check_share)
+        guard = OverfittingGuard(fast, pgd, check_every=self.config.check_every, min_share=self.config.check_share)
         if guard.is_due(step):
             own = torch.Generator().manual_seed(generator.initial_seed())  # a check must not change the draws
             self.gap = self._measure(guard, parts, generator=own, ids=ids)

@@ -16,7 +16,11 @@ _CPU_WORDS = ("defaultcpuallocator", "can't allocate memory", "cannot allocate m
 
 
 def parse_memory(text: str) -> int:
-    """Bytes in "8GB", "500 MB", "7.5GiB" or "1000000"; ValueError for anything else."""
+    """Bytes in "8GB", "500 MB", "7.5GiB" or "1000000".
+
+    Raises:
+        ValueError: For anything else.
+    """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < math.inf:
         raise ValueError(f"write an amount of memory such as 8GB, 500MB or 7.5GiB; got {text!r}")
@@ -50,7 +54,11 @@ def peak_memory(device: torch.device) -> int:
 def largest_batch(batch: int, *, before: float, peak: float, limit: float) -> int:
     """The batch that fits into `limit` bytes, if memory beyond `before` grows in proportion to the batch; 0 for none.
 
-    before: bytes held before the first step, peak: the most during it, with `batch` of whatever the batch counts.
+    Args:
+        batch: Size of the batch that was measured, in whatever it counts.
+        before: Bytes held before the first step.
+        peak: The most during it.
+        limit: Bytes that may be held.
     """
     if peak <= before:
         return batch
@@ -68,13 +76,20 @@ class StepClock:
     """Seconds per step of this process, the first step left out: it warms caches and compiles.
 
     `tick` is called once after each step and gives, once, after `after` timed steps, the estimate for the rest.
+
+    Args:
+        after: Number of timed steps.
     """
 
     def __init__(self, *, after: int = 2) -> None:
         self._after, self._ticks, self._begin = after, 0, 0.0
 
     def tick(self, left: int) -> str | None:
-        """After a step; left: steps still to go.  The sentence to show, or None."""
+        """The sentence to show after a step, or None.
+
+        Args:
+            left: Steps still to go.
+        """
         self._ticks += 1
         if self._ticks == 1:
             self._begin = time.perf_counter()

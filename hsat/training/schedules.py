@@ -15,8 +15,16 @@ def epsilon_schedule(
     Linear from `start` in epoch 0 to `eps` in epoch warmup - 1, `eps` from then on; warmup=1 is one epoch at `start`,
     warmup=0 is `eps` throughout.  The paper: eps 8/255, warmup 5000 of 40,000 epochs.  An eps below `start` is reached
     from above, as in the published code, except that eps=0 is 0 throughout.
-    epochs: the length of the run, if you want a warm-up that never ends to be refused.
-    Raises ValueError for a negative epoch or warmup, a warmup above `epochs`, or radii outside [0, 1].
+
+    Args:
+        epoch: The epoch.
+        warmup: Length of the warm-up in epochs.
+        eps: Radius after it, in [0, 1].
+        start: Radius in epoch 0, in [0, 1].
+        epochs: Length of the run; with it a warm-up that is longer is refused.
+
+    Raises:
+        ValueError: For a negative epoch or warmup, a warmup above `epochs`, or radii outside [0, 1].
     """
     _check_at_least(0, epoch=epoch, warmup=warmup)
     for name, radius in (("eps", eps), ("start", start)):
@@ -37,7 +45,9 @@ def augmentation_strength(epoch: int, epochs: int, plateau: int = 50) -> float:
     """Strength of the augmentation in this epoch: 1 - plateau * floor(epoch / plateau) / epochs, in (0, 1].
 
     It falls from 1 in steps of plateau / epochs; section 3 of arXiv:2503.10629, there with plateau 50.
-    Raises ValueError unless 0 <= epoch < epochs and plateau >= 1.
+
+    Raises:
+        ValueError: Unless 0 <= epoch < epochs and plateau >= 1.
     """
     _check_at_least(1, epochs=epochs, plateau=plateau)
     _check_at_least(0, epoch=epoch)
@@ -54,7 +64,8 @@ def cosine_with_warmup(step: int, *, steps: int, warmup: int) -> float:
 
         LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps=steps, warmup=steps // 10))
 
-    Raises ValueError for negative numbers, steps < 1, or a warmup above `steps`, naming both.
+    Raises:
+        ValueError: For negative numbers, steps < 1, or a warmup above `steps`, naming both.
     """
     _check_at_least(0, step=step, warmup=warmup)
     _check_at_least(1, steps=steps)
@@ -70,8 +81,14 @@ def cosine_with_warmup(step: int, *, steps: int, warmup: int) -> float:
 def paper_clean_weight(strength: float, lam: float = 0.66) -> float:
     """Share of the clean loss in the mixed loss, (1 - lam * (1 - strength)) / 2; the adversarial loss has the rest.
 
-    strength: that of the augmentation, in [0, 1].  At full strength the two are equal; as the augmentation weakens, the
-    adversarial loss gains.  Raises ValueError for a strength or lam outside [0, 1].
+    At full strength the two are equal; as the augmentation weakens, the adversarial loss gains.
+
+    Args:
+        strength: That of the augmentation, in [0, 1].
+        lam: How much the share falls with it, in [0, 1].
+
+    Raises:
+        ValueError: For a strength or lam outside [0, 1].
     """
     for name, value in (("strength", strength), ("lam", lam)):
         if not 0 <= value <= 1:

@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from hsat.attacks import PGD, Linf
 from hsat.data import (
-    AugmentationPolicy,
     Cohort,
-    HierarchicalDataset,
     PatchStore,
     PatientBatchSampler,
-    hierarchical_loader,
 )
 from hsat.distributed import (
     World,
-    average_statistics,
     batch_share,
-    global_indices,
     shared_world,
-    synchronize_batchnorm,
     world_rank,
     world_size,
 )
-from hsat.losses import HiDiscLoss
-from hsat.models import DualBatchNorm, Encoder, save_encoder
+from hsat.models import Encoder, save_encoder
 from hsat.run_folder import write_json
-from hsat.training.accumulation import SplitBatch, accumulated_step, split_batch
 from hsat.training.agreement import assert_ranks_agree, assert_same
 from hsat.training.checkpoint import (
     RandomStateMismatch,
@@ -47,39 +35,26 @@ from hsat.training.checkpoint import (
     save_checkpoint,
 )
 from hsat.training.config import TrainConfig
-from hsat.training.folder import TrainingFolder
-from hsat.training.free import free_replays
+from hsat.training.folder import FolderFactory, TrainingFolder
 from hsat.training.gradients import (
-    check_gradients,
     check_state,
-    check_trainable,
-    largest_gradient,
-    non_finite_gradients,
 )
-from hsat.training.inner_attack import InnerAttack, check_groups
-from hsat.training.interrupts import StopRequest, TrainingInterrupted, leave_process_group, stop_on_signals
-from hsat.training.precision import average_gradients, compile_in_place, make_adamw, make_autocast, make_scaler
+from hsat.training.inner_attack import check_groups
+from hsat.training.interrupts import StopRequest, TrainingInterrupted, stop_on_signals
+from hsat.training.optimization import Optimization
 from hsat.training.resources import StepClock, memory_report, peak_memory
 from hsat.training.schedules import (
     augmentation_strength,
-    cosine_with_warmup,
     epsilon_schedule,
     paper_clean_weight,
 )
-from hsat.training.step import StepResult, adversarial_step
 from hsat.training.validation import HELD_OUT, Validation, held_out_validation
-from hsat.types import LEVELS, HierarchicalBatch
+from hsat.training.views import view_loader
+from hsat.types import HierarchicalBatch
 
 DEFAULTS = TrainConfig()
 
 _log = logging.getLogger("hsat")
-
-
-class FolderFactory(Protocol):
-    """Opens the run folder once the trainer knows the cohort's fingerprint."""
-
-    def __call__(self, *, cohort: str, writes: bool) -> TrainingFolder:
-        """The folder of the run."""
 
 
 class Trainer:
@@ -136,16 +111,10 @@ class Trainer:
         check_groups(config.attack, ranks=self.ranks, accumulate=config.accumulate)
         torch.manual_seed(config.seed + self.rank)  # for backbones with dropout; nothing of hsat draws from it
         self._plan_steps()
-        self._prepare_encoder()
-        self.optimizer = make_adamw(encoder, lr=config.lr, weight_decay=config.weight_decay)
-        self.scaler = make_scaler(config.precision, self.device)
-        warmup = int(config.warmup * self.total)
-        self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=self.total, warmup=warmup))
+        self.optimization = Optimization(encoder, config, total=self.total, device=self.device)
         self.done, self.best = 0, -1.0
         self.saved: int | None = None  # steps in last.pt
-        self.skipped = 0  # steps that float16 left out
         self.clock, self.memory_before = StepClock(), peak_memory(self.device)
-        self._compiled = not config.compile
         self._validate = validate if validate is not None else self._default_validation()
         fingerprint = cohort.fingerprint()
         writes = self.rank == 0
@@ -186,24 +155,6 @@ class Trainer:
         self.loader = view_loader(
             config, self.sampler, plateau=self.plateau, pin_memory=self.device.type == "cuda", store=self.store
         )
-
-    def _prepare_encoder(self) -> None:
-        """Losses, precision and the forms of the encoder that the passes call."""
-        config = self.config
-        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
-        check_trainable(self.encoder)
-        if config.sync_norm and self.ranks > 1:
-            synchronize_batchnorm(self.encoder, device=self.device)
-        assert_ranks_agree(model=self.encoder)  # DistributedDataParallel would make them rank 0's in silence
-        self.encoder.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
-        if self.ranks > 1 and not config.clean:
-            _freeze_unused_branch(self.encoder, attacked=config.attack.name != "none")
-        self.parallel: nn.Module = average_gradients(self.encoder) if self.ranks > 1 else self.encoder
-        self.autocast = make_autocast(config.precision, self.device)
-        everywhere = config.global_negatives and self.ranks > 1
-        self.loss = HiDiscLoss.from_code(config.loss, temperature=config.temperature, gather=everywhere)
-        self.inner_loss = HiDiscLoss.from_code(config.attack.levels, temperature=config.temperature)
-        self.inner = InnerAttack(config.attack, self.encoder, self.inner_loss, autocast=self.autocast)
 
     def _default_validation(self) -> Validation | None:
         if HELD_OUT not in self.cohort.splits:
@@ -286,34 +237,13 @@ class Trainer:
             FloatingPointError: Before a loss or a gradient that is not finite is stepped on.
             ValueError: If no parameter got a gradient.
         """
-        epoch, count = self.epoch, self.config.accumulate
-        parts = split_batch(batch, count) if count > 1 else None  # on the CPU, where ids are counted
-        batch = self._to_device(batch)
-        if parts is not None:
-            parts = SplitBatch(batch, tuple(map(self._to_device, parts.parts)))
-        # a GPU draws its noise itself: 128 images of 300 pixels cost a CPU 0.17 s
-        home = self.device if self.device.type == "cuda" else torch.device("cpu")
-        generator = torch.Generator(home).manual_seed(_mix_seed(self.config.seed, self.done))
-        attack = self.attack(epoch)
-        self.parallel.train()
-        if not self._compiled:
-            compile_in_place(self.encoder, self.device)
-            self._compiled = True
-        try:
-            for result in self._results(batch, parts, attack, epoch=epoch, generator=generator):
-                values = self._descend(result, has_gradients=parts is not None)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {self.done}: {error}") from error
-        self.inner.keep(batch, result.x_adv)
-        row = {"step": self.done, "epoch": epoch, "loss": values.pop("loss")}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row |= values
-        with warnings.catch_warnings():  # float16: a first step that overflows is left out, as it should be
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            self.schedule.step()
+        epoch, attack = self.epoch, self.attack(self.epoch)
+        weight = paper_clean_weight(self.strength(epoch)) if self.config.clean else 0.0
+        values = self.optimization.step(batch, attack, number=self.done, clean_weight=weight)
+        row = {"step": self.done, "epoch": epoch} | values
         self.done += 1
         row |= {"eps": 0.0 if attack is None else float(attack.threat.eps), "strength": self.strength(epoch)}
-        return row | self.inner.logged()
+        return row | self.optimization.inner.logged()
 
     def validate_if_due(self) -> dict[str, float]:
         """The held-out numbers where it is time for them, and the best encoder kept; else nothing."""
@@ -322,7 +252,7 @@ class Trainer:
         self.check_state()
         values = dict(self._validate(self.encoder))
         score = values.pop("score")
-        if score > self.best and self.skipped < self.done:
+        if score > self.best and self.optimization.skipped < self.done:
             self.best = score
             if self.folder.writes:
                 facts = {"step": self.done, "cohort": self.folder.cohort, "score": score}
@@ -336,107 +266,9 @@ class Trainer:
     def check_state(self) -> None:
         """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state."""
         try:
-            check_state(self.encoder, self.optimizer)
+            check_state(self.encoder, self.optimization.optimizer)
         except FloatingPointError as error:
             raise FloatingPointError(f"after step {self.done - 1}: {error}") from error
-
-    # --- one step -----------------------------------------------------------------------------------------------------
-
-    def _to_device(self, batch: HierarchicalBatch) -> HierarchicalBatch:
-        batch = batch.to(self.device, non_blocking=True)
-        return batch.replace(images=batch.images.to(memory_format=self.layout))
-
-    def _results(
-        self,
-        batch: HierarchicalBatch,
-        parts: SplitBatch | None,
-        pgd: PGD | None,
-        *,
-        epoch: int,
-        generator: torch.Generator,
-    ) -> Iterator[StepResult]:
-        """The losses to descend on this batch, one after the other: one, or with free training one per replay."""
-        several = self.ranks * self.config.accumulate > 1
-        ids = global_indices(len(batch), rank=self.rank) if several else None
-        if pgd is not None and self.config.attack.name == "free":
-            yield from free_replays(
-                self.parallel,
-                self.loss,
-                batch,
-                threat=pgd.threat,
-                replays=self.config.attack.replays,
-                autocast=self.autocast,
-                generator=generator,
-                ids=ids,
-            )
-            return
-        groups = (batch,) if parts is None else parts.parts
-        attack, start = self.inner.choose(pgd, groups, self.done, generator=generator, ids=ids)
-        weight = paper_clean_weight(self.strength(epoch)) if self.config.clean else 0.0
-        if parts is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-            yield accumulated_step(
-                self.parallel,
-                self.loss,
-                attack,
-                parts,
-                inner_loss=self.inner_loss,
-                clean_weight=weight,
-                autocast=self.autocast,
-                generator=generator,
-                ids=ids,
-                scale=self.scaler.scale,
-            )
-        else:
-            yield adversarial_step(
-                self.parallel,
-                self.loss,
-                attack,
-                batch,
-                inner_loss=self.inner_loss,
-                clean_weight=weight,
-                autocast=self.autocast,
-                generator=generator,
-                start=start,
-                ids=ids,
-            )
-
-    def _descend(self, result: StepResult, *, has_gradients: bool) -> dict[str, float]:
-        """One optimiser step; the loss and its terms as numbers, read in one go with the largest gradient.
-
-        has_gradients: whether backward was called already.
-        """
-        named = {"loss": result.loss.detach()}
-        for name, terms in (("clean", result.clean), ("adversarial", result.adversarial)):
-            if terms is not None:
-                named |= {f"{name}_{level}": getattr(terms, level).detach() for level in LEVELS}
-        if not has_gradients:
-            self.optimizer.zero_grad(set_to_none=True)
-            if result.loss.requires_grad:  # else nothing has a gradient, which largest_gradient says
-                self.scaler.scale(result.loss).backward()  # type: ignore[no-untyped-call]
-        named["gradient"] = largest_gradient(self.encoder).to(result.loss.dtype)
-        values = dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']}")
-        overflow = not math.isfinite(values.pop("gradient"))
-        if overflow and not self.scaler.is_enabled():
-            check_gradients(self.encoder)  # raises, naming parameters
-        self.scaler.step(self.optimizer)  # which leaves out a step whose gradients overflow
-        self.scaler.update()
-        if self.scaler.is_enabled():
-            self._count_skipped(overflow)
-            values["skipped"] = float(overflow)
-        average_statistics(self.encoder)
-        return values
-
-    def _count_skipped(self, overflow: bool) -> None:
-        """Raise FloatingPointError where float16 gradients overflow although the loss is not scaled up any more."""
-        self.skipped += overflow
-        if overflow and (scale := self.scaler.get_scale()) < 1:
-            raise FloatingPointError(
-                f"float16 gradients overflow although the loss is no longer scaled up (scale {scale:g};"
-                f" {self.skipped} of {self.done + 1} steps were skipped): {non_finite_gradients(self.encoder)}"
-            )
 
     # --- what happens around the steps --------------------------------------------------------------------------------
 
@@ -470,14 +302,12 @@ class Trainer:
         """Write last.pt, the checkpoint to resume from; all ranks call this, the first one writes."""
         if self.saved == self.done:
             return
-        extra = {"best": self.best, "encoder": self.encoder.spec, "inner": self.inner.state_dict()}
-        if self.scaler.is_enabled():
-            extra |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
+        extra = {"best": self.best, "encoder": self.encoder.spec} | self.optimization.state_dict()
         save_checkpoint(
             self.folder.last,
             model=self.encoder,
-            optimizer=self.optimizer,
-            scheduler=self.schedule,
+            optimizer=self.optimization.optimizer,
+            scheduler=self.optimization.schedule,
             epoch=self.epoch,
             step=self.done,
             config=self.folder.settings,
@@ -487,15 +317,19 @@ class Trainer:
 
     def _finish(self) -> Path:
         """Write the final encoder; raises ValueError if float16 skipped every step."""
-        if self.skipped and self.skipped >= self.done:
+        if self.optimization.skipped and self.optimization.skipped >= self.done:
             raise ValueError(
                 f"every one of the {self.done} steps was skipped, for float16 gradients overflowed: nothing was"
                 f" trained, and {self.folder.out} holds an encoder as it began. Take another --out with"
                 " --train.precision bf16; or with more steps, as each one halves the scale of the loss, now"
-                f" {self.scaler.get_scale():g}"
+                f" {self.optimization.scaler.get_scale():g}"
             )
-        if self.skipped:
-            _log.info("note: %d of %d steps were skipped, for float16 gradients overflowed", self.skipped, self.done)
+        if self.optimization.skipped:
+            _log.info(
+                "note: %d of %d steps were skipped, for float16 gradients overflowed",
+                self.optimization.skipped,
+                self.done,
+            )
         final, best = self.folder.out / "final.safetensors", self.folder.out / "best.safetensors"
         if self.folder.writes:
             save_encoder(self.encoder, final, metadata={"step": self.done, "cohort": self.folder.cohort})
@@ -530,89 +364,37 @@ class Trainer:
             if self.done > self.total:
                 raise ValueError(f"{folder.last} is damaged: it stands at step {self.done} of {self.total}")
             self.saved = self.done
-            self._take_rate()
             folder.note_changes(state.config, self.done)
         else:
             folder.note_changes(folder.began, 0)
         assert_same("the step to go on from", self.done)
         if self.done:
-            assert_ranks_agree(model=self.encoder, optimizer=self.optimizer)
+            assert_ranks_agree(model=self.encoder, optimizer=self.optimization.optimizer)
         folder.keep_rows_before(self.done)
 
     def _load_state(self) -> TrainingState:
         path, encoder = self.folder.last, self.encoder
         try:
-            return load_training_state(path, model=encoder, optimizer=self.optimizer, scheduler=self.schedule)
+            return load_training_state(
+                path, model=encoder, optimizer=self.optimization.optimizer, scheduler=self.optimization.schedule
+            )
         except RandomStateMismatch:
             _log.info("note: resuming with another number of ranks; dropout, if any, draws afresh")
         return load_training_state(
-            path, model=encoder, optimizer=self.optimizer, scheduler=self.schedule, restore_random=False
+            path,
+            model=encoder,
+            optimizer=self.optimization.optimizer,
+            scheduler=self.optimization.schedule,
+            restore_random=False,
         )
 
     def _take_extra(self, extra: Mapping[str, Any]) -> None:
         try:
             self.best = float(extra["best"])
-            if "inner" in extra:  # older checkpoints have none
-                self.inner.load_state_dict(extra["inner"])
-            if "scaler" in extra:
-                self.scaler.load_state_dict(extra["scaler"])
-            self.skipped = int(extra.get("skipped", 0))
+            self.optimization.load_state_dict(extra)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder.last} is damaged ({type(error).__name__}: {error})") from error
-
-    def _take_rate(self) -> None:
-        """The learning rate of the options, where a checkpoint of another one was loaded."""
-        rate = self.config.lr
-        if self.schedule.base_lrs == [rate] * len(self.schedule.base_lrs):
-            return
-        self.schedule.base_lrs = [rate] * len(self.schedule.base_lrs)
-        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
-            group["initial_lr"], group["lr"] = rate, rate * factor(self.schedule.last_epoch)
-
-
-def view_loader(
-    config: TrainConfig, sampler: PatientBatchSampler, *, plateau: int, pin_memory: bool, store: PatchStore | None
-) -> Iterable[HierarchicalBatch]:
-    """Batches of augmented views.  Under the preset "paper" the first plateau of a dynamic augmentation is static."""
-    views, static_epochs = config.views, config.views.static_epochs
-    if static_epochs is None:
-        dynamic = views.dynamic and views.augmentation in ("v0", "v1")
-        static_epochs = plateau if config.preset == "paper" and dynamic else 0
-    policy = AugmentationPolicy(
-        views.augmentation,
-        uncropped=views.uncropped or ("keep" if config.preset == "paper" else "resize"),
-        static_epochs=static_epochs,
-        batched=views.augment == "items",
-    )
-    dataset = HierarchicalDataset(
-        sampler.cohort,
-        "train",
-        image_size=views.image_size,
-        transform=policy,
-        slides=views.slides,
-        patches=views.patches,
-        views=views.views,
-        seed=config.seed,
-        on_bad=views.on_bad,
-        store=store,
-    )
-    loader = hierarchical_loader(
-        dataset, sampler, workers=views.workers, pin_memory=pin_memory, ids=views.ids, compat=config.preset
-    )
-    loader.worker_init_fn = leave_process_group
-    return loader
-
-
-def _freeze_unused_branch(encoder: nn.Module, *, attacked: bool) -> None:
-    """A branch of dual BatchNorm that this run never uses gets no gradient, for which ranks would wait in vain."""
-    for layer in encoder.modules():
-        if isinstance(layer, DualBatchNorm):
-            layer.bn_list[0 if attacked else 1].requires_grad_(False)  # bn_list is (normal, pgd)
 
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
-
-
-def _mix_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)

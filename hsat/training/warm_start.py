@@ -25,8 +25,11 @@ class WarmStarts:
     patches ("true"), not places in a batch.
 
     Stored on the CPU as int8 with one float32 scale per image: c * h * w bytes each, with an error of at most 1/254 of
-    the image's largest change.  capacity: number of images kept at most, the longest unused are dropped; None keeps
-    all.  Belongs to one rank.  `state_dict` goes into `save_checkpoint(extra=...)`, so that runs resume bit for bit.
+    the image's largest change.  The object belongs to one rank.  `state_dict` goes into `save_checkpoint(extra=...)`,
+    so that runs resume bit for bit.
+
+    Attributes:
+        capacity: Number of images kept at most, the longest unused are dropped; None keeps all.
     """
 
     def __init__(self, *, capacity: int | None = None) -> None:
@@ -50,30 +53,41 @@ class WarmStarts:
         """Starts (n, c, h, w) for an attack: image plus kept perturbation, projected; random where none is known.
 
         Random points are drawn for the whole batch, so the generator advances by the same amount whatever is known.
-        Raises ValueError naming the patch whose image has another shape than the one that was kept.
+
+        Args:
+            batch: Images with the ids of their patches.
+            threat: The feasible set of the attack that starts there.
+            generator: Source of the random points.
+
+        Raises:
+            ValueError: Naming the patch whose image has another shape than the one that was kept.
         """
         x = batch.images.detach()
         points = threat.random_start(x, generator)
-        deltas = [self._kept.get(key) for key in _keys(batch)]
-        rows = [row for row, known in enumerate(deltas) if known is not None]
-        if not rows:
+        kept = {row: self._kept[key] for row, key in enumerate(_keys(batch)) if key in self._kept}
+        if not kept:
             return points
-        for row in rows:
-            shape = tuple(deltas[row][0].shape)  # type: ignore[index]
+        for row, (delta, _) in kept.items():
+            shape = tuple(delta.shape)
             if shape != tuple(x.shape[1:]):
                 raise ValueError(
                     f"patch {int(batch.patch[row])} was kept with shape {shape} and now has {tuple(x.shape[1:])};"
                     " warm starts need images of one size"
                 )
-        known = torch.stack([delta.float() * scale for delta, scale in (deltas[row] for row in rows)])  # type: ignore[misc]
-        index = to_device_of(torch.tensor(rows), x)
-        moved = x.index_select(0, index) + to_device_of(known, x, x.dtype)
+        perturbations = torch.stack([delta.float() * scale for delta, scale in kept.values()])
+        index = to_device_of(torch.tensor(list(kept)), x)
+        moved = x.index_select(0, index) + to_device_of(perturbations, x, x.dtype)
         return threat.project(points.index_copy(0, index, moved), x)
 
     def keep(self, batch: HierarchicalBatch, x_adv: Tensor) -> None:
         """Remember what an attack made of a batch (reads the device).
 
-        Raises ValueError when x_adv (n, c, h, w) has not the shape of the images.
+        Args:
+            batch: The images that were attacked.
+            x_adv: The attack's result (n, c, h, w).
+
+        Raises:
+            ValueError: If x_adv has not the shape of the images.
         """
         if x_adv.shape != batch.images.shape:
             raise ValueError(

@@ -1,7 +1,8 @@
-"""One row per image: the shape that encoders and classifiers have to give."""
+"""One row and one label per image: the shapes that encoders, classifiers and callers have to give."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 SQUEEZED = (
@@ -16,6 +17,18 @@ def check_rows(z: Tensor, n: int, giver: str, *, columns: str = "d") -> None:
         return
     shape = tuple(z.shape)
     raise ValueError(f"{giver} gave shape {shape} for {n} images; expected ({n}, {columns}).{row_advice(shape, n)}")
+
+
+def check_labels(label: Tensor, *, classes: int | None = None) -> None:
+    """Raise unless these are class indices (n,), below `classes` when that is given."""
+    if not isinstance(label, Tensor) or label.dtype.is_floating_point or label.dtype == torch.bool or label.ndim != 1:
+        form = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+        raise TypeError(f"labels must be integers (n,), the index of each image's class; got {form}")
+    if classes is not None and len(label) and not (0 <= int(label.min()) and int(label.max()) < classes):
+        raise ValueError(
+            f"labels run from {int(label.min())} to {int(label.max())}, but there are {classes} classes;"
+            " they must index the classes of the bank or model"
+        )
 
 
 def row_advice(shape: tuple[int, ...], n: int) -> str:

@@ -66,7 +66,7 @@ def test_errors(bank, encoder):
         choose_guide_images(bank, z, labels=labels, which="near")
     with pytest.raises(ValueError, match=r"embeddings must be \(n, 5\) as the bank's are, got \(2, 4\)"):
         choose_guide_images(bank, z[:, :4], labels=labels)
-    with pytest.raises(ValueError, match="labels run from 0 to 3, but the bank has 3 classes"):
+    with pytest.raises(ValueError, match="labels run from 0 to 3, but there are 3 classes"):
         choose_guide_images(bank, z, labels=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"2 labels but patients of shape \(3,\)"):
         choose_guide_images(bank, z, labels=labels, patients=torch.arange(3))

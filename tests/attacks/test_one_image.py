@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,13 +34,13 @@ from hsat.attacks import (
     hierarchical,
     margin,
     match_features,
-    soft_knn,
     worst_case,
 )
+from hsat.classifiers import DecisionModel, KNNClassifier
 from hsat.data import srh_to_rgb
 from hsat.losses import HiDiscLoss
 from hsat.stains import estimate_stains
-from hsat.types import HierarchicalBatch, Levels
+from hsat.types import EmbeddingTable, HierarchicalBatch, Levels
 
 SHAPES = [(1, 3, 8, 8), (1, 1, 8, 8), (1, 3, 1, 1), (1, 3, 1, 5)]
 MASK = torch.zeros(8, 8)
@@ -52,7 +53,6 @@ THREATS = {
     "linf of four axes": Linf(torch.full((1, 1, 1, 1), 8 / 255)),
 }
 LABEL = torch.zeros(1, dtype=torch.long)
-BANK = (torch.eye(5), torch.tensor([0, 1, 2, 1, 1]))
 
 
 def seeded(seed=0):
@@ -66,6 +66,18 @@ def image(shape=(1, 3, 8, 8)):
 def encoder(v):
     weight = torch.randn(v.shape[1], 5, generator=seeded(1))
     return (v - 0.5).mean((2, 3)) @ weight
+
+
+def bank_of(rows, class_names):
+    index = np.arange(rows)
+    return EmbeddingTable(np.eye(5)[:rows], [0, 1, 2, 1, 1][:rows], index, index, index, tuple(class_names))
+
+
+BANK, ONE_ROW = bank_of(5, "abc"), bank_of(1, "ab")
+
+
+def model_of(bank, encode=encoder, *, k):
+    return DecisionModel(encode, KNNClassifier(k=k).fit(bank))
 
 
 def attacks_of(threat, step=0.02):
@@ -104,10 +116,10 @@ def test_every_attack(shape, threat, ids):
     "make",
     [
         *(lambda x, d=distance: feature_drift(encoder, x, d) for distance in ("cosine", "l2", "l1")),
-        *(lambda x, k=k: soft_knn(encoder, BANK, LABEL, k=k) for k in (1, 5)),
-        lambda x: soft_knn(encoder, (BANK[0][:1], BANK[1][:1]), LABEL, k=1, classes=2),
-        lambda x: aggregate_margin(encoder, BANK, LABEL, LABEL, k=1),
-        lambda x: aggregate_margin(encoder, (BANK[0][:1], BANK[1][:1]), LABEL, LABEL, k=1, classes=2),
+        *(lambda x, k=k: margin(model_of(BANK, k=k), LABEL) for k in (1, 5)),
+        lambda x: margin(model_of(ONE_ROW, k=1), LABEL),
+        lambda x: aggregate_margin(model_of(BANK, k=1), LABEL, LABEL),
+        lambda x: aggregate_margin(model_of(ONE_ROW, k=1), LABEL, LABEL),
         lambda x: classification(encoder, LABEL),
         lambda x: margin(encoder, LABEL),
         lambda x: dlr(encoder, LABEL),
@@ -150,8 +162,8 @@ def test_what_one_image_cannot_do_is_named():
         FGSM(Linf(0.1))(image(), hierarchical(encoder, HiDiscLoss(), levels))
     with pytest.raises(ValueError, match="margin needs at least 2 classes, the model gives 1"):
         margin(lambda v: encoder(v)[:, :1], LABEL)(image())
-    with pytest.raises(ValueError, match="the bank has one; give classes=2"):
-        soft_knn(encoder, (BANK[0][:1], BANK[1][:1]), LABEL, k=1)
+    with pytest.raises(ValueError, match="aggregate_margin needs at least 2 classes, the model gives 1"):
+        aggregate_margin(model_of(bank_of(1, "a"), k=1), LABEL, LABEL)(image())
     with pytest.raises(ValueError, match=r"256 stained pixels have one hue only.*vectors="):
         estimate_stains(torch.tensor([0.4, 0.2, 0.6]).view(1, 3, 1, 1).expand(1, 3, 16, 16))
 
@@ -162,8 +174,8 @@ def test_what_one_image_cannot_do_is_named():
         feature_drift,
         lambda f, x: feature_drift(f, x, reference=torch.ones(1, 5)),
         lambda f, x: match_features(f, torch.ones(1, 5)),
-        lambda f, x: soft_knn(f, BANK, LABEL, k=1),
-        lambda f, x: aggregate_margin(f, BANK, LABEL, LABEL, k=1),
+        lambda f, x: margin(model_of(BANK, f, k=1), LABEL),
+        lambda f, x: aggregate_margin(model_of(BANK, f, k=1), LABEL, LABEL),
         lambda f, x: classification(f, LABEL),
         lambda f, x: margin(f, LABEL),
         lambda f, x: dlr(f, LABEL),

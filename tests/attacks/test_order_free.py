@@ -25,10 +25,11 @@ from hsat.attacks import (
     RandomNoise,
     classification,
     feature_drift,
+    margin,
     match_features,
-    soft_knn,
     worst_case,
 )
+from hsat.classifiers import DecisionModel, KNNClassifier
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
 N, ROOT = 11, Path(__file__).parents[2]
@@ -53,8 +54,10 @@ def encoder(v):
 X = torch.rand(N, 3, 4, 4, generator=seeded(9))
 LABEL = torch.arange(N) % 3
 TARGET = torch.randn(N, 3, generator=seeded(5), dtype=torch.float64)
-BANK = (torch.randn(50, 3, generator=seeded(6)), torch.arange(50) % 3)
-VOTE = soft_knn(encoder, BANK, LABEL, k=9)
+INDEX = np.arange(50)
+BANK = EmbeddingTable(torch.randn(50, 3, generator=seeded(6)).numpy(), INDEX % 3, INDEX, INDEX, INDEX, ("a", "b", "c"))
+KNN = KNNClassifier(k=9)
+VOTE = margin(DecisionModel(encoder, KNN.fit(BANK)), LABEL)
 ATTACKS = {
     "pgd": PGD(THREAT, step_size=2 / 255, steps=3),
     "restarts": PGD(THREAT, step_size=2 / 255, steps=2, restarts=3),
@@ -125,19 +128,17 @@ def loader(parts):
 
 @pytest.mark.parametrize("target", ["features", "decision"])
 def test_evaluation(target):
-    from hsat.classifiers import KNNClassifier  # not above: the ranks below import this file
     from hsat.eval import RunOptions, Scoring, evaluate_whitebox
 
-    bank = EmbeddingTable(BANK[0].numpy(), BANK[1].numpy(), *[np.arange(50)] * 3, ("a", "b", "c"))
     attacks = {"PGD-8": ATTACKS["restarts"], "worst": ATTACKS["worst"]}
 
     def run(parts):
         return evaluate_whitebox(
             encoder,
-            bank,
+            BANK,
             loader(parts),
             attacks,
-            classifier=KNNClassifier(k=9),
+            classifier=KNN,
             target=target,
             scoring=Scoring(bootstrap=0),
             run=RunOptions(noise=False),

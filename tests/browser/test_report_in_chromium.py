@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from hsat.eval import write_report
+from hsat.report import write_report
 
 pytestmark = pytest.mark.chromium
 LONG = "a_model_whose_name_is_long_and_has_no_space_where_it_could_break_" * 2
@@ -72,7 +72,7 @@ def test_the_figures_are_there(chromium, page):
     drawn = "[...document.querySelectorAll('svg.chart')].every(e => e.getBoundingClientRect().height > 100)"
     assert chromium.value(drawn)
     assert chromium.value("[...document.images].every(e => e.complete && e.naturalWidth === 12)")
-    lines = "[...document.querySelectorAll('#numbers-1 path.line')].filter(e => e.getTotalLength() > 50).length"
+    lines = "[...document.querySelectorAll('#numbers-1 g.line path')].filter(e => e.getTotalLength() > 50).length"
     assert chromium.value(lines) >= 3 * 2 * len(MODELS)
 
 

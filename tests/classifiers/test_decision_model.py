@@ -174,8 +174,12 @@ def test_modes_follow_the_encoder_and_the_head(problem):
 def test_one_class_still_has_a_margin(table, problem):
     encoder, bank, x, _ = problem
     model = DecisionModel(encoder, KNNClassifier(k=3).fit(table(bank.z)))
-    assert model(x).shape == (12, 2) and model.scores(x).shape == (12, 1)
-    assert (margin(model, torch.zeros(12, dtype=torch.int64))(x) < 0).all()
+    assert model(x).shape == model.scores(x).shape == (12, 2)
+    torch.testing.assert_close(model.scores(x), torch.tensor([[1.0, 0.0]]).double().expand(12, 2))
+    value = margin(model, torch.zeros(12, dtype=torch.int64))(x)
+    assert (value < 0).all() and len(value.unique()) > 1, "attacks see where they are"
+    cold = DecisionModel(encoder, KNNClassifier(k=3, temperature=1e-6).fit(table(-bank.z)))
+    assert (cold(x).argmax(1) == 0).all()
 
 
 def test_a_classifier_of_the_user_serves(problem):

@@ -215,3 +215,15 @@ def test_predict_is_the_highest_score_in_crowds_of_wide_rows(table, k):
     rows = few[rng.integers(0, 60, 900)] + 1e-7 * rng.standard_normal((900, 2048))
     knn = KNNClassifier(k=k).fit(table(rows, rng.integers(0, 5, 900), classes=5))
     np.testing.assert_array_equal(knn.predict(few), knn.predict_proba(few).argmax(1))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("n", "m", "count"), [(1, 1, 1), (5, 40, 7), (6, 40, 40), (3, 9, 20), (4, 1000, 999)])
+def test_the_highest_products_are_those_of_topk(monkeypatch, n, m, count, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(search, "_LEAST_PER_THREAD", 1)
+    product = torch.randn(n, m, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+    value, column = search.highest(product, count)
+    assert torch.equal(value.sort(dim=1, descending=True).values, product.topk(min(count, m), dim=1).values)
+    assert torch.equal(product.gather(1, column), value)
+    assert all(len(set(line)) == min(count, m) for line in column.tolist())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from hsat.data import read_opensrh
-from hsat.eval import compare_models, load_scores, read_records
+from hsat.eval import Scoring, compare_models, load_scores, read_records
 from hsat.models import load_encoder
 
 QUICK = "--data.image_size 32 --steps 2 --bootstrap 10 --gallery 2 --diagnose 0 --quiet".split()
@@ -140,7 +139,7 @@ def test_two_checkpoints_are_compared_on_the_same_patients(trained, root, tmp_pa
         expected = measured[each["model"]][key] - measured["first"][key]
         assert each["difference"] == pytest.approx(expected)
         assert each["low"] is not None or each["reason"]
-    again = compare_models(load_scores(tmp_path / "out" / "scores.npz"), resamples=10)
+    again = compare_models(load_scores(tmp_path / "out" / "scores.npz"), scoring=Scoring(bootstrap=10))
     assert [asdict(each) for each in again] == found
 
 
@@ -231,15 +230,6 @@ def test_unreadable_patch_is_named(trained, own_root, tmp_path, stops):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(own_root), *ONE]
     message = stops(evaluate, [*argv, "--out", str(tmp_path / "out")])
     assert "cannot read patch" in message and victim.name in message
-
-
-def test_no_figures_without_matplotlib_but_all_numbers(trained, root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *ONE]
-    evaluate([*argv, "--out", str(tmp_path / "out")])
-    assert 'pip install "hsat[report]"' in capsys.readouterr().err
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"records.jsonl", "table.md", "run.json", "scores.npz", "evidence"}
 
 
 def test_a_real_process_refuses_a_web_page_without_a_traceback(launch, root, tmp_path):

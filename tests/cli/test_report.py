@@ -34,11 +34,11 @@ def test_a_real_evaluation_and_training_on_one_page(trained, root, tmp_path, cap
     argv = ["--checkpoint", f"HSAT={trained / 'final.safetensors'}", "--data.root", str(root), *options]
     evaluate([*argv, "--out", str(tmp_path / "whitebox")])
     (found,) = open_runs([tmp_path / "whitebox"])
-    (evidence,) = found.evidence
-    label, taken = (evidence.conditions["PGD-8"].label, evidence.conditions["PGD-8"].prediction)
+    (artifacts,) = found.artifacts
+    label, taken = (artifacts.conditions["PGD-8"].label, artifacts.conditions["PGD-8"].prediction)
     accuracy = {r.level: r.value for r in found.records if (r.attack_name, r.metric) == ("PGD-8", "accuracy")}
     for level, value in accuracy.items():
-        assert (label[level] == taken[level, 5]).mean() == pytest.approx(value), "evidence and records disagree"
+        assert (label[level] == taken[level, 5]).mean() == pytest.approx(value), "artifacts and records disagree"
     assert found.absent == ()
     report([str(tmp_path / "whitebox"), str(trained), "--out", str(tmp_path / "page.html"), "--title", "Two runs"])
     page = (tmp_path / "page.html").read_text()

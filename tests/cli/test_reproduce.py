@@ -48,7 +48,7 @@ def test_seeds_and_cohorts_are_told(made_records, tmp_path):
         words.append(f"HSAT={tmp_path / str(seed)}")
     reproduce(["--table", "1", "--runs", *words, "--out", str(tmp_path)])
     text = (tmp_path / "table1.md").read_text()
-    assert "80.00 ± 14.14 (n=2)" in text
+    assert "80.00 ± 14.14 (2 runs)" in text
     assert "not of one cohort and split" in text and "000000000000 (val), 111111111111 (val)" in text
     assert "Doubt: HSAT, PGD-8: odd." in text
 
@@ -147,7 +147,7 @@ def test_a_clean_number_of_two_evaluations_counts_once(made_records, tmp_path):
     write_records(tmp_path / "transfer" / "records.jsonl", [*clean, *drops])
     reproduce(["--runs", str(tmp_path / "whitebox"), str(tmp_path / "transfer"), "--out", str(tmp_path)])
     text = (tmp_path / "table1.md").read_text()
-    assert "| HSAT | ours | 80.00 [70.0, 90.0] / 78.00 [68.0, 88.0] |" in text and "(n=" not in text
+    assert "| HSAT | ours | 80.00 [70.0, 90.0] / 78.00 [68.0, 88.0] |" in text and " runs)" not in text
 
 
 def test_printed_numbers_are_the_papers():

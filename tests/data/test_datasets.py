@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import hsat.data.datasets as room
-from hsat.data.augment import build_transform
+from hsat.data.augment import AugmentationPolicy, build_transform
 from hsat.data.cohort import Cohort, PatchRecord
 from hsat.data.datasets import HierarchicalDataset, PatchDataset
 from hsat.data.readers import BadPatch, read_patch
@@ -383,6 +383,13 @@ def test_patches_of_different_sizes_are_named(tmp_path):
 def test_wrong_options_are_refused(cohort, options, message):
     with pytest.raises(ValueError, match=message):
         HierarchicalDataset(cohort, **{"image_size": 12, **options})
+
+
+def test_transforms_of_another_kind_are_refused(cohort):
+    with pytest.raises(TypeError, match=r"a name, an AugmentationPolicy or a function .* got 3"):
+        HierarchicalDataset(cohort, image_size=12, transform=3)
+    with pytest.raises(TypeError, match=r"transform must be a function .* got AugmentationPolicy\(name='v0'"):
+        PatchDataset(cohort, transform=AugmentationPolicy("v0"))
 
 
 def test_patients_outside_the_split_are_refused(cohort):

@@ -16,13 +16,13 @@ from hsat.eval import (
     embed,
     evaluate_budget,
     evaluate_whitebox,
-    markdown_table,
+    metrics_by_level,
     pool,
     read_records,
-    score_levels,
     write_records,
 )
 from hsat.eval.patch_flips import patches_to_flip
+from hsat.report import markdown_table
 
 PGD8 = PGD(Linf(8 / 255), step_size=2 / 255, steps=5)
 FAST = dict(classifier=KNNClassifier(k=15), scoring=Scoring(bootstrap=50))
@@ -156,7 +156,7 @@ def test_already_wrong_patients_need_nothing(toy_encoder, bank, queries):
     assert found.accuracy(0.0) == 0.0 and np.isnan(found.flipped(1.0))
     assert found.records[-1].settings["already_wrong"] == 9
     assert (
-        score_levels(KNNClassifier(k=15).fit(embed(toy_encoder, bank)).predict_proba(found.clean), found.clean)[
+        metrics_by_level(KNNClassifier(k=15).fit(embed(toy_encoder, bank)).predict_proba(found.clean), found.clean)[
             "patient"
         ].accuracy
         == 0

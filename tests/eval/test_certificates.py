@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsat.eval.certificates import ABSTAIN, group_radius, patch_radius
-from hsat.eval.statistics.binomial import binomial_tail, clopper_pearson_lower
+from hsat.eval.confidence import binomial_tail, clopper_pearson_lower
 
 scipy_stats = pytest.importorskip("scipy.stats")
 NORMAL = scipy_stats.norm

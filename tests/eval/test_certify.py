@@ -11,19 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from hsat.eval import (
-    CertifyOptions,
-    KNNClassifier,
-    Scoring,
-    Smoothing,
-    certify,
-    embed,
-    plot_certified_accuracy,
-    read_records,
-    write_records,
-)
+from hsat.eval import CertifyOptions, KNNClassifier, Scoring, Smoothing, certify, embed, read_records, write_records
 from hsat.eval.certificates import ABSTAIN
-from hsat.eval.statistics.binomial import clopper_pearson_lower
+from hsat.eval.confidence import clopper_pearson_lower
+from hsat.report import plot_certified_accuracy
 from hsat.types import HierarchicalBatch
 
 scipy_stats = pytest.importorskip("scipy.stats")

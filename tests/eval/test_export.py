@@ -30,9 +30,9 @@ from hsat.eval import (
     Provenance,
     RunOptions,
     embed,
+    metrics_by_level,
     read_records,
     save_adversarial,
-    score_levels,
     write_records,
 )
 from hsat.eval.export import ShapeBatches
@@ -128,7 +128,7 @@ def test_the_numbers_are_those_of_the_files(which, request, encoder, srh, colour
     again = read_csv(result.root, kind=source.kind, class_names=source.class_names)
     table = embed(encoder, patch_loader(PatchDataset(again, "val"), batch_size=1))
     knn = KNNClassifier(k=3).fit(bank_of(source, encoder))
-    levels = score_levels(knn.predict_proba(table), table, class_names=knn.class_names)
+    levels = metrics_by_level(knn.predict_proba(table), table, class_names=knn.class_names)
     conditions = list(dict.fromkeys(record.attack_name for record in result.records))
     assert conditions == ["clean", "PGD-8", "PGD-8 (files)"]
     for record in result.records:

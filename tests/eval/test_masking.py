@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hsat.eval.confidence import binomial_tail
 from hsat.eval.masking import CRITERIA, FALSE_ALARM, judge_criterion
-from hsat.eval.statistics.binomial import binomial_tail
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda criterion: criterion.name)

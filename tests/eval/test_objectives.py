@@ -11,7 +11,8 @@ import torch
 from hsat.attacks import MIFGSM, PGD, Linf, RandomNoise, margin
 from hsat.classifiers import DecisionModel
 from hsat.eval import KNNClassifier, RunOptions, Scoring, embed, evaluate_whitebox
-from hsat.eval.objectives import CleanLayers
+from hsat.eval.objectives import CleanLayers, ObjectiveFactory
+from hsat.eval.options import Target
 from hsat.models import build_encoder
 from hsat.testing import check_feasible
 
@@ -71,6 +72,18 @@ def test_images_are_what_the_attack_on_the_vote_gives(toy_encoder, bank, queries
         assert torch.equal(wrong, torch.from_numpy(predicted) != batch.label)
     assert torch.equal(result.examples["PGD-2"], torch.cat(parts))
     check_feasible(torch.cat(parts), torch.cat([batch.images for batch in queries]), PGD2.threat)
+
+
+def test_decisions_are_climbed_in_float64_by_one_model(toy_encoder, bank):
+    """A margin of float32 logits would lose what is below 1e-6, which searches that compare margins would follow."""
+    toy_encoder.eval()
+    factory = ObjectiveFactory(toy_encoder, Target(), "features", KNN.fit(embed(toy_encoder, bank)))
+    first, second = (factory.decision(batch.label) for batch in bank[:2])
+    value = first(bank[0].images)
+    assert value.dtype == torch.float64 and not torch.equal(value.float().double(), value)
+    assert first.model is second.model and isinstance(first.model, DecisionModel)
+    usual = margin(DecisionModel(toy_encoder, KNN.fit(embed(toy_encoder, bank))), bank[0].label)(bank[0].images)
+    torch.testing.assert_close(usual.double(), value, atol=1e-5, rtol=0)
 
 
 def test_labels_are_matched_by_name(toy_encoder, bank, queries):

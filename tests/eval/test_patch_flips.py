@@ -13,7 +13,7 @@ from hsat.eval import pool
 from hsat.eval.patch_flips import min_patches_to_flip, patches_to_flip, patches_to_flip_in_order, pooled_is_wrong
 
 seeds = st.integers(0, 100_000)
-hows = st.sampled_from(["mean", "paper"])
+poolings = st.sampled_from(["mean", "paper"])
 
 
 def scores(rng, n, classes, *, coarse=False):
@@ -25,37 +25,39 @@ def scores(rng, n, classes, *, coarse=False):
     return rng.dirichlet(np.ones(classes), n)
 
 
-def by_brute_force(clean, attacked, label, how):
+def by_brute_force(clean, attacked, label, pooling):
     """The smallest subset of patches whose alteration makes the pooled decision wrong, by trying all of them."""
     for k in range(len(clean) + 1):
         for chosen in itertools.combinations(range(len(clean)), k):
             rows = clean.copy()
             rows[list(chosen)] = attacked[list(chosen)]
-            if pool(rows, np.zeros(len(rows)), how=how).scores[0].argmax() != label:
+            if pool(rows, np.zeros(len(rows)), pooling=pooling).scores[0].argmax() != label:
                 return k
     return None
 
 
 @settings(max_examples=150, deadline=None)
-@given(seeds, st.integers(1, 6), st.integers(2, 4), hows, st.booleans())
-def test_the_sorted_prefix_is_the_smallest_of_all_subsets(seed, n, classes, how, coarse):
+@given(seeds, st.integers(1, 6), st.integers(2, 4), poolings, st.booleans())
+def test_the_sorted_prefix_is_the_smallest_of_all_subsets(seed, n, classes, pooling, coarse):
     rng = np.random.default_rng(seed)
     clean, attacked = scores(rng, n, classes, coarse=coarse), scores(rng, n, classes, coarse=coarse)
     clean[:, 0] += 0.3  # most groups begin right
     for label in range(min(2, classes)):
-        assert min_patches_to_flip(clean, attacked, label, how=how) == by_brute_force(clean, attacked, label, how)
+        assert min_patches_to_flip(clean, attacked, label, pooling=pooling) == by_brute_force(
+            clean, attacked, label, pooling
+        )
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, hows)
-def test_more_patches_never_help_the_defender(seed, how):
+@given(seeds, poolings)
+def test_more_patches_never_help_the_defender(seed, pooling):
     """Monotone in k: whoever flips a decision with k patches flips it with a budget of k + 1."""
     rng = np.random.default_rng(seed)
     clean, attacked = scores(rng, 6, 3), scores(rng, 6, 3)
-    needed = patches_to_flip(clean, attacked, np.zeros(6, dtype=int), np.zeros(6, dtype=int), how=how)
+    needed = patches_to_flip(clean, attacked, np.zeros(6, dtype=int), np.zeros(6, dtype=int), pooling=pooling)
     within = [needed[0] <= k for k in range(7)]
     assert within == sorted(within)
-    drawn = patches_to_flip_in_order(clean, attacked, 0, rng.permutation(6), how=how)
+    drawn = patches_to_flip_in_order(clean, attacked, 0, rng.permutation(6), pooling=pooling)
     assert drawn is None or drawn >= needed[0], "a random order beat the best one"
 
 
@@ -101,8 +103,10 @@ def test_groups_are_told_apart_and_random_orders_depend_on_seed_and_id_only():
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, hows)
-def test_the_decision_is_that_of_pool(seed, how):
+@given(seeds, poolings)
+def test_the_decision_is_that_of_pool(seed, pooling):
     rows = scores(np.random.default_rng(seed), 7, 3, coarse=True)
-    decision = pool(rows, np.zeros(7), how=how).scores[0].argmax()
-    assert [pooled_is_wrong(rows, label, how=how) for label in range(3)] == [label != decision for label in range(3)]
+    decision = pool(rows, np.zeros(7), pooling=pooling).scores[0].argmax()
+    assert [pooled_is_wrong(rows, label, pooling=pooling) for label in range(3)] == [
+        label != decision for label in range(3)
+    ]

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from hsat.eval import pool
 
 
-def loop_pool(scores, groups, how):
+def loop_pool(scores, groups, pooling):
     """One group after the other."""
     rows = {}
     for group in sorted(set(groups)):
         members = [row for row, g in zip(scores, groups, strict=True) if g == group]
-        if how == "paper":
+        if pooling == "paper":
             members = [np.exp(row) / np.exp(row).sum() for row in members]
             total = sum(members)
             rows[group] = total / total.sum()
@@ -31,7 +31,7 @@ def simplex(rng, n, classes):
 def test_equals_the_published_pooling(golden, case, level):
     parts = [path.split("/") for path in golden[f"specs/{case}/paths"]]
     groups = ["/".join(p[-4:-3] if level == "patient" else p[-4:-2]) for p in parts]
-    pooled = pool(golden[f"specs/{case}/logits"], groups, golden[f"specs/{case}/labels"], how="paper")
+    pooled = pool(golden[f"specs/{case}/logits"], groups, golden[f"specs/{case}/labels"], pooling="paper")
     keys = [f"{group}|{label}" for group, label in zip(pooled.groups, pooled.labels, strict=True)]
     published = list(golden[f"specs/{case}/{level}_keys"])
     assert sorted(keys) == sorted(published)
@@ -45,7 +45,7 @@ def test_the_published_case_with_two_labels_in_one_patient_is_refused(golden):
     with pytest.raises(
         ValueError, match=r"group NIO_002 holds patches with labels \[1, 2\]; a slide or patient has one"
     ):
-        pool(scores, patients, labels, how="paper")
+        pool(scores, patients, labels, pooling="paper")
     assert len(pool(scores, patients)) == len(set(patients))  # labels never take part in the grouping
 
 
@@ -54,27 +54,27 @@ def test_the_published_case_with_two_labels_in_one_patient_is_refused(golden):
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 40),
     classes=st.integers(1, 6),
-    how=st.sampled_from(["mean", "paper"]),
+    pooling=st.sampled_from(["mean", "paper"]),
 )
-def test_laws(seed, n, classes, how):
+def test_laws(seed, n, classes, pooling):
     rng = np.random.default_rng(seed)
     scores, groups = simplex(rng, n, classes), rng.integers(-5, 5, n)
     labels = groups % classes
-    pooled = pool(scores, groups, labels, how=how)
-    names, expected = loop_pool(scores, groups.tolist(), how)
+    pooled = pool(scores, groups, labels, pooling=pooling)
+    names, expected = loop_pool(scores, groups.tolist(), pooling)
     assert pooled.groups.tolist() == names
     np.testing.assert_allclose(pooled.scores, expected, atol=1e-12)
     np.testing.assert_allclose(pooled.scores.sum(1), 1.0, atol=1e-12)
     assert pooled.labels.tolist() == [group % classes for group in names]
     assert pooled.sizes.tolist() == [(groups == group).sum() for group in names]
     order = rng.permutation(n)
-    again = pool(scores[order], groups[order], labels[order], how=how)
+    again = pool(scores[order], groups[order], labels[order], pooling=pooling)
     np.testing.assert_allclose(again.scores, pooled.scores, atol=1e-12)
-    renamed = pool(scores, groups + 100, how=how)
+    renamed = pool(scores, groups + 100, pooling=pooling)
     np.testing.assert_array_equal(renamed.scores, pooled.scores)
     assert renamed.labels is None
     np.testing.assert_allclose(
-        pool(np.repeat(scores, 3, 0), np.repeat(groups, 3), how=how).scores, pooled.scores, atol=1e-12
+        pool(np.repeat(scores, 3, 0), np.repeat(groups, 3), pooling=pooling).scores, pooled.scores, atol=1e-12
     )
 
 
@@ -87,7 +87,7 @@ def test_the_published_softmax_can_turn_a_vote():
     """Two patches sure of class 0 against three that lean to class 1: the means say 1, the softmax says 0."""
     scores = np.array([[1.0, 0.0, 0.0]] * 2 + [[0.0, 0.68, 0.32]] * 3)
     assert pool(scores, np.zeros(5, int)).scores.argmax() == 1
-    assert pool(scores, np.zeros(5, int), how="paper").scores.argmax() == 0
+    assert pool(scores, np.zeros(5, int), pooling="paper").scores.argmax() == 0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_published_softmax_can_turn_a_vote():
             dict(scores=np.array([[1.0], [np.nan]]), groups=[0, 1]),
             "scores are not finite in 1 of 2 rows, first in row 1",
         ),
-        (dict(scores=np.ones((1, 3)), groups=[0], how="sum"), "how must be 'mean' or 'paper', got 'sum'"),
+        (dict(scores=np.ones((1, 3)), groups=[0], pooling="sum"), "pooling must be one of 'mean', 'paper'; got 'sum'"),
         (
             dict(scores=np.ones((3, 3)), groups=[7, 8, 7], labels=[0, 1, 2]),
             r"group 7 holds patches with labels \[0, 2\]",
@@ -115,11 +115,11 @@ def test_errors(arguments, message):
 
 @pytest.mark.parametrize("level", ["slide", "patient"])
 def test_the_published_grouping_splits_a_patient_with_two_labels(golden, level):
-    """On the published case that `keys="id"` refuses: the same groups, in the published order of (id, label)."""
+    """On the published case that `group_by="id"` refuses: the same groups, in the published order of (id, label)."""
     paths = [str(path).split("/") for path in golden["specs/mixed_patient/paths"]]
     ids = np.array([parts[-4] if level == "patient" else f"{parts[-4]}/{parts[-3]}" for parts in paths])
     labels, scores = golden["specs/mixed_patient/labels"], golden["specs/mixed_patient/logits"].astype(float)
-    pooled = pool(scores, ids, labels, how="paper", keys="id_and_label")
+    pooled = pool(scores, ids, labels, pooling="paper", group_by="id_and_label")
     assert len(pooled) == len({*zip(ids.tolist(), labels.tolist(), strict=True)}) == len(np.unique(ids)) + 1
     for group, label, row, size in zip(pooled.groups, pooled.labels, pooled.scores, pooled.sizes, strict=True):
         members = (ids == group) & (labels == label)
@@ -132,7 +132,7 @@ def test_the_published_grouping_splits_a_patient_with_two_labels(golden, level):
 
 
 def test_keys_that_are_none():
-    with pytest.raises(ValueError, match="keys must be 'id', or with labels 'id_and_label'; got 'label'"):
-        pool(np.eye(2), [0, 1], [0, 1], keys="label")
-    with pytest.raises(ValueError, match="got 'id_and_label'"):
-        pool(np.eye(2), [0, 1], keys="id_and_label")
+    with pytest.raises(ValueError, match="group_by must be one of 'id', 'id_and_label'; got 'label'"):
+        pool(np.eye(2), [0, 1], [0, 1], group_by="label")
+    with pytest.raises(ValueError, match="group_by='id_and_label' needs labels"):
+        pool(np.eye(2), [0, 1], group_by="id_and_label")

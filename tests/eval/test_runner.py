@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from hsat.attacks import PGD, AttackEnsemble, Linf
-from hsat.data import PatchDataset, patch_loader
+from hsat.data import PatchDataset, patch_loader, read_opensrh
 from hsat.eval import KNNClassifier, Provenance, RunOptions, Scoring, evaluate_transfer, evaluate_whitebox
 from hsat.types import HierarchicalBatch
 

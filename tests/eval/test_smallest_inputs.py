@@ -109,7 +109,8 @@ def test_whitebox(toy_encoder, tmp_path, bank, queries):
     reasons = {record.settings.get("no_interval") for record in result.records}
     assert reasons == {"one patient only"} if len(patients) == 1 else "one patient only" not in reasons
     tables = score_tables(result)
-    for difference in paired_difference(tables[0], tables[-1], generator=np.random.default_rng(0), resamples=20):
+    options = dict(generator=np.random.default_rng(0), scoring=Scoring(bootstrap=20))
+    for difference in paired_difference(tables[0], tables[-1], **options):
         assert math.isfinite(difference.difference)
         assert difference.reason or difference.low is not None
 

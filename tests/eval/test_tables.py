@@ -1,80 +1,65 @@
-"""Records as Markdown tables."""
+"""One table in four forms."""
 
 from __future__ import annotations
 
+import csv
+import io
+
 import pytest
 
-from hsat.eval import Record, markdown_table
+from hsat.eval import Table, TableCell
+
+TABLE = Table(
+    head=("name", "Acc", "Acc"),
+    rows=[("a|b\nc", "1 & 2", TableCell("50.0", "40.0 to 60.0")), ("<b>", "±", TableCell("9", shade=0.25))],
+    caption="A 50 % <table>",
+    details=" (n = 3)",
+    groups=[("x_1", 1), ("y", 1)],
+    notes=["a & b"],
+)
 
 
-def record(**changes) -> Record:
-    values = dict(
-        model="hsat",
-        attack="PGD(...)",
-        attack_name="PGD-8",
-        eps="8/255",
-        eps_value=8 / 255,
-        target="features",
-        level="patch",
-        metric="accuracy",
-        value=0.5,
-        low=0.25,
-        high=0.75,
-        n=100,
-        k=200,
-        temperature=0.07,
-        seed=0,
-        versions={"torch": "2"},
-        flags=("doubtful",),
-        settings={"random_start": True, "note": "noted"},
-    )
-    return Record(**(values | changes))
-
-
-def test_markdown_table():
-    records = [
-        record(model=model, attack_name=name, metric=metric, level=level, value=value, flags=(), settings={})
-        for level in ("slide", "patch")
-        for model, base in (("hidisc", 0.1), ("hsat", 0.5))
-        for name, gain in (("PGD-8", 0.0), ("clean", 0.3))
-        for metric, value in (("accuracy", base + gain), ("mca", base), ("map", 0.0))
-    ]
-    records[0] = record(model="hidisc", level="slide", value=0.1, low=None, high=None, flags=("doubtful",))
-    text = markdown_table(records, levels=("patch", "slide"))
-    assert text.splitlines()[:6] == [
-        "**Patch level** (Acc / MCA, %; n = 100)",
+def test_markdown_has_a_line_per_row():
+    assert TABLE.to_markdown().splitlines() == [
+        "**A 50 % <table>** (n = 3)",
         "",
-        "| model | target | k | clean | PGD-8 |",
-        "| --- | --- | --- | --- | --- |",
-        "| hidisc | features | 200 | 40.0 [25.0, 75.0] / 10.0 [25.0, 75.0] | 10.0 [25.0, 75.0] / 10.0 [25.0, 75.0] |",
-        "| hsat | features | 200 | 80.0 [25.0, 75.0] / 50.0 [25.0, 75.0] | 50.0 [25.0, 75.0] / 50.0 [25.0, 75.0] |",
+        "| name | x_1 Acc | y Acc |",
+        "| --- | --- | --- |",
+        "| a\\|b c | 1 & 2 | 50.0 (40.0 to 60.0) |",
+        "| <b> | ± | 9 |",
+        "",
+        "- a & b",
     ]
-    assert "| hidisc | features | 200 | 40.0 [25.0, 75.0] / 10.0 [25.0, 75.0] | 10.0 / 10.0 [25.0, 75.0] |" in text
-    assert text.endswith("- PGD-8: noted\n- hidisc, PGD-8 (features): doubtful\n")
+    assert str(TABLE) == TABLE.to_markdown()
 
 
-def test_markdown_table_without_intervals_and_with_several_runs():
-    several = [record(seed=seed, value=value, flags=(), settings={}) for seed, value in enumerate((0.4, 0.5, 0.6))]
-    text = markdown_table(several, levels=("patch",), metrics=("accuracy",))
-    assert "| hsat | features | 200 | 50.0 ± 10.0 (3 runs) |" in text
-    text = markdown_table(several[:1], levels=("patch",), metrics=("accuracy",), intervals=False)
-    assert "| hsat | features | 200 | 40.0 |" in text
+def test_latex_uses_booktabs_and_escapes():
+    lines = TABLE.to_latex().splitlines()
+    assert lines[:3] == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r" & \multicolumn{1}{c}{x\_1} & \multicolumn{1}{c}{y} \\",
+    ]
+    assert lines[4:6] == [r"\midrule", r"\multicolumn{3}{l}{\textit{A 50 \% <table> (n = 3)}} \\"]
+    assert lines[6:8] == [r"a|b c & 1 \& 2 & 50.0 (40.0 to 60.0) \\", r"<b> & $\pm$ & 9 \\"]
+    assert lines[8:] == [r"\bottomrule", r"\end{tabular}"]
 
 
-def test_markdown_table_marks_what_was_not_measured():
-    other = record(model="b", attack_name="BIM-8", target="embedding", k=20)
-    text = markdown_table([record(), other], metrics=("accuracy",), intervals=False)
-    assert "| hsat | features | 200 | 50.0 | – |" in text
-    assert "| b | embedding | 20 | – | 50.0 |" in text
+def test_csv_comes_back():
+    head, first, _ = csv.reader(io.StringIO(TABLE.to_csv()))
+    assert head == ["name", "x_1 Acc", "y Acc"] and first == ["a|b\nc", "1 & 2", "50.0 (40.0 to 60.0)"]
 
 
-def test_names_do_not_break_the_markdown_table():
-    table = markdown_table([record(model="a|b\nc", attack_name="x|y")], levels=("patch",))
-    heads, _, row = (line for line in table.splitlines() if line.startswith("|"))
-    assert row.startswith("| a\\|b c | features |") and heads.endswith("| x\\|y |")
-    assert len(heads.replace("\\|", "").split("|")) == len(row.replace("\\|", "").split("|"))
+def test_html_is_escaped_and_says_what_cells_are():
+    html = TABLE.to_html(kind="text")
+    assert "<caption>A 50 % &lt;table&gt; (n = 3)</caption>" in html and '<table class="text">' in html
+    assert '<th scope="row">&lt;b&gt;</th><td>±</td><td style="--shade:0.250">9</td>' in html
+    assert "<td>50.0 <small>40.0 to 60.0</small></td>" in html and '<p class="note">a &amp; b</p>' in html
+    assert '<th scope="colgroup" colspan="1">x_1</th>' in html
 
 
-def test_markdown_table_of_nothing():
-    with pytest.raises(ValueError, match=r"none of the 1 records is at a level of \['slide'\]"):
-        markdown_table([record()], levels=("slide",))
+def test_rows_and_groups_fit_the_head():
+    with pytest.raises(ValueError, match=r"a row of 1 cells under a head of 2: \['a'\]"):
+        Table(("x", "y"), [("a",)])
+    with pytest.raises(ValueError, match="do not span the 1 columns after the first"):
+        Table(("x", "y"), [], groups=[("g", 2)])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from torch import nn
 
 from hsat.attacks import PGD, AttackEnsemble, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
@@ -24,17 +25,14 @@ from hsat.eval import (
     embed,
     evaluate_transfer,
     evaluate_whitebox,
-    markdown_table,
     metrics,
-    plot_transfer,
+    metrics_by_level,
     read_records,
-    score_levels,
-    transfer_table,
     write_records,
 )
-from hsat.eval.statistics.intervals import student_quantile
 from hsat.eval.transfer import load_source
 from hsat.models import branch, convert_to_dual, wrap_encoder
+from hsat.report import markdown_table, plot_transfer, transfer_markdown
 from hsat.types import HierarchicalBatch
 
 PGD8 = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
@@ -139,7 +137,7 @@ def test_it_is_what_embedding_by_hand_gives(full, bank, queries):
             table = embed(encoder, images, class_names=("cyan", "green", "red"))
             scores = KNNClassifier(k=15).fit(embed(encoder, bank)).predict_proba(table)
             np.testing.assert_allclose(full.attacked[surrogate, "PGD-8", target][15], scores, atol=1e-9)
-            expected = score_levels(scores, table)
+            expected = metrics_by_level(scores, table)
             for record in pick(full.records, surrogate=surrogate, model=target, attack_name="PGD-8"):
                 if not record.metric.endswith("_drop"):
                     assert record.value == pytest.approx(getattr(expected[record.level], record.metric), abs=1e-12)
@@ -217,9 +215,7 @@ def test_intervals_are_paired(level, full, queries):
             record = one(
                 full.records, surrogate=name, model="a", attack_name="PGD-8", level=level, metric=f"{metric}_drop"
             )
-            reach = (
-                gap.std(ddof=1) * np.sqrt(len(people) / (len(people) - 1)) * student_quantile(0.975, len(people) - 1)
-            )
+            reach = gap.std(ddof=1) * np.sqrt(len(people) / (len(people) - 1)) * stats.t.ppf(0.975, len(people) - 1)
             assert record.low == pytest.approx(max(-1, record.value - reach))
             assert record.high == pytest.approx(min(1, record.value + reach))
 
@@ -532,7 +528,7 @@ def test_mistakes_are_named_before_anything_is_attacked(options, error, message,
 
 
 def test_the_table_holds_the_matrix(full):
-    table = transfer_table(full.records, levels=("slide",))
+    table = transfer_markdown(full.records, levels=("slide",))
     parts = table.split("**Slide level, ")
     assert [part.partition(",")[0] for part in parts[1:]] == ["PGD-8", "PGD-2"]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in parts[1].splitlines() if "|" in line]
@@ -547,14 +543,14 @@ def test_the_table_holds_the_matrix(full):
             assert cell == (f"*{shown}*" if surrogate == model else shown)
     record = one(full.records, surrogate="others", model="b", level="slide", attack_name="PGD-2", metric="mca_drop")
     interval = f"{100 * record.value:.1f} [{100 * record.low:.1f}, {100 * record.high:.1f}]"
-    assert interval in transfer_table(full.records, levels=("slide",), intervals=True)
+    assert interval in transfer_markdown(full.records, levels=("slide",), intervals=True)
     with pytest.raises(ValueError, match=r"none of the .* records is a transfer at a level of"):
-        transfer_table(pick(full.records, surrogate=""))
+        transfer_markdown(pick(full.records, surrogate=""))
 
 
 def test_flags_and_notes_stand_below_the_table(full):
     marked = [dataclasses.replace(r, flags=("odd",), settings={**r.settings, "note": "known"}) for r in full.records]
-    lines = transfer_table(marked).splitlines()
+    lines = transfer_markdown(marked).splitlines()
     assert lines.count("- a → b, PGD-8: odd") == 1 and lines.count("- PGD-8: known") == 1
 
 

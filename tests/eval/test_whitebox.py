@@ -19,12 +19,12 @@ from hsat.eval import (
     bootstrap_intervals,
     embed,
     evaluate_whitebox,
+    metrics_by_level,
     paper_attacks,
+    pool_by_level,
     read_records,
-    score_levels,
     write_records,
 )
-from hsat.eval.scoring import level_scores
 from hsat.eval.whitebox import black_box_flags
 from hsat.types import AttackResult, EmbeddingTable, HierarchicalBatch, MemberStats
 
@@ -69,7 +69,7 @@ def test_records_are_what_the_parts_give(toy_encoder, bank, queries, tmp_path):
     knn = KNNClassifier(k=15).fit(embed(toy_encoder, bank))
     attacked = embed(toy_encoder, queries, attack=PGD8, generator=torch.Generator().manual_seed(3))
     np.testing.assert_array_equal(attacked.z, result.tables["PGD-8"].z)
-    expected = score_levels(knn.predict_proba(attacked), attacked)
+    expected = metrics_by_level(knn.predict_proba(attacked), attacked)
     for record in result.records:
         if record.attack_name == "PGD-8":
             assert record.value == getattr(expected[record.level], record.metric)
@@ -182,14 +182,16 @@ def test_compat_repeats_the_published_arithmetic(toy_encoder, bank, queries):
     scoring = dataclasses.replace(PAPER.scoring, bootstrap=50)
     result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | dict(scoring=scoring))
     table, scores = result.tables["PGD-8"], result.scores["PGD-8"][15]
-    expected = score_levels(scores, table, compat="paper")
-    assert expected["slide"].mca < score_levels(scores, table)["slide"].mca
-    assert expected["patch"].map != score_levels(scores, table)["patch"].map
+    expected = metrics_by_level(scores, table, scoring=PAPER.scoring)
+    assert expected["slide"].mca < metrics_by_level(scores, table)["slide"].mca
+    assert expected["patch"].map != metrics_by_level(scores, table)["patch"].map
     for record in result.records[15:]:
         assert record.value == getattr(expected[record.level], record.metric)
         assert (record.settings["how"], record.settings["compat"]) == ("paper", "paper")
-    rows, labels, patients = level_scores(scores, table, compat="paper")["slide"]
-    options = dict(generator=np.random.default_rng(0), resamples=50, compat="paper")
+    rows, labels, patients = pool_by_level(
+        scores, table, pooling=PAPER.scoring.pooling, group_by=PAPER.scoring.group_by
+    )["slide"]
+    options = dict(generator=np.random.default_rng(0), resamples=50, absent_classes="zero")
     intervals = bootstrap_intervals(rows, labels, patients, **options)
     found = {
         r.metric: Interval(r.low, r.high, r.settings.get("interval", r.settings.get("no_interval", "")))

@@ -66,6 +66,15 @@ def test_training_checkpoint_with_the_spec_among_its_extras(source, tmp_path):
     assert fingerprint_weights(load_encoder(tmp_path / "last.pt")) == fingerprint_weights(source)
 
 
+def test_the_spec_is_found_beside_tensors_among_the_extras(source, tmp_path):
+    """Warm starts keep the perturbations of images there."""
+    extra = {"warm": {"deltas": torch.zeros(2, dtype=torch.int8)}, "encoder": source.spec}
+    torch.save({"model": source.state_dict(), "extra": extra}, tmp_path / "last.pt")
+    loaded = load_encoder(tmp_path / "last.pt")
+    assert fingerprint_weights(loaded) == fingerprint_weights(source)
+    assert loaded.weights_report.metadata["extra"] == {"encoder": source.spec}
+
+
 def test_plain_safetensors_and_plain_backbone(source, tmp_path):
     save_file(dict(source.backbone.state_dict()), tmp_path / "b.safetensors")
     target = encoder_of(2, head=None, embedding_dim=None)

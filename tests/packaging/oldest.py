@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("report", "dev")  # what `make test` installs
+EXTRAS = ("dev",)  # what `make test` installs
 HEADER = """\
 # The oldest releases that pyproject.toml declares, on Python 3.11; `tests/matrix.sh oldest` runs the tests on them.
 # Written by tests/packaging/oldest.py; not meant to be edited.

@@ -52,7 +52,7 @@ def pins(python: str, platform: str = "linux", path: Path = ROOT / "constraints.
 def direct_requirements() -> list[Requirement]:
     """Of the core and of what the tests need."""
     extras = PROJECT["optional-dependencies"]
-    texts = PROJECT["dependencies"] + extras["report"] + extras["dev"]
+    texts = PROJECT["dependencies"] + extras["dev"]
     return [requirement for requirement in map(Requirement, texts) if requirement.name != "hsat"]
 
 

@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(built):
     packed = contents(built[0])
     information = f"hsat-{hsat.__version__}.dist-info"
     assert {name.partition("/")[0] for name in packed} == {"hsat", information}
-    data = {"hsat/py.typed", "hsat/eval/reporting/page/report.html", "hsat/eval/reporting/page/report.css"}
+    data = {"hsat/py.typed", "hsat/report/page/report.html", "hsat/report/page/report.css"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "hsat").rglob("*.py")}
     assert {name for name in packed if name.startswith("hsat/")} == modules | data
     for name in modules | data:
@@ -92,7 +92,8 @@ def test_the_build_warns_of_nothing(built, sources, tmp_path):
 
 def test_the_installed_wheel_runs_in_another_folder(installed, tmp_path):
     program = (
-        "import importlib.metadata, pathlib, hsat, hsat.eval, hsat.training, hsat.data, hsat.models, hsat.testing\n"
+        "import importlib.metadata, pathlib, hsat\n"
+        "import hsat.eval, hsat.report, hsat.training, hsat.data, hsat.models, hsat.testing\n"
         "print(pathlib.Path(hsat.__file__).parent, hsat.__version__, importlib.metadata.version('hsat'))\n"
         "for name in hsat.__all__: getattr(hsat, name)"
     )
@@ -103,7 +104,7 @@ def test_the_installed_wheel_runs_in_another_folder(installed, tmp_path):
 def test_the_installed_wheel_writes_a_report_from_its_template(installed, made_run, tmp_path):
     folder = made_run(tmp_path / "run")
     program = (
-        "import sys, hsat, pathlib; from hsat.eval import write_report\n"
+        "import sys, hsat, pathlib; from hsat.report import write_report\n"
         f"assert pathlib.Path(hsat.__file__).is_relative_to({str(installed)!r})\n"
         f"write_report([{str(folder)!r}], 'report.html')"
     )

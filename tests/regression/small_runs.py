@@ -210,7 +210,7 @@ class Evaluations:
             scores = next(iter(result.scores[condition].values()))
             self.arrays[f"{title} / {name} / {condition} / scores"] = scores
             for how in ("mean", "paper"):
-                pooled = pool(scores, table.patient, table.label, how=how).scores
+                pooled = pool(scores, table.patient, table.label, pooling=how).scores
                 self.arrays[f"{title} / {name} / {condition} / {how} of patients"] = pooled
 
     def transfer(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,10 +44,9 @@ from hsat.attacks import (
     margin,
     match_features,
     objective_from,
-    soft_knn,
     worst_case,
 )
-from hsat.classifiers import KNNClassifier
+from hsat.classifiers import DecisionModel, KNNClassifier
 from hsat.data import augment_batch, build_transform, srh_to_rgb
 from hsat.distributed import global_indices
 from hsat.eval import Provenance, Scoring, evaluate_whitebox
@@ -61,7 +61,7 @@ from hsat.training import (
     free_replays,
     split_batch,
 )
-from hsat.types import HierarchicalBatch
+from hsat.types import EmbeddingTable, HierarchicalBatch
 
 LOSS = HiDiscLoss()
 EPS = 8 / 255
@@ -97,8 +97,6 @@ MORE = {  # case: (reads of the device, why); all others: one for an attack, non
     "attack: raw channels": (3, "are the images what two channels can make, and in range?"),
     "attack: stains": (2, "are the images in range?"),
     "objective: objective_from": (4, "supcon_loss on bare ids looks for a pair at each of three steps"),
-    "objective: soft_knn": (4, "neighbours too close for 32 bits are searched again, at each of three steps"),
-    "level margin": (7, "the same, and the groups' decisions"),
     "float16 images": (4, "the scale is halved where a gradient overflows, at each of three steps"),
     "success": (9, "images stop one by one"),
     "step, parts": (2, "two parts, two attack calls"),
@@ -106,6 +104,7 @@ MORE = {  # case: (reads of the device, why); all others: one for an attack, non
     "worst_case": (2, "two attacks"),
 }
 FREELY = {"evaluation", "warm starts", "safeguard", "universal"}  # between steps, or once per batch
+FREELY |= {"objective: kNN", "aggregate margin"}  # neighbours are ordered by numpy at every step
 COPIES = {  # case: (copies to the device that block, why)
     "augmentation: static": (7, "white noise replayed from the CPU; a GPU draws its own"),
     "augmentation: v0": (7, "the same"),
@@ -139,8 +138,14 @@ class Place:
         self.on_cpu = batch_of()
         self.model = network().to(device)
         self.batch = sent(self.on_cpu, device)
-        self.bank = torch.rand(40, 5, generator=seeded(2)) - 0.5, torch.arange(40) % 3
         self.labels = (torch.arange(16) % 3).to(device)
+
+    def decision(self) -> DecisionModel:
+        """The model under a kNN vote of three classes."""
+        index = np.arange(40)
+        rows = torch.rand(40, 5, generator=seeded(2)) - 0.5
+        bank = EmbeddingTable(rows.numpy(), index % 3, index, index, index, ("a", "b", "c"))
+        return DecisionModel(self.model, KNNClassifier(k=5).fit(bank))
 
     def attack(self, attack: Any, make: Callable[[Place], Any], **options: Any) -> Tensor:
         with frozen(self.model):
@@ -164,7 +169,7 @@ OBJECTIVES: dict[str, Callable[[Place], Any]] = {
     "margin": lambda place: margin(place.model, place.labels),
     "dlr": lambda place: dlr(place.model, place.labels),
     "guide": lambda place: match_features(place.model, place.model(place.batch.images.flip(0)).detach()),
-    "soft_knn": lambda place: soft_knn(place.model, place.bank, place.labels, k=5),
+    "kNN": lambda place: margin(place.decision(), place.labels),
     "objective_from": lambda place: objective_from(place.model, supcon_loss, place.batch.patient),
 }
 
@@ -261,7 +266,7 @@ def warm(place: Place) -> list[Tensor]:
 
 
 def safeguarded(place: Place) -> list[Tensor]:
-    guard = OverfittingGuard(NFGSM(Linf(EPS)), ATTACKS["PGD"], every=1)
+    guard = OverfittingGuard(NFGSM(Linf(EPS)), ATTACKS["PGD"], check_every=1)
     return [torch.tensor(guard.measure(place.model, LOSS, place.batch, generator=seeded()))]
 
 
@@ -295,8 +300,8 @@ def cases() -> dict[str, Callable[[Place], Any]]:
     found["free"] = free
     for name in ("BIM", "FGSM", "MIFGSM"):
         found[f"from the images: {name}"] = lambda place, name=name: place.attack(ATTACKS[name], levels)
-    found["level margin"] = lambda place: place.attack(
-        ATTACKS["PGD"], lambda p: aggregate_margin(p.model, p.bank, p.batch.patient, p.batch.label, k=5)
+    found["aggregate margin"] = lambda place: place.attack(
+        ATTACKS["PGD"], lambda p: aggregate_margin(p.decision(), p.batch.patient, p.batch.label)
     )
     for name in ("none", "static", "v0", "v1"):
         found[f"augmentation: {name}"] = partial(augmented, name=name)

@@ -23,7 +23,7 @@ import copy, json, sys
 from importlib import metadata
 import torch, torch.distributed as dist
 from torch import nn
-from hsat.data import Cohort, write_patch_store
+from hsat.data import Cohort, read_opensrh, write_patch_store
 from hsat.training import assert_ranks_agree, assert_same
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -66,7 +66,7 @@ seen = of([r for r in whole.records if r.patient != patients[1]]) if last else w
 cases = {
     "all the same": lambda: assert_ranks_agree(
         settings={"lr": 0.1, "nan": float("nan"), "list": [1, None]}, cohort=mine, model=model(), optimizer=descent(),
-        packed=packed(whole, "same"), seed=3),
+        store=packed(whole, "same"), seed=3),
     "other keys' order": lambda: assert_same("x", {"a": 1, "b": 2} if last else {"b": 2, "a": 1}),
     "settings": lambda: assert_ranks_agree(settings={"train.lr": 0.1 + 0.1 * (rank == 1), "seed": 0}),
     "ranks 1 and 2": lambda: assert_same("the step", 7 + rank),
@@ -78,8 +78,8 @@ cases = {
     "pixels": lambda: assert_ranks_agree(cohort=other if last else whole, seed=5),
     "no pixels": lambda: assert_ranks_agree(cohort=other if last else whole, patches=0),
     "packed": lambda: assert_ranks_agree(
-        cohort=other if last else whole, packed=packed(other if last else whole, "own"), patches=0),
-    "not packed": lambda: assert_ranks_agree(cohort=whole, packed=None if last else packed(whole, "own")),
+        cohort=other if last else whole, store=packed(other if last else whole, "own"), patches=0),
+    "not packed": lambda: assert_ranks_agree(cohort=whole, store=None if last else packed(whole, "own")),
     "weights": lambda: assert_ranks_agree(model=model(last)),
     "optimiser": lambda: assert_ranks_agree(optimizer=descent(last)),
     "versions": differently_installed,

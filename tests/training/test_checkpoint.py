@@ -152,6 +152,13 @@ def test_a_failing_save_leaves_the_previous_checkpoint(
     assert load_training_state(path, **Run.fresh(1).parts()).step == 1
 
 
+def test_what_a_killed_save_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    for name in (".last.pt-a1b2.partial", ".best.pt-a1b2.partial"):
+        (tmp_path / name).write_bytes(b"PK half of it")
+    save(tmp_path / "last.pt", Run.fresh(0))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".best.pt-a1b2.partial", "last.pt"]
+
+
 def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     fsync, replace = os.fsync, Path.replace

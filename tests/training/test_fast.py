@@ -33,11 +33,11 @@ def linear(w: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: OverfittingGuard(FFGSM(BALL), STRONG, every=0), ValueError, "every must be a whole number of steps"),
+        (lambda: OverfittingGuard(FFGSM(BALL), STRONG, check_every=0), ValueError, "every must be a whole number"),
         (
-            lambda: OverfittingGuard(FFGSM(BALL), STRONG, least=1.5),
+            lambda: OverfittingGuard(FFGSM(BALL), STRONG, min_share=1.5),
             ValueError,
-            r"least is a share and .* in \[0, 1\]",
+            r"min_share must lie in \[0, 1\]",
         ),
     ],
 )
@@ -54,7 +54,7 @@ def test_share_of_the_rise():
 
 def test_the_fallback_follows_the_last_check():
     fast = FFGSM(BALL)
-    guard = OverfittingGuard(fast, STRONG, every=7, least=0.5)
+    guard = OverfittingGuard(fast, STRONG, check_every=7, min_share=0.5)
     assert [step for step in range(20) if guard.is_due(step)] == [0, 7, 14]
     assert guard.choose_attack(None) is fast
     assert guard.choose_attack(LossGap(0.0, 0.6, 1.0)) is fast
@@ -89,7 +89,7 @@ def test_a_smooth_loss_is_trusted_and_a_rippled_one_is_not(height, trusted):
     """Small steps see the slope of a linear loss as well as one step does; between ripples one step is a lottery."""
     model = Rippled(height).train()
     batch = batch_of((0.3 + 0.4 * images(8)).double())
-    guard = OverfittingGuard(FFGSM(BALL), PGD(BALL, step_size=0.5 / 255, steps=40), least=0.8)
+    guard = OverfittingGuard(FFGSM(BALL), PGD(BALL, step_size=0.5 / 255, steps=40), min_share=0.8)
     gap = guard.measure(model, total, batch, generator=torch.Generator().manual_seed(0))
     assert gap.strong > gap.clean
     assert (gap.share > 0.8) == trusted, gap

@@ -1,0 +1,164 @@
+"""Accuracy, mean class accuracy and their kin, at patch, slide and patient level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hsat.eval.options import AbsentClasses, Scoring, check_choice
+from hsat.eval.pooling import LabelledRows, check_scores, pool_by_level
+
+METRICS = ("accuracy", "mca", "map", "top2", "top3")
+
+
+@dataclass(frozen=True, eq=False)
+class Metrics:
+    """How well scores find the labels; every number lies in [0, 1].
+
+    Attributes:
+        accuracy: Share of rows whose highest score is at the label.
+        mca: Mean recall over the classes that occur in the truth.
+        map: Mean over the same classes of the average precision.
+        top2, top3: Share of rows whose label is among the two, three highest scores.
+        n: Number of rows.
+        confusion: (classes, classes) int64, rows are the truth.
+        recall, average_precision: (classes,), NaN for classes that do not occur.
+        class_names: Names of the classes, where they were given.
+    """
+
+    accuracy: float
+    mca: float
+    map: float
+    top2: float
+    top3: float
+    n: int
+    confusion: np.ndarray
+    recall: np.ndarray
+    average_precision: np.ndarray
+    class_names: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, float]:
+        """The five numbers by name, in the order of METRICS."""
+        return {name: getattr(self, name) for name in METRICS}
+
+
+def metrics(
+    scores: Any, labels: Any, *, class_names: Sequence[str] | None = None, absent_classes: AbsentClasses = "skip"
+) -> Metrics:
+    """Metrics of scores against class indices.
+
+    Ties between classes go to the class with the lower index, for accuracy and top-k alike.  Average precision is the
+    sum of (recall step) x precision over the distinct values of the class's score, without interpolation; equal scores
+    form one step.  A class that does not occur in the truth counts neither in mca nor in map.
+
+    Args:
+        scores: (n, classes).
+        labels: (n,) class indices.
+        class_names: Names of the classes, for the result.
+        absent_classes: "zero" repeats the published mca, in which a class that is predicted but never true counts as
+            recall 0.
+
+    Raises:
+        ValueError: For lengths that differ, labels outside the classes, scores that are not finite, class_names of
+            another length and an unknown `absent_classes`.
+        TypeError: For labels that are no integers.
+    """
+    check_choice("absent_classes", absent_classes, AbsentClasses)
+    scores, labels = check_scores(scores), np.asarray(labels)
+    _check_labels(scores, labels, class_names)
+    rank = rank_of_true_class(scores, labels)
+    classes = scores.shape[1]
+    confusion = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(confusion, (labels, scores.argmax(1)), 1)
+    occurs, predicted = confusion.sum(1), confusion.sum(0)
+    recall = np.full(classes, np.nan)
+    np.divide(confusion.diagonal(), occurs, out=recall, where=occurs > 0)
+    precision = average_precision(scores, labels)
+    counted = (occurs > 0) | (predicted > 0) if absent_classes == "zero" else occurs > 0
+    return Metrics(
+        accuracy=float((rank == 0).mean()),
+        mca=float(np.nan_to_num(recall)[counted].mean()),
+        map=float(precision[occurs > 0].mean()),
+        top2=float((rank < 2).mean()),
+        top3=float((rank < 3).mean()),
+        n=len(scores),
+        confusion=confusion,
+        recall=recall,
+        average_precision=precision,
+        class_names=() if class_names is None else tuple(class_names),
+    )
+
+
+def rank_of_true_class(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before the true one, (n,): higher score, or equal score and lower index."""
+    own = scores[np.arange(len(scores)), labels][:, None]
+    before = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < labels[:, None]))
+    count: np.ndarray = before.sum(1)
+    return count
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Average precision of each class against the rest.
+
+    Args:
+        scores: (n, classes).
+        labels: (n,) class indices.
+        weights: (..., n) non-negative weight of each row (leading axes are alternatives, as in a bootstrap); None is
+            all ones.
+
+    Returns:
+        (..., classes); NaN where the class does not occur.
+    """
+    weights = np.ones(len(scores)) if weights is None else weights
+    columns = []
+    for index in range(scores.shape[1]):
+        order = np.argsort(-scores[:, index], kind="stable")
+        value, hit = scores[order, index], labels[order] == index
+        ends = np.flatnonzero(np.append(value[1:] != value[:-1], True))  # the last row of each run of equal scores
+        sorted_weights = weights[..., order]
+        seen = sorted_weights.cumsum(-1)[..., ends]
+        hits = (sorted_weights * hit).cumsum(-1)[..., ends]
+        step = np.diff(hits, axis=-1, prepend=0.0)
+        precision = np.divide(hits, seen, out=np.zeros(hits.shape), where=seen > 0)
+        total = hits[..., -1]
+        area = (step * precision).sum(-1)
+        columns.append(np.divide(area, total, out=np.full(total.shape, np.nan), where=total > 0))
+    return np.stack(columns, -1)
+
+
+def metrics_by_level(
+    scores: Any, table: LabelledRows, *, class_names: Sequence[str] | None = None, scoring: Scoring = Scoring()
+) -> dict[str, Metrics]:
+    """Metrics at the three levels, {"patch": ..., "slide": ..., "patient": ...}.
+
+    Args:
+        scores: (n, classes), one row per row of `table`.
+        table: Labels and ids of the patches.
+        class_names: What the columns of the scores are (the bank's classes); the table's labels are matched to them by
+            name.  None means the table's own.
+        scoring: Pooling, grouping and what absent classes count; `PAPER.scoring` is the published arithmetic.
+
+    Raises:
+        ValueError: As `pool_by_level` and `metrics` do.
+    """
+    names = table.class_names if class_names is None else tuple(class_names)
+    levels = pool_by_level(scores, table, class_names=names, pooling=scoring.pooling, group_by=scoring.group_by)
+    return {
+        level: metrics(rows.scores, rows.labels, class_names=names, absent_classes=scoring.absent_classes)
+        for level, rows in levels.items()
+    }
+
+
+def _check_labels(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None) -> None:
+    n, classes = scores.shape
+    if labels.shape != (n,):
+        raise ValueError(f"{n} rows of scores but labels has shape {labels.shape}; expected ({n},)")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels must be integers, the index of the true class; got {labels.dtype}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()} but scores have {classes} classes")
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"{len(class_names)} class names {list(class_names)} for scores of {classes} classes")

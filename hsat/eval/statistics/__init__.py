@@ -1,1 +1,0 @@
-"""How certain numbers are: intervals over patients, paired differences, exact binomial bounds."""

@@ -1,0 +1,39 @@
+"""What people look at: tables, figures, a summary in sentences, one HTML page, and the tables of the paper.
+
+This room is above `hsat.eval`, which knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from hsat.report.artifacts import Artifacts, ArtifactSource, ConditionArrays, read_artifacts, write_artifacts
+from hsat.report.page import write_report
+from hsat.report.paper import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
+from hsat.report.plots import plot_accuracy_vs_eps, plot_certified_accuracy, plot_patches, plot_transfer
+from hsat.report.run_folders import RunFolder, open_runs
+from hsat.report.tables import accuracy_tables, differences_table, markdown_table, transfer_markdown, transfer_tables
+
+__all__ = [
+    "ArtifactSource",
+    "Artifacts",
+    "ConditionArrays",
+    "PaperRow",
+    "PaperTable",
+    "RunFolder",
+    "accuracy_tables",
+    "differences_table",
+    "markdown_table",
+    "open_runs",
+    "paper_csv",
+    "paper_latex",
+    "paper_lines",
+    "paper_markdown",
+    "plot_accuracy_vs_eps",
+    "plot_certified_accuracy",
+    "plot_patches",
+    "plot_transfer",
+    "read_artifacts",
+    "transfer_markdown",
+    "transfer_tables",
+    "write_artifacts",
+    "write_report",
+]

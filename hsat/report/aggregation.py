@@ -1,0 +1,193 @@
+"""Which records may stand in one table, and what several records for one cell become."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hsat.eval.records import Record
+
+CLEAN = "clean"
+_ARITHMETIC = ("how", "absent", "keys")  # of pooling and of the mean class accuracy
+_EXACT = ("flat", "stream", "torch")  # indexes that find the true neighbours, and so the same numbers
+
+
+@dataclass(frozen=True, order=True)
+class EvaluationSetting:
+    """What two numbers must share to be compared: the data, what was attacked, and the arithmetic."""
+
+    cohort: str
+    split: str
+    target: str
+    layer: str
+    arithmetic: str
+    temperature: float
+    bank_cohort: str
+    bank_split: str
+    bank_rows: int
+    index: str
+    convention: str
+    classifier: str
+
+    @classmethod
+    def of(cls, record: Record) -> EvaluationSetting:
+        """The setting that a record was measured in; what it does not say is empty, and so is an exact index."""
+        settings = record.settings
+        index = str(settings.get("index", ""))
+        return cls(
+            cohort=record.cohort,
+            split=record.split,
+            target=record.target,
+            layer=str(settings.get("layer", "")),
+            arithmetic=", ".join(f"{name} {settings[name]}" for name in _ARITHMETIC if settings.get(name)),
+            temperature=record.temperature,
+            bank_cohort=str(settings.get("bank_cohort", "")),
+            bank_split=str(settings.get("bank_split", "")),
+            bank_rows=int(settings.get("bank_rows", 0)),
+            index="" if index in _EXACT else index,
+            convention=str(settings.get("convention", "")),
+            classifier="" if record.k else record.classifier,  # kNNs differ by k and temperature
+        )
+
+
+@dataclass(frozen=True)
+class ConditionColumn:
+    """A condition of a table.
+
+    Attributes:
+        label: Its name, with a number where one name stands for several attacks.
+        name, attack, eps_value: As in the records.
+    """
+
+    label: str
+    name: str
+    attack: str
+    eps_value: float
+
+    def matches(self, record: Record) -> bool:
+        """Whether a record was measured under this condition."""
+        return (record.attack_name, record.attack) == (self.name, self.attack)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One or several runs of one number, as shares.
+
+    Attributes:
+        value: The number, or the mean over runs.
+        low, high: The interval of one run; None where there is none.
+        sd: Standard deviation over several runs; None for one run.
+        runs: How many runs.
+        n: Rows of the level, each number that occurs.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    sd: float | None
+    runs: int
+    n: tuple[int, ...]
+
+
+def label_branch(record: Record) -> str:
+    """The BatchNorm branch that a record speaks of, "" where there is one only; with the attacked one if that differs.
+
+    "pgd"; "normal, attacked through pgd" (the published evaluation).
+    """
+    scored, attacked = (str(record.settings.get(name) or "") for name in ("branch", "attack_branch"))
+    return f"{scored}, attacked through {attacked}" if scored and attacked not in ("", scored) else scored
+
+
+def label_branches(records: Iterable[Record]) -> dict[tuple[str, str], str]:
+    """Names by (model, branch) for models that were measured in several branches: two encoders in one file, as it were.
+
+    Empty for all others, which keep their names.
+    """
+    branches: dict[str, dict[str, None]] = {}
+    for record in records:
+        branches.setdefault(record.model, {})[label_branch(record)] = None
+    return {
+        (model, branch): f"{model} (branch {branch or 'not recorded'})"
+        for model, names in branches.items()
+        if len(names) > 1
+        for branch in names
+    }
+
+
+def drop_duplicates(records: Iterable[Record]) -> tuple[Record, ...]:
+    """The records without exact repetitions, so that a run given twice counts once."""
+    seen: dict[str, Record] = {}
+    for record in records:
+        seen.setdefault(json.dumps(dataclasses.asdict(record), sort_keys=True), record)
+    return tuple(seen.values())
+
+
+def list_conditions(records: Sequence[Record]) -> list[ConditionColumn]:
+    """Conditions: clean first, then as they occur.  A name that stands for several attacks gets a number each."""
+    conditions = dict.fromkeys((record.attack_name, record.attack, record.eps_value) for record in records)
+    attacks: dict[str, dict[str, None]] = {}
+    for name, attack, _ in conditions:
+        attacks.setdefault(name, {})[attack] = None
+    columns = []
+    for name, attack, eps in conditions:
+        versions = list(attacks[name])
+        label = name if len(versions) == 1 else f"{name} ({versions.index(attack) + 1})"
+        columns.append(ConditionColumn(label=label, name=name, attack=attack, eps_value=eps))
+    return sorted(columns, key=lambda column: column.name != CLEAN)
+
+
+def aggregate_runs(records: Sequence[Record]) -> Estimate | None:
+    """Several records of one number as mean and standard deviation (n - 1); one keeps its interval; none is None.
+
+    A number that two evaluations took of the same weights (the clean one of a white-box run and of a transfer) is one.
+    """
+    if not records:
+        return None
+    records = _drop_repetitions(records)
+    sizes = tuple(sorted({record.n for record in records}))
+    values = [record.value for record in records]
+    if len(values) > 1:
+        return Estimate(statistics.mean(values), None, None, statistics.stdev(values), len(values), sizes)
+    return Estimate(values[0], records[0].low, records[0].high, None, 1, sizes)
+
+
+def _drop_repetitions(records: Sequence[Record]) -> list[Record]:
+    """Without repetitions: same file of weights, same seed (which clean images do not need), same value and n."""
+    seen: dict[tuple[object, ...], Record] = {}
+    for number, record in enumerate(records):
+        seed = record.seed if record.attack else None
+        known = (record.checkpoint, seed, record.n, record.value) if record.checkpoint else (number,)
+        seen.setdefault(known, record)
+    return list(seen.values())
+
+
+def is_transfer(record: Record) -> bool:
+    """Whether a record is about attacks made on another encoder."""
+    return bool(record.surrogate) or record.metric.endswith("_drop")
+
+
+def format_estimate(estimate: Estimate, *, digits: int = 1, unit: str = "", interval: bool = True) -> str:
+    """An estimate in percent: "58.3 [50.1, 63.0]", "58.3 ± 1.2 (3 runs)", "58.3".
+
+    Args:
+        estimate: The number.
+        digits: Digits of the number; an interval has one.
+        unit: Stands behind the number, as " %".
+        interval: Whether to show the interval of a single run.
+    """
+    if estimate.sd is not None:
+        spread = f"{100 * estimate.value:.{digits}f} ± {100 * estimate.sd:.{digits}f}{unit}"
+        return f"{spread} ({estimate.runs} runs)"
+    shown = f"{format_points(estimate.value, digits=digits)}{unit}"
+    if interval and estimate.low is not None and estimate.high is not None:
+        shown += f" [{format_points(estimate.low)}, {format_points(estimate.high)}]"
+    return shown
+
+
+def format_points(share: float, *, digits: int = 1) -> str:
+    """A share in points of a percent, without a sign before zero."""
+    text = f"{100 * share:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text

@@ -1,0 +1,262 @@
+"""The parts of the report's page, as plain values that the template lays out."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsat.eval import Record, Table
+from hsat.report.aggregation import CLEAN
+from hsat.report.artifacts import Artifacts
+from hsat.report.page.figures import PageFigure, accuracy_figure, accuracy_legend, class_legend, map_figures
+from hsat.report.run_folders import RunFolder
+from hsat.report.summary import is_noise, norm_of, summarize_model, transfer_sentence
+from hsat.report.tables import confusion_table, drop_table, level_table, prefix_caption
+from hsat.types import LEVELS
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAIN_METRICS = ("accuracy", "mca", "certified_accuracy")
+
+
+@dataclass(frozen=True)
+class CurvePanels:
+    """The panels of one norm, with one legend."""
+
+    norm: str
+    figures: tuple[PageFigure, ...]
+    legend: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """The maps of one model; text says how much they show."""
+
+    model: str
+    text: str
+    figures: tuple[PageFigure, ...]
+    legend: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class PatchPictures:
+    """One patch in three pictures (data URIs), with what it is and what it was taken for."""
+
+    clean: str
+    perturbation: str
+    adversarial: str
+    truth: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The first patches of one model under one attack; scale: what perturbations are multiplied with."""
+
+    model: str
+    attack: str
+    scale: float
+    patches: tuple[PatchPictures, ...]
+
+
+@dataclass(frozen=True)
+class NumbersSection:
+    """Everything about the records of one setting."""
+
+    heading: str
+    anchor: str
+    k: int
+    tables: tuple[Table, ...]
+    more_tables: tuple[Table, ...]
+    curves: tuple[CurvePanels, ...]
+    confusions: tuple[tuple[Table, Table], ...]
+    maps: tuple[EmbeddingMap, ...]
+    galleries: tuple[Gallery, ...]
+
+
+@dataclass(frozen=True)
+class TransferSection:
+    """Attacks made on one encoder and shown to another."""
+
+    heading: str
+    k: int
+    text: str
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True)
+class RunProvenance:
+    """Where one run's numbers come from: facts, all its settings, its attacks, and what its folder lacks."""
+
+    name: str
+    facts: tuple[tuple[str, str], ...]
+    settings: tuple[tuple[str, str], ...]
+    attacks: tuple[tuple[str, str], ...]
+    absent: tuple[str, ...]
+
+
+def numbers_section(
+    records: Sequence[Record],
+    artifacts: Sequence[Artifacts],
+    *,
+    heading: str,
+    anchor: str,
+    k: int,
+    styles: Mapping[str, int],
+    metric: str,
+) -> NumbersSection:
+    """The block of one setting's records and of the artifacts that belong to them."""
+    main = [record for record in records if record.k == k]
+    levels = [level for level in LEVELS if any(record.level == level for record in main)]
+    others = [name for name in dict.fromkeys(r.metric for r in main) if name not in _MAIN_METRICS]
+    more = [level_table(main, level=level, metrics=others) for level in levels]
+    for other in dict.fromkeys(record.k for record in records if record.k != k):
+        rows = [record for record in records if record.k == other]
+        tables = [level_table(rows, level=level, metrics=_MAIN_METRICS) for level in levels]
+        more += [prefix_caption(table, f"k = {other}: ") for table in tables if table]
+    tables = [level_table(main, level=level, metrics=_MAIN_METRICS) for level in levels]
+    artifacts = sorted(artifacts, key=lambda one: styles[one.model])
+    confusions, galleries, maps = [], [], []
+    for one in artifacts:
+        attack = _strongest(main, one, metric)
+        before, after = confusion_table(one, CLEAN, k), confusion_table(one, attack, k) if attack else None
+        if before and after:
+            confusions.append((before, after))
+        if attack and (figures := map_figures(one, attack)):
+            maps.append(EmbeddingMap(one.model, _map_text(one, attack), figures, class_legend(one.class_names)))
+        if attack and (patches := _patches(one, attack, k)):
+            galleries.append(Gallery(one.model, attack, one.conditions[attack].scale, patches))
+    return NumbersSection(
+        heading=heading,
+        anchor=anchor,
+        k=k,
+        tables=tuple(table for table in tables if table),
+        more_tables=tuple(table for table in more if table),
+        curves=_curves(main, levels, styles, metric),
+        confusions=tuple(confusions),
+        maps=tuple(maps),
+        galleries=tuple(galleries),
+    )
+
+
+def _strongest(records: Sequence[Record], artifacts: Artifacts, metric: str) -> str:
+    """The attack that left this model least at the largest eps, if there are artifacts of it; else the last attack."""
+    mine = [r for r in records if (r.model, r.level, r.metric) == (artifacts.model, "patch", metric)]
+    worst = summarize_model(mine).worst if mine else None
+    if worst is not None and worst.name in artifacts.conditions:
+        return worst.name
+    attacks = [r.attack_name for r in mine if r.attack and not is_noise(r) and r.attack_name in artifacts.conditions]
+    return attacks[-1] if attacks else ""
+
+
+def _curves(
+    records: Sequence[Record], levels: Sequence[str], styles: Mapping[str, int], metric: str
+) -> tuple[CurvePanels, ...]:
+    attacks = [record for record in records if record.attack and not is_noise(record)]
+    panels = []
+    for norm in dict.fromkeys(norm_of(record) for record in attacks):
+        drawn = [accuracy_figure(records, styles, level=level, norm=norm, metric=metric) for level in levels]
+        models = {record.model: styles[record.model] for record in attacks if norm_of(record) == norm}
+        noise = any(is_noise(record) and norm_of(record) == norm for record in records)
+        legend = accuracy_legend(dict(sorted(models.items(), key=lambda item: item[1])), noise=noise)
+        if any(drawn):
+            panels.append(CurvePanels(norm, tuple(figure for figure in drawn if figure), legend))
+    return tuple(panels)
+
+
+def _map_text(artifacts: Artifacts, attack: str) -> str:
+    shown = 100 * sum(artifacts.variance)
+    moved = artifacts.conditions[attack].movement
+    text = f"These two axes show {shown:.0f} % of the variance of the clean queries"
+    if moved is not None:
+        text += f", and {100 * moved:.0f} % of the squared movement under {attack}"
+    return text + "."
+
+
+def _patches(artifacts: Artifacts, attack: str, k: int) -> tuple[PatchPictures, ...]:
+    clean, attacked = artifacts.conditions.get(CLEAN), artifacts.conditions[attack]
+    if clean is None or "patch" not in clean.label or "patch" not in attacked.label:
+        return ()
+    pictures = []
+    rows = min(len(clean.label["patch"]), len(attacked.label["patch"]))
+    triples = zip(clean.patches[:rows], attacked.perturbations, attacked.patches, strict=False)
+    for index, (before, added, after) in enumerate(triples):
+        names = artifacts.class_names
+        taken = [
+            names[condition.prediction["patch", k][index]] if ("patch", k) in condition.prediction else "not recorded"
+            for condition in (clean, attacked)
+        ]
+        pictures.append(
+            PatchPictures(
+                clean=_data_uri(before),
+                perturbation=_data_uri(added),
+                adversarial=_data_uri(after),
+                truth=names[clean.label["patch"][index]],
+                before=taken[0],
+                after=taken[1],
+            )
+        )
+    return tuple(pictures)
+
+
+def _data_uri(path: Path) -> str:
+    content = path.read_bytes()
+    if not content.startswith(_PNG):
+        raise ValueError(f"{path} is no PNG file; evaluate again")
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+def transfer_section(records: Sequence[Record], *, heading: str, k: int) -> TransferSection:
+    """The matrices of one setting's transfers: every level and attack that was measured."""
+    main = [record for record in records if record.k == k]
+    attacks = dict.fromkeys(record.attack_name for record in main if record.attack)
+    tables = [drop_table(main, level=level, attack=attack) for level in LEVELS for attack in attacks]
+    return TransferSection(heading, k, transfer_sentence(main), tuple(table for table in tables if table))
+
+
+def run_provenance(folder: RunFolder) -> RunProvenance:
+    """How a run was made, from its run.json and its records."""
+    about, records = folder.about, folder.records
+    command = about.get("command")
+    facts = [("folder", str(folder.path))]
+    if command:
+        facts.append(("command", " ".join(map(str, command)) if isinstance(command, list) else str(command)))
+    cohorts = [str(about["cohort"])] if about.get("cohort") else []
+    cohorts += [record.cohort for record in records if record.cohort]
+    facts += [("cohort", text) for text in dict.fromkeys(cohorts)]
+    facts += [("split", text) for text in dict.fromkeys(r.split for r in records if r.split)]
+    weights = dict.fromkeys((record.model, record.checkpoint) for record in records)
+    facts += [(f"weights of {model}", digest or "no file (not trained, or not recorded)") for model, digest in weights]
+    seeds = list(dict.fromkeys(str(record.seed) for record in records))
+    seed = about.get("settings", {}).get("seed") if isinstance(about.get("settings"), dict) else None
+    if seeds or seed is not None:
+        facts.append(("seed", ", ".join(seeds) or str(seed)))
+    versions = dict(about["versions"]) if isinstance(about.get("versions"), dict) else {}
+    for record in records:
+        versions |= {name: text for name, text in record.versions.items() if name not in versions}
+    if versions:
+        facts.append(("versions", ", ".join(f"{name} {text}" for name, text in sorted(versions.items()))))
+    settings = about.get("settings")
+    attacks = dict.fromkeys((record.attack_name, record.attack) for record in records if record.attack)
+    return RunProvenance(
+        name=str(folder.path),
+        facts=tuple(facts),
+        settings=tuple(flatten_settings(settings).items()) if isinstance(settings, dict) else (),
+        attacks=tuple(attacks),
+        absent=folder.absent,
+    )
+
+
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted names and text."""
+    names: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            names |= flatten_settings(value, f"{prefix}{key}.")
+        else:
+            names[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return names

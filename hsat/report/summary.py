@@ -1,0 +1,207 @@
+"""What records say in a sentence, and flags: reasons to doubt it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+from hsat.eval.records import Record
+from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, format_estimate
+
+_percent = partial(format_estimate, unit=" %")
+
+
+@dataclass(frozen=True)
+class AccuracyPoint:
+    """A measured condition of one model at one level; eps is 0 for clean images, and eps_text is as people write it."""
+
+    name: str
+    eps: float
+    eps_text: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class RobustnessSummary:
+    """What a model keeps.
+
+    Attributes:
+        model: Its name.
+        clean: On clean images.
+        noise: Under random noise of the largest eps.
+        worst: Under the attack that left least at the largest eps.
+        attacks: How many attacks there were at that eps.
+    """
+
+    model: str
+    clean: AccuracyPoint | None
+    noise: AccuracyPoint | None
+    worst: AccuracyPoint | None
+    attacks: int
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A reason to distrust the numbers of a model under some conditions."""
+
+    model: str
+    conditions: tuple[str, ...]
+    reason: str
+
+
+def norm_of(record: Record) -> str:
+    """The threat model's name in the attack's repr: "Linf", "L2", or "" where it names neither."""
+    return next((name for name in ("Linf", "L2") if f"{name}(" in record.attack), "")
+
+
+def is_noise(record: Record) -> bool:
+    """Whether the condition is random noise and no attack."""
+    return record.attack.startswith("RandomNoise(") or record.attack_name.startswith("noise-")
+
+
+def accuracy_points(records: Sequence[Record], *, kind: str) -> list[AccuracyPoint]:
+    """The conditions of one kind ("clean", "noise", "attack") of one model, level and metric, by growing eps."""
+    chosen = [record for record in records if _kind(record) == kind]
+    points = []
+    for name, attack in dict.fromkeys((record.attack_name, record.attack) for record in chosen):
+        runs = [record for record in chosen if (record.attack_name, record.attack) == (name, attack)]
+        estimate = aggregate_runs(runs)
+        if estimate is not None:
+            points.append(AccuracyPoint(name, runs[0].eps_value, runs[0].eps, estimate))
+    return sorted(points, key=lambda point: point.eps)
+
+
+def strongest_per_eps(attacks: Sequence[AccuracyPoint]) -> list[AccuracyPoint]:
+    """At each eps the attack that left least; of equals the first."""
+    return [
+        min((point for point in attacks if point.eps == eps), key=lambda point: point.estimate.value)
+        for eps in dict.fromkeys(point.eps for point in attacks)
+    ]
+
+
+def summarize_model(records: Sequence[Record]) -> RobustnessSummary:
+    """The summary of one model from its records of one level, metric and k.
+
+    Where both norms occur, those in Linf (or the first norm there is) are summed up.
+
+    Raises:
+        ValueError: For no records and for records of several models.
+    """
+    models = {record.model for record in records}
+    if len(models) != 1:
+        raise ValueError(f"a summary is that of one model, got records of {sorted(models)}")
+    norms = [norm_of(record) for record in records if _kind(record) == "attack"]
+    norm = "Linf" if "Linf" in norms else next(iter(norms), "")
+    mine = [record for record in records if record.attack_name == CLEAN or norm_of(record) == norm]
+    attacks = accuracy_points(mine, kind="attack")
+    worst = strongest_per_eps(attacks)[-1] if attacks else None
+    noise = [point for point in accuracy_points(mine, kind="noise") if worst is None or point.eps == worst.eps]
+    clean = accuracy_points(mine, kind=CLEAN)
+    count = sum(point.eps == worst.eps for point in attacks) if worst else 0
+    return RobustnessSummary(models.pop(), next(iter(clean), None), noise[-1] if noise else None, worst, count)
+
+
+def summary_sentence(summaries: Sequence[RobustnessSummary], *, metric: str = "accuracy") -> str:
+    """What each model keeps under its strongest attack, the best first, with intervals."""
+    attacked = sorted((o for o in summaries if o.worst), key=lambda o: -o.worst.estimate.value if o.worst else 0.0)
+    if not attacked:
+        clean = [f"{o.model} has {_percent(o.clean.estimate)}" for o in summaries if o.clean]
+        return (
+            f"No attack was measured. On clean patches {', '.join(clean)} {metric}." if clean else "Nothing measured."
+        )
+    parts: list[str] = []
+    said: tuple[str, str] | None = None
+    for summary in attacked:
+        assert summary.worst is not None
+        before = f" (clean {_percent(summary.clean.estimate, interval=False)})" if summary.clean else ""
+        attack = f"the strongest of {summary.attacks} attacks" if summary.attacks > 1 else summary.worst.name
+        where = (summary.worst.eps_text, attack)
+        under = f" under {attack} at eps {summary.worst.eps_text}" if where != said else ""
+        said = where
+        what = " of the patches right" if metric == "accuracy" else f" {metric.upper()}"
+        kept = _percent(summary.worst.estimate) + (what if not parts else "")
+        parts.append(f"{summary.model} keeps {kept}{under}{before}")
+    return f"{'; '.join(parts)}."
+
+
+def certificate_sentence(records: Sequence[Record]) -> str:
+    """What a summary says of records without accuracies of patches: certificates, or that the tables tell.
+
+    Certified accuracies of patches are those at the largest radius at which any is above 0.
+    """
+    certified = [r for r in records if (r.metric, r.level) == ("certified_accuracy", "patch")]
+    if not certified:
+        return "No accuracy of patches was measured; the tables show what was."
+    radius = max((r.eps_value for r in certified if r.value > 0), default=0.0)
+    at = [record for record in certified if record.eps_value == radius]
+    parts = []
+    for model, attack in dict.fromkeys((record.model, record.attack) for record in at):
+        estimate = aggregate_runs([record for record in at if (record.model, record.attack) == (model, attack)])
+        parts += [f"{model} keeps {_percent(estimate)}"] if estimate else []
+    return f"Certified against every change of L2 norm below {at[0].eps}, patch level: {'; '.join(parts)}."
+
+
+def transfer_sentence(records: Sequence[Record]) -> str:
+    """What attacks made on other encoders take from each, the least first, at the largest eps; "" without averages.
+
+    records: of one setting and k.  Patch level, the attack that takes most on average.
+    """
+    averages = [r for r in records if (r.surrogate, r.metric, r.level) == ("others", "accuracy_drop", "patch")]
+    largest = max((record.eps_value for record in averages), default=0.0)
+    parts, taken = [], []
+    for model in dict.fromkeys(record.model for record in averages):
+        mine = [record for record in averages if record.model == model and record.eps_value == largest]
+        worst = max(accuracy_points(mine, kind="attack"), key=lambda point: point.estimate.value, default=None)
+        if worst is not None:
+            shown = format_estimate(worst.estimate)
+            parts.append((worst.estimate.value, f"{shown} points from {model} ({worst.name})"))
+            taken.append(worst.eps_text)
+    if not parts:
+        return ""
+    listed = "; ".join(text for _, text in sorted(parts))
+    return f"Attacks at eps {taken[0]} that were made on other encoders take, on average over these, {listed}."
+
+
+def record_flags(records: Sequence[Record]) -> list[Flag]:
+    """The flags that records carry, each once per model with the conditions it concerns."""
+    conditions: dict[tuple[str, str], dict[str, None]] = {}
+    for record in records:
+        name = f"{record.surrogate} → {record.model}" if record.surrogate else record.model
+        for flag in record.flags:
+            conditions.setdefault((name, flag), {})[record.attack_name] = None
+    return [Flag(model, tuple(names), flag) for (model, flag), names in conditions.items()]
+
+
+def cross_attack_flags(records: Sequence[Record]) -> list[Flag]:
+    """Signs of a failed attack that only several records together show, for one model, level, metric and k.
+
+    An attack that leaves as much as random noise of its size (and more than nothing), and one that leaves over one
+    percentage point more at a larger eps than the strongest attack does at a smaller one: both happen when gradients
+    are masked.
+    """
+    flags = []
+    for norm in dict.fromkeys(norm_of(record) for record in records if _kind(record) == "attack"):
+        mine = [record for record in records if norm_of(record) == norm]
+        worst = strongest_per_eps(accuracy_points(mine, kind="attack"))
+        noise = {point.eps: point for point in accuracy_points(mine, kind="noise")}
+        for point in worst:
+            beside = noise.get(point.eps)
+            if beside and point.estimate.value >= beside.estimate.value and point.estimate.value > 0:
+                left = f"{100 * point.estimate.value:.1f} % against {100 * beside.estimate.value:.1f} %"
+                reason = f"the strongest attack leaves no less than random noise of the same size ({left})"
+                flags.append(Flag(records[0].model, (point.name,), reason))
+        for smaller, larger in pairwise(worst):
+            if larger.estimate.value > smaller.estimate.value + 0.01:
+                before = f"{100 * smaller.estimate.value:.1f} % before"
+                left = f"{100 * larger.estimate.value:.1f} % at {larger.eps_text}, {before}"
+                reason = f"a larger eps leaves more than a smaller one ({left})"
+                flags.append(Flag(records[0].model, (larger.name,), reason))
+    return flags
+
+
+def _kind(record: Record) -> str:
+    if record.attack_name == CLEAN:
+        return CLEAN
+    return "noise" if is_noise(record) else "attack"

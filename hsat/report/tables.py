@@ -1,0 +1,388 @@
+"""Records, artifacts and differences as tables.
+
+`markdown_table` and `transfer_markdown` are for people who read text; the page has tables of its own, with a column per
+model and metric, since it can shade, group and scroll.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hsat.eval import Difference, Record, Table, TableCell
+from hsat.eval.tables import ABSENT, Row
+from hsat.eval.transfer_drops import OTHERS
+from hsat.report.aggregation import (
+    CLEAN,
+    ConditionColumn,
+    Estimate,
+    aggregate_runs,
+    format_estimate,
+    format_points,
+    list_conditions,
+)
+from hsat.report.artifacts import Artifacts
+from hsat.types import LEVELS
+
+TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
+TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
+TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
+MEAN_OF_OTHERS = "mean of the others"
+
+
+def accuracy_tables(
+    records: Sequence[Record],
+    *,
+    levels: Sequence[str] = LEVELS,
+    metrics: Sequence[str] = ("accuracy", "mca"),
+    intervals: bool = True,
+) -> tuple[Table, ...]:
+    """One table per level: rows are models, columns are clean and then the attacks as they first occur.
+
+    A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
+    cell (seeds, splits) give their mean and standard deviation.  Rows are split by target and k where those differ, and
+    by the classifier where several have no k.  Transfers have a row per pair, "surrogate → model"; see
+    `transfer_markdown` for the matrix.
+
+    Args:
+        records: What was measured.
+        levels: Which levels.
+        metrics: Which metrics.
+        intervals: Whether to show the intervals.
+
+    Raises:
+        ValueError: If no record fits.
+    """
+    chosen = [record for record in records if record.level in levels and record.metric in metrics]
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
+        )
+    columns = sorted(dict.fromkeys(record.attack_name for record in chosen), key=lambda name: name != CLEAN)
+    several = len({record.classifier for record in chosen if not record.k}) > 1
+
+    def row_of(record: Record) -> tuple[str, str, str]:
+        name = _model_name(record)
+        return (f"{name}, {record.classifier}" if several and not record.k else name), record.target, str(record.k)
+
+    tables = []
+    for level in levels:
+        here = [record for record in chosen if record.level == level]
+        rows: list[Row] = []
+        for row in dict.fromkeys(map(row_of, here)):
+            mine = [record for record in here if row_of(record) == row]
+            cells = [[record for record in mine if record.attack_name == name] for name in columns]
+            rows.append((*row, *(_joined_cell(cell, metrics, intervals) for cell in cells)))
+        if rows:
+            sizes = f"n = {', '.join(map(str, sorted({record.n for record in here})))}"
+            details = f" ({_titles(metrics)}, %; {sizes})"
+            tables.append(Table(("model", "target", "k", *columns), rows, f"{level.capitalize()} level", details))
+    return tuple(tables)
+
+
+def markdown_table(
+    records: Sequence[Record],
+    *,
+    levels: Sequence[str] = LEVELS,
+    metrics: Sequence[str] = ("accuracy", "mca"),
+    intervals: bool = True,
+) -> str:
+    """`accuracy_tables` as Markdown, and below them the notes and flags of the records."""
+    tables = accuracy_tables(records, levels=levels, metrics=metrics, intervals=intervals)
+    shown = [record for record in records if record.level in levels and record.metric in metrics]
+    remarks: dict[str, None] = {}
+    for record in shown:
+        if note := record.settings.get("note"):
+            remarks[f"- {record.attack_name}: {note}"] = None
+        for flag in record.flags:
+            remarks[f"- {_model_name(record)}, {record.attack_name} ({record.target}): {flag}"] = None
+    return _paragraphs(tables, remarks)
+
+
+def transfer_tables(
+    records: Sequence[Record],
+    *,
+    levels: Sequence[str] = LEVELS,
+    metrics: Sequence[str] = ("accuracy_drop", "mca_drop"),
+    intervals: bool = False,
+) -> tuple[Table, ...]:
+    """One table per level, attack and k: rows are surrogates, columns are targets.
+
+    A cell holds the drops of the target, clean minus attacked, in points of %, in the order given, joined by " / ".
+    The first row has the clean numbers; the last has the mean drop over the surrogates other than the target itself.
+    White-box cells, where the surrogate is the target, are in italics (of Markdown).
+
+    Args:
+        records: Of a transfer.
+        levels: Which levels.
+        metrics: Which drops.
+        intervals: Whether to show the 95 % intervals.
+
+    Raises:
+        ValueError: If no record fits.
+    """
+    chosen = [r for r in records if r.level in levels and r.metric in metrics and r.surrogate]
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(records)} records is a transfer at a level of {list(levels)} with a metric of"
+            f" {list(metrics)}; evaluate_transfer makes them"
+        )
+    tables = []
+    for level in levels:
+        here = [record for record in chosen if record.level == level]
+        for name, k in dict.fromkeys((record.attack_name, record.k) for record in here):
+            clean = [r for r in records if (r.level, r.k, r.surrogate) == (level, k, "")]
+            mine = [record for record in here if (record.attack_name, record.k) == (name, k)]
+            title = f"{level.capitalize()} level, {name}, k = {k}"
+            tables.append(_transfer_table(title, mine, clean, metrics, intervals))
+    return tuple(tables)
+
+
+def transfer_markdown(
+    records: Sequence[Record],
+    *,
+    levels: Sequence[str] = LEVELS,
+    metrics: Sequence[str] = ("accuracy_drop", "mca_drop"),
+    intervals: bool = False,
+) -> str:
+    """`transfer_tables` as Markdown, and below them the notes and flags of the records."""
+    tables = transfer_tables(records, levels=levels, metrics=metrics, intervals=intervals)
+    shown = [r for r in records if r.level in levels and r.metric in metrics and r.surrogate]
+    remarks = dict.fromkeys(f"- {r.attack_name}: {r.settings['note']}" for r in shown if r.settings.get("note"))
+    remarks |= dict.fromkeys(
+        f"- {record.surrogate} → {record.model}, {record.attack_name}: {flag}"
+        for record in shown
+        if record.surrogate != OTHERS
+        for flag in record.flags
+    )
+    return _paragraphs(tables, remarks)
+
+
+def _transfer_table(
+    title: str, records: Sequence[Record], clean: Sequence[Record], metrics: Sequence[str], intervals: bool
+) -> Table:
+    targets = list(dict.fromkeys(record.model for record in records))
+    moved = ", ".join(dict.fromkeys(record.target for record in records))
+    sizes = ", ".join(map(str, dict.fromkeys(record.n for record in records)))
+    undropped = [metric.removesuffix("_drop") for metric in metrics]
+    rows: list[Row] = []
+    if plain := [record for record in clean if record.metric in undropped]:
+        cells = [_joined_cell([r for r in plain if r.model == name], undropped, intervals) for name in targets]
+        rows.append((f"clean {_titles(undropped)}", *cells))
+    for surrogate in list_surrogates(records):
+        mine = [record for record in records if record.surrogate == surrogate]
+        cells = [_joined_cell([r for r in mine if r.model == name], metrics, intervals) for name in targets]
+        cells = [f"*{cell}*" if name == surrogate else cell for name, cell in zip(targets, cells, strict=True)]
+        rows.append((MEAN_OF_OTHERS if surrogate == OTHERS else surrogate, *cells))
+    details = f" ({_titles(metrics)}, %; attacks on the {moved}; n = {sizes})"
+    return Table(("surrogate ↓ target →", *targets), rows, title, details)
+
+
+def list_surrogates(records: Iterable[Record]) -> list[str]:
+    """The surrogates of a transfer as they occur, the mean over the others last."""
+    return sorted(dict.fromkeys(record.surrogate for record in records), key=lambda name: name == OTHERS)
+
+
+def _joined_cell(records: Sequence[Record], metrics: Sequence[str], intervals: bool) -> str:
+    estimates = [aggregate_runs([record for record in records if record.metric == name]) for name in metrics]
+    return join_estimates(estimates, lambda estimate: format_estimate(estimate, interval=intervals))
+
+
+def join_estimates(estimates: Sequence[Estimate | None], text: Callable[[Estimate], str]) -> str:
+    """Several numbers in one cell, joined by " / "; a single dash where there is none."""
+    if not any(estimates):
+        return ABSENT
+    return " / ".join(ABSENT if estimate is None else text(estimate) for estimate in estimates)
+
+
+def _titles(metrics: Iterable[str]) -> str:
+    return " / ".join(TITLES.get(name, name) for name in metrics)
+
+
+def _model_name(record: Record) -> str:
+    return f"{record.surrogate} → {record.model}" if record.surrogate else record.model
+
+
+def _paragraphs(tables: Iterable[Table], remarks: Iterable[str]) -> str:
+    lines = "\n".join(remarks)
+    return "\n".join(table.to_markdown() for table in tables) + (f"\n{lines}\n" if lines else "")
+
+
+def differences_table(
+    differences: Sequence[Difference],
+    *,
+    levels: Sequence[str] = LEVELS,
+    metrics: Sequence[str] = ("accuracy", "mca"),
+) -> Table:
+    """One row per model, condition, k, level and metric, in points of a percent.
+
+    Args:
+        differences: What `compare_models` gave.
+        levels: Which levels.
+        metrics: Which metrics.
+    """
+    rows: list[Row] = []
+    for one in differences:
+        if one.level in levels and one.metric in metrics:
+            absent = one.low is None or one.high is None
+            interval = ABSENT if absent else f"[{100 * (one.low or 0.0):+.1f}, {100 * (one.high or 0.0):+.1f}]"
+            share = ABSENT if one.not_above is None else f"{one.not_above:.3f}"
+            numbers = (f"{100 * one.value:.1f}", f"{100 * one.value_against:.1f}", f"{100 * one.difference:+.1f}")
+            names = (one.model, one.against, one.condition, str(one.k), one.level, one.metric)
+            rows.append((*names, *numbers, interval, share, str(one.patients)))
+    head = ("model", "against", "condition", "k", "level", "metric", "model, %", "against, %", "difference")
+    return Table((*head, "interval", "resamples not above 0", "patients"), rows)
+
+
+def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]) -> Table | None:
+    """One row per condition, one group of columns per model; None without records of that level and these metrics."""
+    here = [record for record in records if record.level == level and record.metric in metrics]
+    if not here:
+        return None
+    used = [metric for metric in metrics if any(record.metric == metric for record in here)]
+    models = list(dict.fromkeys(record.model for record in here))
+    columns = list_conditions(here)
+    rows: list[Row] = []
+    for column in columns:
+        cells = []
+        for model in models:
+            mine = [record for record in here if record.model == model and column.matches(record)]
+            cells += [page_cell(aggregate_runs([record for record in mine if record.metric == name])) for name in used]
+        rows.append((column.label, *cells))
+    sizes = ", ".join(map(str, sorted({record.n for record in here})))
+    notes = _attacks_of_labels(columns)
+    if len({record.n for record in here}) > 1:
+        notes.append(f"The numbers of queries differ between cells: n = {sizes}.")
+    return Table(
+        head=("condition", *(TITLES.get(name, name) for _ in models for name in used)),
+        rows=rows,
+        caption=f"{level.capitalize()} level, % (n = {sizes})",
+        groups=[(model, len(used)) for model in models],
+        notes=notes,
+    )
+
+
+def page_cell(estimate: Estimate | None) -> TableCell:
+    """A cell of a page in percent: with its interval, or with the standard deviation over several runs."""
+    if estimate is None:
+        return TableCell(ABSENT)
+    if estimate.sd is not None:
+        small = f"± {100 * estimate.sd:.1f}, {estimate.runs} runs"
+    elif estimate.low is None or estimate.high is None:
+        small = ""
+    else:
+        small = f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
+    return TableCell(_minus(format_points(estimate.value)), _minus(small))
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _attacks_of_labels(columns: Sequence[ConditionColumn]) -> list[str]:
+    return [f"{column.label}: {column.attack}" for column in columns if column.label != column.name]
+
+
+def confusion_table(artifacts: Artifacts, condition: str, k: int, *, level: str = "patch") -> Table | None:
+    """Shares of each true class (rows) by predicted class, in %; None where the artifacts do not hold them."""
+    arrays = artifacts.conditions.get(condition)
+    if arrays is None or (level, k) not in arrays.prediction or level not in arrays.label:
+        return None
+    names, truth = artifacts.class_names, arrays.label[level]
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(counts, (truth, arrays.prediction[level, k]), 1)
+    rows: list[Row] = []
+    for name, row in zip(names, counts, strict=True):
+        total = int(row.sum())
+        shares = [float(count) / total if total else 0.0 for count in row]
+        cells = [TableCell(f"{100 * share:.0f}" if total else ABSENT, shade=share) for share in shares]
+        rows.append((f"{name} ({total})", *cells))
+    return Table(head=("true class (n)", *names), rows=rows, caption=f"{artifacts.model}, {condition}")
+
+
+def drop_table(records: Sequence[Record], *, level: str, attack: str) -> Table | None:
+    """Rows are surrogates, columns the drops of the encoders that were measured, under one attack.
+
+    The first row has the clean numbers, the last the mean drop over the surrogates other than the target itself.  None
+    without drops at that level.
+    """
+    at_level = [record for record in records if record.level == level]
+    here = [r for r in at_level if r.attack_name == attack and r.metric.endswith("_drop")]
+    if not here:
+        return None
+    targets, drops = tuple(dict.fromkeys(r.model for r in here)), tuple(dict.fromkeys(r.metric for r in here))
+    places = [(target, metric) for target in targets for metric in drops]
+
+    def cells(chosen: Sequence[Record], ending: str = "") -> list[TableCell]:
+        return [
+            page_cell(
+                aggregate_runs([r for r in chosen if (r.model, r.metric) == (target, metric.removesuffix(ending))])
+            )
+            for target, metric in places
+        ]
+
+    clean = [record for record in at_level if not record.attack]
+    rows: list[Row] = [("(clean)", *cells(clean, "_drop"))] if clean else []
+    for surrogate in list_surrogates(here):
+        label = MEAN_OF_OTHERS if surrogate == OTHERS else surrogate
+        rows.append((label, *cells([record for record in here if record.surrogate == surrogate])))
+    sizes = ", ".join(map(str, sorted({record.n for record in here})))
+    return Table(
+        head=("attack made on", *(TITLES.get(metric, metric) for _, metric in places)),
+        rows=rows,
+        caption=f"{attack}, {level} level, points of % (n = {sizes})",
+        groups=[(target, len(drops)) for target in targets],
+    )
+
+
+def page_differences_table(differences: Sequence[Difference], *, metric: str, k: int) -> Table | None:
+    """What each model has more than the one it is compared with, on the same patients; rows are conditions."""
+    here = [one for one in differences if (one.metric, one.k) == (metric, k)]
+    if not here:
+        return None
+    pairs = list(dict.fromkeys((one.model, one.against) for one in here))
+    levels = [level for level in LEVELS if any(one.level == level for one in here)]
+    rows: list[Row] = []
+    for condition in dict.fromkeys(one.condition for one in here):
+        by_place = {(one.model, one.against, one.level): one for one in here if one.condition == condition}
+        rows.append((condition, *(_difference(by_place.get((*pair, level))) for pair in pairs for level in levels)))
+    return Table(
+        head=("condition", *(level for _ in pairs for level in levels)),
+        rows=rows,
+        caption=f"Differences of {TITLES.get(metric, metric)} on the same patients, points of %, k = {k}",
+        groups=[(f"{model} − {against}", len(levels)) for model, against in pairs],
+    )
+
+
+def _difference(one: Difference | None) -> TableCell:
+    if one is None:
+        return TableCell(ABSENT)
+    small = "" if one.low is None or one.high is None else f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
+    return TableCell(_minus(f"{100 * one.difference:+.1f}"), _minus(small))
+
+
+def effort_table(records: Sequence[Record]) -> Table | None:
+    """Per model and attack: what it spent, and the shares of images on which it may have failed."""
+    shares = ("zero_gradient_share", "never_moved_share", "stationary_share")
+    attacks: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        if record.attack and shares[0] in record.settings:
+            attacked = record.surrogate or record.model
+            attacks.setdefault((attacked, record.target, record.attack_name, record.attack), record)
+    rows: list[Row] = []
+    for (name, target, attack, _), record in attacks.items():
+        start = {"True": "yes", "False": "no"}.get(str(record.settings.get("random_start")), ABSENT)
+        passes = f"{record.forwards:g} / {record.backwards:g}"
+        parts = [f"{100 * float(record.settings.get(share, 0.0)):.1f}" for share in shares]
+        rows.append((f"{name}, {attack} ({target})", start, passes, *parts))
+    if not rows:
+        return None
+    head = ("model, attack", "random start", "passes per image, forward / backward", "zero gradient, %")
+    return Table((*head, "never moved, %", "stationary at the clean image, %"), rows, "How the attacks went")
+
+
+def prefix_caption(table: Table, prefix: str) -> Table:
+    """The same table with something before its caption."""
+    return replace(table, caption=prefix + table.caption)

@@ -1,0 +1,250 @@
+"""The outer minimisation of a training: precision, losses, optimiser, and one optimiser step on a batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from hsat.attacks import PGD
+from hsat.distributed import average_statistics, global_indices, synchronize_batchnorm, world_rank, world_size
+from hsat.losses import HiDiscLoss
+from hsat.models import DualBatchNorm, Encoder
+from hsat.training.accumulation import SplitBatch, accumulated_step, split_batch
+from hsat.training.agreement import assert_ranks_agree
+from hsat.training.config import TrainConfig
+from hsat.training.free import free_replays
+from hsat.training.gradients import check_gradients, check_trainable, largest_gradient, non_finite_gradients
+from hsat.training.inner_attack import InnerAttack
+from hsat.training.precision import average_gradients, compile_in_place, make_adamw, make_autocast, make_scaler
+from hsat.training.schedules import cosine_with_warmup
+from hsat.training.step import StepResult, adversarial_step
+from hsat.types import LEVELS, HierarchicalBatch
+
+
+class Optimization:
+    """Makes optimiser steps on batches, with everything that lives from step to step.
+
+    Args:
+        encoder: The network, trained in place; moved to `device`.
+        config: All options.
+        total: Steps of the whole run, over which the learning rate falls.
+        device: Where it computes.
+
+    Attributes:
+        inner: The inner maximisation.
+        optimizer: AdamW.
+        schedule: Of its learning rate.
+        scaler: Of float16's loss; does nothing for other precisions.
+        skipped: Steps that float16 left out.
+
+    Raises:
+        ValueError: For an encoder without trainable parameters, and ranks whose weights differ.
+    """
+
+    def __init__(self, encoder: Encoder, config: TrainConfig, *, total: int, device: torch.device) -> None:
+        self.encoder, self.config, self.device = encoder, config, device
+        self.rank, self.ranks = world_rank(), world_size()
+        self.skipped = 0
+        self._compiled = not config.compile
+        self._prepare_encoder()
+        self.optimizer = make_adamw(encoder, lr=config.lr, weight_decay=config.weight_decay)
+        self.scaler = make_scaler(config.precision, device)
+        warmup = int(config.warmup * total)
+        self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=total, warmup=warmup))
+
+    def _prepare_encoder(self) -> None:
+        """Losses, precision and the forms of the encoder that the passes call."""
+        config = self.config
+        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
+        check_trainable(self.encoder)
+        if config.sync_norm and self.ranks > 1:
+            synchronize_batchnorm(self.encoder, device=self.device)
+        assert_ranks_agree(model=self.encoder)  # DistributedDataParallel would make them rank 0's in silence
+        self.encoder.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        if self.ranks > 1 and not config.clean:
+            _freeze_unused_branch(self.encoder, attacked=config.attack.name != "none")
+        self.parallel: nn.Module = average_gradients(self.encoder) if self.ranks > 1 else self.encoder
+        self.autocast = make_autocast(config.precision, self.device)
+        everywhere = config.global_negatives and self.ranks > 1
+        self.loss = HiDiscLoss.from_code(config.loss, temperature=config.temperature, gather=everywhere)
+        self.inner_loss = HiDiscLoss.from_code(config.attack.levels, temperature=config.temperature)
+        self.inner = InnerAttack(config.attack, self.encoder, self.inner_loss, autocast=self.autocast)
+
+    def step(
+        self, batch: HierarchicalBatch, attack: PGD | None, *, number: int, clean_weight: float
+    ) -> dict[str, float]:
+        """One batch, with one optimiser step (free: several).
+
+        Args:
+            batch: The images of this rank, on the CPU.
+            attack: The PGD of this epoch; None for a training without attack.
+            number: The number of the step, from 0.
+            clean_weight: Share of the clean loss.
+
+        Returns:
+            Of the last optimiser step: the loss, lr, the terms of the loss, and whether float16 skipped it.
+
+        Raises:
+            FloatingPointError: Before a loss or a gradient that is not finite is stepped on.
+            ValueError: If no parameter got a gradient.
+        """
+        count = self.config.accumulate
+        parts = split_batch(batch, count) if count > 1 else None  # on the CPU, where ids are counted
+        batch = self._to_device(batch)
+        if parts is not None:
+            parts = SplitBatch(batch, tuple(map(self._to_device, parts.parts)))
+        # a GPU draws its noise itself: 128 images of 300 pixels cost a CPU 0.17 s
+        home = self.device if self.device.type == "cuda" else torch.device("cpu")
+        generator = torch.Generator(home).manual_seed(_mix_seed(self.config.seed, number))
+        self.parallel.train()
+        if not self._compiled:
+            compile_in_place(self.encoder, self.device)
+            self._compiled = True
+        try:
+            for result in self._results(
+                batch, parts, attack, number=number, clean_weight=clean_weight, generator=generator
+            ):
+                values = self._descend(result, number=number, has_gradients=parts is not None)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {number}: {error}") from error
+        self.inner.keep(batch, result.x_adv)
+        values = {"loss": values.pop("loss"), "lr": self.optimizer.param_groups[0]["lr"]} | values
+        with warnings.catch_warnings():  # float16: a first step that overflows is left out, as it should be
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: what has no place of its own in it."""
+        state: dict[str, Any] = {"inner": self.inner.state_dict()}
+        if self.scaler.is_enabled():
+            state |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From the checkpoint; the learning rate is that of the options, where the checkpoint has another one."""
+        if "inner" in state:  # older checkpoints have none
+            self.inner.load_state_dict(state["inner"])
+        if "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+        self.skipped = int(state.get("skipped", 0))
+        rate = self.config.lr
+        if self.schedule.base_lrs == [rate] * len(self.schedule.base_lrs):
+            return
+        self.schedule.base_lrs = [rate] * len(self.schedule.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.schedule.last_epoch)
+
+    def _to_device(self, batch: HierarchicalBatch) -> HierarchicalBatch:
+        batch = batch.to(self.device, non_blocking=True)
+        return batch.replace(images=batch.images.to(memory_format=self.layout))
+
+    def _results(
+        self,
+        batch: HierarchicalBatch,
+        parts: SplitBatch | None,
+        pgd: PGD | None,
+        *,
+        number: int,
+        clean_weight: float,
+        generator: torch.Generator,
+    ) -> Iterator[StepResult]:
+        """The losses to descend on this batch, one after the other: one, or with free training one per replay."""
+        several = self.ranks * self.config.accumulate > 1
+        ids = global_indices(len(batch), rank=self.rank) if several else None
+        if pgd is not None and self.config.attack.name == "free":
+            yield from free_replays(
+                self.parallel,
+                self.loss,
+                batch,
+                threat=pgd.threat,
+                replays=self.config.attack.replays,
+                autocast=self.autocast,
+                generator=generator,
+                ids=ids,
+            )
+            return
+        groups = (batch,) if parts is None else parts.parts
+        attack, start = self.inner.choose(pgd, groups, number, generator=generator, ids=ids)
+        if parts is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+            yield accumulated_step(
+                self.parallel,
+                self.loss,
+                attack,
+                parts,
+                inner_loss=self.inner_loss,
+                clean_weight=clean_weight,
+                autocast=self.autocast,
+                generator=generator,
+                ids=ids,
+                scale=self.scaler.scale,
+            )
+        else:
+            yield adversarial_step(
+                self.parallel,
+                self.loss,
+                attack,
+                batch,
+                inner_loss=self.inner_loss,
+                clean_weight=clean_weight,
+                autocast=self.autocast,
+                generator=generator,
+                start=start,
+                ids=ids,
+            )
+
+    def _descend(self, result: StepResult, *, number: int, has_gradients: bool) -> dict[str, float]:
+        """One optimiser step; the loss and its terms as numbers, read in one go with the largest gradient.
+
+        has_gradients: whether backward was called already.
+        """
+        named = {"loss": result.loss.detach()}
+        for name, terms in (("clean", result.clean), ("adversarial", result.adversarial)):
+            if terms is not None:
+                named |= {f"{name}_{level}": getattr(terms, level).detach() for level in LEVELS}
+        if not has_gradients:
+            self.optimizer.zero_grad(set_to_none=True)
+            if result.loss.requires_grad:  # else nothing has a gradient, which largest_gradient says
+                self.scaler.scale(result.loss).backward()  # type: ignore[no-untyped-call]
+        named["gradient"] = largest_gradient(self.encoder).to(result.loss.dtype)
+        values = dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss is {values['loss']}")
+        overflow = not math.isfinite(values.pop("gradient"))
+        if overflow and not self.scaler.is_enabled():
+            check_gradients(self.encoder)  # raises, naming parameters
+        self.scaler.step(self.optimizer)  # which leaves out a step whose gradients overflow
+        self.scaler.update()
+        if self.scaler.is_enabled():
+            self._count_skipped(overflow, number)
+            values["skipped"] = float(overflow)
+        average_statistics(self.encoder)
+        return values
+
+    def _count_skipped(self, overflow: bool, number: int) -> None:
+        """Raise FloatingPointError where float16 gradients overflow although the loss is not scaled up any more."""
+        self.skipped += overflow
+        if overflow and (scale := self.scaler.get_scale()) < 1:
+            raise FloatingPointError(
+                f"float16 gradients overflow although the loss is no longer scaled up (scale {scale:g};"
+                f" {self.skipped} of {number + 1} steps were skipped): {non_finite_gradients(self.encoder)}"
+            )
+
+
+def _freeze_unused_branch(encoder: nn.Module, *, attacked: bool) -> None:
+    """A branch of dual BatchNorm that this run never uses gets no gradient, for which ranks would wait in vain."""
+    for layer in encoder.modules():
+        if isinstance(layer, DualBatchNorm):
+            layer.bn_list[0 if attacked else 1].requires_grad_(False)  # bn_list is (normal, pgd)
+
+
+def _mix_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
