@@ -242,10 +242,11 @@ def test_the_commands_of_the_readme_parse(words, monkeypatch):
         assert [str(run) for run in found.runs] == [word for word in words[1:] if word.startswith("runs/")]
 
 
-def test_the_resume_option_of_the_readme_parses(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+def test_the_resume_option_of_the_readme_parses():
+    from hsat.cli.train import Train
+
     (option,) = re.findall(r"`(--resume[^`]*)`", README.read_text())
-    assert importlib.import_module("train_hsat").TrainHSAT.over({}, option.split()).resume is True
+    assert Train.load(option.split()).resume is True
 
 
 def test_the_make_targets_of_the_readme_exist():

@@ -6,6 +6,7 @@ names.  A key that does not exist is an error.  Nothing is read from the environ
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import sys

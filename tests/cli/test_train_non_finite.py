@@ -207,7 +207,7 @@ def test_a_float16_run_whose_every_step_was_skipped_says_so(options, train, tmp_
 
 def test_float16_gradients_that_no_scale_helps_end_the_run(options, train, tmp_path, plant, stops, monkeypatch):
     def change(trainer):
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         spoil_gradient(math.nan, range(9))(trainer)
 
     plant(change)
