@@ -239,4 +239,4 @@ def test_the_page_lists_every_experiment():
     text = re.sub(
         r"`experiment-4` \.\.\. `experiment-8`", " ".join(f"`experiment-{n}`" for n in range(4, 9)), PAGE.read_text()
     )
-    assert [name for name in NAMES if f"`{name}`" not in text] == ["demo"]
+    assert not [name for name in NAMES if f"`{name}`" not in text]

@@ -39,6 +39,7 @@ from hsat.eval import (
 )
 from hsat.report import markdown_table
 from hsat.run_folder import write_run_file
+from hsat.training.config import written
 
 Fractions = Annotated[list[float], BeforeValidator(split_commas)]
 
@@ -47,11 +48,11 @@ class Budget(PatchSettings):
     """The smallest share of a patient's or slide's patches whose alteration changes the decision."""
 
     level: Literal["slide", "patient"] = Field("patient", description="whose decision is to change")
-    fractions: Fractions = Field([0.05, 0.1, 0.25, 0.5, 1.0], description="shares of the patches, for the table")
+    fractions: Fractions = Field(written("0.05,0.1,0.25,0.5,1"), description="shares of the patches, for the table")
     order: Literal["worst", "random"] = Field("worst", description="the attacker chooses the patches, or chance does")
-    attacks: Names = Field(["pgd"], description="names separated by commas")
+    attacks: Names = Field(written("pgd"), description="names separated by commas")
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
-    eps: Lengths = Field([8 / 255], description="radii: 4/255,8/255; in the unit of --threat")
+    eps: Lengths = Field(written("8/255"), description="radii: 4/255,8/255; in the unit of --threat")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")
     steps: int = Field(10, gt=0, description="gradient steps")
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
@@ -59,7 +60,7 @@ class Budget(PatchSettings):
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts, and of --order random")
-    out: Path = Field(Path("runs/budget"), description="folder for the results")
+    out: Path = Field(written("runs/budget"), description="folder for the results")
 
     @field_validator("eps")
     @classmethod

@@ -39,6 +39,7 @@ from hsat.eval import (
 from hsat.models import Encoder
 from hsat.report import markdown_table, plot_certified_accuracy
 from hsat.run_folder import write_run_file
+from hsat.training.config import written
 
 Radii = Annotated[list[float], BeforeValidator(split_commas)]
 
@@ -50,7 +51,7 @@ class Certify(PatchSettings):
     samples: int = Field(1000, gt=0, description="noisy copies of a patch that bound its radius")
     selection: int = Field(100, gt=0, description="noisy copies of a patch that choose its class")
     alpha: float = Field(0.001, gt=0, lt=0.5, description="probability with which a certificate may be wrong")
-    radii: Radii = Field([0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0], description="L2 radii of the curve")
+    radii: Radii = Field(written("0,0.05,0.1,0.25,0.5,0.75,1"), description="L2 radii of the curve")
     how: Literal["mean", "vote"] = Field("mean", description="how patches decide about slides and patients")
     noisy_bank: bool = Field(True, description="embed the bank with the same noise")
     check: int = Field(0, ge=0, description="attack this many certified patches, to try to break the certificates")
@@ -59,7 +60,7 @@ class Certify(PatchSettings):
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the noise")
-    out: Path = Field(Path("runs/certificates"), description="folder for the results")
+    out: Path = Field(written("runs/certificates"), description="folder for the results")
 
 
 def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:

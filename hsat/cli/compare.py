@@ -41,6 +41,7 @@ from hsat.eval import (
 )
 from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
 from hsat.run_folder import lock_folder, write_run_file
+from hsat.training.config import written
 
 OWN, PUBLISHED = "hsat", "the published code"
 SCORING = {
@@ -58,20 +59,20 @@ class Compare(Settings):
     checkpoint: Path | None = Field(None, description="file of the encoder")
     data: EvaluationDataSettings = EvaluationDataSettings()
     model: StoredModelSettings = StoredModelSettings()
-    attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
-    eps: PixelsList = Field([8 / 255], description="radii: 4/255,8/255")
-    step_size: Pixels = Field(2 / 255, description="size of a step")
+    attacks: Names = Field(written("pgd,bim,mifgsm"), description="names separated by commas")
+    eps: PixelsList = Field(written("8/255"), description="radii: 4/255,8/255")
+    step_size: Pixels = Field(written("2/255"), description="size of a step")
     steps: int = Field(10, gt=0, description="gradient steps")
     k: int = Field(200, gt=0, description="neighbours")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
-    metrics: Names = Field(["accuracy", "mca", "map"], description="shown in table.md: accuracy, mca, map, top2, top3")
+    metrics: Names = Field(written("accuracy,mca,map"), description="shown in table.md: accuracy, mca, map, top2, top3")
     bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
     query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")
     batch_size: int = Field(64, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
-    out: Path = Field(Path("runs/conventions"), description="folder for the results")
+    out: Path = Field(written("runs/conventions"), description="folder for the results")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
 

@@ -28,6 +28,7 @@ from hsat.eval import Record, read_records
 from hsat.recipes import read_recipe
 from hsat.report import markdown_table, write_report
 from hsat.run_folder import installed_versions, write_json
+from hsat.training.config import written
 from hsat.training.folder import flatten
 
 NAMED = {"features": "the features", "embedding": "the embedding", "decision": "the kNN vote itself"}
@@ -37,10 +38,11 @@ K = 20  # neighbours in the short table; the small bank makes the paper's 200 bl
 class Demo(Settings):
     """Train and attack a HiDisc baseline and an HSAT encoder on a synthetic cohort."""
 
-    out: Path = Field(Path("runs/demo"), description="folder for everything")
+    out: Path = Field(written("runs/demo"), description="folder for everything")
     seed: int = Field(0, ge=0, description="of the cohort, the weights, the draws and the attacks")
     targets: Annotated[list[Literal["features", "embedding", "decision"]], BeforeValidator(split_commas)] = Field(
-        ["features", "decision"], description="what the attacks move: features, embedding, the kNN vote; commas between"
+        written("features,decision"),
+        description="what the attacks move: features, embedding, the kNN vote; commas between",
     )
     steps: int | None = Field(None, gt=0, description="training steps, if not the recipe's")
     query_patches: int | None = Field(None, gt=0, description="attack this many validation patches; all if not given")

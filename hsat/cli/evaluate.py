@@ -59,6 +59,7 @@ from hsat.files import write_file
 from hsat.models import Encoder, fold_batchnorm
 from hsat.report import differences_table, markdown_table, plot_accuracy_vs_eps, plot_patches, write_artifacts
 from hsat.run_folder import write_json, write_run_file
+from hsat.training.config import written
 from hsat.types import Attack
 
 ENSEMBLE = "ensemble"
@@ -70,13 +71,17 @@ class Evaluate(PatchSettings):
     """Measure the white-box robustness of encoders by kNN at patch, slide and patient level."""
 
     attacks: Names = Field(
-        ["pgd", "bim", "mifgsm"], description="names separated by commas; ensemble is several attacks in turn"
+        written("pgd,bim,mifgsm"), description="names separated by commas; ensemble is several attacks in turn"
     )
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
-    eps: Lengths = Field(EPS["linf"], description="radii: 4/255,8/255; in the unit of --threat, with its own defaults")
-    step_size: Pixels = Field(2 / 255, description="size of a step; eps / 4 where --threat is given and this is not")
+    eps: Lengths = Field(
+        written("4/255,8/255"), description="radii: 4/255,8/255; in the unit of --threat, with its own defaults"
+    )
+    step_size: Pixels = Field(
+        written("2/255"), description="size of a step; eps / 4 where --threat is given and this is not"
+    )
     steps: int = Field(10, gt=0, description="gradient steps")
-    k: Counts = Field([200], description="neighbours; several with commas between")
+    k: Counts = Field(written("200"), description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
     preset: Literal["paper"] | None = Field(
@@ -92,7 +97,7 @@ class Evaluate(PatchSettings):
     compute: Annotated[list[Compute], BeforeValidator(split_commas)] = Field(
         [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
     )
-    out: Path = Field(Path("runs/whitebox"), description="folder for the results")
+    out: Path = Field(written("runs/whitebox"), description="folder for the results")
     cache: Path | None = Field(None, description="folder that keeps clean embeddings for later runs")
 
     @model_validator(mode="before")

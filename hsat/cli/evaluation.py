@@ -24,6 +24,7 @@ from hsat.cli.train import same_on_all_ranks
 from hsat.data import Cohort, PatchDataset, patch_loader
 from hsat.run_folder import LOG_FILE, lock_folder
 from hsat.training import assert_ranks_agree
+from hsat.training.config import written
 from hsat.types import HierarchicalBatch
 
 RECORDS = "records.jsonl"
@@ -56,7 +57,7 @@ class EvaluationSettings(Settings):
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
-    out: Path = Field(Path("runs/evaluation"), description="folder for the results")
+    out: Path = Field(written("runs/evaluation"), description="folder for the results")
     resume: bool = Field(False, description="go on with the finished batches of an interrupted run in --out")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")

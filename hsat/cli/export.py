@@ -36,6 +36,7 @@ from hsat.eval import (
 from hsat.eval.export import ShapeBatches
 from hsat.report import markdown_table
 from hsat.run_folder import write_run_file
+from hsat.training.config import written
 
 
 class Export(EvaluationSettings):
@@ -43,9 +44,9 @@ class Export(EvaluationSettings):
 
     checkpoint: Names = Field([], description="file, or name=file; one")
     split: str = Field("val", description="the patches to attack")
-    attacks: Names = Field(["pgd"], description="pgd, bim, mifgsm, fgsm or ffgsm; one")
+    attacks: Names = Field(written("pgd"), description="pgd, bim, mifgsm, fgsm or ffgsm; one")
     threat: Literal["linf", "l2", "raw_srh"] | None = Field(None, description="linf, or raw_srh for SRH, if not given")
-    eps: Lengths = Field([8 / 255], description="radius, in the unit of --threat; one")
+    eps: Lengths = Field(written("8/255"), description="radius, in the unit of --threat; one")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")
     steps: int = Field(10, gt=0, description="gradient steps")
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attack moves")
@@ -53,7 +54,7 @@ class Export(EvaluationSettings):
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     batch_size: int = Field(16, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
-    out: Path = Field(Path("runs/adversarial"), description="folder for the files and the results")
+    out: Path = Field(written("runs/adversarial"), description="folder for the files and the results")
 
 
 def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:

@@ -6,14 +6,22 @@ names.  A key that does not exist is an error.  Nothing is read from the environ
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from hsat.training.config import Pixels, Section, ViewConfig, parse_pixels
 
@@ -91,11 +99,48 @@ class LoggerSettings(Section):
     wandb: str | None = Field(None, description="name of a Weights & Biases project")
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Reads the words of a command; its help ends with the examples of the command's module."""
+
+    @classmethod
+    def of(cls, settings: type[BaseModel]) -> Self:
+        """The parser of a command, named by the module of its options: hsat train is hsat.cli.train."""
+        program = f"hsat {settings.__module__.rpartition('.')[2]}"
+        text, examples = split_docstring(sys.modules[settings.__module__].__doc__ or "")
+        return cls(
+            prog=program,
+            usage=f"{program} [--option VALUE ...]",
+            description=text,
+            epilog=f"examples:\n{examples}" if examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def format_help(self) -> str:
+        """The help, without defaults that say no more than the description: None, and an empty list."""
+        text = re.sub(r"\s+\(default:\s+(None|\[\])\)", "", super().format_help())
+        text = re.sub(r"(?<=default:)\s+(True|False)\b", lambda found: found[0].lower(), text)
+        return re.sub(r"^  -(\w) ", r"  --\1 ", text, flags=re.MULTILINE)  # as it may be typed, too
+
+
+def split_docstring(text: str) -> tuple[str, str]:
+    """The paragraphs of a module's docstring, and its indented commands."""
+    lines = text.splitlines()
+    examples = [line for line in lines if line.startswith("    ")]
+    rest = "\n".join(line for line in lines if not line.startswith("    "))
+    return re.sub(r"\n{3,}", "\n\n", rest).strip(), "\n".join(line[2:] for line in examples)
+
+
 class Settings(BaseSettings):
     """Base of every command's options; `load` reads the command line."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, validate_default=True, cli_avoid_json=True, cli_enforce_required=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        cli_avoid_json=True,
+        cli_enforce_required=False,
+        cli_hide_none_type=True,
     )
 
     config: Path | None = Field(None, description="YAML file with any of these options")
@@ -105,21 +150,14 @@ class Settings(BaseSettings):
         """Options from argv over the YAML file named in it over a recipe; bad ones end the program with the reason."""
         path = find_option(argv, "config", Path)
         layer = merge_layers(recipe or {}, read_yaml(path) if path else {})
+        words = normalize_words(argv, option_names(cls, kind=bool))
+        source: CliSettingsSource[Any] = CliSettingsSource(cls, root_parser=CommandParser.of(cls))
         try:
-            return cls(
-                **layer,
-                _cli_parse_args=normalize_words(argv, option_names(cls, kind=bool)),
-                _cli_prog_name=cls.program(),
-            )
+            return cls(**layer, _cli_settings_source=source(args=words))
         except ValidationError as error:
             raise SystemExit(explain(error, cls, path)) from None
         except SettingsError as error:
             raise SystemExit(f"error: {error}; write --section.option VALUE, as in --data.root PATH") from None
-
-    @classmethod
-    def program(cls) -> str:
-        """How the command is called, for its help."""
-        return f"hsat {cls.__module__.rpartition('.')[2]}"
 
     @classmethod
     def settings_customise_sources(

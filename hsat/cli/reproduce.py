@@ -25,6 +25,7 @@ from hsat.eval import Record, read_records
 from hsat.recipes import read_paper_numbers
 from hsat.report import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.report.aggregation import EvaluationSetting, drop_duplicates, label_branch
+from hsat.training.config import written
 
 
 class Reproduce(Settings):
@@ -38,7 +39,7 @@ class Reproduce(Settings):
     k: int | None = Field(None, gt=0, description="neighbours; 200, as in the paper, where the records have it")
     attack: str = Field("PGD-8", description="of the drops in table 2")
     numbers: Path | None = Field(None, description="YAML file of the printed numbers; the package's if not given")
-    out: Path = Field(Path("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
+    out: Path = Field(written("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
 
 
 def read_tables(path: Path | None = None) -> dict[str, PaperTable]:

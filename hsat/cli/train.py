@@ -94,8 +94,8 @@ class Train(Settings):
     )
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
-    attack: InnerAttackConfig = InnerAttackConfig()
-    train: OuterConfig = OuterConfig()
+    attack: InnerAttackConfig = Field(default_factory=InnerAttackConfig)  # so that --help shows 8/255 as written
+    train: OuterConfig = Field(default_factory=OuterConfig)
     log: LoggerSettings = LoggerSettings()
     preset: Literal["paper"] | None = Field(
         None,

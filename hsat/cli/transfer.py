@@ -44,6 +44,7 @@ from hsat.eval import (
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
 from hsat.run_folder import write_run_file
+from hsat.training.config import written
 
 
 class Transfer(PatchSettings):
@@ -52,11 +53,11 @@ class Transfer(PatchSettings):
     checkpoint: Names = Field([], description="encoders: name=file,name=file,... or files alone")
     surrogates: Names = Field([], description="names of the encoders to attack; all if not given")
     targets: Names = Field([], description="names of the encoders to measure; all if not given")
-    attacks: Names = Field(["pgd", "bim", "mifgsm"], description="names separated by commas")
-    eps: PixelsList = Field([4 / 255, 8 / 255], description="radii: 4/255,8/255")
-    step_size: Pixels = Field(2 / 255, description="size of a step")
+    attacks: Names = Field(written("pgd,bim,mifgsm"), description="names separated by commas")
+    eps: PixelsList = Field(written("4/255,8/255"), description="radii: 4/255,8/255")
+    step_size: Pixels = Field(written("2/255"), description="size of a step")
     steps: int = Field(10, gt=0, description="gradient steps")
-    k: Counts = Field([200], description="neighbours; several with commas between")
+    k: Counts = Field(written("200"), description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     target: Literal["features", "embedding"] | None = Field(
         None, description="what the attacks move on the surrogate; features, or embedding with --preset paper"
@@ -64,7 +65,7 @@ class Transfer(PatchSettings):
     preset: Literal["paper"] | None = Field(None, description="paper: the published arithmetic and attack target")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
-    out: Path = Field(Path("runs/transfer"), description="folder for the results and the state")
+    out: Path = Field(written("runs/transfer"), description="folder for the results and the state")
     resume: bool = Field(False, description="go on with what is finished in the folder of --out")
 
     @property

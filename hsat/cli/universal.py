@@ -30,6 +30,7 @@ from hsat.eval import KNNClassifier, Provenance, Record, RunOptions, Scoring, ev
 from hsat.models import frozen
 from hsat.report import markdown_table
 from hsat.run_folder import lock_folder, write_run_file
+from hsat.training.config import written
 
 
 class Universal(Settings):
@@ -40,11 +41,11 @@ class Universal(Settings):
     data: EvaluationDataSettings = EvaluationDataSettings()
     model: StoredModelSettings = StoredModelSettings()
     threat: Literal["linf", "l2"] = Field("linf", description="the ball of the perturbation")
-    eps: Lengths = Field([8 / 255], description="its radius; one")
+    eps: Lengths = Field(written("8/255"), description="its radius; one")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 8 if not given")
     epochs: int = Field(5, gt=0, description="passes over the training patches")
     distance: Literal["cosine", "l2", "l1"] = Field("cosine", description="drift of the features that is climbed")
-    k: Counts = Field([200], description="neighbours; several with commas between")
+    k: Counts = Field(written("200"), description="neighbours; several with commas between")
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
     query_patches: int | None = Field(None, gt=0, description="measure on this many validation patches; all if not")
@@ -52,7 +53,7 @@ class Universal(Settings):
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the random start")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
-    out: Path = Field(Path("runs/universal"), description="folder for the results")
+    out: Path = Field(written("runs/universal"), description="folder for the results")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
 

@@ -13,7 +13,7 @@ from hsat.run_folder import RUN_FILE, TrainingLog, read_run_file, write_json, wr
 NumberLogger = Callable[[dict[str, float], int], None]
 """Takes the numbers of a step and the step, such as a TensorBoard writer."""
 
-MAY_DIFFER = frozenset({"views.workers", "save_every", "max_memory"})
+MAY_DIFFER = frozenset({"train.views.workers", "train.save_every", "train.max_memory"})
 """Dotted names of options that change no number, so that a resumed run may have others."""
 
 _log = logging.getLogger("hsat")

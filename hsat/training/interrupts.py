@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,17 @@ class StopRequest:
         return self.signal != 0
 
 
+def leave_process_group(worker: int) -> None:
+    """In a process that reads patches: signals to the group, as Ctrl-C is one, are for the training alone.
+
+    Else they would end the readers in the middle of a step.  Readers end with the training, whose end they see.
+
+    Args:
+        worker: Number of the process, which a DataLoader tells.
+    """
+    os.setsid()
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Within the block the first SIGINT or SIGTERM makes a request; a second SIGINT raises KeyboardInterrupt."""
@@ -52,10 +64,14 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a reader that ends now must not end the step
 
+    readers = signal.getsignal(signal.SIGCHLD)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if request.signal:
+            signal.signal(signal.SIGCHLD, readers)

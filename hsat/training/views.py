@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from hsat.data import AugmentationPolicy, HierarchicalDataset, PatchStore, PatientBatchSampler, hierarchical_loader
 from hsat.training.config import TrainConfig
+from hsat.training.interrupts import leave_process_group
 from hsat.types import HierarchicalBatch
 
 
@@ -48,6 +49,8 @@ def view_loader(
         on_bad=views.on_bad,
         store=store,
     )
-    return hierarchical_loader(
+    loader = hierarchical_loader(
         dataset, sampler, workers=views.workers, pin_memory=pin_memory, ids=views.ids, compat=config.preset
     )
+    loader.worker_init_fn = leave_process_group
+    return loader

@@ -36,13 +36,16 @@ def test_files_are_a_cohort_inside_the_ball_and_no_run_overwrites_another(start,
     assert len(gap) == len({record.path for record in files.records}) == 12
     assert 0.9 * 8 / 255 < max(gap) <= 8 / 255 + 1e-7
     assert "of their numbers changed" in capsys.readouterr().err
-    assert "exists and is left untouched" in stops(export, [*start, "--out", str(tmp_path / "adv")])
+    before = (tmp_path / "adv" / "records.jsonl").read_bytes()
+    assert "holds the results of another run" in stops(export, [*start, "--out", str(tmp_path / "adv")])
+    export([*start, "--out", str(tmp_path / "adv"), "--overwrite", "true"])
+    assert (tmp_path / "adv" / "records.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--eps", "4/255,8/255"], "--eps has 2"),
+        (["--eps", "4/255,8/255"], "--eps has 3"),
         (["--threat", "linf"], "an SRH file holds two channels"),
     ],
 )

@@ -157,16 +157,16 @@ def test_missing_and_empty_patches_are_found_before_training(content, options, o
 def test_nan_loss_stops_by_step_and_leaves_the_checkpoint_whole(
     trained, options, train, rows_of, tmp_path, monkeypatch, stops
 ):
-    import hsat.training.trainer as trainer
+    import hsat.training.optimization as optimization
 
-    honest, seen = trainer.adversarial_step, []
+    honest, seen = optimization.adversarial_step, []
 
     def spoiled(*args, **kwargs) -> StepResult:
         result = honest(*args, **kwargs)
         seen.append(1)
         return result._replace(loss=result.loss * math.nan) if len(seen) == 6 else result
 
-    monkeypatch.setattr(trainer, "adversarial_step", spoiled)
+    monkeypatch.setattr(optimization, "adversarial_step", spoiled)
     out = tmp_path / "run"
     message = stops(train, [*options, "--out", str(out)])
     assert "step 5" in message and "nan" in message and "--train.lr" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shlex
 
@@ -182,13 +183,14 @@ def test_weights_that_a_step_made_infinite_are_not_saved(options, train, tmp_pat
 HALF = ("--train.precision", "16", "--attack.name", "none")
 
 
-def test_skipped_float16_steps_are_counted_and_said(options, train, rows_of, tmp_path, plant, capsys):
+def test_skipped_float16_steps_are_counted_and_said(options, train, rows_of, tmp_path, plant, caplog):
     """Some overflow by themselves, until the scale of the loss fits this encoder."""
+    caplog.set_level(logging.INFO, logger="hsat")
     plant(spoil_gradient(math.inf, {6}))
     train([*options, *HALF, "--out", tmp_path / "run"])
     skipped = [int(float(row["skipped"])) for row in rows_of(tmp_path / "run")]
     assert skipped[6] == 1 and 0 < sum(skipped) < 8
-    assert f"note: {sum(skipped)} of 8 steps were skipped" in capsys.readouterr().err
+    assert f"note: {sum(skipped)} of 8 steps were skipped" in caplog.text
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert state["extra"]["skipped"] == sum(skipped)
     assert state["extra"]["scaler"]["scale"] == 2.0 ** (16 - sum(skipped))
@@ -205,7 +207,7 @@ def test_a_float16_run_whose_every_step_was_skipped_says_so(options, train, tmp_
 
 def test_float16_gradients_that_no_scale_helps_end_the_run(options, train, tmp_path, plant, stops, monkeypatch):
     def change(trainer):
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         spoil_gradient(math.nan, range(9))(trainer)
 
     plant(change)

@@ -36,7 +36,7 @@ def cohort(root: Path) -> Cohort:
 
 @pytest.fixture
 def make_trainer(cohort: Cohort, one_thread: None, tmp_path: Path) -> Callable[..., Trainer]:
-    """make_trainer(name, config, dual_norm=..., **options): a trainer of a tiny encoder that writes into that folder."""
+    """make_trainer(name, config, dual_norm=..., **options): a trainer of a tiny encoder with a folder of that name."""
 
     def make(name: str, config: Any, *, dual_norm: bool = False, **options: Any) -> Trainer:
         encoder = build_encoder("test_byobnet", embedding_dim=16, dual_norm=dual_norm, seed=0)

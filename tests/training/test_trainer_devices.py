@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ def pretended(monkeypatch, tmp_path):
     """pretended(rank, *argv): the trainer of one of two ranks, in a process group that is really of one."""
     import torch.distributed as dist
 
+    import hsat.training.optimization as optimization
     import hsat.training.trainer as trainer
     from hsat.cli.encoders import new_encoder
     from hsat.cli.train import hold_out, load_settings
@@ -23,8 +25,9 @@ def pretended(monkeypatch, tmp_path):
     def build(rank, *argv):
         settings = load_settings([*map(str, argv), "--out", str(tmp_path / f"{rank}{len(list(tmp_path.iterdir()))}")])
         cohort = hold_out(read_opensrh(settings.data.root), settings)
-        monkeypatch.setattr(trainer, "world_rank", lambda: rank)
-        monkeypatch.setattr(trainer, "world_size", lambda: 2)
+        for module in (trainer, optimization):
+            monkeypatch.setattr(module, "world_rank", lambda: rank)
+            monkeypatch.setattr(module, "world_size", lambda: 2)
         encoder = new_encoder(settings.model, seed=settings.seed)
         return trainer.Trainer(encoder, cohort, settings.train_config(), out=settings.out)
 
@@ -34,8 +37,8 @@ def pretended(monkeypatch, tmp_path):
 
 
 def test_options_for_several_ranks_reach_the_trainer(options, pretended):
-    assert pretended(0, *options).loss.gather
-    assert not pretended(0, *options, "--train.global_negatives", "false").loss.gather
+    assert pretended(0, *options).optimization.loss.gather
+    assert not pretended(0, *options, "--train.global_negatives", "false").optimization.loss.gather
     with pytest.raises(ValueError, match="synchronised BatchNorm needs GPUs: torch has none for the CPU"):
         pretended(0, *options, "--train.sync_norm", "true")
     with pytest.raises(ValueError, match=r"--attack.name warm .* \(got 2 rank\(s\), --train.accumulate 1\)"):
@@ -99,22 +102,23 @@ def test_float16_trains_and_keeps_the_scale(options, train, rows_of, tmp_path):
     assert all(value.dtype != torch.float16 for value in state["model"].values())
 
 
-def test_length_and_memory_are_said(options, train, tmp_path, capsys):
+def test_length_and_memory_are_said(options, train, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="hsat")
     loud = [word for word in options if word != "--quiet"]
     argv = [*loud, "--train.steps", "4", "--data.tune_fraction", "0", "--attack.steps", "1"]
     train([*argv, "--train.max_memory", "1MB", "--out", tmp_path / "run"])
-    shown = capsys.readouterr().err
+    shown = caplog.text
     assert "s per step (over 2 steps)" in shown and "for 1 more steps" in shown
     assert "of --train.max_memory 1 MB; " in shown and "were in use before it" in shown and "lower" not in shown
 
 
 def test_shortage_of_memory_names_what_to_lower(options, train, tmp_path, stops, monkeypatch):
-    import hsat.training.trainer as trainer
+    import hsat.training.optimization as optimization
 
     def full(*_, **__):
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(trainer, "adversarial_step", full)
+    monkeypatch.setattr(optimization, "adversarial_step", full)
     message = stops(train, [*options, "--out", tmp_path / "run"])
     for words in (
         "out of memory",

@@ -1,0 +1,185 @@
+"""Signals, full disks, dead readers and a second run: training ends with one line that says how to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
+LONG = "--train.steps 9000 --train.eval_every 9999 --train.save_every 9999 --data.tune_fraction 0".split()
+
+
+def wait_for_rows(process, out, rows):
+    """Until the log holds so many rows, or the process has ended."""
+    log = out / "train.csv"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") <= rows):
+        time.sleep(0.01)
+
+
+def assert_one_line(shown, *parts):
+    """What a process said after what every training says at its start."""
+    lines = [line for line in shown.splitlines() if not line.startswith(("train: ", "val: ", "tune: "))]
+    assert len(lines) == 1, shown
+    for part in parts:
+        assert part in lines[0], shown
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "0")], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    number, status, workers, trained, options, launch, finish, tmp_path
+):
+    """Sent to the whole group, as a terminal does; the command that is printed ends with the bytes of a whole run."""
+    out = tmp_path / "run"
+    process = launch("train", *options, "--data.workers", workers, "--out", out, cwd=tmp_path)
+    wait_for_rows(process, out, 2)
+    os.killpg(process.pid, number)
+    shown = finish(process)
+    assert process.returncode == status, shown
+    line = assert_one_line(shown, "stopped after step ", " of 8, which is saved; to go on: hsat train ", "--resume")
+    assert not (out / "final.safetensors").exists() and not list(out.glob(".*"))
+    program, command, *words = shlex.split(line.partition("to go on: ")[2])
+    assert (program, command) == ("hsat", "train")
+    again = launch(command, *words, cwd=tmp_path)
+    shown = finish(again)
+    assert again.returncode == 0, shown
+    for name in SAME:
+        assert (out / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+SLOW_STEP = """
+import time
+from hsat.training.trainer import Trainer
+
+honest = Trainer.step
+
+def step(self, batch):
+    row = honest(self, batch)
+    if self.done == 2:
+        print("in a step", flush=True)
+        time.sleep(60)
+    return row
+
+Trainer.step = step
+import sys
+from hsat.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(options, launch, finish, tmp_path):
+    (tmp_path / "script.py").write_text(SLOW_STEP)
+    process = launch("script.py", "train", *options, "--out", "run", cwd=tmp_path)
+    for line in process.stdout:
+        if line == "in a step\n":
+            break
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None, "the step goes on"
+    os.kill(process.pid, signal.SIGINT)
+    shown = finish(process)
+    assert process.returncode == 130 and time.monotonic() - begin < 30, shown
+    assert_one_line(shown, "interrupted; to go on: hsat train ", "--resume")
+
+
+def test_two_ranks_stop_together_and_go_on(options, whole_ranks, torchrun, finish, tmp_path):
+    """SIGTERM to torchrun, which hands it on to its ranks."""
+    out = tmp_path / "run"
+    process = torchrun("train", *options, *RANKS, "--out", out, cwd=tmp_path)
+    wait_for_rows(process, out, 1)
+    process.terminate()
+    shown = finish(process)
+    assert process.returncode != 0 and shown.count("stopped after step ") == 1, shown
+    assert "interrupted" not in shown and "error: " not in shown
+    words = shlex.split(next(line for line in shown.splitlines() if "to go on: " in line).partition("to go on: ")[2])
+    assert words[:5] == ["torchrun", "--nproc_per_node=2", "-m", "hsat", "train"]
+    process = torchrun(*words[4:], cwd=tmp_path)
+    shown = finish(process)
+    assert process.returncode == 0, shown
+    for name in ("final.safetensors", "train.csv"):
+        assert (out / name).read_bytes() == (whole_ranks / name).read_bytes(), name
+
+
+RANKS = "--train.steps 8 --data.tune_fraction 0 --attack.steps 1".split()
+
+
+@pytest.fixture(scope="module")
+def whole_ranks(options, torchrun, finish, tmp_path_factory):
+    """The folder of a run of two ranks that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = torchrun("train", *options, *RANKS, "--out", folder / "run", cwd=folder)
+    shown = finish(process)
+    assert process.returncode == 0, shown
+    return folder / "run"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(options, launch, finish, kill, tmp_path):
+    first = launch("train", *options, *LONG, "--out", "run", cwd=tmp_path)
+    wait_for_rows(first, tmp_path / "run", 1)
+    second = launch("train", *options, "--out", "run", cwd=tmp_path)
+    shown = finish(second)
+    kill(first)
+    assert second.returncode == 1, shown
+    assert_one_line(shown, "error: another process writes into run; ", "another --out")
+
+
+SMALL_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+from hsat.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_one_line(options, launch, finish, tmp_path):
+    """The checkpoint does not fit; the system's limit on the size of files stands for the end of the disk."""
+    (tmp_path / "script.py").write_text(SMALL_FILES)
+    process = launch("script.py", "train", *options, "--out", "run", cwd=tmp_path)
+    shown = finish(process)
+    assert process.returncode == 1, shown
+    assert_one_line(shown, "error: no space is left to write (", "free some", "--resume goes on")
+    assert not (tmp_path / "run" / "last.pt").exists() and not list((tmp_path / "run").glob(".*"))
+
+
+def readers_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(word) for word in children]
+
+
+def test_a_dead_reader_is_one_line(options, launch, finish, tmp_path):
+    out = tmp_path / "run"
+    process = launch("train", *options, *LONG, "--data.workers", "1", "--out", out, cwd=tmp_path)
+    wait_for_rows(process, out, 2)
+    for pid in readers_of(process):
+        os.kill(pid, signal.SIGKILL)
+    shown = finish(process)
+    assert process.returncode == 1, shown
+    assert_one_line(shown, "error: a process that reads patches has died", "--data.workers (now 1", "--resume goes on")
+
+
+def test_a_signal_before_the_first_step_is_one_line(options, launch, finish, tmp_path):
+    process = launch("train", *options, "--out", "run", cwd=tmp_path)
+    while process.poll() is None and b"SIGTERM" not in caught(process.pid):
+        time.sleep(0.005)
+    process.terminate()
+    shown = finish(process)
+    assert process.returncode == 143, shown
+    assert_one_line(shown, "to go on: hsat train ")
+
+
+def caught(pid):
+    """Whether the process has a handler for SIGTERM, as /proc says."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return b"SIGTERM"
+    mask = int(next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1], 16)
+    return b"SIGTERM" if mask >> (signal.SIGTERM - 1) & 1 else b""
