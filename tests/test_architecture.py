@@ -234,20 +234,7 @@ def test_every_exported_name_is_listed_with_a_reason():
 
 def test_options_of_public_functions_are_keyword_only():
     """At most four positional parameters, and none of them optional but for a short list."""
-    allowed = {
-        "distance",
-        "group",
-        "head",
-        "how",
-        "labels",
-        "lam",
-        "plateau",
-        "x",
-        "layout",
-        "attacks",
-        "name",
-        "manifest",
-    }
+    allowed = set("attacks backbone distance group head how labels lam layout manifest name plateau x".split())
     for name in hsat.__all__:
         function = getattr(hsat, name)
         if inspect.isfunction(function):
