@@ -72,19 +72,19 @@ def attacks_under(
     Returns:
         {"PGD-8": ...} or {"PGD-l2-1": ...}
     """
-    found: dict[str, Attack] = {}
+    attacks: dict[str, Attack] = {}
     for eps in eps_values:
         size = eps / 4 if step_size is None else step_size
         if threat == "linf":
-            found |= paper_attacks((eps,), steps=steps, step_size=size, names=names)
+            attacks |= paper_attacks((eps,), steps=steps, step_size=size, names=names)
             continue
         models: dict[str, Any] = {"l2": L2, "raw_srh": Linf}
         ball = models[threat](eps) if threat in models else Linf(eps, low=-max(1.0, eps), high=max(1.0, eps))
         for name, attack in paper_attacks((1.0,), steps=steps, step_size=size, names=names, ffgsm_step=None).items():
             inside = dataclasses.replace(attack, threat=ball)  # type: ignore[type-var]
             title = f"{name.partition('-')[0]}-{threat}-{eps_text(eps).removesuffix('/255')}"
-            found[title] = _in_space(threat, inside)
-    return found
+            attacks[title] = _in_space(threat, inside)
+    return attacks
 
 
 def ensembles_under(

@@ -144,7 +144,7 @@ def evaluate(settings: Compare, cohort: Cohort, file: Path) -> dict[str, tuple[R
     evaluation = Evaluation(settings, cohort, file)
     own = evaluation.attacked(switched=())
     results = {OWN: own.records}
-    applying = [each for each in CONVENTIONS if each.stage != "training" and evaluation.applies(each.name)]
+    applying = [one for one in CONVENTIONS if one.stage != "training" and evaluation.applies(one.name)]
     for convention in applying:
         if convention.stage == "attack":
             results[convention.name] = evaluation.attacked(switched=(convention.name,)).records
@@ -180,7 +180,7 @@ def differences(found: dict[str, tuple[Record, ...]], metrics: Sequence[str]) ->
     text = "\n".join(lines) + "\n"
     if without:
         text += f"\nNothing changed by: {', '.join(without)}.\n"
-    left_out = [each.name for each in CONVENTIONS if each.stage != "training" and each.name not in found]
+    left_out = [one.name for one in CONVENTIONS if one.stage != "training" and one.name not in found]
     if left_out:
         text += f"\nNot applicable to this encoder and these attacks: {', '.join(left_out)}.\n"
     return text

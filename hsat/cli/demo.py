@@ -51,15 +51,15 @@ class Demo(Settings):
 
 def train_both(demo: Demo) -> dict[str, Path]:
     """The two trainings, each resumed where an earlier demo in this folder was interrupted."""
-    found = {}
+    encoders = {}
     for name, attack in (("HiDisc", "none"), ("HSAT", "pgd")):
         out = demo.out / name.lower()
         argv = ["--attack.name", attack, "--out", str(out), "--seed", str(demo.seed), "--resume", "true"]
         argv += ["--quiet", str(demo.quiet)] + (["--train.steps", str(demo.steps)] if demo.steps else [])
         print(f"training {name}", file=sys.stderr)
         train(load_settings(["--recipe", "demo", *argv]))
-        found[name] = out / "final.safetensors"
-    return found
+        encoders[name] = out / "final.safetensors"
+    return encoders
 
 
 def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[str, Cohort]:
@@ -95,10 +95,10 @@ def chance(cohort: Cohort) -> dict[str, float]:
 
 def chance_line(cohort: Cohort) -> str:
     """The same in words."""
-    found = chance(cohort)
+    level = chance(cohort)
     return (
-        f"Knowing nothing: accuracy {100 * found['accuracy']:.1f} % (always the largest class),"
-        f" MCA {100 * found['mca']:.1f} %."
+        f"Knowing nothing: accuracy {100 * level['accuracy']:.1f} % (always the largest class),"
+        f" MCA {100 * level['mca']:.1f} %."
     )
 
 

@@ -223,12 +223,12 @@ def attacks_of(settings: Evaluate) -> dict[str, Any]:
     stated = settings.threat == "linf" or "step_size" in settings.model_fields_set
     size = settings.step_size if stated else None
     names = [name for name in settings.attacks if name.lower() != ENSEMBLE]
-    found: dict[str, Any] = attacks_under(
+    attacks: dict[str, Any] = attacks_under(
         settings.threat, settings.eps, names=names, steps=settings.steps, step_size=size
     )
     if len(names) < len(settings.attacks):
-        found |= ensembles_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
-    return found
+        attacks |= ensembles_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
+    return attacks
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:

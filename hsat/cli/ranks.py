@@ -148,10 +148,10 @@ def _board(place: Place, patience: timedelta) -> Store:
 
 
 def _own_device(device: str, place: Place) -> torch.device:
-    found = torch.device(device_of(device))
-    if found.type != "cuda":
-        return found
-    if found.index is not None:
+    own_device = torch.device(device_of(device))
+    if own_device.type != "cuda":
+        return own_device
+    if own_device.index is not None:
         raise ValueError(f"under torchrun every process takes a GPU of its own; write --device cuda, not {device}")
     if place.local is None:
         raise ValueError(

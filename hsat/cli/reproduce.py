@@ -44,13 +44,13 @@ class Reproduce(Settings):
 
 def read_tables(path: Path | None = None) -> dict[str, PaperTable]:
     """The paper's tables by number, of a YAML file or the package's; SystemExit names what is wrong in the file."""
-    found = {}
+    tables = {}
     for number, text in (read_paper_numbers() if path is None else read_yaml(path)).items():
         try:
-            found[str(number)] = as_table(int(number), text)
+            tables[str(number)] = as_table(int(number), text)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SystemExit(f"error: {path}, table {number}: {type(error).__name__}: {error}") from None
-    return found
+    return tables
 
 
 def as_table(number: int, text: dict[str, Any]) -> PaperTable:
@@ -102,7 +102,7 @@ def by_row(table: PaperTable, words: Sequence[str]) -> dict[str, list[Record]]:
     Raises:
         ValueError: For a word that fills no row, or no single one.
     """
-    found: dict[str, list[Record]] = {}
+    records_of_row: dict[str, list[Record]] = {}
     for word in words:
         name, records = _records_of(table, word)
         models = dict.fromkeys(record.model for record in records)
@@ -116,10 +116,10 @@ def by_row(table: PaperTable, words: Sequence[str]) -> dict[str, list[Record]]:
                 )
             for record in records:
                 if record.model in fitting:
-                    found.setdefault(fitting[record.model], []).append(record)
+                    records_of_row.setdefault(fitting[record.model], []).append(record)
         else:
-            found.setdefault(name, []).extend(records)
-    return {name: list(drop_duplicates(records)) for name, records in found.items()}
+            records_of_row.setdefault(name, []).extend(records)
+    return {name: list(drop_duplicates(records)) for name, records in records_of_row.items()}
 
 
 def _records_of(table: PaperTable, word: str) -> tuple[str | None, tuple[Record, ...]]:
@@ -129,13 +129,13 @@ def _records_of(table: PaperTable, word: str) -> tuple[str | None, tuple[Record,
     name, _, place = word.partition("=")
     row = table.row(name)
     if row is None:
-        known = ", ".join(each.name for each in table.rows)
+        known = ", ".join(row.name for row in table.rows)
         raise ValueError(f"{word}: table {table.number} has no row {name!r}; its rows are {known}")
     folder, colon, model = (place, "", "") if Path(place).exists() else place.rpartition(":")
     records = _read(Path(folder if colon else place))
     models = list(dict.fromkeys(record.model for record in records))
     if not colon:
-        called = [each for each in models if row.is_called(each)]
+        called = [model for model in models if row.is_called(model)]
         model = called[0] if called else models[0]
     if model not in models or (not colon and len(models) > 1 and not called):
         raise ValueError(f"{word}: {folder or place} holds the models {models}; choose one: {name}=DIR:{models[0]}")
@@ -265,8 +265,8 @@ def main(argv: list[str]) -> None:
     if not settings.runs:
         raise SystemExit("error: give runs: --runs DIR, or --runs HiDisc=DIR HSAT=DIR")
     tables = read_tables(settings.numbers)
-    wanted = list(tables) if settings.table == "all" else [settings.table]
-    for number in wanted:
+    numbers = list(tables) if settings.table == "all" else [settings.table]
+    for number in numbers:
         if number not in tables:
             raise SystemExit(
                 f"error: {settings.numbers or 'the paper'} has no table {number}; it has {', '.join(tables)}"

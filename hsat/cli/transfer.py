@@ -123,8 +123,8 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
 
 
 def _naming_branch(record: Record, branches: dict[str, str | None]) -> Record:
-    found = {"branch": branches[record.model], "surrogate_branch": branches.get(record.surrogate)}
-    return replace(record, settings=record.settings | {key: value for key, value in found.items() if value})
+    branch_settings = {"branch": branches[record.model], "surrogate_branch": branches.get(record.surrogate)}
+    return replace(record, settings=record.settings | {key: value for key, value in branch_settings.items() if value})
 
 
 def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) -> str:

@@ -126,7 +126,7 @@ def _new_paths(paths: Sequence[str], suffix: str) -> list[str]:
     """The same paths with a lossless suffix; where two would become one, the old suffix stays before the new."""
     kept = {".png"} if suffix == ".png" else {".tif", ".tiff"}
     taken = {path for path in paths if os.path.splitext(path)[1].lower() in kept}
-    found = []
+    records = []
     for path in paths:
         stem, end = os.path.splitext(path)
         new = path if end.lower() in kept else stem + suffix
@@ -136,8 +136,8 @@ def _new_paths(paths: Sequence[str], suffix: str) -> list[str]:
             while new in taken:
                 new += suffix
             taken.add(new)
-        found.append(new)
-    return found
+        records.append(new)
+    return records
 
 
 def _opensrh_tables(records: Sequence[PatchRecord], paths: Sequence[str]) -> dict[str, Any]:

@@ -31,13 +31,13 @@ class ValueGrid:
 
     def counts(self, images: Tensor) -> Tensor:
         """Counts of images read from files, int64.  ValueError where they are not on the grid."""
-        found = (images.double() * self.scale).round().clamp(0, self.top).long()
-        if not torch.equal(self.values(found), images.float()):
+        levels = (images.double() * self.scale).round().clamp(0, self.top).long()
+        if not torch.equal(self.values(levels), images.float()):
             raise ValueError(
                 f"the images are not on the grid of their files ({self.name}): they were resized or changed. Read the"
                 " patches at their own size (PatchDataset without image_size) and let the encoder resize"
             )
-        return found
+        return levels
 
 
 PNG_GRID = ValueGrid("8-bit PNG", 255, 255)

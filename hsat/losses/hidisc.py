@@ -105,13 +105,13 @@ class HiDiscLoss:
             raise ValueError(
                 f"unknown loss code {code!r}; the codes are {', '.join(_CODES)} (p patient, s slide, pt patch)"
             )
-        wanted = {_LETTERS[letter] for letter in code.split("_")}
+        chosen = {_LETTERS[letter] for letter in code.split("_")}
         for level in LEVELS:
-            if level not in wanted and options.get(level):
+            if level not in chosen and options.get(level):
                 raise ValueError(
                     f"{level}={options[level]} was given, but the code {code!r} leaves the {level} level out"
                 )
-        return cls(**({level: float(level in wanted) for level in LEVELS} | options))
+        return cls(**({level: float(level in chosen) for level in LEVELS} | options))
 
     def __call__(self, z: Tensor, batch: Levels | HierarchicalBatch) -> HiDiscTerms:
         """The terms of embeddings z (n, d) with the ids of `batch`."""
@@ -121,18 +121,18 @@ class HiDiscLoss:
         unit = unit_rows(z)
         if len(unit) != len(levels):
             raise ValueError(f"{len(unit)} embeddings but ids for {len(levels)} images; z needs one row per image")
-        wanted = [level for level in LEVELS if getattr(self, level)]
-        ids = [getattr(levels, level).to(unit.device) for level in wanted]
+        weighted = [level for level in LEVELS if getattr(self, level)]
+        ids = [getattr(levels, level).to(unit.device) for level in weighted]
         if self.gather:
             unit, ids = gather_images(unit, ids)
-        for level, group in zip(wanted, ids, strict=True):
+        for level, group in zip(weighted, ids, strict=True):
             # A pair on this rank is a pair among all ranks; only without one do the gathered ids have to be read.
             if levels.anchors[level] == 0 and count_groups(group) == len(group):
                 self._refuse(level, len(group))
-        values = dict(zip(wanted, group_terms(unit, ids, temperature=self.temperature).unbind(), strict=True))
+        values = dict(zip(weighted, group_terms(unit, ids, temperature=self.temperature).unbind(), strict=True))
         zero = unit.new_zeros(())
         terms = {level: values.get(level, zero) for level in LEVELS}
-        total = sum((getattr(self, level) * values[level] for level in wanted), zero)
+        total = sum((getattr(self, level) * values[level] for level in weighted), zero)
         return HiDiscTerms(total=total, **terms)
 
     def _refuse(self, level: str, n: int) -> None:

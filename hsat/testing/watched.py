@@ -100,8 +100,8 @@ class Watched:
             self.calls += 1
             self._watch(BATCH, self.uses_objective, "it declares uses_objective = False and asks the objective")
             form = (tuple(v.shape), v.dtype, v.device)
-            wanted = (tuple(x.shape), x.dtype, x.device)
-            self._watch(BATCH, form == wanted, f"the objective was shown {form} for images {wanted}")
+            expected = (tuple(x.shape), x.dtype, x.device)
+            self._watch(BATCH, form == expected, f"the objective was shown {form} for images {expected}")
             value: Tensor = objective(v)
             return value
 
