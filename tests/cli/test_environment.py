@@ -135,7 +135,7 @@ def test_rank_0_that_ends_while_others_wait_is_named(environment):
         except OSError as error:
             errors.append(str(error))
 
-    kept.set("hsat/call", "a call that nobody confirms")
+    kept.set("hsat/token", "a token that nobody confirms")
     thread = threading.Thread(target=wait)
     thread.start()
     kept.get("hsat/a call that nobody confirms/1")  # waits until rank 1 is there
