@@ -22,9 +22,9 @@ def meet_ranks(store: Store, *, rank: int, size: int, patience: timedelta = PATI
     This mends a fault of torch 2.8 to 2.14 at least.  torchrun's agent serves one store for all restarts
     (TORCHELASTIC_USE_AGENT_STORE), and `init_process_group("env://")` uses it without a prefix for each attempt, so
     gloo writes the addresses of an attempt under the keys of the attempt before it.  A process that reads before its
-    peer has written finds the address of a dead one: "connection refused", or a wait without end.  The number of restarts
-    (TORCHELASTIC_RESTART_COUNT) would not tell attempts apart on several machines: each agent counts its own failures,
-    and leaves out those of other agents and changes of membership.
+    peer has written finds the address of a dead one: "connection refused", or a wait without end.  The number of
+    restarts (TORCHELASTIC_RESTART_COUNT) would not tell attempts apart on several machines: each agent counts its own
+    failures, and leaves out those of other agents and changes of membership.
 
     Rank 0 publishes a random token.  Each other rank answers under that token, with a token of its own, and rank 0
     confirms the answer.  A token of an earlier attempt is answered, too, but nobody confirms it.
