@@ -42,10 +42,10 @@ RESULTS = (
     "patches_*.png",
     "transfer_*.png",
     "evidence",
-    "cohort",
-    "state",
 )
-"""What evaluations write into --out."""
+"""Files and folders that evaluations write into --out."""
+MARKED = ("cohort/adversarial.json", "state/**/settings.json")
+"""Files by which other folders of --out are known to be of an evaluation."""
 
 
 class EvaluationSettings(Settings):
@@ -180,7 +180,8 @@ def begin_run(settings: EvaluationSettings, ranks: Ranks) -> None:
 
 def remove_results(out: Path) -> None:
     """Remove what evaluations write into a folder, and nothing else."""
-    for path in [path for pattern in RESULTS for path in out.glob(pattern)]:
+    known = [out / path.relative_to(out).parts[0] for pattern in MARKED for path in out.glob(pattern)]
+    for path in {*known, *(path for pattern in RESULTS for path in out.glob(pattern))}:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

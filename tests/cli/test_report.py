@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hsat.eval import open_runs, read_records
+from hsat.eval import read_records
+from hsat.report import open_runs
 
-pytest.importorskip("jinja2")
 ROOT = Path(__file__).parents[2]
 
 
@@ -88,7 +88,7 @@ def test_the_page_about_the_report_runs(tmp_path, capsys):
         for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             exec(compile(code, "report.md", "exec", dont_inherit=True), names)
     assert "mine has 90.0 % [80.0, 95.0] accuracy" in (tmp_path / "report.html").read_text()
-    assert names["evidence"].model == "mine"
+    assert names["artifacts"].model == "mine"
     assert read_records(tmp_path / "runs" / "mine" / "records.jsonl") == (names["record"],)
 
 

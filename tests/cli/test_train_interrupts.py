@@ -183,3 +183,20 @@ def caught(pid):
         return b"SIGTERM"
     mask = int(next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1], 16)
     return b"SIGTERM" if mask >> (signal.SIGTERM - 1) & 1 else b""
+
+
+def ranks_of(process):
+    """{rank: id} of the processes that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children.read_text().split()}
+    return {int(word[5:]): int(pid) for pid, words in environments.items() for word in words if word[:5] == b"RANK="}
+
+
+def test_a_rank_that_dies_ends_the_others_with_one_line(options, torchrun, finish, tmp_path):
+    out = tmp_path / "run"
+    process = torchrun("train", *options, *LONG, "--out", out, cwd=tmp_path)
+    wait_for_rows(process, out, 1)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    shown = finish(process)
+    assert process.returncode != 0 and shown.count("error: ") == 1, shown
+    assert "another process of this run has stopped; the same command with --resume goes on" in shown
