@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 import hsat
 from hsat.attacks.initialization import random_start
-from hsat.eval import KNNClassifier, RunOptions, Scoring, evaluate_whitebox, paper_attacks
+from hsat.classifiers import KNNClassifier
+from hsat.eval import RunOptions, Scoring, evaluate_whitebox, paper_attacks
 from hsat.models import build_encoder, fold_batchnorm
 from hsat.types import EmbeddingTable, HierarchicalBatch
 

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 import hsat
 from hsat.attacks import PGD, Linf
-from hsat.eval import KNNClassifier, Provenance, RunOptions, Scoring, evaluate_whitebox, paper_attacks
+from hsat.classifiers import KNNClassifier
+from hsat.eval import Provenance, RunOptions, Scoring, evaluate_whitebox, paper_attacks
 from hsat.losses import HiDiscLoss
 from hsat.models import build_encoder, fold_batchnorm
 from hsat.training import adversarial_step

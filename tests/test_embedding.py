@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from hsat.attacks import PGD, Linf, feature_drift
-from hsat.embedding import to_device
-from hsat.eval import embed
+from hsat.embedding import embed, to_device
 from hsat.types import HierarchicalBatch
 
 ATTACK = PGD(Linf(8 / 255), step_size=2 / 255, steps=3)

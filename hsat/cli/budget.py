@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from hsat.classifiers import KNNClassifier
 from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
@@ -28,7 +29,6 @@ from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
 from hsat.eval import (
     BudgetResult,
-    KNNClassifier,
     PatchBudget,
     Provenance,
     Record,

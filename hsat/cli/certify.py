@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from hsat.classifiers import KNNClassifier
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import split_commas
@@ -26,7 +27,6 @@ from hsat.eval import (
     CertificateResult,
     CertifyOptions,
     CheckOptions,
-    KNNClassifier,
     Provenance,
     Record,
     RunOptions,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from hsat.classifiers import KNNClassifier
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import naming_branch, stored_encoder
 from hsat.cli.evaluation import check_folder, open_loaders, remove_results
@@ -26,7 +27,6 @@ from hsat.data import Cohort
 from hsat.eval import (
     CONVENTIONS,
     PAPER,
-    KNNClassifier,
     Provenance,
     Record,
     RunOptions,

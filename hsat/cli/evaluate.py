@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from hsat.classifiers import KNNClassifier
 from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
@@ -41,7 +42,6 @@ from hsat.data import Cohort
 from hsat.eval import (
     PAPER,
     EnsembleOutcome,
-    KNNClassifier,
     Provenance,
     Record,
     RunOptions,

@@ -18,21 +18,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from hsat.classifiers import KNNClassifier
 from hsat.cli.attacks import Lengths, attacks_under, check_radii, check_threat
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
-from hsat.eval import (
-    ExportOptions,
-    ExportResult,
-    KNNClassifier,
-    Provenance,
-    RunOptions,
-    save_adversarial,
-    write_records,
-)
+from hsat.eval import ExportOptions, ExportResult, Provenance, RunOptions, save_adversarial, write_records
 from hsat.eval.export import ShapeBatches
 from hsat.report import markdown_table
 from hsat.run_folder import write_run_file

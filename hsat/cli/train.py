@@ -39,10 +39,11 @@ from hsat.data import Cohort
 from hsat.distributed import world_rank
 from hsat.recipes import SCALES, read_recipe
 from hsat.run_folder import lock_folder
-from hsat.training import assert_ranks_agree, is_out_of_memory
+from hsat.training import assert_ranks_agree
 from hsat.training.config import InnerAttackConfig, OuterConfig, TrainConfig, ViewConfig, written
 from hsat.training.folder import NumberLogger, SettingsChangedError, TrainingFolder, flatten
 from hsat.training.interrupts import TrainingInterrupted
+from hsat.training.resources import is_out_of_memory
 from hsat.training.trainer import Trainer
 
 CHANGEABLE = ("train.lr", "train.precision")  # with --change: what may keep numbers finite

@@ -25,22 +25,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from hsat.classifiers import KNNClassifier
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluate import target_and_scoring
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Counts, Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
-from hsat.eval import (
-    KNNClassifier,
-    Provenance,
-    Record,
-    RunOptions,
-    TransferResult,
-    evaluate_transfer,
-    paper_attacks,
-    write_records,
-)
+from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, paper_attacks, write_records
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
 from hsat.run_folder import write_run_file

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from hsat.attacks import L2, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
 from hsat.attacks.threat import eps_text
+from hsat.classifiers import KNNClassifier
 from hsat.cli.attacks import Lengths, check_radii
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import open_encoders
@@ -26,7 +27,7 @@ from hsat.cli.evaluation import check_folder, open_loaders, remove_results
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import Counts, EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
 from hsat.data import Cohort
-from hsat.eval import KNNClassifier, Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
+from hsat.eval import Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
 from hsat.report import markdown_table
 from hsat.run_folder import lock_folder, write_run_file

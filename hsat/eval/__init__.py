@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from hsat.classifiers import KNNClassifier, ShardedKNN, fit_shards, load_knn
-from hsat.embedding import embed, gather_table
 from hsat.eval.budget import BudgetResult, PatchBudget, evaluate_budget
 from hsat.eval.certificate_check import CertificateCheck, CheckOptions, check_certificates
 from hsat.eval.certificates import Certificates
@@ -50,7 +48,6 @@ __all__ = [
     "ExportOptions",
     "ExportResult",
     "Interval",
-    "KNNClassifier",
     "LevelRows",
     "Metrics",
     "PatchBudget",
@@ -60,7 +57,6 @@ __all__ = [
     "RunOptions",
     "ScoreTable",
     "Scoring",
-    "ShardedKNN",
     "Smoothing",
     "Table",
     "TableCell",
@@ -74,14 +70,10 @@ __all__ = [
     "compare_models",
     "conventions_table",
     "diagnose",
-    "embed",
     "ensemble_attacks",
     "evaluate_budget",
     "evaluate_transfer",
     "evaluate_whitebox",
-    "fit_shards",
-    "gather_table",
-    "load_knn",
     "load_scores",
     "metrics",
     "metrics_by_level",

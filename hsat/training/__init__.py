@@ -10,14 +10,6 @@ from hsat.training.fast import LossGap, OverfittingGuard
 from hsat.training.free import free_replays
 from hsat.training.gradients import check_gradients, check_state, check_trainable, largest_gradient
 from hsat.training.interrupts import TrainingInterrupted
-from hsat.training.resources import (
-    StepClock,
-    is_out_of_memory,
-    largest_batch,
-    memory_text,
-    parse_memory,
-    peak_memory,
-)
 from hsat.training.schedules import (
     augmentation_strength,
     cosine_with_warmup,
@@ -35,7 +27,6 @@ __all__ = [
     "OverfittingGuard",
     "RandomStateMismatch",
     "SplitBatch",
-    "StepClock",
     "StepResult",
     "TrainConfig",
     "Trainer",
@@ -55,14 +46,9 @@ __all__ = [
     "epsilon_schedule",
     "free_replays",
     "held_out_validation",
-    "is_out_of_memory",
-    "largest_batch",
     "largest_gradient",
     "load_training_state",
-    "memory_text",
     "paper_clean_weight",
-    "parse_memory",
-    "peak_memory",
     "save_checkpoint",
     "split_batch",
 ]

@@ -155,7 +155,7 @@ def test_evaluation(target):
 
 
 def test_embed_attacks_each_image_alike():
-    from hsat.eval import embed
+    from hsat.embedding import embed
 
     whole = embed(encoder, loader([torch.arange(N)]), attack=ATTACKS["pgd"], generator=seeded(4))
     parts = embed(encoder, loader(SHUFFLE.split(3)), attack=ATTACKS["pgd"], generator=seeded(4))

@@ -28,5 +28,7 @@ def test_one_perturbation_is_fitted_once_and_measured_on_all(trained, root, tmp_
     ]
     assert [r.value for r in records[:3]] == [r.value for r in records[3:]], "the same file under two names"
     assert records[1].attack == repr(delta)
-    assert "--fit_on c is none of the encoders a, b" in stops(universal, [*start, "--fit_on", "c", "--out", str(tmp_path / "other")])
+    assert "--fit_on c is none of the encoders a, b" in stops(
+        universal, [*start, "--fit_on", "c", "--out", str(tmp_path / "other")]
+    )
     assert "--eps has 2" in stops(universal, [*start, "--eps", "4/255,8/255", "--out", str(tmp_path / "other")])

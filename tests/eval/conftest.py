@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsat.eval import CertificateResult, CertifyOptions, KNNClassifier, Scoring, Smoothing, certify
+from hsat.classifiers import KNNClassifier
+from hsat.eval import CertificateResult, CertifyOptions, Scoring, Smoothing, certify
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
 

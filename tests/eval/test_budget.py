@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from hsat.attacks import PGD, Linf, RandomNoise, Reparametrized, Stains, feature_drift
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import embed
 from hsat.eval import (
     BudgetResult,
-    KNNClassifier,
     PatchBudget,
     Provenance,
     RunOptions,
     Scoring,
-    embed,
     evaluate_budget,
     evaluate_whitebox,
     metrics_by_level,

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from hsat.eval import CertifyOptions, KNNClassifier, Scoring, Smoothing, certify, embed, read_records, write_records
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import embed
+from hsat.eval import CertifyOptions, Scoring, Smoothing, certify, read_records, write_records
 from hsat.eval.certificates import ABSTAIN
 from hsat.eval.confidence import clopper_pearson_lower
 from hsat.report import plot_certified_accuracy

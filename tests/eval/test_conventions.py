@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hsat.attacks import BIM, FFGSM, MIFGSM, PGD, Linf
+from hsat.classifiers import KNNClassifier
 from hsat.data import (
     AugmentationPolicy,
     HierarchicalDataset,
@@ -25,7 +26,6 @@ from hsat.data import (
 from hsat.eval import (
     CONVENTIONS,
     PAPER,
-    KNNClassifier,
     RunOptions,
     Scoring,
     Target,

@@ -19,18 +19,9 @@ from hsat.attacks import (
     Square,
     feature_drift,
 )
-from hsat.classifiers import DecisionModel
-from hsat.eval import (
-    Diagnosis,
-    KNNClassifier,
-    RunOptions,
-    Scoring,
-    diagnose,
-    embed,
-    evaluate_whitebox,
-    read_records,
-    write_records,
-)
+from hsat.classifiers import DecisionModel, KNNClassifier
+from hsat.embedding import embed
+from hsat.eval import Diagnosis, RunOptions, Scoring, diagnose, evaluate_whitebox, read_records, write_records
 from hsat.eval.diagnostics import HashSubset, examine
 from hsat.eval.masking import CRITERIA, DiagnosisTarget
 from hsat.types import HierarchicalBatch

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from hsat.attacks import PGD, Linf
-from hsat.classifiers import NearestCentroid
-from hsat.eval import KNNClassifier, Provenance, RunOptions, Scoring, Target, embed, evaluate_whitebox
+from hsat.classifiers import KNNClassifier, NearestCentroid
+from hsat.embedding import embed
+from hsat.eval import Provenance, RunOptions, Scoring, Target, evaluate_whitebox
 from hsat.eval.evaluation import Evaluation, classifier_settings, fit_bank, score_queries
 
 PGD2 = PGD(Linf(2 / 255), step_size=1 / 255, steps=2)

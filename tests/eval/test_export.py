@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from hsat.attacks import L2, PGD, Linf, Masked, RawChannels, Reparametrized, Stains, UniversalPerturbation
+from hsat.classifiers import KNNClassifier
 from hsat.data import (
     Cohort,
     PatchDataset,
@@ -24,12 +25,11 @@ from hsat.data import (
     write_synthetic_cohort,
 )
 from hsat.data.readers import read_raw
+from hsat.embedding import embed
 from hsat.eval import (
     ExportOptions,
-    KNNClassifier,
     Provenance,
     RunOptions,
-    embed,
     metrics_by_level,
     read_records,
     save_adversarial,

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hsat.attacks import MIFGSM, PGD, Linf, RandomNoise, margin
-from hsat.classifiers import DecisionModel
-from hsat.eval import KNNClassifier, RunOptions, Scoring, embed, evaluate_whitebox
+from hsat.classifiers import DecisionModel, KNNClassifier
+from hsat.embedding import embed
+from hsat.eval import RunOptions, Scoring, evaluate_whitebox
 from hsat.eval.objectives import CleanLayers, ObjectiveFactory
 from hsat.eval.options import Target
 from hsat.models import build_encoder

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from hsat.attacks import PGD, Linf
+from hsat.classifiers import KNNClassifier, fit_shards
 from hsat.data import write_synthetic_cohort
-from hsat.eval import KNNClassifier, RunOptions, Scoring, embed, evaluate_whitebox, fit_shards
+from hsat.embedding import embed
+from hsat.eval import RunOptions, Scoring, evaluate_whitebox
 
 SHARED = '''
 import dataclasses, hashlib, json
@@ -24,7 +26,8 @@ import torch
 from torch import nn
 from hsat.attacks import PGD, AttackEnsemble, Linf
 from hsat.data import PatchDataset, patch_loader, read_opensrh
-from hsat.eval import KNNClassifier, Provenance, RunOptions, Scoring, evaluate_transfer, evaluate_whitebox
+from hsat.classifiers import KNNClassifier
+from hsat.eval import Provenance, RunOptions, Scoring, evaluate_transfer, evaluate_whitebox
 from hsat.types import HierarchicalBatch
 
 SMALL = Linf(2 / 255)

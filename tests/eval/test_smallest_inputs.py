@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hsat.attacks import PGD, Linf
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import embed
 from hsat.eval import (
     PAPER,
-    KNNClassifier,
     PatchBudget,
     Provenance,
     RunOptions,
@@ -19,7 +20,6 @@ from hsat.eval import (
     Smoothing,
     certify,
     diagnose,
-    embed,
     ensemble_attacks,
     evaluate_budget,
     evaluate_transfer,

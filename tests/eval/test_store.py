@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from hsat.attacks import PGD, AttackEnsemble, Linf
+from hsat.classifiers import KNNClassifier
 from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_cohort
 from hsat.distributed import World
-from hsat.eval import EmbeddingCache, KNNClassifier, RunOptions, Scoring, diagnostics, embed, evaluate_whitebox
+from hsat.embedding import embed
+from hsat.eval import EmbeddingCache, RunOptions, Scoring, diagnostics, evaluate_whitebox
 from hsat.eval.store import ResultStore, SeenBatches, StoredResult, open_store
 from hsat.models import build_encoder
 

@@ -15,14 +15,14 @@ from scipy import stats
 from torch import nn
 
 from hsat.attacks import PGD, AttackEnsemble, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import embed
 from hsat.eval import (
     PAPER,
-    KNNClassifier,
     Provenance,
     RunOptions,
     Scoring,
     Target,
-    embed,
     evaluate_transfer,
     evaluate_whitebox,
     metrics,

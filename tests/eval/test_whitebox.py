@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from hsat.attacks import BIM, L2, PGD, AttackEnsemble, Linf
+from hsat.classifiers import KNNClassifier
+from hsat.embedding import embed
 from hsat.eval import (
     PAPER,
     EnsembleOutcome,
     Interval,
-    KNNClassifier,
     Provenance,
     RunOptions,
     Scoring,
     bootstrap_intervals,
-    embed,
     evaluate_whitebox,
     metrics_by_level,
     paper_attacks,

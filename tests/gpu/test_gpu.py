@@ -39,7 +39,8 @@ from hsat.attacks import (
 from hsat.attacks.loop import AttackState, follow_gradients
 from hsat.classifiers import KNNClassifier
 from hsat.data import augment_batch, build_transform
-from hsat.eval import Provenance, Scoring, embed, evaluate_whitebox
+from hsat.embedding import embed
+from hsat.eval import Provenance, Scoring, evaluate_whitebox
 from hsat.losses import HiDiscLoss, supcon_loss
 from hsat.models import frozen, wrap_encoder
 from hsat.training import adversarial_step, check_gradients, largest_gradient, load_training_state, save_checkpoint

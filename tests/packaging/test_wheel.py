@@ -71,12 +71,15 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(built):
     information = f"hsat-{hsat.__version__}.dist-info"
     assert {name.partition("/")[0] for name in packed} == {"hsat", information}
     data = {"hsat/py.typed", "hsat/report/page/report.html", "hsat/report/page/report.css"}
+    data |= {str(path.relative_to(ROOT)) for path in (ROOT / "hsat" / "recipes").glob("*.yaml")}
+    assert len(data) > 15
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "hsat").rglob("*.py")}
     assert {name for name in packed if name.startswith("hsat/")} == modules | data
     for name in modules | data:
         assert packed[name] == (ROOT / name).read_bytes(), name
     assert packed[f"{information}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert "License-Expression: MIT\n" in packed[f"{information}/METADATA"].decode()
+    assert "hsat = hsat.cli.main:main\n" in packed[f"{information}/entry_points.txt"].decode()
 
 
 def test_the_build_warns_of_nothing(built, sources, tmp_path):

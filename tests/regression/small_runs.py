@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from hsat.attacks import FFGSM, PGD, AttackEnsemble, Linf
+from hsat.classifiers import KNNClassifier
 from hsat.data import (
     HierarchicalDataset,
     PatchDataset,
@@ -34,7 +35,6 @@ from hsat.data import (
 from hsat.eval import (
     PAPER,
     CertifyOptions,
-    KNNClassifier,
     PatchBudget,
     Provenance,
     RunOptions,

@@ -48,6 +48,10 @@ OTHER_PATHS = {  # file: what is done otherwise for a GPU, and so not seen here,
     "data/image_operations.py": "parameters of augmentations are page-locked and copied without a wait",
     "training/accumulation.py": "the state of the GPU's generator is kept for the second pass",
     "distributed.py": "synchronised BatchNorm is refused on the CPU",
+    "training/optimization.py": "noise is drawn on the GPU",
+    "training/precision.py": "autocast, float16 scale and fused AdamW of the device; a compiler on the CPU",
+    "training/trainer.py": "batches are page-locked",
+    "training/validation.py": "batches are page-locked",
     "training/resources.py": "memory is what torch allocated on the GPU",
 }
 

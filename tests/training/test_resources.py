@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hsat.training import (
+from hsat.training.resources import (
     StepClock,
     is_out_of_memory,
     largest_batch,
     memory_text,
     parse_memory,
     peak_memory,
+    time_text,
 )
-from hsat.training.resources import time_text
 
 
 @pytest.mark.parametrize(
