@@ -76,8 +76,6 @@ def spoil_gradient(value, steps):
 def test_a_nan_gradient_ends_the_process_and_its_command_goes_on(
     options, launch, finish, train, rows_of, tmp_path, caplog
 ):
-    options, rows_of, finish, launch, tmp_path, train, caplog
-):
     (tmp_path / "script.py").write_text(PLANTED)
     argv = [*options, "--out", str(tmp_path / "run")]
     process = launch("script.py", "0", "5", "nan", *argv, cwd=tmp_path)
