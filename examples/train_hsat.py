@@ -27,7 +27,8 @@ def train_encoder(root: Path, out: Path, *, steps: int = 8, image_size: int = 32
         views=ViewConfig(image_size=image_size, slides=2, patches=2, views=2),
         attack={"name": "pgd", "eps": "8/255", "step_size": "2/255", "steps": 5},  # name="none" trains HiDisc
     )
-    return Trainer(encoder, cohort, config, out=out).fit()  # own_encoder.py shows a loop of one's own
+    trainer = Trainer(encoder, cohort, config, out=out, resume=True)  # goes on with a run in `out`
+    return trainer.fit()  # own_encoder.py shows a loop of one's own
 
 
 if __name__ == "__main__":

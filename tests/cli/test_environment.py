@@ -135,10 +135,10 @@ def test_rank_0_that_ends_while_others_wait_is_named(environment):
         except OSError as error:
             errors.append(str(error))
 
-    kept.set("hsat/call", "a call that nobody confirms")
+    kept.set("hsat/token", "a token that nobody confirms")
     thread = threading.Thread(target=wait)
     thread.start()
-    kept.get("hsat/a call that nobody confirms/1")  # waits until rank 1 is there
+    kept.get("hsat/a token that nobody confirms/1")  # waits until rank 1 is there
     del kept
     thread.join(timeout=20)
     assert len(errors) == 1 and "rank 1 of 3 lost the store at 127.0.0.1" in errors[0]
