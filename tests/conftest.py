@@ -332,7 +332,15 @@ def _start(words: list[str], cwd: Path, **environment: str) -> subprocess.Popen[
 
 
 @pytest.fixture(scope="session")
-def launch() -> Callable[..., subprocess.Popen[str]]:
+def hear_ctrl_c() -> Iterator[None]:
+    """Where pytest runs in the background it ignores Ctrl-C, and so would the processes that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def launch(hear_ctrl_c: None) -> Callable[..., subprocess.Popen[str]]:
     """launch(command, *argv, cwd=..., **environment): `hsat command` as a process of its own; or a script.py."""
 
     def start(command: object, *argv: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
@@ -343,7 +351,7 @@ def launch() -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[..., subprocess.Popen[str]]:
+def torchrun(hear_ctrl_c: None) -> Callable[..., subprocess.Popen[str]]:
     """torchrun(command, *argv, cwd=..., ranks=2, restarts=0): the same by torchrun, over gloo on this machine."""
 
     def start(

@@ -227,7 +227,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: unknown metrics {unknown}; choose from {', '.join(TITLES)}")
     try:
         with lock_folder(settings.out):
-            check_folder(settings)
+            check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
             print(describe(cohort), file=sys.stderr)
             results = evaluate(settings, cohort, settings.checkpoint)

@@ -10,6 +10,7 @@ is what decides and the stronger test.  Records, figures, report.md and report.h
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from pydantic import BeforeValidator, Field
 
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.evaluate import Evaluate, evaluate, write_results
-from hsat.cli.options import Settings, split_commas
+from hsat.cli.failures import explain_failure
+from hsat.cli.options import Settings, say, split_commas
 from hsat.cli.train import load_settings, train
 from hsat.data import Cohort
 from hsat.eval import Record, read_records
@@ -30,6 +32,7 @@ from hsat.report import markdown_table, write_report
 from hsat.run_folder import installed_versions, write_json
 from hsat.training.config import written
 from hsat.training.folder import flatten
+from hsat.training.interrupts import TrainingInterrupted
 
 NAMED = {"features": "the features", "embedding": "the embedding", "decision": "the kNN vote itself"}
 K = 20  # neighbours in the short table; the small bank makes the paper's 200 blur, the full tables have both
@@ -189,5 +192,11 @@ def main(argv: list[str]) -> None:
     demo = Demo.load(argv)
     try:
         run(demo)
-    except (FloatingPointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except TrainingInterrupted as stop:
+        say(f"{stop}; to go on: {shlex.join(['hsat', 'demo', *argv])}")
+        raise SystemExit(128 + stop.signal) from None
+    except Exception as error:
+        message = explain_failure(error, resumable=False)
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from None

@@ -130,7 +130,7 @@ def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
     assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with first_rank_first(ranks):  # which may write the synthetic cohort
         if ranks.is_main and not ranks.again:
-            check_folder(settings)
+            check_folder(settings.out, overwrite=settings.overwrite, resume=settings.resume, state=settings.state)
         cohort = open_cohort(settings.data, seed=settings.seed)
         if ranks.is_main:
             print(describe(cohort), file=sys.stderr)
@@ -139,34 +139,25 @@ def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
     return cohort
 
 
-class HasFolder(Protocol):
-    """Options that name a folder for results, of any command."""
+def check_folder(out: Path, *, overwrite: bool, resume: bool = False, state: Path | None = None) -> None:
+    """Raise ValueError, with what to type, unless the folder is free for the results or may be used again.
 
-    @property
-    def out(self) -> Path: ...  # noqa: D102
-    @property
-    def overwrite(self) -> bool: ...  # noqa: D102
-
-
-def check_folder(settings: HasFolder) -> None:
-    """Raise ValueError, with what to type, unless the folder is free for the results or may be used again."""
-    out, resume = settings.out, bool(getattr(settings, "resume", False))
-    if resume and settings.overwrite:
+    Args:
+        out: The folder.
+        overwrite: Whether what it holds is to be replaced.
+        resume: Whether the run in it is to go on.
+        state: Where it has finished batches, of a command that can be resumed.
+    """
+    if resume and overwrite:
         raise ValueError("give --resume to go on with a run, or --overwrite true to replace it; not both")
     if (out / LOG_FILE).exists() and not (out / RECORDS).exists():
         raise ValueError(f"{out} holds a training; choose another --out for the evaluation")
-    if resume or settings.overwrite:
+    has_state = state is not None and state.exists()
+    if resume or overwrite or not (has_state or (out / RECORDS).exists()):
         return
-    if (out / RECORDS).exists():
-        raise ValueError(
-            f"{out} holds the results of another run; choose another --out, or replace them: --overwrite true"
-        )
-    state = getattr(settings, "state", None)
-    if state is not None and state.exists():
-        raise ValueError(
-            f"{out} holds finished batches of an earlier run; add --resume to go on with it, or --overwrite true to"
-            " begin anew"
-        )
+    what = "the results of another run" if (out / RECORDS).exists() else "finished batches of an earlier run"
+    more = "add --resume to go on with it, " if has_state else ""
+    raise ValueError(f"{out} holds {what}; {more}choose another --out, or replace it: --overwrite true")
 
 
 def begin_run(settings: EvaluationSettings, ranks: Ranks) -> None:

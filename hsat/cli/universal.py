@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit("error: give --checkpoint FILE, or name=FILE; hsat train writes best.safetensors")
     try:
         with lock_folder(settings.out):
-            check_folder(settings)
+            check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
             print(describe(cohort), file=sys.stderr)
             delta, records = run(settings, cohort)

@@ -63,11 +63,15 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a reader that ends now must not end the step
 
     readers = signal.getsignal(signal.SIGCHLD)
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.getsignal(number) for number in heard}  # a process in the background ignores Ctrl-C
+    for number in heard:
+        signal.signal(number, note)
     try:
         yield request
     finally:

@@ -34,6 +34,7 @@ def test_writes_records_table_and_curve(trained, root, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["settings"]["sigma"] == 0.02
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(trained, root, launch, kill, stops, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--batch_size", "2"]
     certify([*argv, "--out", str(tmp_path / "whole")])

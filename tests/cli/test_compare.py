@@ -40,7 +40,7 @@ def test_every_applicable_convention_is_there(compared):
     assert json.loads((compared / "run.json").read_text())["settings"]["k"] == 5
 
 
-def test_the_two_columns_are_those_of__the_evaluation(compared, trained, root, tmp_path):
+def test_the_two_columns_are_those_of_the_evaluation(compared, trained, root, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--gallery", "0"]
     run(
         "evaluate",

@@ -15,6 +15,21 @@ def test_the_demo_refuses_unknown_targets(capsys):
     assert "targets" in str(stop.value) and "'embedding' or 'decision'" in str(stop.value)
 
 
+def test_an_interrupted_demo_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    import hsat.cli.demo as demo
+    from hsat.training.interrupts import TrainingInterrupted
+
+    def stop(settings):
+        raise TrainingInterrupted(step=3, total=9, signal=2)
+
+    monkeypatch.setattr(demo, "train", stop)
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--out", str(tmp_path), "--quiet"])
+    assert ended.value.code == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"stopped after step 3 of 9, which is saved; to go on: hsat demo --out {tmp_path} --quiet"
+
+
 @pytest.mark.slow
 def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, capsys):
     import hsat.cli.demo as demo

@@ -10,7 +10,8 @@ import torch
 from hsat.eval import read_records
 from hsat.models import build_encoder, save_encoder
 
-QUICK = "--data.image_size 32 --steps 1 --bootstrap 0 --gallery 0 --attacks pgd --eps 8/255 --k 5 --noise false --quiet"
+QUICK = "--data.image_size 32 --steps 1 --bootstrap 0 --gallery 0 --diagnose 0 --attacks pgd --eps 8/255 --k 5"
+QUICK += " --noise false --quiet"
 
 
 def evaluate(argv):

@@ -90,15 +90,21 @@ def test_results_alone_are_removed(tmp_path):
     assert not (tmp_path / "cohort").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_evaluation_says_one_line_and_goes_on(
     number, status, trained, root, launch, finish, stops, tmp_path
 ):
     from hsat.cli.evaluate import main
 
     file, out = trained / "final.safetensors", tmp_path / "out"
-    argv = ["--checkpoint", file, "--data.root", root, *FEW[:-4], "--steps", "12", "--attacks", "pgd,mifgsm"]
-    argv += ["--batch_size", "2", "--diagnose", "0", "--gallery", "0"]
+    argv = ["--checkpoint", file, "--data.root", root, *FEW[:-4], "--steps", "20", "--attacks", "pgd,mifgsm"]
+    argv += ["--batch_size", "1", "--diagnose", "0", "--gallery", "0"]
     process = launch("evaluate", *argv, "--out", out, cwd=tmp_path)
     while process.poll() is None and not list(out.glob(".state/*/batch-*")):
         time.sleep(0.005)

@@ -40,8 +40,9 @@ def assert_same_results(out, other):
         assert (out / path.relative_to(other)).read_bytes() == path.read_bytes(), path
 
 
-def test_two_ranks_write_what_one_process_writes(argv, torchrun, finish, tmp_path):
-    ours = [*argv, "--attacks", "pgd,ensemble", "--target", "decision", "--diagnose", "0", "--gallery", "4"]
+@pytest.mark.parametrize("attacks", ["pgd", pytest.param("pgd,ensemble", marks=pytest.mark.slow)])
+def test_two_ranks_write_what_one_process_writes(attacks, argv, torchrun, finish, tmp_path):
+    ours = [*argv, "--attacks", attacks, "--target", "decision", "--diagnose", "0", "--gallery", "4"]
     process = torchrun("evaluate", *ours, "--out", tmp_path / "ranks", "--cache", "cache", cwd=tmp_path)
     evaluate([*ours, "--out", tmp_path / "one", "--quiet"])
     shown = finish(process)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hsat.run_folder import lock_folder
+
 SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
 LONG = "--train.steps 9000 --train.eval_every 9999 --train.save_every 9999 --data.tune_fraction 0".split()
 
@@ -34,7 +36,7 @@ def assert_one_line(shown, *parts):
     ("number", "status", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "0")], ids=["Ctrl-C", "SIGTERM"]
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    number, status, workers, trained, options, launch, finish, tmp_path
+    number, status, workers, trained, options, train, launch, finish, tmp_path
 ):
     """Sent to the whole group, as a terminal does; the command that is printed ends with the bytes of a whole run."""
     out = tmp_path / "run"
@@ -47,9 +49,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert not (out / "final.safetensors").exists() and not list(out.glob(".*"))
     program, command, *words = shlex.split(line.partition("to go on: ")[2])
     assert (program, command) == ("hsat", "train")
-    again = launch(command, *words, cwd=tmp_path)
-    shown = finish(again)
-    assert again.returncode == 0, shown
+    train(words)
     for name in SAME:
         assert (out / name).read_bytes() == (trained / name).read_bytes(), name
 
@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_ends_at_once(options, launch, finish, tmp_path):
     assert_one_line(shown, "interrupted; to go on: hsat train ", "--resume")
 
 
-def test_two_ranks_stop_together_and_go_on(options, whole_ranks, torchrun, finish, tmp_path):
+def test_two_ranks_stop_together_and_go_on(options, train, rows_of, torchrun, finish, tmp_path):
     """SIGTERM to torchrun, which hands it on to its ranks."""
     out = tmp_path / "run"
     process = torchrun("train", *options, *RANKS, "--out", out, cwd=tmp_path)
@@ -104,29 +104,20 @@ def test_two_ranks_stop_together_and_go_on(options, whole_ranks, torchrun, finis
     process = torchrun(*words[4:], cwd=tmp_path)
     shown = finish(process)
     assert process.returncode == 0, shown
-    for name in ("final.safetensors", "train.csv"):
-        assert (out / name).read_bytes() == (whole_ranks / name).read_bytes(), name
+    train([*options, *RANKS, "--train.accumulate", "2", "--out", tmp_path / "whole"])  # which two ranks compute, too
+    rows, wanted = rows_of(out), rows_of(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    for row, expected in zip(rows, wanted, strict=True):
+        assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
 
 
 RANKS = "--train.steps 8 --data.tune_fraction 0 --attack.steps 1".split()
 
 
-@pytest.fixture(scope="module")
-def whole_ranks(options, torchrun, finish, tmp_path_factory):
-    """The folder of a run of two ranks that nobody stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    process = torchrun("train", *options, *RANKS, "--out", folder / "run", cwd=folder)
-    shown = finish(process)
-    assert process.returncode == 0, shown
-    return folder / "run"
-
-
-def test_a_second_run_in_the_same_folder_is_refused(options, launch, finish, kill, tmp_path):
-    first = launch("train", *options, *LONG, "--out", "run", cwd=tmp_path)
-    wait_for_rows(first, tmp_path / "run", 1)
-    second = launch("train", *options, "--out", "run", cwd=tmp_path)
-    shown = finish(second)
-    kill(first)
+def test_a_second_run_in_the_same_folder_is_refused(options, launch, finish, tmp_path):
+    with lock_folder(tmp_path / "run"):  # as a training does in this process
+        second = launch("train", *options, "--out", "run", cwd=tmp_path)
+        shown = finish(second)
     assert second.returncode == 1, shown
     assert_one_line(shown, "error: another process writes into run; ", "another --out")
 

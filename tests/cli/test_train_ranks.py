@@ -39,10 +39,13 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     "chosen",
     [
-        (),
-        ("--model.dual_norm", "--train.clean", "--attack.name", "nfgsm", "--attack.check_every", "3", *UNTUNED),
+        pytest.param((), id="pgd"),
+        pytest.param(
+            ("--model.dual_norm", "--train.clean", "--attack.name", "nfgsm", "--attack.check_every", "3", *UNTUNED),
+            id="dual norm, clean images, a safeguarded single step",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["pgd", "dual norm, clean images, a safeguarded single step"],
 )
 def test_two_ranks_are_one_process_with_two_parts(chosen, options, train, rows_of, torchrun, finish, tmp_path):
     """Global negatives, attacks by group, BatchNorm by group, sharded evaluation; and only the first rank writes."""

@@ -12,9 +12,13 @@ from hsat.distributed import World
 from hsat.training.config import TrainConfig
 from hsat.training.interrupts import TrainingInterrupted, stop_on_signals
 
+pytestmark = pytest.mark.usefixtures("hear_ctrl_c")
+
 CONFIG = TrainConfig(
     steps=4, batch_patients=2, save_every=9, eval_every=9, views={"image_size": 32}, attack={"name": "none"}
 )
+
+
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
 
@@ -77,3 +81,17 @@ def test_other_threads_train_without_handlers():
     thread.start()
     thread.join()
     assert seen == [(0, before)]
+
+
+def test_signals_that_the_process_ignores_stay_ignored():
+    """As Ctrl-C is where a command was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert request.signal == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == signal.SIGTERM and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
