@@ -13,7 +13,18 @@ import pytest
 from hsat.run_folder import lock_folder
 
 SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
-LONG = "--train.steps 9000 --train.eval_every 9999 --train.save_every 9999 --data.tune_fraction 0".split()
+LONG = "--train.steps 3000 --train.eval_every 9999 --train.save_every 9999 --data.tune_fraction 0".split()
+
+
+FORTY = "--train.steps 40 --train.eval_every 20".split()  # so that a signal comes before the last step
+
+
+@pytest.fixture(scope="module")
+def whole(options, train, threads, tmp_path_factory):
+    """The folder of a run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train([*options, *FORTY, "--out", out])
+    return out
 
 
 def wait_for_rows(process, out, rows):
@@ -36,22 +47,22 @@ def assert_one_line(shown, *parts):
     ("number", "status", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "0")], ids=["Ctrl-C", "SIGTERM"]
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    number, status, workers, trained, options, train, launch, finish, tmp_path
+    number, status, workers, whole, options, train, launch, finish, tmp_path
 ):
     """Sent to the whole group, as a terminal does; the command that is printed ends with the bytes of a whole run."""
     out = tmp_path / "run"
-    process = launch("train", *options, "--data.workers", workers, "--out", out, cwd=tmp_path)
+    process = launch("train", *options, *FORTY, "--data.workers", workers, "--out", out, cwd=tmp_path)
     wait_for_rows(process, out, 2)
     os.killpg(process.pid, number)
     shown = finish(process)
     assert process.returncode == status, shown
-    line = assert_one_line(shown, "stopped after step ", " of 8, which is saved; to go on: hsat train ", "--resume")
+    line = assert_one_line(shown, "stopped after step ", " of 40, which is saved; to go on: hsat train ", "--resume")
     assert not (out / "final.safetensors").exists() and not list(out.glob(".*"))
     program, command, *words = shlex.split(line.partition("to go on: ")[2])
     assert (program, command) == ("hsat", "train")
     train(words)
     for name in SAME:
-        assert (out / name).read_bytes() == (trained / name).read_bytes(), name
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 SLOW_STEP = """
@@ -111,7 +122,7 @@ def test_two_ranks_stop_together_and_go_on(options, train, rows_of, torchrun, fi
         assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
 
 
-RANKS = "--train.steps 8 --data.tune_fraction 0 --attack.steps 1".split()
+RANKS = "--train.steps 60 --data.tune_fraction 0 --attack.steps 1".split()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(options, launch, finish, tmp_path):
