@@ -73,7 +73,7 @@ def _compare_fields(
         if ignored.field(name, file) or (name not in old and edition.is_added(name, file)):
             continue
         before, now = old.get(name, MISSING), new.get(name, MISSING)
-        if not same(before, now):
+        if not same(before, now) and not near(before, now, ignored.distance(name, file)):
             yield Difference(command, file, entry, name, *_described(before, now))
 
 
@@ -94,6 +94,18 @@ def same(old: Any, new: Any) -> bool:
     if isinstance(old, np.ndarray) or isinstance(new, np.ndarray):
         return False
     return type(old) is type(new) and repr(old) == repr(new)
+
+
+def near(old: Any, new: Any, distance: float) -> bool:
+    """Whether two numbers, or arrays of one form, are equal up to this relative distance; never where it is 0."""
+    if not distance or type(old) is not type(new):
+        return False
+    if isinstance(old, np.ndarray) and (old.dtype != new.dtype or old.shape != new.shape or old.dtype.kind != "f"):
+        return False
+    if not isinstance(old, np.ndarray | float):
+        return False
+    scale = np.maximum(np.maximum(np.abs(old), np.abs(new)), 1e-3)
+    return bool(np.all(np.abs(np.subtract(old, new)) <= distance * scale))
 
 
 def _described(old: Any, new: Any) -> tuple[str, str]:

@@ -23,7 +23,7 @@ KEYS = {
     "options": {"old", "new"},
     "option values": {"option", "old", "new"},
     "program": {"words"},
-    "ignored": {"files", "field", "why"},
+    "ignored": {"files", "field", "why", "within"},
 }
 
 
@@ -109,8 +109,22 @@ class Ignored:
     def field(self, name: str, file: str) -> bool:
         """Whether a field of a file is left out."""
         return any(
-            "field" in entry and fnmatchcase(file, entry["files"]) and fits(name, entry["field"])
+            "field" in entry
+            and "within" not in entry
+            and fnmatchcase(file, entry["files"])
+            and fits(name, entry["field"])
             for entry in self.entries
+        )
+
+    def distance(self, name: str, file: str) -> float:
+        """How far the numbers of a field may lie apart, relative to the larger one or to 1e-3; 0 where bits count."""
+        return max(
+            (
+                float(entry["within"])
+                for entry in self.entries
+                if "within" in entry and fnmatchcase(file, entry["files"]) and fits(name, entry["field"])
+            ),
+            default=0.0,
         )
 
 

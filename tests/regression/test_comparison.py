@@ -15,7 +15,7 @@ import pytest
 import yaml
 from commands import COMMANDS, LAYOUT, selected
 from compare import main
-from differences import compare_results
+from differences import compare_results, near
 from editions import Edition, Ignored, edition_of, ignored_of, read_table
 from PIL import Image
 from results import read_results
@@ -224,6 +224,15 @@ def test_what_rightly_differs_is_left_out(old, new):
     assert compared(old, new) == []
     (new / "run.json").write_text(json.dumps({"cohort": "abd", "command": [], "settings": {}}))
     assert the_difference(old, new).field == "cohort"
+
+
+def test_numbers_that_a_library_computes_now_may_differ_by_little():
+    ignored = Ignored(({"files": "records.jsonl", "field": "low", "within": 1e-12, "why": "a test"},))
+    assert not ignored.field("low", "records.jsonl")
+    distance = ignored.distance("low", "records.jsonl")
+    assert near(0.5, 0.5 + 1e-13, distance) and near(np.array([0.5]), np.array([0.5 + 1e-13]), distance)
+    assert not near(0.5, 0.5 + 1e-11, distance) and not near(0.5, float("nan"), distance) and not near(0.5, 1, distance)
+    assert not near(0.5, 0.5 + 1e-13, ignored.distance("value", "records.jsonl"))
 
 
 def test_a_file_that_cannot_be_read_is_named(new):
