@@ -91,6 +91,13 @@ class Estimate:
     runs: int
     n: tuple[int, ...]
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Ends of the interval of one run, mean minus and plus the standard deviation over several; None without."""
+        if self.sd is not None:
+            return self.value - self.sd, self.value + self.sd
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 def label_branch(record: Record) -> str:
     """The BatchNorm branch that a record speaks of, "" where there is one only; with the attacked one if that differs.
