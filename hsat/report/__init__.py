@@ -10,6 +10,7 @@ from hsat.report.artifacts import Artifacts, ArtifactSource, ConditionArrays, re
 from hsat.report.page import write_report
 from hsat.report.paper import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.report.plots import plot_certified_accuracy, plot_patches, plot_transfer
+from hsat.report.record_files import records_csv, records_latex
 from hsat.report.run_folders import RunFolder, open_runs
 from hsat.report.summary import chance_level
 from hsat.report.tables import accuracy_tables, differences_table, markdown_table, transfer_markdown, transfer_tables
@@ -35,6 +36,8 @@ __all__ = [
     "plot_patches",
     "plot_transfer",
     "read_artifacts",
+    "records_csv",
+    "records_latex",
     "transfer_markdown",
     "transfer_tables",
     "write_artifacts",

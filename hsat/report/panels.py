@@ -18,6 +18,7 @@ from hsat.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with every common form of colour blindness, and in grey by their lightness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -66,10 +67,11 @@ def open_panels(
     return panels[0].figure, panels
 
 
-def finish_figure(figure: Any, path: str | os.PathLike[str] | None) -> Any:
+def finish_figure(figure: Any, path: str | os.PathLike[str] | None) -> Path | Figure:
     """Write the figure and return the path, or return the figure."""
     if path is None:
-        return figure
+        mine: Figure = figure
+        return mine
     ending = Path(path).suffix.lower()
     with atomic_path(path) as working:
         figure.savefig(working, dpi=150, format=ending[1:], metadata=FORMATS[ending])
