@@ -31,6 +31,7 @@ class Report(Settings):
         None, description="also write the tables of the records as LaTeX (booktabs) to this file"
     )
     csv: Path | None = Field(None, description="also write the numbers of the records as CSV to this file")
+    intervals: bool = Field(True, description="whether the LaTeX tables show the intervals")
     title: str = Field("Robustness report", description="its heading")
     k: int | None = Field(None, gt=0, description="neighbours of the summary and the figures; the first in the records")
     metric: Literal["accuracy", "mca"] = Field("accuracy", description="of the summary and the curves")
@@ -54,6 +55,10 @@ def main(argv: list[str]) -> None:
 
 def write_tables(settings: Report) -> list[Path]:
     """Write the tables that were asked for beside the page; returns their paths."""
-    kinds = [(path, form) for path, form in ((settings.latex, records_latex), (settings.csv, records_csv)) if path]
     records = [record for folder in split_by_branch(open_runs(settings.runs)) for record in folder.records]
-    return [write_file(path, form(records)) for path, form in kinds]
+    files = []
+    if settings.latex is not None:
+        files.append(write_file(settings.latex, records_latex(records, intervals=settings.intervals)))
+    if settings.csv is not None:
+        files.append(write_file(settings.csv, records_csv(records)))
+    return files

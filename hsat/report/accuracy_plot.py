@@ -74,7 +74,7 @@ def plot_accuracy_vs_eps(
             here = [record for record in chosen if record.level == level]
             lines = accuracy_lines(here, every_attack=kinds == "all")
             named = _draw_lines(panel, lines, rows, unit=unit, bars=kinds == "all")
-            grey = _draw_noise(panel, lines, rows, unit=unit)
+            grey = _draw_noise(panel, lines, rows if kinds == "strongest" else (), unit=unit)
             if (share := _chance_of(here, chance)) is not None:
                 panel.axhline(100 * share, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
                 grey.append(("chance", 100 * share, GREY))
@@ -121,14 +121,15 @@ def _draw_lines(
 def _draw_noise(
     panel: Any, lines: Sequence[AccuracyLine], rows: Sequence[tuple[str, str]], *, unit: float
 ) -> list[_Label]:
-    """The lines of random noise in grey, with the markers of the models; returns the one label that they share."""
+    """The lines of random noise in grey, with the markers of the models in `rows`; returns their one label."""
     ends = []
     for line in lines:
         if line.kind == "noise":
-            marker = MARKERS[rows.index((line.model, line.target)) % len(MARKERS)]
             x, y, _, _ = _coordinates(line, unit)
             panel.plot(x, y, color=GREY, linestyle="--", linewidth=1.1, zorder=1)
-            panel.plot(x[1:], y[1:], marker, color=GREY, markersize=4.5, markerfacecolor="white", zorder=1)
+            if rows:
+                marker = MARKERS[rows.index((line.model, line.target)) % len(MARKERS)]
+                panel.plot(x[1:], y[1:], marker, color=GREY, markersize=4.5, markerfacecolor="white", zorder=1)
             ends.append(float(y[-1]))
     return [("noise", max(ends), GREY)] if ends else []
 

@@ -141,8 +141,12 @@ def eps_ticks(values: Sequence[float]) -> list[float] | None:
 
 
 def main_norm(records: Sequence[Record]) -> str:
-    """The norm that a summary speaks of: Linf where it was measured, or else the first; "" where none is named."""
+    """The norm that a summary speaks of: Linf where attacks had it, or else their first; "" where none is named.
+
+    Without attacks it is that of random noise.
+    """
     norms = [norm_of(record) for record in records if _kind(record) == "attack"]
+    norms = norms or [norm_of(record) for record in records if _kind(record) == "noise"]
     return "Linf" if "Linf" in norms else next(iter(norms), "")
 
 

@@ -58,6 +58,8 @@ def test_tables_for_a_paper_and_for_other_programs(run, tmp_path, capsys):
     records = read_records(run / "records.jsonl")
     assert files[0].read_text() == records_latex(records) and files[1].read_text() == records_csv(records)
     shown = capsys.readouterr().out
+    report([str(run), "--latex", str(files[0]), "--intervals", "false"])
+    assert files[0].read_text() == records_latex(records, intervals=False)
     assert (run / "report.html").is_file() and all(str(file) in shown for file in files)
 
 

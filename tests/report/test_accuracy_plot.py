@@ -156,6 +156,11 @@ def test_clean_images_alone_are_points():
     np.testing.assert_allclose(lines_of(panel)["hsat"].get_xydata(), [(0, 80)])
 
 
+def test_noise_alone_is_drawn(made_records):
+    panel, *_ = plot_accuracy_vs_eps([r for r in made_records() if r.attack_name in ("clean", "noise-8")]).axes
+    assert list(texts_of(panel)) == ["noise"]
+
+
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="none of the 32 records has metric 'recall', k=200"):
         plot_accuracy_vs_eps(records(), tmp_path / "plot.png", metric="recall")
