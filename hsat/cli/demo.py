@@ -1,11 +1,12 @@
 """From nothing to a robustness table; `make demo` installs hsat and runs this.
 
-Writes a synthetic cohort, trains a HiDisc baseline and an HSAT encoder on it with the same recipe (`demo`),
-attacks both with PGD, BIM and MI-FGSM at 4/255 and 8/255, and prints one table: baseline, HSAT, an untrained encoder,
-each clean, under random noise of the same size, and attacked.  Then it attacks the kNN vote itself ("decision"), which
-is what decides and the stronger test.  Records, figures, report.md and report.html go to --out.
+Writes a synthetic cohort and trains a HiDisc baseline and an HSAT encoder on it with the same recipe (`demo`).  PGD at
+4/255 and 8/255 then attacks the kNN vote ("decision"), which is what decides; a table has both encoders clean, under
+random noise of the same size, and attacked.  A second table, with an untrained encoder beside them, shows what PGD, BIM
+and MI-FGSM leave if they only move the features away from their clean values.  Records, figures, report.md and
+report.html go to --out.
 
-    hsat demo --out runs/demo --seed 0 --targets features,embedding
+    hsat demo --out runs/demo --seed 0 --targets decision,embedding
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Demo(Settings):
     out: Path = Field(written("runs/demo"), description="folder for everything")
     seed: int = Field(0, ge=0, description="of the cohort, the weights, the draws and the attacks")
     targets: Annotated[list[Literal["features", "embedding", "decision"]], BeforeValidator(split_commas)] = Field(
-        written("features,decision"),
+        written("decision,features"),
         description="what the attacks move: features, embedding, the kNN vote; commas between",
     )
     steps: int | None = Field(None, gt=0, description="training steps, if not the recipe's")
@@ -157,7 +158,8 @@ def report(demo: Demo, tables: Mapping[str, str], cohort: Cohort, seconds: float
     for target, table in tables.items():
         records = list(read_records(demo.out / target / "records.jsonl"))
         lines += [f"## Attacks on {NAMED[target]}", "", verdict(records), "", chance_line(cohort), "", table]
-        lines += [f"![accuracy against eps]({target}/accuracy_vs_eps.png)", ""]
+        caption = "the strongest attack at each eps, random noise and the chance level in grey"
+        lines += [f"![accuracy against eps: {caption}]({target}/accuracy_vs_eps.png)", ""]
         gallery = sorted((demo.out / target).glob("patches_HSAT_*.png"))
         lines += [f"![patches]({target}/{path.name})" for path in gallery]
     recipe = ", ".join(f"{key} {item}" for key, item in flatten(read_recipe("demo")).items())

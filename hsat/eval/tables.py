@@ -139,7 +139,7 @@ def latex_tabular(tables: Sequence[Table], *, align: str = "") -> str:
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_LATEX |= {"±": r"$\pm$", "–": "--", "−": "$-$", "→": r"$\to$", "[": "{[}"}
+_LATEX |= {"±": r"$\pm$", "–": "--", "−": "$-$", "→": r"$\to$", "↓": r"$\downarrow$", "[": "{[}"}
 _LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
 

@@ -5,11 +5,14 @@ This room is above `hsat.eval`, which knows nothing of it.
 
 from __future__ import annotations
 
+from hsat.report.accuracy_plot import plot_accuracy_vs_eps
 from hsat.report.artifacts import Artifacts, ArtifactSource, ConditionArrays, read_artifacts, write_artifacts
 from hsat.report.page import write_report
 from hsat.report.paper import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
-from hsat.report.plots import plot_accuracy_vs_eps, plot_certified_accuracy, plot_patches, plot_transfer
+from hsat.report.plots import plot_certified_accuracy, plot_patches, plot_transfer
+from hsat.report.record_files import records_csv, records_latex
 from hsat.report.run_folders import RunFolder, open_runs
+from hsat.report.summary import chance_level
 from hsat.report.tables import accuracy_tables, differences_table, markdown_table, transfer_markdown, transfer_tables
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "PaperTable",
     "RunFolder",
     "accuracy_tables",
+    "chance_level",
     "differences_table",
     "markdown_table",
     "open_runs",
@@ -32,6 +36,8 @@ __all__ = [
     "plot_patches",
     "plot_transfer",
     "read_artifacts",
+    "records_csv",
+    "records_latex",
     "transfer_markdown",
     "transfer_tables",
     "write_artifacts",

@@ -12,6 +12,11 @@ from hsat.eval.records import Record
 
 CLEAN = "clean"
 _ARITHMETIC = ("how", "absent", "keys")  # of pooling and of the mean class accuracy
+_TARGETS = {
+    "decision": "Attacks on the decision of the classifier",
+    "knn": "Attacks on the vote of the nearest neighbours",
+    "any": "Certificates, which hold for any attack",
+}
 _EXACT = ("flat", "stream", "torch")  # indexes that find the true neighbours, and so the same numbers
 
 
@@ -53,6 +58,43 @@ class EvaluationSetting:
         )
 
 
+def group_by_setting(records: Iterable[Record]) -> dict[EvaluationSetting, list[Record]]:
+    """The records of each setting, as they occur."""
+    groups: dict[EvaluationSetting, list[Record]] = {}
+    for record in records:
+        groups.setdefault(EvaluationSetting.of(record), []).append(record)
+    return groups
+
+
+def describe_setting(setting: EvaluationSetting, among: Iterable[EvaluationSetting] = ()) -> str:
+    """A setting in words; what all of `among` share and nobody needs to tell them apart is left out."""
+    others = list(among)
+
+    def differs(name: str) -> bool:
+        return len({getattr(other, name) for other in others}) > 1
+
+    cohort = f"cohort {setting.cohort[:12]}" if setting.cohort else "unnamed cohort"
+    target = _TARGETS.get(setting.target, f"Attacks on the {setting.target}")
+    parts = [target, cohort + (f" ({setting.split})" if setting.split else "")]
+    if differs("arithmetic"):
+        parts.append(f"arithmetic: {setting.arithmetic or 'not recorded'}")
+    if differs("layer"):
+        parts.append(f"kNN on the {setting.layer}")
+    if differs("temperature"):
+        parts.append(f"temperature {setting.temperature:g}")
+    if differs("bank_rows") or differs("bank_cohort") or differs("bank_split"):
+        bank = f" of {setting.bank_cohort[:12]}" if setting.bank_cohort != setting.cohort else ""
+        split = f" ({setting.bank_split})" if setting.bank_split else ""
+        parts.append(f"bank of {setting.bank_rows} patches{bank}{split}")
+    if differs("index"):
+        parts.append(f"index {setting.index or 'exact'}")
+    if differs("classifier"):
+        parts.append(f"classifier: {setting.classifier or 'nearest neighbours'}")
+    if differs("convention"):
+        parts.append(f"convention: {setting.convention or 'not one of a comparison'}")
+    return ", ".join(parts)
+
+
 @dataclass(frozen=True)
 class ConditionColumn:
     """A condition of a table.
@@ -90,6 +132,13 @@ class Estimate:
     sd: float | None
     runs: int
     n: tuple[int, ...]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Ends of the interval of one run, mean minus and plus the standard deviation over several; None without."""
+        if self.sd is not None:
+            return self.value - self.sd, self.value + self.sd
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 def label_branch(record: Record) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +12,9 @@ from hsat.eval.records import read_fields
 from hsat.files import parse_json, read_text
 from hsat.report.aggregation import is_transfer, label_branch, label_branches
 from hsat.report.artifacts import Artifacts, read_artifacts
+from hsat.run_folder import read_run_file, read_training_log
 
 _FILES = ("records.jsonl", "run.json", "train.csv")
-_LARGEST = 1e300
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,17 +98,17 @@ def _is_run(path: Path) -> bool:
 def _open(path: Path) -> RunFolder:
     files = {name: _inside(path, path / name) for name in _FILES if (path / name).is_file()}
     records = read_records(files["records.jsonl"]) if "records.jsonl" in files else ()
-    about = _read_about(files["run.json"]) if "run.json" in files else {}
-    training = _read_columns(files["train.csv"]) if "train.csv" in files else {}
+    about = read_run_file(path) if "run.json" in files else {}
+    training = read_training_log(files["train.csv"]) if "train.csv" in files else {}
     artifacts, stale = _matching(read_artifacts(_inside(path, path / "evidence")), records)
     absent = list(stale)
     if not about:
-        absent.append("run.json, which says how the run was made: the example scripts write it")
+        absent.append("run.json, which says how the run was made: the commands write it")
     if any(is_transfer(record) for record in records):
         pass  # a transfer has no artifacts of its own
     elif records and not artifacts:
         absent.append(
-            "evidence/ (confusion, embedding map, patches): evaluate again with examples/evaluate_whitebox.py,"
+            "evidence/ (confusion, embedding map, patches): evaluate again with hsat evaluate,"
             " or call hsat.report.write_artifacts"
         )
     elif records and not any(c.patches for one in artifacts for c in one.conditions.values()):
@@ -133,13 +131,6 @@ def _matching(artifacts: Iterable[Artifacts], records: Iterable[Record]) -> tupl
     return tuple(kept), notes
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    content = parse_json(read_text(path), str(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _read_differences(root: Path, path: Path) -> tuple[Difference, ...]:
     if not path.is_file():
         return ()
@@ -147,32 +138,6 @@ def _read_differences(root: Path, path: Path) -> tuple[Difference, ...]:
     if not isinstance(content, list):
         raise ValueError(f"{path}: not a list of differences; evaluate again")
     return tuple(read_fields(Difference, one, f"{path}, entry {n}") for n, one in enumerate(content, start=1))
-
-
-def _read_columns(path: Path) -> dict[str, list[float]]:
-    """The numbers of a CSV file by column.  A row that a running process has not finished is left out."""
-    columns: dict[str, list[float]] = {}
-    reader = csv.DictReader(read_text(path).splitlines())
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                continue
-            for name, text in row.items():
-                columns.setdefault(name, []).append(_number(text, path, reader.line_num))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    if columns and "step" not in columns:
-        raise ValueError(f"{path}: no column 'step', which train_hsat.py writes first; there are {list(columns)}")
-    return columns
-
-
-def _number(text: str, path: Path, line: int) -> float:
-    """A number; NaN for an empty cell and for what no chart can hold, as the loss of a training that diverged."""
-    try:
-        value = float(text or "nan")
-    except ValueError as error:
-        raise ValueError(f"{path}, line {line}: {text[:40]!r} is not a number") from error
-    return value if abs(value) < _LARGEST else math.nan
 
 
 def _inside(root: Path, path: Path) -> Path:

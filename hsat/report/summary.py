@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal
+
+import numpy as np
 
 from hsat.eval.records import Record
 from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, format_estimate
@@ -21,6 +24,24 @@ class AccuracyPoint:
     eps: float
     eps_text: str
     estimate: Estimate
+
+
+@dataclass(frozen=True)
+class AccuracyLine:
+    """A line of a figure of accuracy against eps.
+
+    Attributes:
+        model, target: Whose, and what was attacked, as in the records.
+        kind: "attack", "noise", or "clean" for a model of which nothing else was measured.
+        attack: The kind of the attacks, as "PGD" of "PGD-8"; "" for the strongest attack at each eps, and for noise.
+        points: By growing eps, clean images first.
+    """
+
+    model: str
+    target: str
+    kind: str
+    attack: str
+    points: tuple[AccuracyPoint, ...]
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,72 @@ def strongest_per_eps(attacks: Sequence[AccuracyPoint]) -> list[AccuracyPoint]:
     ]
 
 
+def accuracy_lines(records: Sequence[Record], *, every_attack: bool = False) -> list[AccuracyLine]:
+    """The lines of a figure: per model and target those of the attacks, then that of random noise.
+
+    Args:
+        records: Of one level, metric, k and norm.
+        every_attack: A line for each kind of attack instead of one for the strongest at each eps.
+    """
+    lines = []
+    for model, target in dict.fromkeys((record.model, record.target) for record in records):
+        mine = [record for record in records if (record.model, record.target) == (model, target)]
+        clean, attacks, noise = (accuracy_points(mine, kind=kind) for kind in (CLEAN, "attack", "noise"))
+        kinds = {"": strongest_per_eps(attacks)}
+        if every_attack:
+            names = dict.fromkeys(attack_kind(point.name) for point in attacks)
+            kinds = {name: [point for point in attacks if attack_kind(point.name) == name] for name in names}
+        parts = [("attack", name, points) for name, points in kinds.items() if points]
+        parts += [("noise", "", noise)] if noise else []
+        parts = parts or [(CLEAN, "", [])]
+        lines += [
+            AccuracyLine(model, target, kind, name, points=(*clean[:1], *points))
+            for kind, name, points in parts
+            if clean or points
+        ]
+    return lines
+
+
+def attack_kind(name: str) -> str:
+    """The name of an attack without its eps: "PGD" of "PGD-8"."""
+    return name.rsplit("-", 1)[0]
+
+
+def eps_ticks(values: Sequence[float]) -> list[float] | None:
+    """Ticks at 0 and at the radii that were measured; None where they have no room beside each other."""
+    radii = sorted({round(value, 4) for value in values} | {0.0})
+    fits = len(radii) <= 7 and all(b - a > 0.08 * radii[-1] for a, b in pairwise(radii))
+    return radii if fits else None
+
+
+def main_norm(records: Sequence[Record]) -> str:
+    """The norm that a summary speaks of: Linf where attacks had it, or else their first; "" where none is named.
+
+    Without attacks it is that of random noise.
+    """
+    norms = [norm_of(record) for record in records if _kind(record) == "attack"]
+    norms = norms or [norm_of(record) for record in records if _kind(record) == "noise"]
+    return "Linf" if "Linf" in norms else next(iter(norms), "")
+
+
+def chance_level(labels: np.ndarray, metric: Literal["accuracy", "mca"] = "accuracy") -> float:
+    """What a classifier that knows nothing reaches, in [0, 1].
+
+    Args:
+        labels: (n,) true classes of the queries.
+        metric: "accuracy" (the share of the largest class) or "mca" (one over the number of classes).
+
+    Raises:
+        ValueError: Without labels, and for another metric.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    if not len(counts):
+        raise ValueError("no labels, so there is no chance level")
+    if metric not in ("accuracy", "mca"):
+        raise ValueError(f"the chance level of {metric!r} is not known; there are 'accuracy' and 'mca'")
+    return float(counts.max() / counts.sum()) if metric == "accuracy" else 1 / len(counts)
+
+
 def summarize_model(records: Sequence[Record]) -> RobustnessSummary:
     """The summary of one model from its records of one level, metric and k.
 
@@ -92,8 +179,7 @@ def summarize_model(records: Sequence[Record]) -> RobustnessSummary:
     models = {record.model for record in records}
     if len(models) != 1:
         raise ValueError(f"a summary is that of one model, got records of {sorted(models)}")
-    norms = [norm_of(record) for record in records if _kind(record) == "attack"]
-    norm = "Linf" if "Linf" in norms else next(iter(norms), "")
+    norm = main_norm(records)
     mine = [record for record in records if record.attack_name == CLEAN or norm_of(record) == norm]
     attacks = accuracy_points(mine, kind="attack")
     worst = strongest_per_eps(attacks)[-1] if attacks else None

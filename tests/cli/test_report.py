@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsat.eval import read_records
-from hsat.report import open_runs
+from hsat.report import open_runs, records_csv, records_latex
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +50,17 @@ def test_a_real_evaluation_and_training_on_one_page(trained, root, tmp_path, cap
 def test_the_page_lies_in_the_first_run_by_default(run, capsys):
     report(["--k", "20", "--runs", str(run)])
     assert (run / "report.html").is_file()
+
+
+def test_tables_for_a_paper_and_for_other_programs(run, tmp_path, capsys):
+    files = [tmp_path / "new" / "table.tex", tmp_path / "numbers.csv"]
+    report([str(run), "--latex", str(files[0]), "--csv", str(files[1])])
+    records = read_records(run / "records.jsonl")
+    assert files[0].read_text() == records_latex(records) and files[1].read_text() == records_csv(records)
+    shown = capsys.readouterr().out
+    report([str(run), "--latex", str(files[0]), "--intervals", "false"])
+    assert files[0].read_text() == records_latex(records, intervals=False)
+    assert (run / "report.html").is_file() and all(str(file) in shown for file in files)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from hsat.attacks import L2, PGD, AttackEnsemble, Linf
 from hsat.data import PatchDataset, patch_loader, read_folders
+from hsat.classifiers import KNNClassifier
 from hsat.eval import *
 
 EPS = 4 / 255

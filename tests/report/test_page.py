@@ -260,7 +260,7 @@ def link_evidence(run):
     ("spoil", "message"),
     [
         (spoil_records, r"records.jsonl, line 1: fields"),
-        (spoil_about, "run.json: expected a JSON object, got list"),
+        (spoil_about, "run.json holds a JSON list, not an object"),
         (spoil_training, r"train.csv, line 2: 'abc' is not a number"),
         (spoil_picture, "is no PNG file"),
         (link_records, "leads out of the run folder"),

@@ -23,6 +23,37 @@ OLD_DIFFERENCE = {
 }  # fmt: skip
 
 
+OLD_ABOUT = {  # without the number of its form
+    "cohort": "c0ffee", "command": ["examples/train_hsat.py", "--out", "run"],
+    "settings": {"seed": 0, "train": {"steps": 2}}, "versions": {"hsat": "0.1.0", "threads": "2"},
+}  # fmt: skip
+OLD_LOG = """\
+step,epoch,loss,lr,adversarial_patch,adversarial_slide,adversarial_patient,eps,strength,tune_clean_mca
+0,0,3.5,0.0,1.5,1.0,1.0,0.00392156862745098,1.0,
+1,0,2.5,0.001,1.0,0.75,0.75,0.00392156862745098,1.0,0.5
+2,1,2.0,0.0
+"""
+
+
+def test_a_training_of_an_older_version_opens(tmp_path):
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(OLD_ABOUT))
+    (folder / "train.csv").write_text(OLD_LOG)
+    (run,) = open_runs([folder])
+    assert run.about["settings"]["train"]["steps"] == 2 and "schema" not in run.about
+    assert run.training["loss"] == [3.5, 2.5], "the last row is not finished"
+    assert np.isnan(run.training["tune_clean_mca"][0]) and run.training["tune_clean_mca"][1] == 0.5
+    page = write_report([folder], tmp_path / "page.html").read_text()
+    assert "Training loss of trained." in page and "train.steps" in page and "examples/train_hsat.py" in page
+
+
+def test_a_run_of_a_later_version_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(OLD_ABOUT | {"schema": 99}))
+    with pytest.raises(ValueError, match="has form 99, and this version of hsat reads up to 1; update hsat"):
+        open_runs([tmp_path])
+
+
 @pytest.fixture
 def old_run(tmp_path):
     """A run folder as commit 91c38be wrote it."""
@@ -32,6 +63,7 @@ def old_run(tmp_path):
     attacked = OLD_RECORD | {"attack": "PGD(Linf(eps=8/255))", "attack_name": "PGD-8", "eps_value": 8 / 255}
     (run / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (OLD_RECORD, attacked)))
     (run / "differences.json").write_text(json.dumps([OLD_DIFFERENCE]))
+    (run / "run.json").write_text(json.dumps(OLD_ABOUT))
     about = {"checkpoint": "", "class_names": ["a", "b"], "model": "old", "target": "knn", "variance": [1, 0.0]}
     (folder / "about.json").write_text(json.dumps(about))
     label = np.array([0, 1, 0, 1], dtype=np.int32)

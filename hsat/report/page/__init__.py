@@ -12,7 +12,7 @@ from hsat.embedding import LAYERS
 from hsat.eval import Record, Table
 from hsat.eval.records import software_versions
 from hsat.files import write_file
-from hsat.report.aggregation import EvaluationSetting, drop_duplicates
+from hsat.report.aggregation import EvaluationSetting, describe_setting, drop_duplicates, group_by_setting
 from hsat.report.artifacts import Artifacts
 from hsat.report.page.figures import PageFigure, training_figures
 from hsat.report.page.sections import TransferSection, numbers_section, run_provenance, transfer_section
@@ -30,11 +30,6 @@ from hsat.report.summary import (
 from hsat.report.tables import effort_table, page_differences_table
 
 _PAGE = Path(__file__).parent
-_TARGETS = {
-    "decision": "Attacks on the decision of the classifier",
-    "knn": "Attacks on the vote of the nearest neighbours",
-    "any": "Certificates, which hold for any attack",
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ def write_report(
     that was measured in several branches of dual BatchNorm stands there once for each.
 
     Args:
-        runs: Folders that the example scripts wrote (records.jsonl, run.json, train.csv, evidence/), or a folder of
+        runs: Folders that the commands wrote (records.jsonl, run.json, train.csv, evidence/), or a folder of
             those.  What a folder does not hold is listed on the page, with what makes it.
         path: The page.
         title: Its title.
@@ -90,7 +85,7 @@ def _contents(folders: Sequence[RunFolder], *, title: str, k: int | None, metric
         raise ValueError(f"no record has k={k}; the runs hold k = {sorted({record.k for record in records})}")
     styles = {model: index for index, model in enumerate(dict.fromkeys(record.model for record in direct))}
     sections, summaries, flags = [], [], record_flags(records)
-    groups = _by_setting(direct)
+    groups = group_by_setting(direct)
     for number, (setting, group) in enumerate(groups.items()):
         chosen = _chosen_k(group, k)
         heading = describe_setting(setting, groups)
@@ -137,15 +132,8 @@ def _flag_table(flags: Sequence[Flag]) -> Table:
     return Table(("model", "conditions", "reason"), rows, "Reasons for doubt")
 
 
-def _by_setting(records: Iterable[Record]) -> dict[EvaluationSetting, list[Record]]:
-    groups: dict[EvaluationSetting, list[Record]] = {}
-    for record in records:
-        groups.setdefault(EvaluationSetting.of(record), []).append(record)
-    return groups
-
-
 def _transfer_sections(records: Iterable[Record], k: int | None) -> list[TransferSection]:
-    groups = _by_setting(records)
+    groups = group_by_setting(records)
     return [
         transfer_section(group, heading=describe_setting(setting, groups), k=_chosen_k(group, k))
         for setting, group in groups.items()
@@ -160,35 +148,6 @@ def _artifacts_of(folder: RunFolder, setting: EvaluationSetting) -> list[Artifac
     """A folder's artifacts of its own records of this setting; another cohort's have the same model and weights."""
     measured = {(r.model, r.target, r.checkpoint) for r in folder.records if EvaluationSetting.of(r) == setting}
     return [one for one in folder.artifacts if (one.model, one.target, one.checkpoint) in measured]
-
-
-def describe_setting(setting: EvaluationSetting, among: Iterable[EvaluationSetting] = ()) -> str:
-    """A setting in words; what all of `among` share and nobody needs to tell them apart is left out."""
-    others = list(among)
-
-    def differs(name: str) -> bool:
-        return len({getattr(other, name) for other in others}) > 1
-
-    cohort = f"cohort {setting.cohort[:12]}" if setting.cohort else "unnamed cohort"
-    target = _TARGETS.get(setting.target, f"Attacks on the {setting.target}")
-    parts = [target, cohort + (f" ({setting.split})" if setting.split else "")]
-    if differs("arithmetic"):
-        parts.append(f"arithmetic: {setting.arithmetic or 'not recorded'}")
-    if differs("layer"):
-        parts.append(f"kNN on the {setting.layer}")
-    if differs("temperature"):
-        parts.append(f"temperature {setting.temperature:g}")
-    if differs("bank_rows") or differs("bank_cohort") or differs("bank_split"):
-        bank = f" of {setting.bank_cohort[:12]}" if setting.bank_cohort != setting.cohort else ""
-        split = f" ({setting.bank_split})" if setting.bank_split else ""
-        parts.append(f"bank of {setting.bank_rows} patches{bank}{split}")
-    if differs("index"):
-        parts.append(f"index {setting.index or 'exact'}")
-    if differs("classifier"):
-        parts.append(f"classifier: {setting.classifier or 'nearest neighbours'}")
-    if differs("convention"):
-        parts.append(f"convention: {setting.convention or 'not one of a comparison'}")
-    return ", ".join(parts)
 
 
 def _notes(records: Sequence[Record]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from hsat.eval import Record
 from hsat.report.aggregation import CLEAN, Estimate
 from hsat.report.artifacts import Artifacts
 from hsat.report.page.drawing import Axis, Series, draw_lines, draw_map, swatch
-from hsat.report.summary import accuracy_points, norm_of, strongest_per_eps
+from hsat.report.summary import accuracy_lines, eps_ticks, norm_of
 
 _PERCENT = tuple(range(0, 101, 20))
 _MAX_POINTS = 240
@@ -52,31 +51,29 @@ def accuracy_figure(
     here = [r for r in records if (r.level, r.metric) == (level, metric) and norm_of(r) in (norm, "")]
     series, texts = [], []
     unit = 255.0 if norm == "Linf" else 1.0
-    for model in dict.fromkeys(record.model for record in here):
-        mine = [record for record in here if record.model == model]
-        clean, attacks, noise = (accuracy_points(mine, kind=kind) for kind in (CLEAN, "attack", "noise"))
-        aside = (styles[model] % 4 - 1.5) * 0.012  # bars of several models beside each other, in shares of the axis
-        for name, line in (("strongest attack", strongest_per_eps(attacks)), ("random noise", noise)):
-            if not line:
-                continue
-            drawn = [*clean[:1], *line]
-            solid = line is not noise
-            largest = max(point.eps for point in drawn) * unit
-            bars = [_bar_ends(point.estimate) for point in drawn] if solid else []
-            series.append(
-                Series(
-                    label=f"{model}, {name}",
-                    x=[point.eps * unit + aside * largest for point in drawn],
-                    y=[100 * point.estimate.value for point in drawn],
-                    low=[low for low, _ in bars],
-                    high=[high for _, high in bars],
-                    style=styles[model],
-                    dash=0 if solid else 2,
-                    hollow=not solid,
-                )
+    for line in accuracy_lines(here):
+        if line.kind == CLEAN:
+            continue
+        solid = line.kind == "attack"
+        label = f"{line.model}, {'strongest attack' if solid else 'random noise'}"
+        largest = max(point.eps for point in line.points) * unit
+        # bars of several models beside each other, in shares of the axis
+        aside = (styles[line.model] % 4 - 1.5) * 0.012 * largest
+        bars = [_bar_ends(point.estimate) for point in line.points] if solid else []
+        series.append(
+            Series(
+                label=label,
+                x=[point.eps * unit + aside for point in line.points],
+                y=[100 * point.estimate.value for point in line.points],
+                low=[low for low, _ in bars],
+                high=[high for _, high in bars],
+                style=styles[line.model],
+                dash=0 if solid else 2,
+                hollow=not solid,
             )
-            shown = ", ".join(f"{100 * p.estimate.value:.0f} % at {p.eps_text or '0'}" for p in drawn)
-            texts.append(f"{model}, {name}: {shown}")
+        )
+        shown = ", ".join(f"{100 * p.estimate.value:.0f} % at {p.eps_text or '0'}" for p in line.points)
+        texts.append(f"{label}: {shown}")
     if not series:
         return None
     x_axis = _eps_axis([unit * record.eps_value for record in here], norm)
@@ -90,18 +87,13 @@ def accuracy_figure(
 def _eps_axis(values: Sequence[float], norm: str) -> Axis:
     """Ticks at the radii that were measured, where they have room; a little space on both sides for the bars."""
     label = "eps in grey levels (of 255)" if norm == "Linf" else f"eps ({norm or 'as recorded'})"
-    radii = sorted({round(value, 4) for value in values} | {0.0})
-    largest = radii[-1] or 1.0
-    fits = len(radii) <= 7 and all(b - a > 0.08 * largest for a, b in pairwise(radii))
-    return Axis(label, (-0.05 * largest, 1.05 * largest), radii if fits else None)
+    largest = max(values, default=0.0) or 1.0
+    return Axis(label, (-0.05 * largest, 1.05 * largest), eps_ticks(values))
 
 
 def _bar_ends(estimate: Estimate) -> tuple[float | None, float | None]:
-    if estimate.sd is not None:
-        return 100 * (estimate.value - estimate.sd), 100 * (estimate.value + estimate.sd)
-    if estimate.low is None or estimate.high is None:
-        return None, None
-    return 100 * estimate.low, 100 * estimate.high
+    ends = estimate.interval
+    return (None, None) if ends is None else (100 * ends[0], 100 * ends[1])
 
 
 def accuracy_legend(models: Mapping[str, int], *, noise: bool) -> tuple[tuple[str, str], ...]:

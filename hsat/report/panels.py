@@ -1,0 +1,78 @@
+"""The panels that figures are drawn into, and the files that figures become.
+
+A figure becomes a file (PNG, PDF or SVG), is drawn into axes of the caller, or is returned as it is.  It has a canvas
+of its own: pyplot and the settings of matplotlib stay as they are, and no display is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hsat.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every common form of colour blindness, and in grey by their lightness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.")
+FORMATS = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+"""Endings of files, and the metadata that would make each file differ from the last."""
+
+
+def figure_style() -> AbstractContextManager[object]:
+    """The block in which a figure is drawn and saved: text stays text, and a "$" in a name is no formula."""
+    import matplotlib
+
+    style = {"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "hsat", "text.parse_math": False}
+    context: AbstractContextManager[object] = matplotlib.rc_context(style)
+    return context
+
+
+def open_panels(
+    columns: int,
+    path: str | os.PathLike[str] | None,
+    axes: Axes | Sequence[Axes] | None,
+    *,
+    size: tuple[float, float],
+    rows: int = 1,
+) -> tuple[Any, list[Any]]:
+    """The caller's axes and their figure, or those of a new figure with its own canvas.
+
+    Raises:
+        ValueError: For both a path and axes, for a path of another format, and for another number of axes.
+    """
+    if axes is None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        if path is not None and Path(path).suffix.lower() not in FORMATS:
+            raise ValueError(f"a figure is a {', '.join(FORMATS)} file, got {os.fspath(path)!r}")
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
+    if path is not None:
+        raise ValueError("give a path or axes; a figure with your axes is yours to save")
+    panels = list(np.ravel(np.asarray(axes, dtype=object)))
+    if len(panels) != rows * columns:
+        raise ValueError(f"the figure has {rows * columns} panels, got {len(panels)} axes")
+    return panels[0].figure, panels
+
+
+def finish_figure(figure: Any, path: str | os.PathLike[str] | None) -> Path | Figure:
+    """Write the figure and return the path, or return the figure."""
+    if path is None:
+        mine: Figure = figure
+        return mine
+    ending = Path(path).suffix.lower()
+    with atomic_path(path) as working:
+        figure.savefig(working, dpi=150, format=ending[1:], metadata=FORMATS[ending])
+    return Path(path)
