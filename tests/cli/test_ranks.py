@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_ranks_started_by_hand_end_with_one_reason(root, options, other_pixels, 
     """They used to train each by itself: nothing but torchrun's own mark was looked at."""
     argv = [*options, "--out", "out"]
     shown, codes = by_hand(launch, finish, argv, [*argv, "--data.root", other_pixels[0]], cwd=tmp_path)
-    assert codes == [1, 1], shown
+    assert codes[0] == 1 and codes[1] in (1, -signal.SIGABRT), shown  # torch may abort where rank 0's store is gone
     lines = [line for line in "".join(shown).splitlines() if line and not line.startswith("[Gloo]")]  # torch 2.8
     assert lines and all(
         f"rank 1 disagrees with rank 0 about the pixels of patches: {other_pixels[1]}" in line for line in lines
