@@ -24,6 +24,7 @@ def argv(trained, root):
     return ["--checkpoint", both, "--data.root", str(root), *QUICK, "--batch_size", "4", "--query_patches", "8"]
 
 
+@pytest.mark.slow
 def test_an_ensemble_survives_a_kill_and_names_who_broke_what(argv, launch, kill, stops, tmp_path):
     ours = [*argv, "--attacks", "pgd,ensemble", "--cache", str(tmp_path / "cache")]
     evaluate([*ours, "--out", str(tmp_path / "whole")])

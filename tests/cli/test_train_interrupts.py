@@ -16,14 +16,29 @@ SAME = ("final.safetensors", "best.safetensors", "best.json", "train.csv")
 LONG = "--train.steps 3000 --train.eval_every 9999 --train.save_every 9999 --data.tune_fraction 0".split()
 
 
-FORTY = "--train.steps 40 --train.eval_every 20".split()  # so that a signal comes before the last step
+TEN = "--train.steps 10 --train.eval_every 5".split()
+PACED = """
+import sys, time
+from hsat.training.trainer import Trainer
+
+honest = Trainer.step
+
+def step(self, batch):
+    row = honest(self, batch)
+    time.sleep(0.5)  # so that a signal comes before the last step, on a fast machine as well
+    return row
+
+Trainer.step = step
+from hsat.cli.main import main
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
 def whole(options, train, threads, tmp_path_factory):
     """The folder of a run that nobody interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train([*options, *FORTY, "--out", out])
+    train([*options, *TEN, "--out", out])
     return out
 
 
@@ -51,12 +66,13 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 ):
     """Sent to the whole group, as a terminal does; the command that is printed ends with the bytes of a whole run."""
     out = tmp_path / "run"
-    process = launch("train", *options, *FORTY, "--data.workers", workers, "--out", out, cwd=tmp_path)
+    (tmp_path / "script.py").write_text(PACED)
+    process = launch("script.py", "train", *options, *TEN, "--data.workers", workers, "--out", out, cwd=tmp_path)
     wait_for_rows(process, out, 2)
     os.killpg(process.pid, number)
     shown = finish(process)
     assert process.returncode == status, shown
-    line = assert_one_line(shown, "stopped after step ", " of 40, which is saved; to go on: hsat train ", "--resume")
+    line = assert_one_line(shown, "stopped after step ", " of 10, which is saved; to go on: hsat train ", "--resume")
     assert not (out / "final.safetensors").exists() and not list(out.glob(".*"))
     program, command, *words = shlex.split(line.partition("to go on: ")[2])
     assert (program, command) == ("hsat", "train")
@@ -104,7 +120,8 @@ def test_a_second_ctrl_c_ends_at_once(options, launch, finish, tmp_path):
 def test_two_ranks_stop_together_and_go_on(options, train, rows_of, torchrun, finish, tmp_path):
     """SIGTERM to torchrun, which hands it on to its ranks."""
     out = tmp_path / "run"
-    process = torchrun("train", *options, *RANKS, "--out", out, cwd=tmp_path)
+    (tmp_path / "script.py").write_text(PACED)
+    process = torchrun("script.py", "train", *options, *RANKS, "--out", out, cwd=tmp_path)
     wait_for_rows(process, out, 1)
     process.terminate()
     shown = finish(process)
@@ -122,7 +139,7 @@ def test_two_ranks_stop_together_and_go_on(options, train, rows_of, torchrun, fi
         assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
 
 
-RANKS = "--train.steps 60 --data.tune_fraction 0 --attack.steps 1".split()
+RANKS = "--train.steps 12 --data.tune_fraction 0 --attack.steps 1".split()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(options, launch, finish, tmp_path):

@@ -138,6 +138,7 @@ def test_before_the_first_checkpoint_the_command_starts_over(
     assert changes == [{"step": 0, "settings": {"train.lr": [0.01, 0.001]}}]
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_one_message(options, torchrun, finish, tmp_path):
     (tmp_path / "script.py").write_text(PLANTED)
     argv = [*options, "--data.tune_fraction", "0", "--out", str(tmp_path / "run")]
