@@ -111,7 +111,10 @@ class PatchDataset(Dataset[Sample]):
         if isinstance(items, slice):
             numbers = range(len(self))[items]
         else:
-            numbers = [_check_index(item, len(self), "patches") for item in np.asarray(items)]
+            array = np.asarray(items)
+            if array.dtype == np.bool_:
+                raise TypeError("items are numbers of patches, not a mask; give np.flatnonzero(mask)")
+            numbers = [_check_index(item, len(self), "patches") for item in array]
         part = copy.copy(self)
         part.rows = self.rows[np.array(numbers, dtype=np.int64)]
         return part
