@@ -10,8 +10,9 @@ import argparse
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -102,12 +103,14 @@ class LoggerSettings(Section):
 class CommandParser(argparse.ArgumentParser):
     """Reads the words of a command; its help ends with the examples of the command's module."""
 
+    names: Sequence[str] = ()  # of all options, without the dashes
+
     @classmethod
     def of(cls, settings: type[BaseModel]) -> Self:
         """The parser of a command, named by the module of its options: hsat train is hsat.cli.train."""
         program = f"hsat {settings.__module__.rpartition('.')[2]}"
         text, examples = split_docstring(sys.modules[settings.__module__].__doc__ or "")
-        return cls(
+        parser = cls(
             prog=program,
             usage=f"{program} [--option VALUE ...]",
             description=text,
@@ -115,6 +118,15 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        parser.names = option_names(settings)
+        return parser
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with the message and, for a mistyped option, the nearest one."""
+        mistyped = re.search(r"unrecognized arguments: --([\w.]+)", message)
+        near = difflib.get_close_matches(mistyped[1], self.names, n=1) if mistyped else []
+        hint = f"; did you mean --{near[0]}?" if near else f"; {self.prog} --help lists the options"
+        self.exit(2, f"error: {message}{hint}\n")
 
     def format_help(self) -> str:
         """The help, without defaults that say no more than the description: None, and an empty list."""

@@ -105,21 +105,21 @@ def test_eps_of_eight_gets_the_hint_in_lists_and_files(stops, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "near"),
     [
-        ["--data.rooot", "x"],
-        ["--seeds=3"],
-        ["--attack.ep", "8/255"],
-        ["--data.image", "32"],
-        ["--kk", "3"],
+        (["--data.rooot", "x"], "--data.root"),
+        (["--seeds=3"], "--seed"),
+        (["--data.image", "32"], "--data.image_size"),
+        (["--zzz", "3"], "--help"),
     ],
 )
 @pytest.mark.parametrize("load", [train_settings, evaluate_settings])
-def test_mistyped_options_are_errors_that_name_them(load, words, capsys):
+def test_mistyped_options_are_errors_that_name_them_and_the_nearest(load, words, near, capsys):
     with pytest.raises(SystemExit) as stop:
         load(*words)
     assert stop.value.code == 2
-    assert words[0].partition("=")[0] in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words[0].partition("=")[0] in line and near in line.partition(";")[2]
 
 
 @pytest.mark.parametrize(
