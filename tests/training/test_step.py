@@ -347,12 +347,11 @@ def test_two_ranks_attack_apart_and_average_their_gradients(tmp_path: Path, broa
         for rank in range(2)
     ]
     try:
-        for process in running:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors.decode()
+        errors = [process.communicate(timeout=120)[1].decode() for process in running]
     finally:
         for process in running:
             process.kill()
+    assert [process.returncode for process in running] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for key, (loss, grad, _) in first.items():
         torch.testing.assert_close(grad, second[key][1])
