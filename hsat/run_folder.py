@@ -36,7 +36,7 @@ class OccupiedFolderError(ValueError):
 
 
 @contextmanager
-def lock_folder(folder: PathLike, *, patience: float = 10.0) -> Iterator[Path]:
+def lock_folder(folder: PathLike, *, patience: float = 6.0) -> Iterator[Path]:
     """Hold a run folder, which is made if need be, so that no other process writes into it meanwhile.
 
     The operating system frees the lock when the process ends, however it ends.  A folder that is still empty at the end

@@ -52,6 +52,7 @@ def kill_after_a_batch(launch, kill, command, argv, out):
     assert list(out.glob(".state/**/batch-*")) and not (out / "records.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["budget", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on(command, start, launch, kill, stops, tmp_path):
     call = importlib.import_module(f"hsat.cli.{command}").main

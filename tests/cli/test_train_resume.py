@@ -33,6 +33,7 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_with_another_number_of_workers(trained, options, train, launch, kill, tmp_path):
     out, chance = tmp_path / "run", random.Random()
     argv = [*options, "--out", str(out)]

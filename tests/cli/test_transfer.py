@@ -72,6 +72,7 @@ def test_writes_the_matrix(whole, files, root):
     assert about["attacked_in_this_run"] == [[s, a] for s in "abc" for a in ("PGD-8", "MIFGSM-8")]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(argv, whole, launch, kill, tmp_path):
     out = tmp_path / "out"
     process = launch("transfer", *argv, "--out", str(out), cwd=tmp_path)
