@@ -101,7 +101,7 @@ def chance_line(cohort: Cohort) -> str:
     """The same in words."""
     level = chance(cohort)
     return (
-        f"Knowing nothing: accuracy {100 * level['accuracy']:.1f} % (always the largest class),"
+        f"Chance level: accuracy {100 * level['accuracy']:.1f} % (always the largest class),"
         f" MCA {100 * level['mca']:.1f} %."
     )
 
