@@ -1,7 +1,7 @@
 """hsat: make histopathology encoders robust, and measure honestly how robust they are.
 
 The rooms are imported by name: hsat.attacks, hsat.losses, hsat.classifiers, hsat.data, hsat.models, hsat.training,
-hsat.eval, hsat.report.  The public names of all but the last are offered here as well, loaded when they are first asked
+hsat.eval, hsat.report.  The names that most programs need are offered here as well, loaded when they are first asked
 for: `import hsat` alone loads neither torchvision nor timm nor faiss nor scipy.
 """
 
@@ -15,7 +15,6 @@ from hsat.types import (
     AttackResult,
     Classifier,
     DecisionObjective,
-    EmbeddingFunction,
     EmbeddingTable,
     FittedClassifier,
     HierarchicalBatch,
@@ -28,22 +27,20 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "hsat.attacks": (
-        "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf RandomNoise Square"
-        " aggregate_margin choose_guide_images classification dlr feature_drift hierarchical margin match_features"
-        " objective_from worst_case"
+        "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf RandomNoise Square"
+        " classification dlr feature_drift hierarchical margin match_features"
     ),
-    "hsat.losses": "HiDiscLoss HiDiscTerms supcon_loss",
+    "hsat.losses": "HiDiscLoss supcon_loss",
     "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
     "hsat.data": (
-        "AugmentationPolicy BadPatch Cohort HierarchicalDataset PatchDataset PatchStore PatientBatchSampler"
-        " build_transform collate hierarchical_loader patch_loader read_csv read_folders read_opensrh read_patch"
-        " srh_to_rgb write_patch_store write_synthetic_cohort"
+        "BadPatch Cohort HierarchicalDataset PatchDataset collate hierarchical_loader patch_loader read_csv"
+        " read_folders read_opensrh read_patch srh_to_rgb write_synthetic_cohort"
     ),
-    "hsat.models": "HeadSpec build_encoder frozen load_checkpoint load_encoder save_encoder wrap_encoder",
+    "hsat.models": "build_encoder frozen load_checkpoint load_encoder save_encoder wrap_encoder",
     "hsat.embedding": "embed",
     "hsat.training": (
-        "TrainConfig Trainer adversarial_step augmentation_strength cosine_with_warmup epsilon_schedule"
-        " held_out_validation paper_clean_weight"
+        "TrainConfig Trainer adversarial_step augmentation_strength epsilon_schedule held_out_validation"
+        " paper_clean_weight"
     ),
     "hsat.eval": (
         "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_transfer evaluate_whitebox"
@@ -57,7 +54,6 @@ __all__ = [  # noqa: PLE0604
     "AttackResult",
     "Classifier",
     "DecisionObjective",
-    "EmbeddingFunction",
     "EmbeddingTable",
     "FittedClassifier",
     "HierarchicalBatch",
