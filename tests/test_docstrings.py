@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from pydantic import BaseModel
 
-ROOMS = (
+ROOMS = ("losses", "models", "testing", "training", "types")
     "attacks",
     "classifiers",
     "data",
