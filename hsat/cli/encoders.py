@@ -42,6 +42,7 @@ def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
         weights=model.weights,
         pretrained=model.pretrained,
         input_size=model.input_size,
+        norm=model.norm,
         dual_norm=model.dual_norm,
         seed=seed,
     )
@@ -79,11 +80,13 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
             embedding_dim=model.embedding_dim,
             dual_norm=model.dual_norm,
             input_size=model.input_size,
+            norm=model.norm,
         )
     except ValueError as error:
         raise ValueError(_as_typed(str(error))) from error
     if not own:
         _say_what_was_read(path, encoder, inferred=not said_head or model.embedding_dim is None)
+    print(f"{path}: {encoder.pixels}", file=sys.stderr)
     choose_branch(encoder, model.branch, path)
     return encoder
 
@@ -188,7 +191,12 @@ def naming_branch(result: WhiteboxResult, encoder: Encoder) -> WhiteboxResult:
 
 def _as_typed(message: str) -> str:
     """An error of load_encoder with the options of the command line beside its arguments."""
-    for argument, option in (("head=None", "--model.head none"), ("name its backbone", "--model.backbone NAME")):
+    options = (
+        ("head=None", "--model.head none"),
+        ("name its backbone", "--model.backbone NAME"),
+        ("norm='none'", "--model.norm none"),
+    )
+    for argument, option in options:
         message = message.replace(argument, f"{argument} ({option})")
     return message
 

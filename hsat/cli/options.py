@@ -76,6 +76,11 @@ class EncoderSettings(Section):
     head_hidden: Counts = Field([], description="widths of the hidden layers of an mlp head: 2048,2048")
     dual_norm: bool = Field(False, description="two BatchNorm branches: normal (clean), pgd (adversarial)")
     input_size: int | None = Field(None, gt=0, description="resize inside the encoder to squares of this side")
+    norm: str | None = Field(
+        None,
+        description="pixel normalisation of its weights, where neither file nor name says: imagenet, timm, none"
+        " or m,m,m/s,s,s",
+    )
 
 
 class ModelSettings(EncoderSettings):

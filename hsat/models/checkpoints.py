@@ -19,6 +19,7 @@ from hsat.files import atomic_path
 from hsat.models.dual_norm import is_dual
 from hsat.models.encoder import Encoder
 from hsat.models.metadata import LoadReport, parse_metadata
+from hsat.models.pixel_normalisation import HOW_TO_STATE, PixelNormalisation, check_normalisation
 from hsat.models.state_dicts import (
     KeyMapping,
     check_fit,
@@ -82,6 +83,8 @@ def load_state(encoder: nn.Module, path: str | os.PathLike[str], content: Weight
     target = encoder.state_dict()
     fits = {mapping(key): value for key, value in content.state.items() if mapping(key) in target}
     encoder.load_state_dict(fits, strict=True)
+    if isinstance(encoder, Encoder) and _stated_pixels(content) is not None:
+        encoder.pixels_stated_by = "its file"
     return LoadReport(str(path), checkpoint_hash(path), str(mapping), len(fits), metadata=content.metadata)
 
 
@@ -91,7 +94,7 @@ def check_state(encoder: nn.Module, path: str | os.PathLike[str], content: Weigh
     mapping = match_keys(content.state, target)
     check_fit(path, mapping, target, content.state)
     if isinstance(encoder, Encoder):
-        _check_pixels(path, encoder, mapping.layout)
+        _check_pixels(path, encoder, mapping.layout, content)
     return mapping
 
 
@@ -119,7 +122,7 @@ def check_backbone(
     others = [key for key in content.state if mapping(key) not in target]
     dropped = dict.fromkeys(key for key in others if any(map(_is_left_out, mapping.short_names(key))))
     check_fit(path, mapping, target, {key: value for key, value in content.state.items() if key not in dropped})
-    _check_pixels(path, encoder, mapping.layout)
+    _check_pixels(path, encoder, mapping.layout, content)
     return mapping, tuple(dropped)
 
 
@@ -127,7 +130,41 @@ def _is_left_out(name: str) -> bool:
     return name in {"mean", "std"} or name.startswith((*CLASSIFIERS, *NORMALISERS))
 
 
-def _check_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str) -> None:
+def stated_spec(content: WeightFile) -> Mapping[str, Any] | None:
+    """The "encoder" of a file, unchecked; a dict without a name in a file of another program is not meant for hsat."""
+    extra = content.metadata.get("extra")
+    stated = content.metadata.get("encoder", extra.get("encoder") if isinstance(extra, dict) else None)
+    return stated if isinstance(stated, dict) and (content.from_hsat or "name" in stated) else None
+
+
+def _stated_pixels(content: WeightFile) -> PixelNormalisation | None:
+    """The pixel normalisation that a file states; None where it states none, or nonsense."""
+    stated = stated_spec(content)
+    if stated is None or not {"mean", "std"} <= stated.keys():
+        return None
+    try:
+        return PixelNormalisation(*check_normalisation(stated["mean"], stated["std"]), "the file")
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str, content: WeightFile) -> None:
+    """Somebody has to state the pixel normalisation, and nobody may contradict."""
+    stated = _stated_pixels(content)
+    if stated is not None and stated.values != encoder.pixels.values:
+        raise ValueError(
+            f"{path} was written with an encoder that takes {stated.describe()}, and this one takes"
+            f" {encoder.pixels.describe()}; nothing was loaded.  load_encoder({str(path)!r}) builds the one of the file"
+        )
+    if stated is None and not encoder.pixels_stated_by:
+        raise ValueError(
+            f"{path} does not say how the pixels were normalised that its weights were trained on, and neither does the"
+            f" encoder; nothing was loaded.  Say it when the encoder is built or loaded: {HOW_TO_STATE}"
+        )
+    _check_published_pixels(path, encoder, layout)
+
+
+def _check_published_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str) -> None:
     """The published names say whether pixels were normalised: `bb.model.` with, `bb.` without."""
     name = "" if encoder.spec is None else encoder.spec["name"]
     if name not in PAPER_NAMES or not layout.startswith("published"):

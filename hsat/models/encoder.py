@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hsat.fingerprints import fingerprint_state
 from hsat.models.frozen import frozen
 from hsat.models.metadata import LoadReport
+from hsat.models.pixel_normalisation import CALLER, NOBODY, PixelNormalisation, check_normalisation
 from hsat.types.row_checks import SQUEEZED, is_squeezed
 
 Features = Callable[[Tensor], Tensor]
@@ -36,6 +37,7 @@ class Encoder(nn.Module):
         head: The projection head, or None.
         mean: Pixel mean per channel, or None for pixels as they are.
         std: Pixel standard deviation per channel, or None.
+        pixels_stated_by: Who says that the weights were trained with this mean and std; "" where nobody does.
         input_size: (height, width) to which images are resized, or None.
         fixed_size: The one (height, width) that the backbone takes, or None.
         spec: What `build_encoder` needs to build the same encoder again, or None.
@@ -63,6 +65,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
         self.mean, self.std = check_normalisation(mean, std)
+        self.pixels_stated_by = NOBODY if self.mean is None else CALLER
         self.input_size = check_size(input_size)
         self.fixed_size = fixed_size
         self.spec: dict[str, Any] | None = None
@@ -78,6 +81,11 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 over the weights and over what the encoder does to pixels; see `hsat.fingerprints`."""
         return fingerprint_state(self, repr((self.mean, self.std, self.input_size)))
+
+    @property
+    def pixels(self) -> PixelNormalisation:
+        """Pixel normalisation, and who states it."""
+        return PixelNormalisation(self.mean, self.std, self.pixels_stated_by)
 
     def attach_head(self, head: nn.Module, *, embedding_dim: int) -> None:
         """Put another head (n, feature_dim) -> (n, embedding_dim) in place of the present one.
@@ -236,25 +244,6 @@ def _as_vectors(out: object, n: int) -> Tensor:
             f" pass features=, such as features=lambda x: module.forward_features(x)[:, 0], to wrap_encoder"
         )
     return out
-
-
-def check_normalisation(
-    mean: Sequence[float] | float | None, std: Sequence[float] | float | None
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """mean and std as tuples, one value per channel (or one for all); both None means no normalisation."""
-    if mean is None and std is None:
-        return None, None
-    if mean is None or std is None:
-        missing = "mean" if mean is None else "std"
-        raise ValueError(f"mean and std go together; {missing} is missing (no centring is mean=0, no scaling is std=1)")
-    centre, scale = ((float(v),) if isinstance(v, int | float) else tuple(map(float, v)) for v in (mean, std))
-    if len(centre) != len(scale):
-        raise ValueError(f"mean has {len(centre)} values and std has {len(scale)}; both need one per channel")
-    if min(scale) <= 0:
-        raise ValueError(f"std must be positive, got {scale}")
-    if max(map(abs, centre)) > 1.5:
-        raise ValueError(f"images are in [0, 1], so mean={centre} is out of scale; divide mean and std by 255")
-    return centre, scale
 
 
 def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
