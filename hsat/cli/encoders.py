@@ -80,7 +80,7 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
             embedding_dim=model.embedding_dim,
             dual_norm=model.dual_norm,
             input_size=model.input_size,
-            norm=model.norm,
+            norm=model.norm if alone or not own else None,
         )
     except ValueError as error:
         raise ValueError(_as_typed(str(error))) from error

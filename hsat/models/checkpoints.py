@@ -46,6 +46,7 @@ MOST_PLAIN, DEEPEST_PLAIN, LONGEST_PLAIN = 10_000, 32, 64
 STATE_NAMES = ("model", "state_dict", "model_state_dict", "encoder", "network")
 SAFETENSORS_KEY = "hsat"
 CLASSIFIERS = ("fc.", "head.", "head.fc.", "classifier.", "proj.", "projector.")
+RAW_LAYOUTS = ("published", "published dual")  # whose names (bb.) are those of encoders that do not normalise pixels
 NORMALISERS = ("0.mean", "0.std", "normalize.", "normalizer.", "normalise.", "normalization.")
 _TORCH_STARTS = (b"PK", b"\x80")  # zip archives, and the pickles that older versions of torch wrote
 
@@ -83,7 +84,7 @@ def load_state(encoder: nn.Module, path: str | os.PathLike[str], content: Weight
     target = encoder.state_dict()
     fits = {mapping(key): value for key, value in content.state.items() if mapping(key) in target}
     encoder.load_state_dict(fits, strict=True)
-    if isinstance(encoder, Encoder) and _stated_pixels(content) is not None:
+    if isinstance(encoder, Encoder) and (_stated_pixels(content) is not None or not encoder.pixels_stated_by):
         encoder.pixels_stated_by = "its file"
     return LoadReport(str(path), checkpoint_hash(path), str(mapping), len(fits), metadata=content.metadata)
 
@@ -156,7 +157,8 @@ def _check_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str, c
             f"{path} was written with an encoder that takes {stated.describe()}, and this one takes"
             f" {encoder.pixels.describe()}; nothing was loaded.  load_encoder({str(path)!r}) builds the one of the file"
         )
-    if stated is None and not encoder.pixels_stated_by:
+    raw_by_name = layout in RAW_LAYOUTS and encoder.mean is None
+    if stated is None and not encoder.pixels_stated_by and not raw_by_name:
         raise ValueError(
             f"{path} does not say how the pixels were normalised that its weights were trained on, and neither does the"
             f" encoder; nothing was loaded.  Say it when the encoder is built or loaded: {HOW_TO_STATE}"

@@ -55,9 +55,9 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
     """An encoder by one of the paper's names (`PAPER_NAMES`) or any timm name, with its projection head.
 
     A paper name gives the published architecture and pixel normalisation; its weights are random unless asked for,
-    also where the name says "pretrained", "normal" or "at".  Any other timm name takes pixels as they are, to be trained
-    so, unless pretrained=True, which brings the mean and std those weights were trained with; weights from a file need
-    it stated, by the file, or by mean and std, or by norm.
+    also where the name says "pretrained", "normal" or "at".  Any other timm name takes pixels as they are, to be
+    trained so, unless pretrained=True, which brings the mean and std those weights were trained with; for weights from
+    a file it has to be stated: by the file, by mean and std, or by norm.
 
     Args:
         name: The backbone.
@@ -191,9 +191,9 @@ def load_encoder(
         The encoder.
 
     Raises:
-        ValueError: When nobody states the pixel normalisation, or the file states another one; when the file does not say how to build its encoder or says another backbone, when what it says is
-            unknown or out of limits (naming the key, see `read_spec`), when its head cannot be told or does not fit the
-            backbone's features, and what `load_checkpoint` and `build_encoder` raise.
+        ValueError: When nobody states the pixel normalisation, or the file states another one; when the file does not
+            say how to build its encoder or says another backbone, when what it says is unknown or out of limits (naming
+            the key, see `read_spec`), when its head cannot be told or does not fit the backbone's features, and what `load_checkpoint` and `build_encoder` raise.
     """
     content = read_weights(path)
     spec = _read_encoder_spec(content, path)
@@ -207,8 +207,8 @@ def load_encoder(
         asked = choose_normalisation(norm, mean, std, backbone=encoder.backbone)
         if asked is not None and asked.values != encoder.pixels.values:
             raise ValueError(
-                f"{path} states {encoder.pixels.describe()}, and the caller {asked.describe()}; leave norm, mean and std"
-                " out: the file was written with the weights"
+                f"{path} states {encoder.pixels.describe()}, and the caller {asked.describe()}; leave norm, mean and"
+                " std out: the file was written with the weights"
             )
         encoder.weights_report = load_state(encoder, path, content)
         return encoder.eval()

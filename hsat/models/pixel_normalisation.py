@@ -88,7 +88,7 @@ def choose_normalisation(
 
 
 def _parse_values(text: str) -> tuple[list[float], list[float]]:
-    """ "m,m,m/s,s,s" as mean and std."""
+    """Mean and std of a text "m,m,m/s,s,s"."""
     first, slash, second = str(text).partition("/")
     try:
         mean, std = ([float(value) for value in part.split(",")] for part in (first, second if slash else "?"))

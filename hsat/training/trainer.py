@@ -194,7 +194,8 @@ class Trainer:
                 self.folder.log(row)
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
-                self._save_if_due()
+                if self.done % self.config.save_every == 0 or self.done == self.total:
+                    self.save()
                 self._stop_if_requested(request, world)
         return self._finish()
 
@@ -315,10 +316,6 @@ class Trainer:
         if request.agreed(world) and self.done < self.total:
             self.save()
             raise TrainingInterrupted(step=self.done, total=self.total, signal=request.signal)
-
-    def _save_if_due(self) -> None:
-        if self.done % self.config.save_every == 0 or self.done == self.total:
-            self.save()
 
     def save(self) -> None:
         """Write last.pt, the checkpoint to resume from; all ranks call this, the first one writes."""

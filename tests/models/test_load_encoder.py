@@ -48,7 +48,7 @@ def at_encoder():
 def test_the_name_of_the_backbone_is_enough(head, kind, tmp_path):
     source = build_encoder(NAME, head=HEADS[head], seed=1)
     torch.save(in_format(kind, published(source)), tmp_path / "p.pth")
-    encoder = load_encoder(tmp_path / "p.pth", NAME, norm="none")
+    encoder = load_encoder(tmp_path / "p.pth", NAME)
     assert not encoder.training and encoder.spec["head"] == head
     assert encoder.spec["embedding_dim"] == HEADS[head].embedding_dim
     assert tuple(encoder.spec["head_hidden"]) == (HEADS[head].hidden or (() if head == "linear" else (96, 96)))
@@ -89,7 +89,7 @@ def test_a_backbone_alone_has_no_head_and_a_head_can_be_left_out(tmp_path):
     torch.save(source.backbone.state_dict(), tmp_path / "b.pth")
     assert load_encoder(tmp_path / "b.pth", NAME, norm="none").spec["head"] is None
     torch.save(published(source), tmp_path / "p.pth")
-    alone = load_encoder(tmp_path / "p.pth", NAME, norm="none", head=None)
+    alone = load_encoder(tmp_path / "p.pth", NAME, head=None)
     assert alone.head is None
     assert set(alone.weights_report.dropped) == {"model.proj.layers.0.weight", "model.proj.layers.0.bias"}
     assert fingerprint_weights(alone.backbone) == fingerprint_weights(source.backbone)
@@ -99,14 +99,14 @@ def test_a_classifier_is_left_out_on_request_only(tmp_path):
     source = build_encoder(NAME, head=None, seed=1)
     torch.save({**source.backbone.state_dict(), "fc.weight": torch.zeros(9, 96)}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match=r"1 in the file without a place: fc\.weight"):
-        load_encoder(tmp_path / "c.pth", NAME, norm="none")
-    assert load_encoder(tmp_path / "c.pth", NAME, norm="none", head=None).weights_report.dropped == ("fc.weight",)
+        load_encoder(tmp_path / "c.pth", NAME)
+    assert load_encoder(tmp_path / "c.pth", NAME, head=None, norm="none").weights_report.dropped == ("fc.weight",)
 
 
 def test_what_is_said_about_the_head_must_be_so(tmp_path):
     source = build_encoder(NAME, embedding_dim=8, seed=1)
     torch.save(published(source), tmp_path / "p.pth")
-    assert load_encoder(tmp_path / "p.pth", NAME, norm="none", head="linear", embedding_dim=8).embedding_dim == 8
+    assert load_encoder(tmp_path / "p.pth", NAME, head="linear", embedding_dim=8).embedding_dim == 8
     for wrong in ({"embedding_dim": 9}, {"head": "mlp"}, {"head": "mlp3_bn"}):
         with pytest.raises(ValueError, match="file's head is head='linear', embedding_dim=8, on features of width 96"):
             load_encoder(tmp_path / "p.pth", NAME, norm="none", **wrong)
@@ -118,8 +118,8 @@ def test_a_head_for_other_features_is_refused_and_the_backbone_can_be_had(tmp_pa
     state["model.proj.layers.0.weight"] = torch.zeros(8, 2048)
     torch.save(state, tmp_path / "p.pth")
     with pytest.raises(ValueError, match=r"on features of width 2048.*head=None it takes the backbone alone"):
-        load_encoder(tmp_path / "p.pth", NAME, norm="none")
-    assert load_encoder(tmp_path / "p.pth", NAME, norm="none", head=None).feature_dim == 96
+        load_encoder(tmp_path / "p.pth", NAME)
+    assert load_encoder(tmp_path / "p.pth", NAME, head=None).feature_dim == 96
 
 
 def test_another_name_than_the_file_says(tmp_path):
@@ -134,7 +134,7 @@ def test_another_name_than_the_file_says(tmp_path):
 def test_dual_norm_comes_from_the_file(tmp_path):
     source = build_encoder(NAME, embedding_dim=8, dual_norm=True, seed=1)
     torch.save(published(source), tmp_path / "p.pth")
-    encoder = load_encoder(tmp_path / "p.pth", NAME, norm="none")
+    encoder = load_encoder(tmp_path / "p.pth", NAME)
     assert encoder.spec["dual_norm"] and fingerprint_weights(encoder) == fingerprint_weights(source)
 
 
