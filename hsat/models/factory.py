@@ -193,7 +193,8 @@ def load_encoder(
     Raises:
         ValueError: When nobody states the pixel normalisation, or the file states another one; when the file does not
             say how to build its encoder or says another backbone, when what it says is unknown or out of limits (naming
-            the key, see `read_spec`), when its head cannot be told or does not fit the backbone's features, and what `load_checkpoint` and `build_encoder` raise.
+            the key, see `read_spec`), when its head cannot be told or does not fit the backbone's features, and
+            what `load_checkpoint` and `build_encoder` raise.
     """
     content = read_weights(path)
     spec = _read_encoder_spec(content, path)
