@@ -39,7 +39,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 MOST_LINES, LONGEST_BODY, MOST_PARAMETERS, MOST_NAMES = 400, 60, 10, 90
 WIDER = {
     "embed": 12,
-    "build_encoder": 11,
+    "build_encoder": 12,
 }  # embed keeps the parameters that it always had; each station of an encoder is stated
 MOST_HOPS = {"PGD": 6, "evaluate_whitebox": 35}
 

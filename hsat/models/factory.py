@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from hsat.models.checkpoints import (
-    WeightFile,
     check_backbone,
     check_state,
     load_backbone,
     load_state,
     read_weights,
-    stated_spec,
 )
 from hsat.models.dual_norm import convert_to_dual
-from hsat.models.encoder import Encoder
+from hsat.models.encoder import Encoder, check_size
 from hsat.models.heads import HeadSpec, ProjectionHead, head_spec, projection_head
-from hsat.models.metadata import EncoderSpec, read_spec
+from hsat.models.metadata import EncoderSpec, WeightFile, read_spec
+from hsat.models.pixel_check import stated_spec
 from hsat.models.pixel_normalisation import NOBODY, PixelNormalisation, choose_normalisation
 from hsat.models.state_dicts import find_head
 from hsat.models.zoo import (
@@ -46,6 +45,7 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
     weights: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     input_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
     norm: str | None = None,
@@ -71,6 +71,8 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
         pretrained: Fetch timm's ImageNet weights; the one way in which hsat downloads anything.
         input_size: Side or (height, width) to which images are resized inside; needed when a backbone takes one size
             only.
+        image_size: Side or (height, width) of the images that a backbone of one size only, such as a ViT, is built for;
+            pretrained positions are resampled.  Backbones that take any size are the same with and without it.
         mean: Replaces the name's normalisation, on the [0, 1] scale, together with std; 0 and 1 switch it off.
         std: See mean.
         norm: In place of mean and std: "imagenet"; "timm", the values that come with the timm model; "none", pixels as
@@ -89,7 +91,7 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
         raise ValueError("pretrained=True and weights= both set the backbone's weights; give one of them")
     architecture = find_architecture(name, pretrained=pretrained)
     with _seeded(seed):
-        backbone = create_backbone(architecture, pretrained=pretrained)
+        backbone = create_backbone(architecture, pretrained=pretrained, image_size=check_size(image_size))
         width = feature_width(backbone)
         spec = None if head is None or isinstance(head, nn.Module) else head_spec(head, embedding_dim)
         if head is None and embedding_dim not in {None, width}:
@@ -119,6 +121,8 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
         convert_to_dual(encoder.backbone)
     if not isinstance(head, nn.Module):
         encoder.spec = _spec_of(encoder, name, spec, dual_norm=architecture.dual or dual_norm)
+        if image_size is not None:
+            encoder.spec["image_size"] = check_size(image_size)
     return encoder
 
 
@@ -262,6 +266,7 @@ def _rebuild(spec: EncoderSpec) -> Encoder:
         embedding_dim=spec.embedding_dim,
         head=None if spec.head is None else HeadSpec(spec.head, hidden=spec.head_hidden),
         input_size=spec.input_size,
+        image_size=spec.image_size,
         mean=spec.mean,
         std=spec.std,
         dual_norm=spec.dual_norm,

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from torch import nn
 
+from hsat.models.backbone_output import has_attribute
 from hsat.models.encoder import Encoder, Features
 from hsat.models.heads import HeadSpec, head_spec, projection_head
 from hsat.models.pixel_normalisation import HOW_TO_STATE, choose_normalisation
@@ -21,7 +22,7 @@ def wrap_encoder(
     head: int | str | HeadSpec | nn.Module | None = None,
     embedding_dim: int | None = None,
     input_size: int | tuple[int, int] | None = None,
-    features: str | Features | nn.Module | None = None,
+    features: str | int | Features | nn.Module | None = None,
     feature_dim: int | None = None,
 ) -> Encoder:
     """Any nn.Module as an encoder: images (n, c, h, w) in [0, 1] -> unit rows, pixel handling inside.
@@ -38,9 +39,11 @@ def wrap_encoder(
             are.
         features: Where the features come from.  None: `module(x)`.  A name such as "forward_features" or
             "trunk.encode": that method of the module; if it names a submodule, or is one, that submodule is wrapped
-            instead.  A function: it gets the normalised, resized images; write it against the module passed here (a
-            deep copy of the encoder still calls the original through it, whereas a name follows the copy).  Features
-            may be (n, d) or (n, d, h, w), averaged over h and w; tokens (n, t, d) need a `features` that picks.
+            instead.  Any other name, or a number: that entry of the dict, the tuple or the output object that the
+            module gives, such as "pooler_output" of Hugging Face's models.  A function: it gets the normalised, resized
+            images; write it against the module passed here (a deep copy of the encoder still calls the original through
+            it, whereas a name follows the copy).  Features may be (n, d), or maps (n, d, h, w) or (n, h, w, d),
+            averaged over h and w; tokens (n, t, d) need a `features` that picks.
         feature_dim: Width of the features; found by running black images when a head needs it and it is not given.
 
     Returns:
@@ -84,20 +87,15 @@ def wrap_encoder(
 
 
 def _feature_source(
-    module: nn.Module, features: str | Features | nn.Module | None
-) -> tuple[nn.Module, str | Features | None]:
+    module: nn.Module, features: str | int | Features | nn.Module | None
+) -> tuple[nn.Module, str | int | Features | None]:
     """The module to hold, and how to call it."""
     if getattr(features, "__self__", None) is module:
         features = str(features.__name__)  # type: ignore[union-attr]  # a name follows deep copies
     if isinstance(features, str):
-        try:
-            attribute = attrgetter(features)(module)
-        except AttributeError:
-            children = ", ".join(name for name, _ in module.named_children()) or "none"
-            raise ValueError(
-                f"{type(module).__name__} has no attribute {features!r} to take features from; its submodules:"
-                f" {children}"
-            ) from None
+        if not has_attribute(module, features):
+            return module, features  # an entry of the output, which the first pass looks for
+        attribute = attrgetter(features)(module)
         if isinstance(attribute, nn.Module):
             return attribute, None
         if not callable(attribute):
@@ -105,6 +103,12 @@ def _feature_source(
         return module, features
     if isinstance(features, nn.Module):
         return features, None
-    if features is not None and not callable(features):
-        raise TypeError(f"features must be a name, a function of images or None, got {type(features).__name__}")
+    if (
+        features is not None
+        and not callable(features)
+        and (isinstance(features, bool) or not isinstance(features, int))
+    ):
+        raise TypeError(
+            f"features must be a name, a number, a function of images or None, got {type(features).__name__}"
+        )
     return module, features
