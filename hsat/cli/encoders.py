@@ -29,7 +29,8 @@ from hsat.models import (
     unused_branches,
     wrap_encoder,
 )
-from hsat.models.checkpoints import load_backbone
+from hsat.models.checkpoints import load_backbone, read_weights
+from hsat.models.state_dicts import find_head
 
 
 class NamedEncoder(NamedTuple):
@@ -43,7 +44,7 @@ class NamedEncoder(NamedTuple):
 def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
     """The encoder to train, its random weights drawn from the seed."""
     if model.factory is not None:
-        encoder = own_encoder(model, seed=seed)
+        encoder = own_encoder(model, seed=seed, head=_head_of(model, model.embedding_dim))
         if model.weights is not None:
             load_backbone(encoder, model.weights)
         return encoder
@@ -61,7 +62,7 @@ def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
     )
 
 
-def own_encoder(model: EncoderSettings, *, seed: int) -> Encoder:
+def own_encoder(model: EncoderSettings, *, seed: int, head: HeadSpec | None) -> Encoder:
     """The encoder around what the user's own function makes, its random weights drawn from the seed.
 
     Raises:
@@ -86,8 +87,7 @@ def own_encoder(model: EncoderSettings, *, seed: int) -> Encoder:
             return wrap_encoder(
                 module,
                 norm=model.norm,
-                head=_head_of(model),
-                embedding_dim=model.embedding_dim,
+                head=head,
                 input_size=model.input_size,
                 features=model.features,
             )
@@ -95,8 +95,8 @@ def own_encoder(model: EncoderSettings, *, seed: int) -> Encoder:
             raise ValueError(_as_typed(str(error))) from error
 
 
-def _head_of(model: EncoderSettings) -> HeadSpec | None:
-    return None if model.head == "none" else HeadSpec(model.head, hidden=tuple(model.head_hidden))
+def _head_of(model: EncoderSettings, embedding_dim: int | None = None) -> HeadSpec | None:
+    return None if model.head == "none" else HeadSpec(model.head, embedding_dim, tuple(model.head_hidden))
 
 
 def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True) -> Encoder:
@@ -118,7 +118,8 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
         OSError: For a file that cannot be read.
     """
     if model.factory is not None:
-        encoder = own_encoder(model, seed=0)
+        head = find_head(read_weights(path).state)
+        encoder = own_encoder(model, seed=0, head=None if head is None else head.spec)
         load_checkpoint(encoder, path)
         print(f"{path}: {encoder.pixels}", file=sys.stderr)
         return encoder.eval()

@@ -14,6 +14,10 @@ class OutputError(ValueError):
     """A backbone's output that cannot be read as one vector per image, whatever the size of the images."""
 
 
+class OutputTypeError(TypeError):
+    """A backbone's output that is no tensor."""
+
+
 def as_vectors(out: object, n: int, *, channels_last: bool = False) -> Tensor:
     """The features (n, d) of n images.
 
@@ -23,12 +27,14 @@ def as_vectors(out: object, n: int, *, channels_last: bool = False) -> Tensor:
         channels_last: Whether a map is (n, h, w, d).
 
     Raises:
-        OutputError: For anything else, saying what to pass.
+        OutputTypeError: For what is no tensor, saying what to pass.
+        OutputError: For another shape, likewise.
     """
     if not isinstance(out, Tensor):
-        raise OutputError(
-            f"the backbone must return a tensor (n, d), got {describe_output(out)}; pass features= to wrap_encoder: the"
-            " name or number of the entry that holds the features, or a function of the images"
+        raise OutputTypeError(
+            f"the backbone must return a tensor (n, d), got {type(out).__name__}; pass features= to wrap_encoder: the"
+            f" name or number of the entry that holds the features, or a function of the images; this is"
+            f" {describe_output(out)}"
         )
     if out.ndim == 4:
         out = out.mean((1, 2) if channels_last else (2, 3))

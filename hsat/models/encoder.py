@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hsat.fingerprints import fingerprint_state
 from hsat.models.backbone_output import (
     OutputError,
+    OutputTypeError,
     as_vectors,
     built_size,
     channel_axis,
@@ -162,8 +163,8 @@ class Encoder(nn.Module):
             if built is None or built == given:
                 raise
             raise ValueError(
-                f"the backbone failed on {given[0]}x{given[1]} images and was built for {built[0]}x{built[1]} ({error});"
-                f" pass input_size={built[0] if built[0] == built[1] else built} to resize inside the encoder, or"
+                f"the backbone failed on {given[0]}x{given[1]} images and was built for {built[0]}x{built[1]} ({error})"
+                f"; pass input_size={built[0] if built[0] == built[1] else built} to resize inside the encoder, or"
                 " build the backbone for your size: build_encoder(..., image_size=...)"
             ) from error
         picks = isinstance(self._features, int) or (isinstance(self._features, str) and compute is self.backbone)
@@ -270,7 +271,7 @@ class Encoder(nn.Module):
             try:
                 with frozen(self), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                     return function(black).shape[1]
-            except OutputError:
+            except (OutputError, OutputTypeError):
                 raise  # no size would mend it
             except Exception as error:
                 errors.append(error)

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from hsat.models.backbone_output import has_attribute
+from hsat.models.backbone_output import OutputError, OutputTypeError, has_attribute
 from hsat.models.encoder import Encoder, Features
 from hsat.models.heads import HeadSpec, head_spec, projection_head
 from hsat.models.pixel_normalisation import HOW_TO_STATE, choose_normalisation
@@ -75,6 +75,8 @@ def wrap_encoder(
         features=source,
     )
     encoder.pixels_stated_by = pixels.stated_by
+    if isinstance(source, int) or (isinstance(source, str) and not has_attribute(backbone, source)):
+        _check_entry(encoder, module, source)
     if head is not None and not isinstance(head, nn.Module):
         spec = head_spec(head, embedding_dim)
         width = encoder.feature_dim
@@ -112,3 +114,19 @@ def _feature_source(
             f"features must be a name, a number, a function of images or None, got {type(features).__name__}"
         )
     return module, features
+
+
+def _check_entry(encoder: Encoder, module: nn.Module, entry: str | int) -> None:
+    """Raise unless the output of the module has this entry, where black images of some usual size show it."""
+    try:
+        _ = encoder.feature_dim  # runs it
+    except (OutputError, OutputTypeError) as error:
+        if isinstance(entry, int):
+            raise TypeError(f"features must be a name, or a number of an entry: {error}") from None
+        children = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise ValueError(
+            f"{type(module).__name__} has no attribute {entry!r} to take features from; its submodules: {children};"
+            f" {error}"
+        ) from None
+    except ValueError:
+        return  # it takes none of these sizes: the first pass will tell

@@ -206,7 +206,7 @@ ERRORS = {
     ),
     "no method": (TypeError, "a bool, not a method", lambda: wrap_encoder(MODULE, features="training", norm="none")),
     "no function": (TypeError, "features must be a name", lambda: wrap_encoder(MODULE, features=3, norm="none")),
-    "probe": (ValueError, "Pass feature_dim=", lambda: wrap_encoder(nn.Flatten(2), head=4, norm="none")),
+    "probe": (ValueError, "tokens", lambda: wrap_encoder(nn.Flatten(2), head=4, norm="none")),
     "two widths": (
         ValueError,
         "head=4 and embedding_dim=5",
