@@ -14,6 +14,7 @@ from hsat.report.record_files import records_csv, records_latex
 from hsat.report.run_folders import RunFolder, open_runs
 from hsat.report.summary import chance_level
 from hsat.report.tables import accuracy_tables, differences_table, markdown_table, transfer_markdown, transfer_tables
+from hsat.report.views_plot import plot_views
 
 __all__ = [
     "ArtifactSource",
@@ -35,6 +36,7 @@ __all__ = [
     "plot_certified_accuracy",
     "plot_patches",
     "plot_transfer",
+    "plot_views",
     "read_artifacts",
     "records_csv",
     "records_latex",

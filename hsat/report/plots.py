@@ -208,7 +208,7 @@ def plot_patches(
         for i, (name, images) in enumerate(rows):
             for j, image in enumerate(images):
                 panel = panels[i * len(clean) + j]
-                panel.imshow(_picture(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+                panel.imshow(patch_picture(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
                 panel.set_xticks([])
                 panel.set_yticks([])
                 if j == 0:
@@ -218,7 +218,8 @@ def plot_patches(
         return finish_figure(figure, path)
 
 
-def _picture(image: Tensor) -> np.ndarray:
+def patch_picture(image: Tensor) -> np.ndarray:
+    """An image (c, h, w) in [0, 1] as matplotlib shows it: (h, w, 3), or (h, w), the mean of other channels."""
     shown = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
     array: np.ndarray = shown.clamp(0, 1).numpy()
     return array
