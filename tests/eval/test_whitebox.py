@@ -84,7 +84,7 @@ def test_records_are_what_the_parts_give(toy_encoder, bank, queries, tmp_path):
     )
     assert (record.attack, record.eps, record.eps_value) == (repr(PGD8), "8/255", 8 / 255)
     assert (record.k, record.temperature, record.level, record.metric) == (15, 0.07, "patient", "top3")
-    assert (record.classifier, record.schema) == (repr(KNNClassifier(k=15)), 2)
+    assert (record.classifier, record.schema) == (repr(KNNClassifier(k=15)), 3)
     assert record.backwards == PGD8.steps <= record.forwards
     assert record.settings["random_start"] is True
     assert record.settings["how"] == "mean" and record.settings["bank_rows"] == 90
