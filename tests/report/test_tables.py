@@ -9,13 +9,10 @@ import pytest
 
 from hsat.eval import Difference, Record, TableCell
 from hsat.report import markdown_table, read_artifacts
-from hsat.report.aggregation import (
-    list_conditions,
-)
-from hsat.report.summary import (
-    transfer_sentence,
-)
-from hsat.report.tables import confusion_table, drop_table, effort_table, level_table, page_differences_table
+from hsat.report.aggregation import list_conditions
+from hsat.report.page.tables import confusion_table, effort_table, page_differences_table
+from hsat.report.summary import transfer_sentence
+from hsat.report.tables import drop_table, level_table
 
 
 def record(**changes) -> Record:
