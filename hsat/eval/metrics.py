@@ -100,13 +100,15 @@ def metrics(
 def chance_levels(labels: Any) -> dict[str, float]:
     """What scores reach that know how frequent the classes are, and nothing of the images.
 
+    These are the `metrics` of the classes' shares as the scores of every row.
+
     Args:
         labels: (n,) true classes of the rows of one level, as integers.
 
     Returns:
         Shares in [0, 1] by the names of METRICS.  accuracy: the share of the largest class (always say that one).  mca:
         one over the number of classes that occur.  top2, top3: the shares of the two, three largest classes together.
-        map: the mean prevalence of the classes that occur, which is the average precision of a random order.
+        map: the mean prevalence of the classes that occur, the average precision of scores without order.
 
     Raises:
         ValueError: Without labels, for there is then no chance level.
