@@ -10,7 +10,8 @@ one branch, --model.branch.  Attacks move what --target says: "decision" (the kN
 evaluation, which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is:
 linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
 patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
---cache keeps embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.
+--cache keeps embeddings for the next run, --resume goes on after an interruption, --overwrite true begins anew in a
+folder that holds results, --compute trades last bits for speed.
 --preset paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
 the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
 same results (docs/devices.md):
