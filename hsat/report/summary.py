@@ -207,7 +207,8 @@ def chance_line(records: Sequence[Record], *, metrics: Sequence[str] = ("accurac
     for level in LEVELS:
         here = [record for record in records if record.level == level]
         found = [(name, mean_chance(record for record in here if record.metric == name)) for name in metrics]
-        shown = [f"{name} {format_points(chance)} %" for name, chance in found if chance is not None]
+        words = {"mca": "MCA", "map": "mAP", "top2": "top-2", "top3": "top-3"}
+        shown = [f"{words.get(name, name)} {format_points(chance)} %" for name, chance in found if chance is not None]
         parts += [f"{level} {', '.join(shown)}"] if shown else []
     return f"Chance level: {'; '.join(parts)}." if parts else ""
 
@@ -226,7 +227,8 @@ def certificate_sentence(records: Sequence[Record]) -> str:
     for model, attack in dict.fromkeys((record.model, record.attack) for record in at):
         estimate = aggregate_runs([record for record in at if (record.model, record.attack) == (model, attack)])
         parts += [f"{model} keeps {_percent(estimate)}"] if estimate else []
-    return f"Certified against every change of L2 norm below {at[0].eps}, patch level: {'; '.join(parts)}."
+    chance = _chance_of(record.chance for record in at)
+    return f"Certified against every change of L2 norm below {at[0].eps}, patch level: {'; '.join(parts)}.{chance}"
 
 
 def transfer_sentence(records: Sequence[Record]) -> str:

@@ -43,8 +43,8 @@ def test_the_sentence_names_the_best_first_with_intervals(made_records):
 
 def test_the_chance_level_in_a_line(made_records):
     assert chance_line(made_records()) == (
-        "Chance level: patch accuracy 40.0 %, mca 33.3 %; slide accuracy 40.0 %, mca 33.3 %;"
-        " patient accuracy 40.0 %, mca 33.3 %."
+        "Chance level: patch accuracy 40.0 %, MCA 33.3 %; slide accuracy 40.0 %, MCA 33.3 %;"
+        " patient accuracy 40.0 %, MCA 33.3 %."
     )
     assert chance_line(made_records(chance=None)) == chance_line([]) == ""
 
