@@ -99,6 +99,9 @@ class Table:
         The columns are those of `to_csv`.  A column whose cells are numbers, or absent, holds numbers, and NaN where
         one is absent; the first column, which names the rows, and all others hold the text of the cells.
 
+        Returns:
+            The DataFrame.
+
         Raises:
             ImportError: If pandas is not installed; the message names the command that installs it.
 

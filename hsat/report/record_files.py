@@ -41,6 +41,9 @@ def record_tables(records: Iterable[Record], *, intervals: bool = True) -> tuple
         records: Of any evaluation, also of several: `record_tables(result.records)`.
         intervals: Whether to show the intervals.
 
+    Returns:
+        At least one table.
+
     Raises:
         ValueError: Without records.
     """
@@ -115,6 +118,9 @@ def records_frame(records: Iterable[Record]) -> DataFrame:
 
     Args:
         records: Of any evaluation, also of several: `records_frame(result.records)`.
+
+    Returns:
+        The DataFrame, with the columns `CSV_COLUMNS`.
 
     Raises:
         ValueError: Without records.
