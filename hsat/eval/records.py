@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from hsat.attacks import RandomNoise
 from hsat.attacks.threat import eps_text, eps_value
 from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.flags import accuracy_flags
@@ -27,6 +26,7 @@ from hsat.files import STRICT, read_fields, read_json_lines, write_json_lines
 from hsat.types import EmbeddingTable
 
 _STARTS = {"FFGSM": True, "FGSM": False, "RandomNoise": True}  # attacks whose start is not an option
+_WITHOUT_ADVERSARY = ("RandomNoise", "NaturalShift")  # conditions to compare attacks with
 SCHEMA = 3
 
 Count = Annotated[int, Field(ge=0)]
@@ -170,9 +170,9 @@ class AttackFacts:
         return self.attack is None and not self.text
 
     def is_attack_on(self, model: str) -> bool:
-        """Whether this is an attack, and no noise, that was made on the encoder which is measured."""
-        known = self.attack is not None and not isinstance(self.attack, RandomNoise)
-        return known and self.surrogate in ("", model)
+        """Whether this is an attack, and no noise or natural shift, on the encoder which is measured."""
+        hostile = self.attack is not None and type(self.attack).__name__ not in _WITHOUT_ADVERSARY
+        return hostile and self.surrogate in ("", model)
 
     @property
     def eps(self) -> float | torch.Tensor:

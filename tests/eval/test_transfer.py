@@ -559,8 +559,9 @@ def test_the_table_holds_the_matrix(full):
     assert [part.partition(",")[0] for part in parts[1:]] == ["PGD-8", "PGD-2"]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in parts[1].splitlines() if "|" in line]
     assert rows[0][1:] == ["a", "b", "c"]
-    assert [row[0] for row in rows[2:]] == ["clean Acc / MCA", "a", "b", "c", "mean of the others"]
-    for row, surrogate in zip(rows[3:], ("a", "b", "c", "others"), strict=True):
+    named = ["clean Acc / MCA", "chance Acc / MCA", "a", "b", "c", "mean of the others"]
+    assert [row[0] for row in rows[2:]] == named and rows[3][1:] == ["33.3 / 33.3"] * 3
+    for row, surrogate in zip(rows[4:], ("a", "b", "c", "others"), strict=True):
         for cell, model in zip(row[1:], "abc", strict=True):
             same = dict(surrogate=surrogate, model=model, level="slide", attack_name="PGD-8")
             shown = " / ".join(
