@@ -13,8 +13,9 @@ import torch
 from hsat.classifiers import FittedKNN, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
 from hsat.embedding import Embedder, Layer, LoaderInfo, loader_info, resolve_device
+from hsat.eval.flags import bank_flags
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
-from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
+from hsat.eval.records import ClassifierFacts, RecordTemplate
 from hsat.eval.store import EmbeddingCache
 from hsat.fingerprints import (
     fingerprint_attack,

@@ -151,7 +151,7 @@ def evaluate_whitebox(
             tables[name],
             scores[name],
             classifiers=classifiers,
-            template=template,
+            template=template.with_clean(records),  # clean comes first
             diagnosis=diagnoses.get(name),
         )
     return WhiteboxResult(
