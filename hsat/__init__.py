@@ -31,7 +31,7 @@ _ROOMS = {
         " classification dlr feature_drift hierarchical margin match_features"
     ),
     "hsat.losses": "HiDiscLoss supcon_loss",
-    "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
+    "hsat.classifiers": "DecisionModel Head KNNClassifier LinearProbe NearestCentroid",
     "hsat.data": (
         "BadPatch Cohort HierarchicalDataset PatchDataset collate hierarchical_loader patch_loader read_csv"
         " read_folders read_opensrh read_patch srh_to_rgb write_synthetic_cohort"
