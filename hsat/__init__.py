@@ -43,8 +43,8 @@ _ROOMS = {
         " paper_clean_weight"
     ),
     "hsat.eval": (
-        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_transfer evaluate_whitebox"
-        " metrics pool"
+        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_transfer"
+        " evaluate_whitebox metrics pool"
     ),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
