@@ -17,7 +17,14 @@ _CODES = ("p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt")
 
 
 class HiDiscTerms(NamedTuple):
-    """Scalars: total is the weighted sum; patch, slide and patient are not weighted, zero where not computed."""
+    """Scalars: total is the weighted sum; patch, slide and patient are not weighted, zero where not computed.
+
+    Attributes:
+        total: (), patch weight * patch + slide weight * slide + patient weight * patient.
+        patch: (), the loss whose positives are views of one patch.
+        slide: (), the loss whose positives are patches of one slide.
+        patient: (), the loss whose positives are patches of one patient.
+    """
 
     total: Tensor
     patch: Tensor

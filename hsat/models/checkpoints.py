@@ -204,7 +204,17 @@ class WeightFile(NamedTuple):
 
 
 def checkpoint_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a regular file's bytes, as lower-case hex."""
+    """SHA-256 of a regular file's bytes, as lower-case hex.
+
+    Args:
+        path: The file.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: For what is no regular file.
+    """
     with open_regular(path, kind=KIND) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -80,7 +80,12 @@ class Encoder(nn.Module):
         return fingerprint_state(self, repr((self.mean, self.std, self.input_size)))
 
     def attach_head(self, head: nn.Module, *, embedding_dim: int) -> None:
-        """Put another head (n, feature_dim) -> (n, embedding_dim) in place of the present one."""
+        """Put another head (n, feature_dim) -> (n, embedding_dim) in place of the present one.
+
+        Args:
+            head: The module.
+            embedding_dim: Width of its output.
+        """
         self.head = head
         self.spec = None
         self._embedding_dim = embedding_dim
@@ -107,6 +112,9 @@ class Encoder(nn.Module):
         Args:
             x: Images (n, c, h, w) in [0, 1].
 
+        Returns:
+            (n, feature_dim), with gradients to the images.
+
         Raises:
             TypeError: If x holds integers.
             ValueError: If x is not (n, c, h, w), has another number of channels than mean has, or another size than the
@@ -128,6 +136,12 @@ class Encoder(nn.Module):
         """Unit rows (n, embedding_dim) from backbone features (n, feature_dim); `encoder(x)` is this of `features(x)`.
 
         With it, one pass through the backbone gives both.
+
+        Args:
+            features: (n, feature_dim).
+
+        Returns:
+            (n, embedding_dim), rows of unit length; a zero row stays zero.
         """
         projected = features if self.head is None else self.head(features)
         if projected.dtype in {torch.float16, torch.bfloat16}:
@@ -135,7 +149,14 @@ class Encoder(nn.Module):
         return F.normalize(projected, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embeddings: unit rows (n, embedding_dim)."""
+        """Embeddings: unit rows (n, embedding_dim).
+
+        Args:
+            x: Images (n, c, h, w) in [0, 1].
+
+        Returns:
+            (n, embedding_dim), rows of unit length; a zero row stays zero.
+        """
         return self.project(self.features(x))
 
     def extra_repr(self) -> str:

@@ -66,6 +66,9 @@ def build_encoder(
         dual_norm: BatchNorm in two branches, see `branch`.
         seed: Draws the random weights and leaves torch's global generator alone; None: from that generator.
 
+    Returns:
+        The encoder, in training mode, on the CPU.
+
     Raises:
         ValueError: Naming the option; for an unknown name with the closest known ones.
         ImportError: Where timm cannot be imported.
@@ -163,6 +166,9 @@ def wrap_encoder(
             may be (n, d) or (n, d, h, w), averaged over h and w; tokens (n, t, d) need a `features` that picks.
         feature_dim: Width of the features; found by running black images when a head needs it and it is not given.
 
+    Returns:
+        The encoder, which holds the module.
+
     Raises:
         TypeError, ValueError: Naming the option.
     """
@@ -243,6 +249,9 @@ def load_encoder(
         dual_norm: Two BatchNorm branches; also taken from the file.
         input_size: See `build_encoder`.
 
+    Returns:
+        The encoder.
+
     Raises:
         ValueError: When the file does not say how to build its encoder or says another backbone, when what it says is
             unknown or out of limits (naming the key, see `read_spec`), when its head cannot be told or does not fit the
@@ -281,7 +290,17 @@ def load_encoder(
 
 
 def has_encoder_spec(path: str | os.PathLike[str]) -> bool:
-    """Whether the file says how to build its encoder, so that `load_encoder(path)` needs no name.  Reads it whole."""
+    """Whether the file says how to build its encoder, so that `load_encoder(path)` needs no name.  Reads it whole.
+
+    Args:
+        path: A file of weights.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        ValueError: For a file that holds no weights.
+    """
     return _stated_spec(read_weights(path)) is not None
 
 

@@ -26,6 +26,12 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
         with frozen(encoder):
             x_adv = attack(x, feature_drift(encoder.features, x))
 
+    Args:
+        modules: Networks, all of them frozen.
+
+    Yields:
+        Nothing.
+
     Raises:
         TypeError: For what is not a torch.nn.Module, before anything is changed.
     """

@@ -214,12 +214,26 @@ class Trainer:
         return self.done // self.sampler.batches_per_epoch
 
     def strength(self, epoch: int) -> float:
-        """Augmentation strength in this epoch; the static pipelines ignore it."""
+        """Augmentation strength in this epoch; the static pipelines ignore it.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Returns:
+            In [0, 1].
+        """
         views = self.config.views
         return views.strength * (augmentation_strength(epoch, self.epochs, self.plateau) if views.dynamic else 1.0)
 
     def attack(self, epoch: int) -> PGD | None:
-        """The PGD of the inner maximisation in this epoch, or None for the baseline."""
+        """The PGD of the inner maximisation in this epoch, or None for the baseline.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Returns:
+            The attack at this epoch's eps.
+        """
         chosen = self.config.attack
         if chosen.name == "none":
             return None
@@ -228,6 +242,9 @@ class Trainer:
 
     def step(self, batch: HierarchicalBatch) -> dict[str, float]:
         """One batch, with one optimiser step (free: several).
+
+        Args:
+            batch: Views of patches, as `batches` gives them, on the encoder's device.
 
         Returns:
             What train.csv says of it, of the last optimiser step: step, epoch, loss, lr, the terms of the loss, eps,
@@ -264,7 +281,11 @@ class Trainer:
         return values
 
     def check_state(self) -> None:
-        """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state."""
+        """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state.
+
+        Raises:
+            FloatingPointError: Naming the step and the entries.
+        """
         try:
             check_state(self.encoder, self.optimization.optimizer)
         except FloatingPointError as error:
