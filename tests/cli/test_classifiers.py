@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hsat.classifiers import KNNClassifier, LinearProbe, NearestCentroid
-from hsat.cli import budget, certify, evaluate, export, reproduce, transfer
+from hsat.cli import budget, certify, evaluate, export, reproduce, transfer, universal
 from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, default_k, is_opensrh
 from hsat.cli.evaluation import upper_bound_note
 from hsat.data import PatchDataset, patch_loader, read_folders, read_opensrh
@@ -132,6 +132,13 @@ def test_other_commands_take_one(argv, trained, name, tmp_path):
         assert json.loads((tmp_path / command / "run.json").read_text())["classifiers"] == [text]
     assert {record.target for record in records_in(tmp_path / "transfer")} == {"decision"}
     assert text in (tmp_path / "transfer" / "table.md").read_text()
+
+
+def test_a_universal_perturbation_is_measured_by_several(argv, tmp_path, capsys):
+    words = "--eps 8/255 --epochs 1 --classifier centroid,linear".split()
+    universal.main([*argv, *FEW, *words, "--out", str(tmp_path / "out")])
+    assert {r.classifier for r in records_in(tmp_path / "out")} == {repr(NearestCentroid()), repr(LinearProbe())}
+    assert "upper bound" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [budget, certify, export])
