@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from hsat.classifiers import KNNClassifier, LinearProbe, NearestCentroid
 from hsat.cli.options import Counts, say, split_commas
@@ -23,10 +23,9 @@ _SHARE = 20  # of the bank's rows, at least, for each neighbour
 class ClassifierOptions(BaseModel):
     """What evaluations by a bank are told of the classifier."""
 
-    model_config = ConfigDict(validate_default=True, frozen=True)
-
     classifier: ClassifierNames = Field(
         written("knn"),
+        validate_default=True,
         description="knn, linear (a linear probe) or centroid; several with commas between: the first is attacked",
     )
     k: Counts = Field(
