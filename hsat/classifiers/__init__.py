@@ -1,4 +1,4 @@
-"""Classifiers of embeddings: nearest neighbours of a bank, nearest class means, trained heads, and decision models.
+"""Classifiers of embeddings: neighbours in a bank, class means, linear probes, trained heads, and decision models.
 
 Example:
     `KNNClassifier.fit` with two neighbours at cosine 1 and 0; their weights are exp(1 / temperature) and exp(0), scaled
@@ -20,15 +20,18 @@ from hsat.classifiers.decision_model import DecisionModel
 from hsat.classifiers.head import Head
 from hsat.classifiers.knn import FittedKNN, KNNClassifier, load_knn
 from hsat.classifiers.knn_sets import ShardedKNN, concat_tables, fit_classifiers, fit_shards, predict_scores
+from hsat.classifiers.linear_probe import FittedLinearProbe, LinearProbe, load_linear_probe
 from hsat.classifiers.nearest_centroid import FittedNearestCentroid, NearestCentroid
 from hsat.classifiers.search import Neighbours
 
 __all__ = [
     "DecisionModel",
     "FittedKNN",
+    "FittedLinearProbe",
     "FittedNearestCentroid",
     "Head",
     "KNNClassifier",
+    "LinearProbe",
     "NearestCentroid",
     "Neighbours",
     "ShardedKNN",
@@ -36,5 +39,6 @@ __all__ = [
     "fit_classifiers",
     "fit_shards",
     "load_knn",
+    "load_linear_probe",
     "predict_scores",
 ]

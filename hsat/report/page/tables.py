@@ -35,6 +35,7 @@ def page_differences_table(differences: Sequence[Difference], *, metric: str, k:
     here = [one for one in differences if (one.metric, one.k) == (metric, k)]
     if not here:
         return None
+    here = [one for one in here if one.classifier == here[0].classifier]
     pairs = list(dict.fromkeys((one.model, one.against) for one in here))
     levels = [level for level in LEVELS if any(one.level == level for one in here)]
     rows: list[Row] = []
