@@ -140,6 +140,8 @@ class AttackResult:
     before any attack, "" where it withstood all.  members: what each member did, in the order of their turns.
     never_moved: (n,) bool, images that no member with gradients moved; None where comparing x_adv with x tells.
     embedding: (n, d), what the model decides from at x_adv; None where it was not kept.
+    Attacks of other libraries say more.  outside: (n,) float64, how far a pixel of the library's image lay from the
+    nearest image that the threat model allows, which is x_adv; 0 where it is that image, infinite where it was NaN.
     """
 
     x_adv: Tensor
@@ -154,6 +156,7 @@ class AttackResult:
     members: tuple[MemberStats, ...] | None = None
     never_moved: Tensor | None = None
     embedding: Tensor | None = None
+    outside: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
