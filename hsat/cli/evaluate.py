@@ -6,10 +6,11 @@
 A checkpoint written by hsat train says how to build its encoder.  For any other file (published, plain) give
 --model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
 one branch, --model.branch.  Attacks move what --target says: "decision" (the kNN vote itself, of the first --k),
-"features" (what kNN reads) or "embedding" (as in the paper); they start at random points, as in the published
-evaluation, which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is:
-linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
-patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
+"features" (what kNN reads) or "embedding" (as in the paper); pgd, bim and mifgsm start at random points, as in the
+published evaluation, which makes BIM the same algorithm as PGD.  --attacks list shows all attacks with a line each.
+--threat says what they may change, and in which unit eps is: linf, l2, raw_srh, stain or stain_image (docs/threats.md).
+--attacks ensemble runs several attacks in turn and counts a patch as robust only if all of them fail on it
+(docs/ensemble.md); with several checkpoints it transfers between them.
 --cache keeps embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.
 --preset paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
 the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
@@ -33,10 +34,19 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from hsat.classifiers import KNNClassifier
-from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
+from hsat.cli.attacks import (
+    EPS,
+    PUBLISHED,
+    AttackNames,
+    Lengths,
+    Threat,
+    attacks_under,
+    check_radii,
+    check_threat,
+)
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Counts, Names, Pixels, split_commas
+from hsat.cli.options import Counts, Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
 from hsat.eval import (
@@ -70,7 +80,6 @@ from hsat.run_folder import write_json, write_run_file
 from hsat.training.config import written
 from hsat.types import Attack
 
-ENSEMBLE = "ensemble"
 Compute = Literal["channels_last", "bfloat16", "fold_batchnorm"]
 """Ways to compute that are faster on some machines and move the last bits."""
 
@@ -78,8 +87,8 @@ Compute = Literal["channels_last", "bfloat16", "fold_batchnorm"]
 class Evaluate(PatchSettings):
     """Measure the white-box robustness of encoders by kNN at patch, slide and patient level."""
 
-    attacks: Names = Field(
-        written("pgd,bim,mifgsm"), description="names separated by commas; ensemble is several attacks in turn"
+    attacks: AttackNames = Field(
+        written("pgd,mifgsm"), description="names separated by commas; --attacks list shows all of them"
     )
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
     eps: Lengths = Field(
@@ -122,9 +131,9 @@ class Evaluate(PatchSettings):
     @model_validator(mode="before")
     @classmethod
     def _published_target(cls, values: Any) -> Any:
-        """Under --preset paper the attacks move the embedding, unless --target says otherwise."""
+        """Under --preset paper its attacks move the embedding, unless --attacks and --target say otherwise."""
         published = isinstance(values, dict) and values.get("preset") == "paper"
-        return {"target": "embedding", **values} if published else values
+        return {"target": "embedding", "attacks": PUBLISHED, **values} if published else values
 
 
 def target_and_scoring(target: TargetName, preset: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
@@ -230,13 +239,9 @@ def attacks_of(settings: Evaluate) -> dict[str, Any]:
     """The attacks that were asked for; ensembles last, since they take the others into account."""
     stated = settings.threat == "linf" or "step_size" in settings.model_fields_set
     size = settings.step_size if stated else None
-    names = [name for name in settings.attacks if name.lower() != ENSEMBLE]
-    attacks: dict[str, Any] = attacks_under(
-        settings.threat, settings.eps, names=names, steps=settings.steps, step_size=size
+    return dict(
+        attacks_under(settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=size)
     )
-    if len(names) < len(settings.attacks):
-        attacks |= ensembles_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
-    return attacks
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:

@@ -21,18 +21,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hsat.classifiers import KNNClassifier
+from hsat.cli.attacks import PUBLISHED, AttackNames, attacks_under
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluate import target_and_scoring
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Counts, Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
-from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, paper_attacks, write_records
+from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, write_records
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
 from hsat.run_folder import write_run_file
@@ -45,7 +46,9 @@ class Transfer(PatchSettings):
     checkpoint: Names = Field([], description="encoders: name=file,name=file,... or files alone")
     surrogates: Names = Field([], description="names of the encoders to attack; all if not given")
     targets: Names = Field([], description="names of the encoders to measure; all if not given")
-    attacks: Names = Field(written("pgd,bim,mifgsm"), description="names separated by commas")
+    attacks: AttackNames = Field(
+        written("pgd,mifgsm"), description="names separated by commas; --attacks list shows all of them"
+    )
     eps: PixelsList = Field(written("4/255,8/255"), description="radii: 4/255,8/255")
     step_size: Pixels = Field(written("2/255"), description="size of a step")
     steps: int = Field(10, gt=0, description="gradient steps")
@@ -59,6 +62,12 @@ class Transfer(PatchSettings):
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
     out: Path = Field(written("runs/transfer"), description="folder for the results and the state")
     resume: bool = Field(False, description="go on with what is finished in the folder of --out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_attacks(cls, values: Any) -> Any:
+        published = isinstance(values, dict) and values.get("preset") == "paper"
+        return {"attacks": PUBLISHED, **values} if published else values
 
     @property
     def state(self) -> Path:
@@ -104,7 +113,9 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
     bank, queries = open_loaders(settings, cohort)
     goal = settings.target or ("embedding" if settings.preset == "paper" else "features")
     target, scoring = target_and_scoring(goal, settings.preset, bootstrap=settings.bootstrap)
-    attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
+    attacks = attacks_under(
+        "linf", settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
+    )
     begin_run(settings, ranks)
     result = evaluate_transfer(
         {one.title: one.encoder.to(ranks.device) for one in encoders},

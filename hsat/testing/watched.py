@@ -34,8 +34,9 @@ class WatchedLawBroken(AssertionError):
 class Watched:
     """An attack with a snapshot around every call.
 
-    laws: names of the laws that are watched.  needs_decision: it gets its objectives as the margins of a model.  calls: how often the objective was asked in the last call.  earlier:
-    the images and the result of the last call, which a later call must not write into.
+    laws: names of the laws that are watched.  needs_decision: it gets its objectives as the margins of a model.
+    calls: how often the objective was asked in the last call.  earlier: the images and the result of the last call,
+    which a later call must not write into.
     """
 
     attack: Any
