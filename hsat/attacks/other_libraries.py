@@ -54,7 +54,7 @@ def from_torchattacks(attack: Any, *, threat: ThreatModel | None = None) -> Libr
         >>> attack = from_torchattacks(torchattacks.PGD(model, eps=8 / 255))  # doctest: +SKIP
     """
     model = LogitModel()
-    if callable(getattr(attack, "set_model", None)):
+    if callable(getattr(attack, "set_model", None)) and not isinstance(attack, type):
         own = copy.deepcopy(attack, {id(attack.model): model})  # the user's model is not copied
         own.set_model(model)
     elif callable(attack):
