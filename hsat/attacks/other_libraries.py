@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hsat.attacks.library_attack import LibraryAttack, LogitModel, seeded
 from hsat.attacks.threat import L2, Linf, check_threat, settings_number
+from hsat.fingerprints import fingerprint_attack
 from hsat.types import ThreatModel
 
 PACKAGES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "adversarial-robustness-toolbox"}
@@ -169,9 +170,8 @@ def from_art(attack: Any, *, threat: ThreatModel | None = None) -> LibraryAttack
     if not callable(getattr(shown, "generate", None)):
         raise TypeError(f"from_art needs an evasion attack of ART, or a function that makes one; got {shown!r}")
     name = type(shown).__name__
-    names = [key for key in dict.fromkeys(shown.attack_params) if key != "summary_writer" and hasattr(shown, key)]
-    settings = ", ".join(f"{key}={describe(getattr(shown, key), name=key)}" for key in names)
-    if is_attack and settings != ", ".join(f"{key}={describe(getattr(attack, key, None), name=key)}" for key in names):
+    settings = _settings_of_art(shown)
+    if is_attack and settings != _settings_of_art(attack):
         raise ValueError(
             f"{name} cannot be made anew from its attack_params; give a function that makes it: {_BY_FUNCTION}"
         )
@@ -192,13 +192,21 @@ def from_art(attack: Any, *, threat: ThreatModel | None = None) -> LibraryAttack
 def _maker(attack: Any) -> Callable[[Any], Any]:
     """Makes the same attack for another classifier, by its public settings."""
     accepted = inspect.signature(type(attack)).parameters
-    names = [key for key in attack.attack_params if key in accepted and key != "summary_writer"]
+    names = [key for key in attack.attack_params if key in accepted and hasattr(attack, key)]
     options = {key: copy.deepcopy(getattr(attack, key)) for key in names if not _holds_attack(getattr(attack, key))}
     if len(options) < len(set(names)):
         raise ValueError(
             f"{type(attack).__name__} holds attacks on a model of their own; give a function: {_BY_FUNCTION}"
         )
+    options.pop("summary_writer", None)
     return lambda classifier: type(attack)(classifier, **options)
+
+
+def _settings_of_art(attack: Any) -> str:
+    """The `attack_params` of an attack; where it keeps some of them elsewhere, with what it says of itself."""
+    names = [key for key in dict.fromkeys(attack.attack_params) if key != "summary_writer"]
+    known = [f"{key}={describe(getattr(attack, key), name=key)}" for key in names if hasattr(attack, key)]
+    return ", ".join([*known, *([f"repr={fingerprint_attack(attack)!r}"] if len(known) < len(names) else [])])
 
 
 def _make_shown(make: Callable[[Any], Any], model: LogitModel, argument: Any) -> Any:

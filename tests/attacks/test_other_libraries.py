@@ -31,8 +31,7 @@ from hsat.attacks import (
     from_torchattacks,
     margin,
 )
-from hsat.classifiers import DecisionModel, KNNClassifier, NearestCentroid
-from hsat.embedding import embed
+from hsat.classifiers import KNNClassifier, NearestCentroid
 from hsat.eval import RunOptions, Scoring, diagnose, evaluate_transfer, evaluate_whitebox
 from hsat.testing import LAWS, check_attack, check_feasible
 from hsat.testing.snapshot import Snapshot
@@ -66,7 +65,7 @@ def stands(request, monkeypatch):
 def model():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(216, 3)
+        layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.0), nn.Flatten(), nn.Linear(216, 3)
         return nn.Sequential(*layers).eval()
 
 
@@ -344,6 +343,7 @@ def accuracy(result, name):
 def test_it_is_measured_beside_ours(toy_encoder, bank, queries, attack, tmp_path):
     attacks = {"theirs": attack, "PGD-8": PGD(BALL, step_size=2 / 255, steps=4)}
     run = RunOptions(resume_dir=tmp_path / "state", diagnose=4)
+    before = Snapshot(toy_encoder, {})
     result = evaluate_whitebox(toy_encoder, bank, queries, attacks, **OPTIONS, run=run)
     assert list(result.tables) == ["clean", "noise-8", *attacks]
     theirs = accuracy(result, "theirs")
@@ -355,7 +355,7 @@ def test_it_is_measured_beside_ours(toy_encoder, bank, queries, attack, tmp_path
     stored[0].unlink()
     again = evaluate_whitebox(toy_encoder, bank, queries, attacks, **OPTIONS, run=run)
     assert again.records == result.records, "a lost batch is made again, with the same bytes"
-    assert all(not module.training for module in toy_encoder.modules())
+    assert before.changed_values() == before.changed_random_states() == []
 
 
 def test_violations_stand_in_the_record(toy_encoder, bank, queries):
@@ -435,15 +435,15 @@ KEEP_ALL_LAWS = {
     "torchattacks PGD": _torchattacks("PGD", eps=EPS, steps=3),
     "torchattacks MIFGSM": _torchattacks("MIFGSM", eps=EPS, steps=3),
     "torchattacks PGDL2": _torchattacks("PGDL2", eps=0.5, steps=3),
-    "foolbox LinfPGD": _foolbox("LinfPGD", BALL, steps=3),
-    "foolbox L2PGD": _foolbox("L2PGD", L2(0.5), steps=3),
+    "foolbox LinfPGD": _foolbox("LinfPGD", BALL, steps=3, abs_stepsize=EPS),
+    "foolbox L2PGD": _foolbox("L2PGD", L2(0.5), steps=3, abs_stepsize=0.3),
     "art FastGradientMethod": _art("FastGradientMethod", eps=EPS),
     "art ProjectedGradientDescent": _art_made(
         "ProjectedGradientDescent", eps=EPS, max_iter=3, num_random_init=1, verbose=False
     ),
 }
 OTHERS = {  # which stop at the decision, give back clean images where they fail, or leave the ball
-    "torchattacks AutoAttack": _torchattacks("AutoAttack", eps=EPS, n_classes=3, seed=0),
+    "torchattacks AutoAttack": _torchattacks("AutoAttack", eps=EPS, version="rand", n_classes=3, seed=0),
     "torchattacks APGD": _torchattacks("APGD", eps=EPS, steps=5),
     "torchattacks DeepFool": lambda model: from_torchattacks(
         import_quietly("torchattacks").DeepFool(model), threat=L2(0.5)
@@ -459,7 +459,7 @@ OTHERS = {  # which stop at the decision, give back clean images where they fail
     "art AutoProjectedGradientDescent": _art(
         "AutoProjectedGradientDescent", eps=EPS, max_iter=4, nb_random_init=1, loss_type="cross_entropy", verbose=False
     ),
-    "art CarliniL2Method": _art("CarliniL2Method", L2(0.5), max_iter=2, binary_search_steps=2, verbose=False),
+    "art CarliniL2Method": _art("CarliniL2Method", L2(0.5), max_iter=5, initial_const=1.0, verbose=False),
     "art SquareAttack": _art("SquareAttack", eps=EPS, max_iter=10, verbose=False),
 }
 
@@ -487,6 +487,7 @@ def test_attacks_of_the_libraries(library, model, x, objective):
     assert not re.search(r"0x[0-9a-f]{6}|object at", repr(attack)) and re.search(r"version='\d+\.\d+", repr(attack))
 
 
+@pytest.mark.parametrize("library", ["torchattacks MIFGSM", "foolbox L2DeepFoolAttack"], indirect=True)
 def test_the_library_sees_what_it_would_see_without_hsat(library, model, x, objective):
     """Without a random start the images are those of the library's own call, put into the ball."""
     attack, name = library
@@ -501,19 +502,14 @@ def test_the_library_sees_what_it_would_see_without_hsat(library, model, x, obje
             epsilons=0.5,
         )[1],
     }
-    if name not in calls:
-        pytest.skip("draws random numbers, or is compared in another way")
     expected = attack.threat.project(calls[name](), x)
     torch.testing.assert_close(attack(x, objective, generator=seeded()), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("library", ["torchattacks PGD", "foolbox LinfPGD", "art FastGradientMethod"], indirect=True)
 def test_a_decision_of_embeddings_is_attacked(library, toy_encoder, bank, queries):
-    attack, name = library
-    if name not in ("torchattacks PGD", "foolbox LinfPGD", "art FastGradientMethod"):
-        pytest.skip("one of each library is enough")
-    knn = KNNClassifier(k=15).fit(embed(toy_encoder, bank))
-    model = DecisionModel(toy_encoder, knn)
+    attack, _ = library
     result = evaluate_whitebox(toy_encoder, bank, queries, {"theirs": attack}, **OPTIONS)
     record = accuracy(result, "theirs")
-    assert record.value < accuracy(result, "clean").value - 0.3 and not model.training
+    assert record.value < accuracy(result, "clean").value - 0.3
     assert not any("left the threat model" in flag for flag in record.flags)
