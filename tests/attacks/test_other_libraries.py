@@ -143,6 +143,17 @@ def test_it_is_frozen_and_says_all_that_decides_it(attack):
     assert attack.random_start is True and attack.name.split(".")[0] == attack.library
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_it_runs_where_the_images_are(attack, x, model):
+    model, x = model.cuda(), x.cuda()
+    state, ids = torch.cuda.get_rng_state(), torch.arange(5)
+    one, two = (attack.run(x, margin(model, model(x).argmax(1)), generator=seeded(), ids=ids) for _ in range(2))
+    check_feasible(one.x_adv, x, BALL)
+    assert one.x_adv.is_cuda and one.outside.is_cuda and torch.equal(one.x_adv, two.x_adv)
+    assert torch.equal(state, torch.cuda.get_rng_state()) and (one.value > one.start_value).all()
+
+
 def test_what_the_user_changes_afterwards_has_no_effect(model, x, objective):
     theirs = Torchattack(model)
     attack, first = from_torchattacks(theirs), []
