@@ -183,12 +183,26 @@ class TrainConfig(OuterConfig):
 
     @classmethod
     def hsat(cls, **changes: Any) -> Self:
-        """Published HSAT: PGD with 5 steps of 2/255 at eps 8/255 on all three levels (arXiv:2503.10629)."""
+        """Published HSAT: PGD with 5 steps of 2/255 at eps 8/255 on all three levels (arXiv:2503.10629).
+
+        Args:
+            changes: Fields that are to differ.
+
+        Returns:
+            The configuration.
+        """
         return cls(**changes)
 
     @classmethod
     def hidisc(cls, **changes: Any) -> Self:
-        """The baseline HiDisc: no attack (arXiv:2303.01605)."""
+        """The baseline HiDisc: no attack (arXiv:2303.01605).
+
+        Args:
+            changes: Fields that are to differ.
+
+        Returns:
+            The configuration.
+        """
         return cls(**{"attack": InnerAttackConfig(name="none"), **changes})
 
     @model_validator(mode="after")
