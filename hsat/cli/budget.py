@@ -20,11 +20,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
+from hsat.cli.attacks import AttackNames, Lengths, Threat, attacks_under, check_radii, check_threat
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Names, Pixels, split_commas
+from hsat.cli.options import Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
 from hsat.eval import (
@@ -50,7 +50,9 @@ class Budget(ClassifierOptions, PatchSettings):
     level: Literal["slide", "patient"] = Field("patient", description="whose decision is to change")
     fractions: Fractions = Field(written("0.05,0.1,0.25,0.5,1"), description="shares of the patches, for the table")
     order: Literal["worst", "random"] = Field("worst", description="the attacker chooses the patches, or chance does")
-    attacks: Names = Field(written("pgd"), description="names separated by commas")
+    attacks: AttackNames = Field(
+        written("pgd"), description="names separated by commas; --attacks list shows all of them"
+    )
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
     eps: Lengths = Field(written("8/255"), description="radii: 4/255,8/255; in the unit of --threat")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")

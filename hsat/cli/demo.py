@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
+from hsat.cli.attacks import PUBLISHED
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.evaluate import Evaluate, evaluate, write_results
 from hsat.cli.failures import explain_failure
@@ -85,7 +86,7 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     if target == "decision":  # one vote is attacked, and PGD is enough to show how much the drift leaves undone
         argv += ["--k", str(K), "--attacks", "pgd", "--diagnose", "0"]
     else:
-        argv += ["--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
+        argv += ["--attacks", PUBLISHED, "--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
     argv += ["--query_patches", str(demo.query_patches)] if demo.query_patches else []
     settings = Evaluate.load(argv, recipe=recipe)
     cohort = open_cohort(settings.data, seed=demo.seed)

@@ -7,11 +7,12 @@
 A checkpoint written by hsat train says how to build its encoder.  For any other file (published, plain) give
 --model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
 one branch, --model.branch.  Attacks move what --target says: "decision" (that of the first --classifier,
-such as the kNN vote of the first --k), "features" (what it reads) or "embedding" (as in the paper); they start at
-random points, as in the published evaluation, which makes BIM the same algorithm as PGD: it runs under --preset paper
-or where --attacks names it.  --threat says what they may change, and in which unit eps is:
-linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
-patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
+such as the kNN vote of the first --k), "features" (what it reads) or "embedding" (as in the paper); pgd, bim and mifgsm
+start at random points, as in the published evaluation, which makes BIM the same algorithm as PGD: it runs under
+--preset paper or where --attacks names it.  --attacks list shows all attacks with a line each.
+--threat says what they may change, and in which unit eps is: linf, l2, raw_srh, stain or stain_image (docs/threats.md).
+--attacks ensemble runs several attacks in turn and counts a patch as robust only if all of them fail on it
+(docs/ensemble.md); with several checkpoints it transfers between them.
 --cache keeps embeddings for the next run, --resume goes on after an interruption, --overwrite true begins anew in a
 folder that holds results, --compute trades last bits for speed.
 --preset paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
@@ -35,11 +36,20 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
+from hsat.cli.attacks import (
+    EPS,
+    PUBLISHED,
+    AttackNames,
+    Lengths,
+    Threat,
+    attacks_under,
+    check_radii,
+    check_threat,
+)
 from hsat.cli.classifiers import PAPER_K, ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Names, Pixels, split_commas
+from hsat.cli.options import Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
 from hsat.eval import (
@@ -71,8 +81,6 @@ from hsat.run_folder import write_json, write_run_file
 from hsat.training.config import written
 from hsat.types import Attack, Classifier
 
-ENSEMBLE = "ensemble"
-PAPER_ATTACKS = ["pgd", "bim", "mifgsm"]
 Compute = Literal["channels_last", "bfloat16", "fold_batchnorm"]
 """Ways to compute that are faster on some machines and move the last bits."""
 
@@ -80,8 +88,8 @@ Compute = Literal["channels_last", "bfloat16", "fold_batchnorm"]
 class Evaluate(ClassifierOptions, PatchSettings):
     """Measure the white-box robustness of encoders by classifiers of their embeddings, of patches, slides, patients."""
 
-    attacks: Names = Field(
-        written("pgd,mifgsm"), description="names separated by commas; ensemble is several attacks in turn"
+    attacks: AttackNames = Field(
+        written("pgd,mifgsm"), description="names separated by commas; --attacks list shows all of them"
     )
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
     eps: Lengths = Field(
@@ -131,7 +139,7 @@ def published_options(values: Any) -> Any:
     PGD, BIM and MI-FGSM then move the embedding, and 200 neighbours vote.
     """
     published = isinstance(values, dict) and values.get("preset") == "paper"
-    return {"target": "embedding", "attacks": PAPER_ATTACKS, "k": [PAPER_K], **values} if published else values
+    return {"target": "embedding", "attacks": PUBLISHED, "k": [PAPER_K], **values} if published else values
 
 
 def target_and_scoring(target: TargetName, preset: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
@@ -243,13 +251,9 @@ def attacks_of(settings: Evaluate) -> dict[str, Any]:
     """The attacks that were asked for; ensembles last, since they take the others into account."""
     stated = settings.threat == "linf" or "step_size" in settings.model_fields_set
     size = settings.step_size if stated else None
-    names = [name for name in settings.attacks if name.lower() != ENSEMBLE]
-    attacks: dict[str, Any] = attacks_under(
-        settings.threat, settings.eps, names=names, steps=settings.steps, step_size=size
+    return dict(
+        attacks_under(settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=size)
     )
-    if len(names) < len(settings.attacks):
-        attacks |= ensembles_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
-    return attacks
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from hsat.cli.attacks import Lengths, attacks_under, check_radii, check_threat
+from hsat.cli.attacks import AttackNames, Lengths, attacks_under, check_radii, check_threat
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
@@ -37,7 +37,7 @@ class Export(ClassifierOptions, EvaluationSettings):
 
     checkpoint: Names = Field([], description="file, or name=file; one")
     split: str = Field("val", description="the patches to attack")
-    attacks: Names = Field(written("pgd"), description="pgd, bim, mifgsm, fgsm or ffgsm; one")
+    attacks: AttackNames = Field(written("pgd"), description="one name; --attacks list shows all of them")
     threat: Literal["linf", "l2", "raw_srh"] | None = Field(None, description="linf, or raw_srh for SRH, if not given")
     eps: Lengths = Field(written("8/255"), description="radius, in the unit of --threat; one")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from hsat.cli.attacks import AttackNames, attacks_under
 from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluate import published_options, target_and_scoring
@@ -33,7 +34,7 @@ from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_eval
 from hsat.cli.options import Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort
-from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, paper_attacks, write_records
+from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, write_records
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
 from hsat.run_folder import write_run_file
@@ -46,7 +47,9 @@ class Transfer(ClassifierOptions, PatchSettings):
     checkpoint: Names = Field([], description="encoders: name=file,name=file,... or files alone")
     surrogates: Names = Field([], description="names of the encoders to attack; all if not given")
     targets: Names = Field([], description="names of the encoders to measure; all if not given")
-    attacks: Names = Field(written("pgd,mifgsm"), description="names separated by commas")
+    attacks: AttackNames = Field(
+        written("pgd,mifgsm"), description="names separated by commas; --attacks list shows all of them"
+    )
     eps: PixelsList = Field(written("4/255,8/255"), description="radii: 4/255,8/255")
     step_size: Pixels = Field(written("2/255"), description="size of a step")
     steps: int = Field(10, gt=0, description="gradient steps")
@@ -108,7 +111,9 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
     bank, queries = open_loaders(settings, cohort)
     classifiers = choose_classifiers(settings, bank)
     target, scoring = target_and_scoring(settings.target, settings.preset, bootstrap=settings.bootstrap)
-    attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
+    attacks = attacks_under(
+        "linf", settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
+    )
     begin_run(settings, ranks)
     result = evaluate_transfer(
         {one.title: one.encoder.to(ranks.device) for one in encoders},

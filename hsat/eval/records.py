@@ -304,7 +304,7 @@ class RecordTemplate:
             split=self.split,
             checkpoint=self.checkpoint,
             surrogate=facts.surrogate,
-            flags=(*self.flags, *stats.masking_flags(eps_value(eps)), *beside, *facts.flags, *flags),
+            flags=(*self.flags, *stats.flags(eps_value(eps)), *beside, *facts.flags, *flags),
             forwards=stats.fraction("forwards") if facts.forwards is None else facts.forwards,
             backwards=stats.fraction("backwards"),
             settings=settings,
@@ -381,4 +381,4 @@ def _attack_settings(facts: AttackFacts) -> dict[str, Any]:
     settings["never_moved_share"] = stats.fraction("never_moved")
     if kind == "BIM" and random_start:
         settings["note"] = "BIM with a random start is PGD"
-    return settings
+    return settings | stats.feasibility_settings()

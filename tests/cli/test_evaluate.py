@@ -53,6 +53,8 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
             *QUICK,
             "--k",
             "5",
+            "--attacks",
+            "pgd,bim,mifgsm",
             "--target",
             "embedding",
             "--out",

@@ -1,14 +1,14 @@
 """The table of the evaluations and of what each of them can do: one pass and one store serve them all.
 
-|           | goes on after kill -9 | two ranks | cached embeddings | decision as target | ensemble as attack |
-| --------- | --------------------- | --------- | ----------------- | ------------------ | ------------------ |
-| whitebox  | yes                   | yes       | yes               | yes                | yes                |
-| transfer  | yes                   | yes       | yes               | yes                | yes                |
-| budget    | yes                   | yes       | yes               | yes                | yes                |
-| export    | yes                   | yes       | yes               | yes                | yes                |
-| linear    | yes                   | yes       | yes               | yes                | yes                |
-| classifier | yes                   | yes       | yes               | always             | yes                |
-| certify   | yes                   | yes       | yes               | no attack: its check takes both        |
+|            | goes on after kill -9 | two ranks | cached embeddings | decision as target | ensemble or foreign attack |
+| ---------- | --------------------- | --------- | ----------------- | ------------------ | -------------------------- |
+| whitebox   | yes                   | yes       | yes               | yes                | yes                        |
+| transfer   | yes                   | yes       | yes               | yes                | yes                        |
+| budget     | yes                   | yes       | yes               | yes                | yes                        |
+| export     | yes                   | yes       | yes               | yes                | yes                        |
+| linear     | yes                   | yes       | yes               | yes                | yes                        |
+| classifier | yes                   | yes       | yes               | always             | yes                        |
+| certify    | yes                   | yes       | yes               | no attack: its check takes all of them          |
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from hsat.attacks import Linf, from_torchattacks
 
 SHARED = '''
 import dataclasses, json, os, signal, sys, warnings
@@ -254,6 +256,44 @@ def test_the_decision_may_be_the_target(name, shared, root, tmp_path):
         return
     drift = shared.evaluate(name, root, tmp_path / "drift", shared.Network(), target="features")
     assert values(records) != values([json.loads(line) for line in drift if line.startswith("{")])
+
+
+class OfAnotherLibrary:
+    """An attack as torchattacks has them, that leaves the ball and draws from torch's global generator."""
+
+    def __init__(self, model, eps=8 / 255):
+        self.model, self.eps, self.normalization_used = model, eps, None
+
+    def set_model(self, model):
+        self.model = model
+
+    def set_device(self, device):
+        pass
+
+    def __call__(self, images, labels):
+        start = (images + self.eps * (2 * torch.rand_like(images) - 1)).requires_grad_()
+        torch.nn.functional.cross_entropy(self.model(start), labels).backward()
+        return (images + self.eps * start.grad.sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_attack_may_be_another_librarys(name, shared, root, tmp_path):
+    """The same bytes twice; it left the ball of half the size, and says so."""
+    if name == "certify":
+        theirs = from_torchattacks(OfAnotherLibrary, threat=shared.L2(0.1))
+        assert not check(shared, root, attack=theirs).violated
+        return
+    theirs = from_torchattacks(OfAnotherLibrary, threat=Linf(shared.EPS))
+    said, again = (
+        shared.evaluate(name, root, tmp_path / folder, shared.Network(), target="decision", attack=theirs)
+        for folder in ("first", "second")
+    )
+    assert said == again
+    records = [json.loads(line) for line in said if line.startswith("{")]
+    attacked = [record for record in records if record["attack"] == repr(theirs)]
+    assert attacked and all(record["backwards"] == 1 for record in attacked)
+    flags = {flag for record in attacked for flag in record["flags"] if "left the threat model" in flag}
+    assert flags and all("by up to 0.0157 at a pixel" in flag for flag in flags)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
