@@ -92,7 +92,7 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
         room = meet_ranks(board, rank=rank, size=size, patience=patience, terms=terms)
         room.set_timeout(PATIENCE)
         if rank == 0:
-            room.set("again", str(int(_begun(board))))
+            room.set("again", str(int(has_begun(board))))
         again = room.get("again") == b"1"
     except ValueError:
         time.sleep(GRACE if rank else 0)  # rank 0 says the same, and torchrun ends all when the first one ends
@@ -124,7 +124,7 @@ def first_rank_first(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
 
 
-def _begun(board: Store) -> bool:
+def has_begun(board: Store) -> bool:
     """Whether earlier processes of this torchrun began the run; where they took their store along, by its count."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return bool(board.check([BEGUN]))

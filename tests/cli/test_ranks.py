@@ -156,18 +156,18 @@ def test_an_error_of_the_connection_says_that_rank_0_has_ended(monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["torchrun's store", "a store of rank 0"])
-def test_a_restart_goes_on_only_with_what_was_begun(kept, monkeypatch):
+def test_a_restart_goes_on_only_with_what_washas_begun(kept, monkeypatch):
     """A run that was refused, because another one is in its folder, is refused again by the next attempt."""
-    from hsat.cli.ranks import Ranks, _begun
+    from hsat.cli.ranks import Ranks, has_begun
 
     store = dist.HashStore()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(kept))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not _begun(store)
+    assert not has_begun(store)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert _begun(store) is not kept
+    assert has_begun(store) is not kept
     Ranks(1, 2, torch.device("cpu"), board=store).begin()
-    assert _begun(store) is not kept, "that is for rank 0 to say"
+    assert has_begun(store) is not kept, "that is for rank 0 to say"
     Ranks(0, 2, torch.device("cpu"), board=store).begin()
-    assert _begun(store)
+    assert has_begun(store)
     Ranks(0, 1, torch.device("cpu")).begin()  # alone there is nobody to tell
