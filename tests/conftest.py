@@ -25,6 +25,9 @@ from hsat.eval import Provenance, Record, write_records
 from hsat.report import ArtifactSource, write_artifacts
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
+ROOT = Path(__file__).parents[1]
+CACHES = {"__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache", ".mypy_cache"}
+BEFORE, WRITTEN = pytest.StashKey[set[Path]](), pytest.StashKey[list[str]]()
 CLASSES = ("hgg", "lgg", "normal")
 CONDITIONS = {  # name: (repr of the attack, eps in grey levels, what is left of the clean value)
     "clean": ("", 0, 1.0),
@@ -138,6 +141,37 @@ def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Re
                 )
                 found.append(replace(record, **changes))
     return found
+
+
+def _files_of_the_project() -> set[Path]:
+    """What lies in the project's folder and in the folders there, but for caches and hidden folders."""
+    top = [path for path in ROOT.iterdir() if path.name not in CACHES]
+    inside = [path.iterdir() for path in top if path.is_dir() and not path.name.startswith(".")]
+    return {*top, *(path for paths in inside for path in paths if path.name not in CACHES)}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Under xdist the controller looks, for all workers; without it, the one process."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[BEFORE] = _files_of_the_project()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A suite that wrote into the project's folder fails."""
+    before = session.config.stash.get(BEFORE, None)
+    if before is not None and (new := _files_of_the_project() - before):
+        session.config.stash[WRITTEN] = sorted(str(path.relative_to(ROOT)) for path in new)
+        if session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name what was written."""
+    if names := terminalreporter.config.stash.get(WRITTEN, None):
+        terminalreporter.write_line(
+            f"FAILED: while the tests ran, this appeared in {ROOT}: {', '.join(names)}; tests write to tmp_path",
+            red=True,
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

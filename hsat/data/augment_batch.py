@@ -18,7 +18,8 @@ from hsat.data.augment import Augmentation, CropToSize, check_patches, fork_cpu_
 from hsat.data.image_operations import Box, on_part
 
 ONE_BY_ONE = ("he",)  # pipelines whose operations have no form for many images
-_AT_ONCE = 128  # images per pass on a device that computes in parallel; float32 copies of them are what it costs
+CPU_AT_ONCE = 1  # images per pass: one stays in the cache, and sums run in one order whatever else is in the batch
+GPU_AT_ONCE = 128  # on a device that computes in parallel; float32 copies of them are what it costs
 
 
 class Noise(NamedTuple):
@@ -98,8 +99,7 @@ def augment_images(
         return _augment_one_by_one(patches, pipeline, seeds, chosen)
     device = patches[0].device
     replay = device.type == "cpu" if replay_noise is None else replay_noise
-    # A CPU is fastest with one image in its cache, and sums then run in one order whatever else is in the batch.
-    at_once = 1 if device.type == "cpu" else _AT_ONCE
+    at_once = CPU_AT_ONCE if device.type == "cpu" else GPU_AT_ONCE
     augmented: list[Tensor] = [patches[0]] * len(chosen)
     with torch.no_grad(), fork_cpu_rng():
         for places in _groups([tuple(patches[which].shape) for which in chosen], at_once):

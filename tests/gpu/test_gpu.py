@@ -36,7 +36,7 @@ from hsat.attacks import (
     feature_drift,
     hierarchical,
 )
-from hsat.attacks.loop import AttackState, follow_gradients
+from hsat.attacks.loop import AscentConfig, AttackState, follow_gradients
 from hsat.classifiers import KNNClassifier, LinearProbe, NearestCentroid
 from hsat.data import augment_batch, build_transform
 from hsat.embedding import embed
@@ -280,11 +280,12 @@ def test_the_gradient_loop_can_be_captured_and_replayed(threat, decay, device):
     attack = PGD(threat, step_size=step_size, steps=3)
     if decay is not None:
         attack = MIFGSM(threat, step_size=step_size, steps=3, decay=decay)
+    config = AscentConfig(threat=threat, step_size=step_size, steps=3, decay=decay)
     objective = hierarchical(model, LOSS, batch)
     images, start = batch.images.clone(), batch.images.clone()
 
     def loop():
-        state = AttackState(images, objective, attack._config(), generator=None, ids=None, success=None)
+        state = AttackState(images, objective, config, generator=None, ids=None, success=None)
         y, _ = follow_gradients(state, state.project(start), None, 0)
         return state.project(y)
 
