@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import FittedUniversal, RandomNoise, feature_drift
+from hsat.attacks import FittedUniversal, NaturalShift, RandomNoise, feature_drift
 from hsat.attacks.base import GradientAttack
 from hsat.distributed import ShardedLoader, World, gather_objects
 from hsat.types import Attack, AttackResult, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective
@@ -234,7 +234,7 @@ def attack_unscored(
 
     Attacks that are not hsat's own may not know how to leave it out, and keep it.
     """
-    if isinstance(attack, GradientAttack | RandomNoise | FittedUniversal):
+    if isinstance(attack, GradientAttack | RandomNoise | FittedUniversal | NaturalShift):
         return attack.run(images, objective, generator=generator, ids=ids, score=False)
     return attack.run(images, objective, generator=generator, ids=ids)
 
