@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks import AttackEnsemble, RandomNoise
+from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.eval.confidence import binomial_tail
+from hsat.eval.cost import announce_bank, announce_cost
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
     Bank,
@@ -116,11 +118,11 @@ def evaluate_whitebox(
         TypeError: For attacks that are no mapping of attacks.
     """
     evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
-    check_attacks(attacks)
+    check_attacks(attacks, queries)
     others = dict(surrogates or {})
     chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), others)
     with open_world(run) as (world, cache):
-        table = evaluation.embed_bank(bank, world, cache)
+        table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
         settings = evaluation.settings(queries, chosen) | classifier_settings(classifiers, table)
@@ -128,7 +130,11 @@ def evaluate_whitebox(
             settings |= encoder_settings(f"encoder.{name}", other, Provenance())
         session = open_session(run, settings, world, cache)
         objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
-        diagnostics = DiagnosticsCollector(encoder, objectives, chosen, layer=scoring.layer, classifier=fitted, run=run)
+        diagnostics = DiagnosticsCollector(
+            encoder, objectives, chosen, layer=scoring.layer, classifier=fitted, run=run, name=provenance.model
+        )
+        if session.shows:
+            announce_cost(evaluation, objectives, queries, chosen, bank=table, session=session)
         conditions = AttackRunner(evaluation, objectives).run(
             queries,
             chosen,
@@ -164,12 +170,12 @@ def evaluate_whitebox(
     )
 
 
-def check_attacks(attacks: Mapping[str, Attack]) -> None:
-    """Raise unless this maps names other than "clean" to attacks.
+def check_attacks(attacks: Mapping[str, Attack], queries: object = None) -> None:
+    """Raise unless this maps names other than "clean" to attacks that fit the queries, where they say what they are.
 
     Raises:
         TypeError: For something else than a mapping of attacks.
-        ValueError: For an attack called "clean".
+        ValueError: For an attack called "clean", and for other stains of SRH patches, which are not stained.
     """
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping such as {{'PGD-8': PGD(...)}}, got {type(attacks).__name__}")
@@ -178,6 +184,13 @@ def check_attacks(attacks: Mapping[str, Attack]) -> None:
             raise TypeError(f"attack {name!r} has no method run, as hsat.types.Attack wants: {attack!r}")
     if CLEAN in attacks:
         raise ValueError(f"an attack cannot be called {CLEAN!r}: that is the name of the queries as they are")
+    kind = getattr(getattr(getattr(queries, "dataset", None), "cohort", None), "kind", None)
+    stains = [name for name, attack in attacks.items() if isinstance(attack, NaturalShift) and attack.kind == "stain"]
+    if stains and kind == "srh":
+        raise ValueError(
+            f"{', '.join(stains)}: SRH patches are not stained, so that no other stain can be measured;"
+            " take NaturalShift.standard(stained=False)"
+        )
 
 
 def condition_records(
@@ -204,8 +217,10 @@ def condition_records(
             settings["attacked_classifier"] = repr(first.settings)
             if isinstance(first.key, int):
                 settings["attacked_k"] = first.key
-            if attack is not None and not classifier.attacked and not isinstance(attack, RandomNoise):
+            if attack is not None and not classifier.attacked and not isinstance(attack, RandomNoise | NaturalShift):
                 flags.append(f"the attack was optimised for {first.name}, but this record is for {classifier.name}")
+        if isinstance(attack, NaturalShift):
+            settings["natural_shift"] = {"kind": attack.kind, "strength": attack.strength, "text": attack.text}
         if condition.outcome is not None:
             flags += black_box_flags(condition.outcome)
             settings |= ensemble_settings(condition.outcome)
