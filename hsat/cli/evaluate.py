@@ -32,12 +32,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from hsat.attacks import NaturalShift
 from hsat.classifiers import KNNClassifier
 from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Counts, Names, Pixels, split_commas
+from hsat.cli.options import Counts, Names, Pixels, say, split_commas
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     PAPER,
@@ -55,6 +57,7 @@ from hsat.eval import (
     score_tables,
     write_records,
 )
+from hsat.eval.cost import affordable_diagnosis
 from hsat.eval.options import TargetName
 from hsat.files import write_file
 from hsat.models import Encoder, fold_batchnorm
@@ -96,8 +99,14 @@ class Evaluate(PatchSettings):
         None, description="paper: the published evaluation throughout (docs/conventions.md); single options win over it"
     )
     noise: bool = Field(True, description="measure random noise of each eps, too")
-    diagnose: int = Field(
-        32, ge=0, description="look for masked gradients on this many patches per attack (about 80 steps each); 0: none"
+    natural_shift: bool = Field(
+        True, description="measure stain, blur, JPEG, brightness and sampling shifts, too: 15 passes per patch"
+    )
+    diagnose: int | None = Field(
+        None,
+        ge=0,
+        description="look for masked gradients on this many patches per attack; if not given, on 8 to 32, as a quarter"
+        " of the time allows; 0: none",
     )
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
@@ -122,9 +131,9 @@ class Evaluate(PatchSettings):
     @model_validator(mode="before")
     @classmethod
     def _published_target(cls, values: Any) -> Any:
-        """Under --preset paper the attacks move the embedding, unless --target says otherwise."""
+        """Under --preset paper attacks move the embedding, and nothing is shifted, unless options say otherwise."""
         published = isinstance(values, dict) and values.get("preset") == "paper"
-        return {"target": "embedding", **values} if published else values
+        return {"target": "embedding", "natural_shift": False, **values} if published else values
 
 
 def target_and_scoring(target: TargetName, preset: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
@@ -164,8 +173,8 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
         encoders.append(NamedEncoder("untrained", untrained_encoder(encoders[0].encoder, seed=settings.seed), ""))
     check_titles(one.title for one in encoders)
     encoders = [one._replace(encoder=convert_encoder(one.encoder, settings.compute)) for one in encoders]
-    attacks = attacks_of(settings)
-    begin_run(settings, ranks)
+    attacks = attacks_of(settings) | natural_shifts(settings, cohort)
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     results = {}
     surrogates = {title: encoder.to(ranks.device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for one in encoders:
@@ -175,7 +184,8 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
             one.encoder.input_size = (size, size)  # the encoder resizes what the dataset no longer does
         others = {title: encoder for title, encoder in surrogates.items() if encoder is not one.encoder}
         with use_precision(settings.compute, ranks.device):
-            results[one.title] = evaluate_encoder(settings, cohort, one, attacks, surrogates=others, ranks=ranks)
+            result = evaluate_encoder(settings, cohort, one, attacks, surrogates=others, ranks=ranks)
+        results[one.title] = replace(result, records=name_threads(result.records, threads))
     return results
 
 
@@ -216,7 +226,9 @@ def evaluate_encoder(
             cache_dir=settings.cache,
             resume_dir=settings.state_of(one.title),
             noise=settings.noise,
-            diagnose=settings.diagnose,
+            diagnose=affordable_diagnosis(len(queries.dataset), attacks)  # type: ignore[arg-type]
+            if settings.diagnose is None
+            else settings.diagnose,
             keep_examples=settings.gallery,
             progress=not settings.quiet,
         ),
@@ -237,6 +249,15 @@ def attacks_of(settings: Evaluate) -> dict[str, Any]:
     if len(names) < len(settings.attacks):
         attacks |= ensembles_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
     return attacks
+
+
+def natural_shifts(settings: Evaluate, cohort: Cohort) -> dict[str, Attack]:
+    """The shifts without an adversary that were asked for; SRH patches have no stains that could change."""
+    if not settings.natural_shift:
+        return {}
+    if cohort.kind == "srh":
+        say("natural shift without stain: SRH patches are not stained")
+    return dict(NaturalShift.standard(stained=cohort.kind != "srh"))
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
@@ -290,7 +311,8 @@ def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxR
     chance = chance_accuracy(next(iter(results.values())), scoring)
     plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=k, chance=chance)
     for title, result in results.items():
-        attacks = [name for name in result.examples if not name.startswith(("clean", "noise"))]
+        shifts = NaturalShift.standard()
+        attacks = [one for one in result.examples if not one.startswith(("clean", "noise")) and one not in shifts]
         if attacks and settings.gallery:
             name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
             clean, x_adv = result.examples["clean"], result.examples[name]

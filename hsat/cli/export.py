@@ -79,7 +79,7 @@ def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
     ((title, encoder, digest),) = open_encoders(settings.checkpoint, settings.model)
     if encoder.fixed_size is None:
         encoder.input_size = (settings.data.image_size,) * 2  # patches come at the size of their files
-    begin_run(settings, ranks)
+    begin_run(settings, ranks, encoder)
     try:
         return save_adversarial(
             settings.out / "cohort",
