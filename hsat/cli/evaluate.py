@@ -280,7 +280,8 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     if len(results) > 1:
         differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
         table += (
-            f"\n**Differences** from {differences[0].against}, on the same patients\n\n{differences_table(differences)}"
+            f"\n**Differences** from {differences[0].against}, on the same patients\n\n"
+            f"{differences_table([one for one in differences if one.condition not in NaturalShift.standard()])}"
         )
         write_json(out / "differences.json", [asdict(difference) for difference in differences])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})

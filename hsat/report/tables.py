@@ -24,6 +24,7 @@ from hsat.report.aggregation import (
     list_conditions,
 )
 from hsat.report.artifacts import Artifacts
+from hsat.report.summary import is_shift
 from hsat.types import LEVELS
 
 TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
@@ -43,8 +44,8 @@ def accuracy_tables(
 
     A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
     cell (seeds, splits) give their mean and standard deviation.  Rows are split by target and k where those differ, and
-    by the classifier where several have no k.  Transfers have a row per pair, "surrogate → model"; see
-    `transfer_markdown` for the matrix.
+    by the classifier where several have no k.  Natural shifts are left out: they have tables of their own.  Transfers
+    have a row per pair, "surrogate → model"; see `transfer_markdown` for the matrix.
 
     Args:
         records: What was measured.
@@ -55,7 +56,7 @@ def accuracy_tables(
     Raises:
         ValueError: If no record fits.
     """
-    chosen = [record for record in records if record.level in levels and record.metric in metrics]
+    chosen = [r for r in records if r.level in levels and r.metric in metrics and not is_shift(r)]
     if not chosen:
         raise ValueError(
             f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
@@ -89,7 +90,9 @@ def markdown_table(
     metrics: Sequence[str] = ("accuracy", "mca"),
     intervals: bool = True,
 ) -> str:
-    """`accuracy_tables` as Markdown, and below them the notes and flags of the records."""
+    """`accuracy_tables` as Markdown, below them the notes and flags of the records, and tables of natural shifts."""
+    from hsat.report.natural_shift import shift_markdown
+
     tables = accuracy_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [record for record in records if record.level in levels and record.metric in metrics]
     remarks: dict[str, None] = {}
@@ -98,7 +101,8 @@ def markdown_table(
             remarks[f"- {record.attack_name}: {note}"] = None
         for flag in record.flags:
             remarks[f"- {_model_name(record)}, {record.attack_name} ({record.target}): {flag}"] = None
-    return _paragraphs(tables, remarks)
+    shifts = shift_markdown(records, levels=levels, metrics=metrics)
+    return _paragraphs(tables, remarks) + (f"\n{shifts}" if shifts else "")
 
 
 def transfer_tables(
@@ -368,7 +372,7 @@ def effort_table(records: Sequence[Record]) -> Table | None:
     shares = ("zero_gradient_share", "never_moved_share", "stationary_share")
     attacks: dict[tuple[str, ...], Record] = {}
     for record in records:
-        if record.attack and shares[0] in record.settings:
+        if record.attack and not is_shift(record) and shares[0] in record.settings:
             attacked = record.surrogate or record.model
             attacks.setdefault((attacked, record.target, record.attack_name, record.attack), record)
     rows: list[Row] = []
