@@ -62,6 +62,7 @@ from hsat.eval.options import TargetName
 from hsat.files import write_file
 from hsat.models import Encoder, fold_batchnorm
 from hsat.report import (
+    ArtifactSource,
     chance_level,
     differences_table,
     markdown_table,
@@ -294,11 +295,20 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
 
 
 def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
-    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches."""
+    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches.
+
+    Not of natural shifts, of which it shows the numbers only.
+    """
     for title, result in results.items():
+        names = [name for name in result.tables if name not in NaturalShift.standard()]
         write_artifacts(
             settings.out / "evidence",
-            result,
+            ArtifactSource(
+                tables={name: result.tables[name] for name in names},
+                scores={name: result.scores[name] for name in names},
+                class_names=result.class_names,
+                examples={name: result.examples[name] for name in names if name in result.examples},
+            ),
             target=settings.target,
             provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
             scoring=scoring,

@@ -41,7 +41,6 @@ class EvaluationCost:
     Attributes:
         images: Queries; None where the loader does not say.
         forwards, backwards: Passes per image of all conditions together, at most; the embedding of each is among them.
-        unknown: Attacks whose passes could not be counted.
         diagnosed: Images that the diagnosis looks at.
         seconds: Of attacks and embedding, by a short measurement; None where nothing was measured.
         diagnosis_seconds: Of the diagnosis.
@@ -52,7 +51,6 @@ class EvaluationCost:
     images: int | None
     forwards: float
     backwards: float
-    unknown: tuple[str, ...] = ()
     diagnosed: int = 0
     seconds: float | None = None
     diagnosis_seconds: float | None = None
@@ -62,14 +60,14 @@ class EvaluationCost:
     def __str__(self) -> str:
         """Two lines for people."""
         count = "patches" if self.images is None else f"{self.images:,} patches"
-        most = f" (and what {', '.join(self.unknown)} takes)" if self.unknown else ""
-        lines = f"{count}: at most {self.forwards:,.0f} forward and {self.backwards:,.0f} backward passes each{most}"
+        lines = f"{count}: at most {self.forwards:,.0f} forward and {self.backwards:,.0f} backward passes each"
         if self.seconds is not None:
             lines += f", about {time_text(self.seconds)}"
             if self.diagnosed and self.diagnosis_seconds is not None:
                 lines += f"; diagnosis of {self.diagnosed} of them about {time_text(self.diagnosis_seconds)}"
-        lines += f"\nmemory beside the encoder: bank {memory_text(self.bank_bytes)}"
-        return lines + (f", images of a batch {memory_text(self.batch_bytes)}" if self.batch_bytes else "")
+        parts = [("bank", self.bank_bytes), ("images of a batch", self.batch_bytes)]
+        sizes = [f"{name} {memory_text(size) if size >= 1e6 else 'under 1 MB'}" for name, size in parts if size]
+        return f"{lines}\nmemory beside the encoder: {', '.join(sizes)}"
 
 
 def estimate_cost(
@@ -100,9 +98,8 @@ def estimate_cost(
     Returns:
         The cost of what is left.
     """
-    passes = {name: count_passes(attack, classes=len(bank.class_names)) for name, attack in attacks.items()}
-    known = [value for value in passes.values() if value is not None]
-    forwards, backwards = (sum(value[place] for value in known) for place in (0, 1))
+    passes = [count_passes(attack, classes=len(bank.class_names)) for attack in attacks.values()]
+    forwards, backwards = (sum(one[place] for one in passes) for place in (0, 1))
     conditions = len(attacks) + 1
     diagnosed = evaluation.run.diagnose
     checks = diagnosis_passes([attack for attack in attacks.values() if is_diagnosed(attack)]) if diagnosed else (0, 0)
@@ -119,7 +116,6 @@ def estimate_cost(
         images=images,
         forwards=forwards + conditions,
         backwards=backwards,
-        unknown=tuple(name for name, value in passes.items() if value is None),
         diagnosed=0 if not any(checks) else diagnosed if images is None else min(diagnosed, images),
         seconds=seconds,
         diagnosis_seconds=diagnosis_seconds,
@@ -171,7 +167,7 @@ def affordable_diagnosis(images: int, attacks: Mapping[str, Attack]) -> int:
         images: Queries of the evaluation.
         attacks: By name.
     """
-    counted = [count_passes(attack) or _stated_passes(attack) for attack in attacks.values()]
+    counted = [count_passes(attack) for attack in attacks.values()]
     evaluation = images * (1 + sum(1 + forwards + _BACKWARD * backwards for forwards, backwards in counted))
     forwards, backwards = diagnosis_passes([attack for attack in attacks.values() if is_diagnosed(attack)])
     each = forwards + _BACKWARD * backwards
@@ -207,7 +203,7 @@ def diagnosis_passes(attacks: Sequence[Attack]) -> tuple[int, int]:
     return forwards, climbs + unbounded
 
 
-def count_passes(attack: Attack, *, classes: int = 2) -> tuple[int, int] | None:
+def count_passes(attack: Attack, *, classes: int = 2) -> tuple[int, int]:
     """Forward and backward passes per image of an attack, at most.
 
     Args:
@@ -215,7 +211,8 @@ def count_passes(attack: Attack, *, classes: int = 2) -> tuple[int, int] | None:
         classes: Number of classes, on which a targeted attack may depend.
 
     Returns:
-        Both, counted on a stand-in that never gives way; None for an attack that only fits images of another shape.
+        Both, counted on a stand-in that never gives way; of an attack that only fits images of another shape, such as
+        one with a mask, what its settings say.
     """
     model = DecisionModel(_StandIn(max(2, classes)), NearestCentroid().fit(_stand_in_bank(max(2, classes))), wide=True)
     images = torch.linspace(0.2, 0.8, 3 * _STAND_IN_SIDE**2).reshape(1, 3, _STAND_IN_SIDE, _STAND_IN_SIDE)
@@ -223,7 +220,7 @@ def count_passes(attack: Attack, *, classes: int = 2) -> tuple[int, int] | None:
     try:
         result = attack_unscored(attack, images, objective, generator=torch.Generator().manual_seed(0), ids=ids)
     except (ValueError, RuntimeError, TypeError, IndexError):  # such as a mask of another size
-        return None
+        return _stated_passes(attack)
     if result.members is None:
         return int(result.forwards), int(result.backwards)
     return sum(one.forwards for one in result.members), sum(one.backwards for one in result.members)
@@ -232,7 +229,7 @@ def count_passes(attack: Attack, *, classes: int = 2) -> tuple[int, int] | None:
 def _stated_passes(attack: Attack) -> tuple[int, int]:
     """What the settings of an attack say of its passes; those of the attack inside for one in another space."""
     inner = getattr(attack, "attack", attack)
-    steps = getattr(inner, "steps", 1) * getattr(inner, "restarts", 1)
+    steps = getattr(inner, "steps", 0) * getattr(inner, "restarts", 1)
     return steps, steps
 
 

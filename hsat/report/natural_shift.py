@@ -16,13 +16,14 @@ from hsat.report.tables import TITLES, page_cell
 OWN = "own"  # the column of amounts that are none of the standard ones
 
 
-def shift_table(records: Sequence[Record], *, level: str, metric: str) -> Table | None:
+def shift_table(records: Sequence[Record], *, level: str, metric: str, with_amounts: bool = True) -> Table | None:
     """One row per kind of shift; per model the metric clean and under mild, medium and strong shifts.
 
     Args:
         records: Of one setting and k.
         level: Which level.
         metric: Which metric.
+        with_amounts: Say below the table what each shift does.
 
     Returns:
         None where no shift was measured at that level.
@@ -49,7 +50,7 @@ def shift_table(records: Sequence[Record], *, level: str, metric: str) -> Table 
         rows=rows,
         caption=f"Natural shift, {level} level, {TITLES.get(metric, metric)} in % (n = {sizes})",
         groups=[(model, 1 + len(used)) for model in models],
-        notes=_amounts(shifts),
+        notes=_amounts(shifts) if with_amounts else (),
     )
 
 
@@ -58,7 +59,11 @@ def shift_markdown(records: Sequence[Record], *, levels: Sequence[str], metrics:
     parts = []
     for target, k in dict.fromkeys((record.target, record.k) for record in records if is_shift(record)):
         mine = [record for record in records if (record.target, record.k) == (target, k) and not record.surrogate]
-        tables = [shift_table(mine, level=level, metric=metric) for level in levels for metric in metrics]
+        places = [(level, metric) for level in levels for metric in metrics]
+        tables = [
+            shift_table(mine, level=level, metric=metric, with_amounts=(level, metric) == places[-1])
+            for level, metric in places
+        ]
         several = len({record.k for record in records}) > 1
         parts += [(f"k = {k}\n\n" if several else "") + table.to_markdown() for table in tables if table]
     return "\n".join(parts)

@@ -141,7 +141,11 @@ def numbers_section(
         k=k,
         tables=tuple(table for table in tables if table),
         more_tables=tuple(table for table in more if table),
-        shift_tables=tuple(t for level in levels if (t := shift_table(shifts, level=level, metric=metric))),
+        shift_tables=tuple(
+            t
+            for level in levels
+            if (t := shift_table(shifts, level=level, metric=metric, with_amounts=level == levels[-1]))
+        ),
         shift_figures=shift_figures(shifts, metric=metric),
         curves=_curves(main, levels, styles, metric),
         confusions=tuple(confusions),
