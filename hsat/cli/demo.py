@@ -81,9 +81,9 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     recipe = {"data": {"image_size": read_recipe("demo")["data"]["image_size"]}}
     argv = ["--checkpoint", ",".join(f"{name}={path}" for name, path in encoders.items()), "--target", target]
     argv += ["--out", str(demo.out / target), "--seed", str(demo.seed), "--quiet", str(demo.quiet)]
-    argv += ["--steps", "10", "--eps", "4/255,8/255"]
+    argv += ["--steps", "10", "--eps", "4/255,8/255", "--natural_shift", "false"]
     if target == "decision":  # one vote is attacked, and PGD is enough to show how much the drift leaves undone
-        argv += ["--k", str(K), "--attacks", "pgd", "--diagnose", "0", "--natural_shift", "false"]
+        argv += ["--k", str(K), "--attacks", "pgd", "--diagnose", "0"]
     else:
         argv += ["--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
     argv += ["--query_patches", str(demo.query_patches)] if demo.query_patches else []

@@ -70,7 +70,7 @@ def diagnose(
     value or by decision; the objective does not rise with the steps; decisions that stay right under an unlimited
     attack; a second pass that gives another embedding; embeddings that jump (noise seeded by the image).  Together they
     raise a flag for a sound model with a probability of at most 1 %.  With few images only gross masking is seen.  No
-    flag is no proof of robustness.  Cost per image, for an attack of s steps: 2 s + 40 gradients at most (4.5 s for
+    flag is no proof of robustness.  Cost per image, for an attack of s steps: 2 s + 40 gradients at most (3.5 s for
     others than PGD, BIM and MI-FGSM) and about 100 passes; `evaluate_whitebox` shares most of it among its attacks.
 
     Args:
