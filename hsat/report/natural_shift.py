@@ -1,4 +1,4 @@
-"""What a natural shift leaves: a table and a figure, beside the axis of eps, on which shifts have no place."""
+"""What natural shifts leave: tables of their own, since shifts have no place on the axis of eps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from hsat.attacks.natural_shift import STRENGTHS
 from hsat.eval import Record, Table
 from hsat.eval.tables import Row, TableCell
-from hsat.report.aggregation import CLEAN, aggregate_runs
-from hsat.report.page.drawing import Axis, Series, draw_lines, swatch
-from hsat.report.page.figures import PageFigure
+from hsat.report.aggregation import CLEAN, TITLES, aggregate_runs, page_cell
 from hsat.report.summary import is_shift
-from hsat.report.tables import TITLES, page_cell
 
 OWN = "own"  # the column of amounts that are none of the standard ones
 
@@ -33,15 +30,15 @@ def shift_table(records: Sequence[Record], *, level: str, metric: str, with_amou
     if not shifts:
         return None
     models = list(dict.fromkeys(record.model for record in shifts))
-    used = [name for name in (*STRENGTHS, OWN) if any(_place(record)[1] == name for record in shifts)]
+    used = [name for name in (*STRENGTHS, OWN) if any(shift_place(record)[1] == name for record in shifts)]
     rows: list[Row] = []
-    for label in dict.fromkeys(_place(record)[0] for record in shifts):
+    for label in dict.fromkeys(shift_place(record)[0] for record in shifts):
         cells: list[TableCell] = []
         for model in models:
             mine = [record for record in here if record.model == model]
             cells.append(page_cell(aggregate_runs([record for record in mine if record.attack_name == CLEAN])))
             for strength in used:
-                fitting = [record for record in mine if is_shift(record) and _place(record) == (label, strength)]
+                fitting = [record for record in mine if is_shift(record) and shift_place(record) == (label, strength)]
                 cells.append(page_cell(aggregate_runs(fitting)))
         rows.append((label, *cells))
     sizes = ", ".join(map(str, sorted({record.n for record in shifts})))
@@ -69,49 +66,7 @@ def shift_markdown(records: Sequence[Record], *, levels: Sequence[str], metrics:
     return "\n".join(parts)
 
 
-def shift_figures(records: Sequence[Record], *, metric: str) -> tuple[PageFigure, ...]:
-    """For each model the metric at patch level against the strength, a line per kind; none without standard shifts.
-
-    Args:
-        records: Of one setting and k.
-        metric: Which metric.
-    """
-    here = [record for record in records if (record.level, record.metric) == ("patch", metric)]
-    figures = []
-    for model in dict.fromkeys(record.model for record in here if is_shift(record)):
-        mine = [record for record in here if record.model == model]
-        clean = aggregate_runs([record for record in mine if record.attack_name == CLEAN])
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for label, strength in dict.fromkeys(map(_place, filter(is_shift, mine))):
-            estimate = aggregate_runs([r for r in mine if is_shift(r) and _place(r) == (label, strength)])
-            if strength in STRENGTHS and estimate is not None:
-                first = [] if clean is None else [(0, 100 * clean.value)]
-                lines.setdefault(label, first).append((STRENGTHS.index(strength) + 1, 100 * estimate.value))
-        if lines:
-            figures.append(_figure(model, lines, metric))
-    return tuple(figures)
-
-
-def _figure(model: str, lines: Mapping[str, Sequence[tuple[int, float]]], metric: str) -> PageFigure:
-    series = [
-        Series(label=label, x=[x for x, _ in points], y=[y for _, y in points], style=style, dash=style % 4)
-        for style, (label, points) in enumerate(lines.items())
-    ]
-    said = "; ".join(f"{label}: {', '.join(f'{y:.0f} %' for _, y in points)}" for label, points in lines.items())
-    x_axis = Axis("strength (0 clean, 1 mild, 2 medium, 3 strong)", (-0.15, 3.15), (0, 1, 2, 3))
-    name = model or "(unnamed model)"
-    svg = draw_lines(
-        series,
-        x_axis,
-        Axis(f"{metric}, %", (0, 100), range(0, 101, 20)),
-        title=f"Natural shift, {name}",
-        description=said,
-    )
-    legend = tuple((swatch(style, dash=style % 4), label) for style, label in enumerate(lines))
-    return PageFigure(svg, name, legend)
-
-
-def _place(record: Record) -> tuple[str, str]:
+def shift_place(record: Record) -> tuple[str, str]:
     """Row and column of a record: its kind and strength, or its own name where the amount is not a standard one."""
     about = record.settings.get("natural_shift")
     about = about if isinstance(about, Mapping) else {}
@@ -125,5 +80,5 @@ def _amounts(records: Sequence[Record]) -> list[str]:
     for record in records:
         about = record.settings.get("natural_shift")
         if isinstance(about, Mapping) and about.get("text"):
-            texts.setdefault(_place(record)[0], {})[str(about["text"])] = None
+            texts.setdefault(shift_place(record)[0], {})[str(about["text"])] = None
     return [f"{label}: {'; '.join(said)}" for label, said in texts.items()]

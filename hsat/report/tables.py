@@ -16,20 +16,20 @@ from hsat.eval.tables import ABSENT, Row
 from hsat.eval.transfer_drops import OTHERS
 from hsat.report.aggregation import (
     CLEAN,
+    TITLES,
     ConditionColumn,
     Estimate,
     aggregate_runs,
     format_estimate,
-    format_points,
     list_conditions,
+    minus_signs,
+    page_cell,
 )
 from hsat.report.artifacts import Artifacts
+from hsat.report.natural_shift import shift_markdown
 from hsat.report.summary import is_shift
 from hsat.types import LEVELS
 
-TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
-TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
-TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
 MEAN_OF_OTHERS = "mean of the others"
 
 
@@ -91,8 +91,6 @@ def markdown_table(
     intervals: bool = True,
 ) -> str:
     """`accuracy_tables` as Markdown, below them the notes and flags of the records, and tables of natural shifts."""
-    from hsat.report.natural_shift import shift_markdown
-
     tables = accuracy_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [record for record in records if record.level in levels and record.metric in metrics]
     remarks: dict[str, None] = {}
@@ -268,23 +266,6 @@ def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]
     )
 
 
-def page_cell(estimate: Estimate | None) -> TableCell:
-    """A cell of a page in percent: with its interval, or with the standard deviation over several runs."""
-    if estimate is None:
-        return TableCell(ABSENT)
-    if estimate.sd is not None:
-        small = f"± {100 * estimate.sd:.1f}, {estimate.runs} runs"
-    elif estimate.low is None or estimate.high is None:
-        small = ""
-    else:
-        small = f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
-    return TableCell(_minus(format_points(estimate.value)), _minus(small))
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
-
-
 def _attacks_of_labels(columns: Sequence[ConditionColumn]) -> list[str]:
     return [f"{column.label}: {column.attack}" for column in columns if column.label != column.name]
 
@@ -364,7 +345,7 @@ def _difference(one: Difference | None) -> TableCell:
     if one is None:
         return TableCell(ABSENT)
     small = "" if one.low is None or one.high is None else f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
-    return TableCell(_minus(f"{100 * one.difference:+.1f}"), _minus(small))
+    return TableCell(minus_signs(f"{100 * one.difference:+.1f}"), minus_signs(small))
 
 
 def effort_table(records: Sequence[Record]) -> Table | None:

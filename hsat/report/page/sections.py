@@ -12,8 +12,15 @@ from typing import Any
 from hsat.eval import Record, Table
 from hsat.report.aggregation import CLEAN
 from hsat.report.artifacts import Artifacts
-from hsat.report.natural_shift import shift_figures, shift_table
-from hsat.report.page.figures import PageFigure, accuracy_figure, accuracy_legend, class_legend, map_figures
+from hsat.report.natural_shift import shift_table
+from hsat.report.page.figures import (
+    PageFigure,
+    accuracy_figure,
+    accuracy_legend,
+    class_legend,
+    map_figures,
+    shift_figures,
+)
 from hsat.report.run_folders import RunFolder
 from hsat.report.summary import is_attack, is_noise, is_shift, norm_of, summarize_model, transfer_sentence
 from hsat.report.tables import confusion_table, drop_table, level_table, prefix_caption
