@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from pathlib import Path
+
 import pytest
+import torch
 
 from hsat.attacks import PGD, Linf, NaturalShift
+from hsat.attacks.natural_shift import STANDARD_AMOUNTS
 from hsat.classifiers import KNNClassifier
 from hsat.data import PatchDataset, patch_loader, read_opensrh
 from hsat.eval import RunOptions, Scoring, evaluate_whitebox
 
 ATTACKS = {"PGD-8": PGD(Linf(8 / 255), step_size=2 / 255, steps=2)}
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "natural_shift.md"
 FAST = {"scoring": Scoring(bootstrap=10)}
 
 
@@ -71,3 +78,22 @@ def test_the_stain_of_srh_patches_is_refused(toy_encoder, root):
     shifts = NaturalShift.standard(stained=False)
     result = evaluate_whitebox(toy_encoder, bank, queries, shifts, classifier=KNNClassifier(k=3), **FAST)
     assert len(result.tables) == 13
+
+
+def test_the_page_runs_and_its_table_is_that_of_the_code(tmp_path, capsys):
+    text = PAGE.read_text()
+    names: dict = {"__name__": "natural_shift"}
+    with contextlib.chdir(tmp_path), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            exec(compile(code, str(PAGE), "exec", dont_inherit=True), names)
+    assert set(names["result"].tables) == {
+        "clean",
+        "noise-8",
+        "PGD-8",
+        "blur 0.5",
+        *NaturalShift.standard(stained=False),
+    }
+    assert "**Natural shift, patch level" in capsys.readouterr().out
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d., ]+) \|", text, re.MULTILINE))
+    assert {kind: tuple(map(float, amounts.split(","))) for kind, amounts in rows.items()} == STANDARD_AMOUNTS
