@@ -27,8 +27,9 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "hsat.attacks": (
-        "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf RandomNoise Square"
-        " classification dlr feature_drift from_art from_foolbox from_torchattacks hierarchical margin match_features"
+        "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf NaturalShift RandomNoise"
+        " Square classification dlr feature_drift from_art from_foolbox from_torchattacks hierarchical margin"
+        " match_features"
     ),
     "hsat.losses": "HiDiscLoss supcon_loss",
     "hsat.classifiers": "DecisionModel Head KNNClassifier LinearProbe NearestCentroid",

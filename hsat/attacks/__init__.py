@@ -7,6 +7,7 @@ from hsat.attacks.feature_matching import choose_guide_images, match_features
 from hsat.attacks.margins import aggregate_margin, dlr, margin
 from hsat.attacks.masked import Masked
 from hsat.attacks.momentum import DIFGSM, NIFGSM, TIFGSM, VMIFGSM
+from hsat.attacks.natural_shift import NaturalShift
 from hsat.attacks.objectives import classification, feature_drift, hierarchical, objective_from
 from hsat.attacks.other_libraries import from_art, from_foolbox, from_torchattacks
 from hsat.attacks.pgd import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, RandomNoise
@@ -36,6 +37,7 @@ __all__ = [
     "FittedUniversal",
     "Linf",
     "Masked",
+    "NaturalShift",
     "Parametrization",
     "RandomNoise",
     "RawChannels",

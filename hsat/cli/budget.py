@@ -26,6 +26,7 @@ from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Pixels, split_commas
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     BudgetResult,
@@ -87,7 +88,7 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
     attacks = attacks_under(
         settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
     )
-    begin_run(settings, ranks)
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     results: dict[tuple[str, str], BudgetResult] = {}
     for title, encoder, digest in encoders:
         if settings.threat == "raw_srh" and encoder.fixed_size is None:
@@ -110,7 +111,10 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
                 ),
                 provenance=Provenance(model=title, checkpoint=digest),
             )
-    return results
+    return {
+        key: dataclasses.replace(result, records=name_threads(result.records, threads))
+        for key, result in results.items()
+    }
 
 
 def records_of(results: dict[tuple[str, str], BudgetResult]) -> list[Record]:

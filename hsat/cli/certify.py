@@ -22,6 +22,7 @@ from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import split_commas
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     CertificateResult,
@@ -84,7 +85,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
     bank, queries = open_loaders(settings, cohort)
     classifier = choose_classifier(settings, bank)
     encoders = open_encoders(settings.checkpoint, settings.model)
-    begin_run(settings, ranks)
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     records: list[Record] = []
     for title, encoder, digest in encoders:
         print(f"certifying {title} (sigma {settings.sigma:g})", file=sys.stderr)
@@ -102,7 +103,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
         if settings.check:
             attack_certificates(settings, title, encoder, queries, certified)
         records += certified.records
-    return records
+    return list(name_threads(records, threads))
 
 
 def attack_certificates(

@@ -24,6 +24,7 @@ from hsat.cli.encoders import naming_branch, stored_encoder
 from hsat.cli.evaluation import check_folder, open_loaders, remove_results
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import EvaluationDataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings, device_of
+from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.eval import (
     CONVENTIONS,
@@ -76,6 +77,7 @@ class Compare(Settings):
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
     out: Path = Field(written("runs/conventions"), description="folder for the results")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
@@ -233,7 +235,7 @@ def main(argv: list[str]) -> None:
     if unknown := [name for name in settings.metrics if name not in TITLES]:
         raise SystemExit(f"error: unknown metrics {unknown}; choose from {', '.join(TITLES)}")
     try:
-        with lock_folder(settings.out):
+        with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
             print(describe(cohort), file=sys.stderr)

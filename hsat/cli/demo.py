@@ -26,6 +26,7 @@ from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.evaluate import Evaluate, evaluate, write_results
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import Settings, say, split_commas
+from hsat.cli.threads import computing_threads
 from hsat.cli.train import load_settings, train
 from hsat.data import Cohort
 from hsat.eval import Record, read_records
@@ -82,7 +83,7 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     recipe = {"data": {"image_size": read_recipe("demo")["data"]["image_size"]}}
     argv = ["--checkpoint", ",".join(f"{name}={path}" for name, path in encoders.items()), "--target", target]
     argv += ["--out", str(demo.out / target), "--seed", str(demo.seed), "--quiet", str(demo.quiet)]
-    argv += ["--steps", "10", "--eps", "4/255,8/255"]
+    argv += ["--steps", "10", "--eps", "4/255,8/255", "--natural_shift", "false"]
     if target == "decision":  # one vote is attacked, and PGD is enough to show how much the drift leaves undone
         argv += ["--k", str(K), "--attacks", "pgd", "--diagnose", "0"]
     else:
@@ -90,7 +91,8 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     argv += ["--query_patches", str(demo.query_patches)] if demo.query_patches else []
     settings = Evaluate.load(argv, recipe=recipe)
     cohort = open_cohort(settings.data, seed=demo.seed)
-    return write_results(settings, cohort, evaluate(settings, cohort)), cohort
+    with computing_threads(settings.threads):
+        return write_results(settings, cohort, evaluate(settings, cohort)), cohort
 
 
 def chance(records: list[Record]) -> dict[str, float | None]:

@@ -36,6 +36,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from hsat.attacks import NaturalShift
 from hsat.cli.attacks import (
     EPS,
     PUBLISHED,
@@ -49,8 +50,9 @@ from hsat.cli.attacks import (
 from hsat.cli.classifiers import PAPER_K, ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Pixels, split_commas
+from hsat.cli.options import Pixels, say, split_commas
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     PAPER,
@@ -67,10 +69,12 @@ from hsat.eval import (
     score_tables,
     write_records,
 )
+from hsat.eval.cost import affordable_diagnosis
 from hsat.eval.options import TargetName
 from hsat.files import write_file
 from hsat.models import Encoder, fold_batchnorm
 from hsat.report import (
+    ArtifactSource,
     differences_table,
     markdown_table,
     plot_accuracy_vs_eps,
@@ -104,8 +108,14 @@ class Evaluate(ClassifierOptions, PatchSettings):
         None, description="paper: the published evaluation throughout (docs/conventions.md); single options win over it"
     )
     noise: bool = Field(True, description="measure random noise of each eps, too")
-    diagnose: int = Field(
-        32, ge=0, description="look for masked gradients on this many patches per attack (about 80 steps each); 0: none"
+    natural_shift: bool = Field(
+        True, description="measure stain, blur, JPEG, brightness and sampling shifts, too: 15 passes per patch"
+    )
+    diagnose: int | None = Field(
+        None,
+        ge=0,
+        description="look for masked gradients on this many patches per attack; if not given, on 8 to 32, as a quarter"
+        " of the time allows; 0: none",
     )
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
@@ -130,7 +140,8 @@ class Evaluate(ClassifierOptions, PatchSettings):
     @model_validator(mode="before")
     @classmethod
     def _published_evaluation(cls, values: Any) -> Any:
-        return published_options(values)
+        options = published_options(values)
+        return options if options is values else {"natural_shift": False, **options}
 
 
 def published_options(values: Any) -> Any:
@@ -179,10 +190,10 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
         encoders.append(NamedEncoder("untrained", untrained_encoder(encoders[0].encoder, seed=settings.seed), ""))
     check_titles(one.title for one in encoders)
     encoders = [one._replace(encoder=convert_encoder(one.encoder, settings.compute)) for one in encoders]
-    attacks = attacks_of(settings)
+    attacks = attacks_of(settings) | natural_shifts(settings, cohort)
     loaders = open_loaders(settings, cohort, own_size=settings.threat == "raw_srh")
     classifiers = choose_classifiers(settings, loaders[0])
-    begin_run(settings, ranks)
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     results = {}
     surrogates = {title: encoder.to(ranks.device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for one in encoders:
@@ -192,9 +203,10 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
             one.encoder.input_size = (size, size)  # the encoder resizes what the dataset no longer does
         others = {title: encoder for title, encoder in surrogates.items() if encoder is not one.encoder}
         with use_precision(settings.compute, ranks.device):
-            results[one.title] = evaluate_encoder(
+            result = evaluate_encoder(
                 settings, loaders, one, attacks, classifiers=classifiers, surrogates=others, ranks=ranks
             )
+        results[one.title] = replace(result, records=name_threads(result.records, threads))
     return results
 
 
@@ -237,7 +249,9 @@ def evaluate_encoder(
             cache_dir=settings.cache,
             resume_dir=settings.state_of(one.title),
             noise=settings.noise,
-            diagnose=settings.diagnose,
+            diagnose=affordable_diagnosis(len(queries.dataset), attacks)  # type: ignore[arg-type]
+            if settings.diagnose is None
+            else settings.diagnose,
             keep_examples=settings.gallery,
             progress=not settings.quiet,
         ),
@@ -254,6 +268,15 @@ def attacks_of(settings: Evaluate) -> dict[str, Any]:
     return dict(
         attacks_under(settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=size)
     )
+
+
+def natural_shifts(settings: Evaluate, cohort: Cohort) -> dict[str, Attack]:
+    """The shifts without an adversary that were asked for; SRH patches have no stains that could change."""
+    if not settings.natural_shift:
+        return {}
+    if cohort.kind == "srh":
+        say("natural shift without stain: SRH patches are not stained")
+    return dict(NaturalShift.standard(stained=cohort.kind != "srh"))
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
@@ -276,7 +299,8 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     if len(results) > 1:
         differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
         table += (
-            f"\n**Differences** from {differences[0].against}, on the same patients\n\n{differences_table(differences)}"
+            f"\n**Differences** from {differences[0].against}, on the same patients\n\n"
+            f"{differences_table([one for one in differences if one.condition not in NaturalShift.standard()])}"
         )
         write_json(out / "differences.json", [asdict(difference) for difference in differences])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
@@ -290,11 +314,20 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
 
 
 def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
-    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches."""
+    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches.
+
+    Not of natural shifts, of which it shows the numbers only.
+    """
     for title, result in results.items():
+        names = [name for name in result.tables if name not in NaturalShift.standard()]
         write_artifacts(
             settings.out / "evidence",
-            result,
+            ArtifactSource(
+                tables={name: result.tables[name] for name in names},
+                scores={name: result.scores[name] for name in names},
+                class_names=result.class_names,
+                examples={name: result.examples[name] for name in names if name in result.examples},
+            ),
             target=settings.target,
             provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
             scoring=scoring,
@@ -306,7 +339,8 @@ def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxR
     records = [record for record in records if record.classifier == records[0].classifier]
     plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=records[0].k)
     for title, result in results.items():
-        attacks = [name for name in result.examples if not name.startswith(("clean", "noise"))]
+        shifts = NaturalShift.standard()
+        attacks = [one for one in result.examples if not one.startswith(("clean", "noise")) and one not in shifts]
         if attacks and settings.gallery:
             name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
             clean, x_adv = result.examples["clean"], result.examples[name]

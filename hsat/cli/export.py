@@ -79,7 +79,7 @@ def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
         encoder.input_size = (settings.data.image_size,) * 2  # patches come at the size of their files
     bank = ShapeBatches(PatchDataset(cohort, "train"), settings.batch_size)
     classifier = choose_classifier(settings, bank)
-    begin_run(settings, ranks)
+    begin_run(settings, ranks, encoder)
     try:
         return save_adversarial(
             settings.out / "cohort",

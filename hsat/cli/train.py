@@ -35,6 +35,7 @@ from hsat.cli.options import (
     split_commas,
 )
 from hsat.cli.ranks import Ranks, command_to_resume, first_rank_first, join_ranks, silence_other_ranks
+from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.data.augment import default_augmentation
 from hsat.distributed import world_rank
@@ -63,6 +64,7 @@ MAY_DIFFER = {
     "train.save_every",
     "train.max_memory",
     "device",
+    "threads",
     "rank_timeout",
     "quiet",
     "change",
@@ -105,6 +107,7 @@ class Train(Settings):
     )
     seed: int = Field(0, ge=0, description="of weights, draws, augmentation and attacks")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(written("runs/hsat"), description="run folder")
     resume: bool = Field(False, description="go on where the run in --out stopped")
@@ -278,7 +281,11 @@ def main(argv: list[str]) -> None:
     check_config(settings)
     try:
         patience = timedelta(seconds=settings.rank_timeout)
-        with join_ranks(settings.device, patience=patience) as ranks, silence_other_ranks(ranks):
+        with (
+            join_ranks(settings.device, patience=patience) as ranks,
+            silence_other_ranks(ranks),
+            computing_threads(settings.threads),
+        ):
             with lock_folder(settings.out) if ranks.is_main else nullcontext():
                 path = train(settings, ranks)
             if ranks.is_main:

@@ -33,6 +33,7 @@ from hsat.cli.evaluate import published_options, target_and_scoring
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, write_records
 from hsat.models import active_branch
@@ -114,7 +115,7 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
     attacks = attacks_under(
         "linf", settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
     )
-    begin_run(settings, ranks)
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     result = evaluate_transfer(
         {one.title: one.encoder.to(ranks.device) for one in encoders},
         bank,
@@ -128,7 +129,8 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
         provenance={one.title: Provenance(checkpoint=one.digest) for one in encoders},
     )
     branches = {one.title: active_branch(one.encoder) for one in encoders}
-    return replace(result, records=tuple(_naming_branch(record, branches) for record in result.records))
+    named = (_naming_branch(record, branches) for record in result.records)
+    return replace(result, records=name_threads(named, threads))
 
 
 def _naming_branch(record: Record, branches: dict[str, str | None]) -> Record:

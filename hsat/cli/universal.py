@@ -26,6 +26,7 @@ from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import check_folder, open_loaders, remove_results, upper_bound_note
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
+from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.eval import Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
@@ -52,6 +53,7 @@ class Universal(ClassifierOptions, Settings):
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the random start")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
     out: Path = Field(written("runs/universal"), description="folder for the results")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
@@ -117,7 +119,7 @@ def main(argv: list[str]) -> None:
     if not settings.checkpoint:
         raise SystemExit("error: give --checkpoint FILE, or name=FILE; hsat train writes best.safetensors")
     try:
-        with lock_folder(settings.out):
+        with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
             print(describe(cohort), file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,21 +71,37 @@ class Evaluation:
         run = self.run
         return Embedder(self.encoder, layer=self.layer, device=run.device, name=name, progress=run.progress)
 
-    def embed_bank(self, bank: Bank, world: World, cache: EmbeddingCache | None) -> EmbeddingTable:
+    def embed_bank(
+        self,
+        bank: Bank,
+        world: World,
+        cache: EmbeddingCache | None,
+        *,
+        announce: Callable[[Iterable[HierarchicalBatch]], None] | None = None,
+    ) -> EmbeddingTable:
         """The table of a bank: given, in one piece or several, or embedded by `embed_clean`."""
         if isinstance(bank, EmbeddingTable):
             return bank
         if isinstance(bank, Sequence) and any(isinstance(bank[number], EmbeddingTable) for number in range(len(bank))):
             return concat_tables(cast(Sequence[EmbeddingTable], bank))
         loader = cast(Iterable[HierarchicalBatch], bank)
-        return self.embed_clean(loader, loader_info(loader, self.provenance.class_names), world, cache)
+        info = loader_info(loader, self.provenance.class_names)
+        return self.embed_clean(loader, info, world, cache, announce=announce)
 
     def embed_clean(
-        self, loader: Iterable[HierarchicalBatch], info: LoaderInfo, world: World, cache: EmbeddingCache | None
+        self,
+        loader: Iterable[HierarchicalBatch],
+        info: LoaderInfo,
+        world: World,
+        cache: EmbeddingCache | None,
+        *,
+        announce: Callable[[Iterable[HierarchicalBatch]], None] | None = None,
     ) -> EmbeddingTable:
         """The table of a loader's images, from the cache or embedded by all ranks together.
 
         The cached table is used only if every rank finds it; otherwise rank 0 writes it.
+
+        announce: Where progress is shown, is called on rank 0 with the loader before it is embedded.
         """
         key = None if cache is None else self.clean_key(loader)
         if cache is not None and key is not None:
@@ -93,6 +109,8 @@ class Evaluation:
             table = cache.get_table(key)
             if all(world.gather(table is not None)) and table is not None:
                 return table
+        if announce is not None and self.run.progress and world.is_main:
+            announce(loader)
         table = self.embedder(self.provenance.model).run(loader, info, world)
         if cache is not None and key is not None and world.is_main:
             cache.put_table(key, table)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks import AttackEnsemble, RandomNoise
+from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import eval_mode
 from hsat.eval.confidence import binomial_tail
+from hsat.eval.cost import announce_bank, announce_cost
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
     Bank,
@@ -132,19 +134,18 @@ def evaluate_whitebox(
         TypeError: For attacks that are no mapping of attacks.
     """
     evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
-    check_attacks(attacks)
+    check_attacks(attacks, queries)
     others = dict(surrogates or {})
     chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), others)
     with open_world(run) as (world, cache):
-        table = evaluation.embed_bank(bank, world, cache)
+        table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)
         settings = evaluation.settings(queries, chosen) | classifier_settings(classifiers, table)
         for name, other in others.items():
             settings |= encoder_settings(f"encoder.{name}", other, Provenance())
         session = open_session(run, settings, world, cache)
-        attacked = attack_queries(
-            evaluation, queries, chosen, session, classifier=classifiers[0].fitted, frozen=tuple(others.values())
-        )
+        frozen, fitted = tuple(others.values()), classifiers[0].fitted
+        attacked = attack_queries(evaluation, queries, chosen, session, classifier=fitted, bank=table, frozen=frozen)
     return measure_attacks(evaluation, attacked, chosen, classifiers, bank=table)
 
 
@@ -155,6 +156,7 @@ def attack_queries(
     session: Session,
     *,
     classifier: FittedClassifier,
+    bank: EmbeddingTable | None = None,
     frozen: Sequence[EmbeddingFunction] = (),
 ) -> AttackedQueries:
     """The one pass over the queries, and the diagnoses of the attacks.
@@ -165,13 +167,17 @@ def attack_queries(
         attacks: By name, noise baselines among them.
         session: World, store and cache.
         classifier: What is attacked.
+        bank: What it was fitted on, where it was.
         frozen: Further modules to freeze meanwhile.
     """
     encoder, layer, cache = evaluation.encoder, evaluation.layer, session.cache
     objectives = ObjectiveFactory(encoder, evaluation.target, layer, classifier)
+    run, name = evaluation.run, evaluation.provenance.model
     diagnostics = DiagnosticsCollector(
-        encoder, objectives, attacks, layer=layer, classifier=classifier, run=evaluation.run
+        encoder, objectives, attacks, layer=layer, classifier=classifier, run=run, name=name
     )
+    if session.shows:
+        announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session)
     conditions = AttackRunner(evaluation, objectives).run(
         queries,
         attacks,
@@ -223,12 +229,12 @@ def measure_attacks(
     )
 
 
-def check_attacks(attacks: Mapping[str, Attack]) -> None:
-    """Raise unless this maps names other than "clean" to attacks.
+def check_attacks(attacks: Mapping[str, Attack], queries: object = None) -> None:
+    """Raise unless this maps names other than "clean" to attacks that fit the queries, where they say what they are.
 
     Raises:
         TypeError: For something else than a mapping of attacks.
-        ValueError: For an attack called "clean".
+        ValueError: For an attack called "clean", and for other stains of SRH patches, which are not stained.
     """
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping such as {{'PGD-8': PGD(...)}}, got {type(attacks).__name__}")
@@ -237,6 +243,13 @@ def check_attacks(attacks: Mapping[str, Attack]) -> None:
             raise TypeError(f"attack {name!r} has no method run, as hsat.types.Attack wants: {attack!r}")
     if CLEAN in attacks:
         raise ValueError(f"an attack cannot be called {CLEAN!r}: that is the name of the queries as they are")
+    kind = getattr(getattr(getattr(queries, "dataset", None), "cohort", None), "kind", None)
+    stains = [name for name, attack in attacks.items() if isinstance(attack, NaturalShift) and attack.kind == "stain"]
+    if stains and kind == "srh":
+        raise ValueError(
+            f"{', '.join(stains)}: SRH patches are not stained, so that no other stain can be measured;"
+            " take NaturalShift.standard(stained=False)"
+        )
 
 
 def condition_records(
@@ -263,8 +276,10 @@ def condition_records(
             settings["attacked_classifier"] = repr(first.settings)
             if isinstance(first.key, int):
                 settings["attacked_k"] = first.key
-            if attack is not None and not classifier.attacked and not isinstance(attack, RandomNoise):
+            if attack is not None and not classifier.attacked and not isinstance(attack, RandomNoise | NaturalShift):
                 flags.append(f"the attack was optimised for {first.name}, but this record is for {classifier.name}")
+        if isinstance(attack, NaturalShift):
+            settings["natural_shift"] = {"kind": attack.kind, "strength": attack.strength, "text": attack.text}
         if condition.outcome is not None:
             flags += black_box_flags(condition.outcome)
             settings |= ensemble_settings(condition.outcome)

@@ -9,8 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hsat.eval.records import Record
+from hsat.eval.tables import ABSENT, TableCell
 
 CLEAN = "clean"
+TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
+TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
+TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
 _ARITHMETIC = ("how", "absent", "keys")  # of pooling and of the mean class accuracy
 _TARGETS = {
     "decision": "Attacks on the decision of the classifier",
@@ -246,3 +250,21 @@ def format_points(share: float, *, digits: int = 1) -> str:
     """A share in points of a percent, without a sign before zero."""
     text = f"{100 * share:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
+
+
+def page_cell(estimate: Estimate | None) -> TableCell:
+    """A cell of a page in percent: with its interval, or with the standard deviation over several runs."""
+    if estimate is None:
+        return TableCell(ABSENT)
+    if estimate.sd is not None:
+        small = f"± {100 * estimate.sd:.1f}, {estimate.runs} runs"
+    elif estimate.low is None or estimate.high is None:
+        small = ""
+    else:
+        small = f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
+    return TableCell(minus_signs(format_points(estimate.value)), minus_signs(small))
+
+
+def minus_signs(text: str) -> str:
+    """Hyphens as minus signs."""
+    return text.replace("-", "−")

@@ -13,9 +13,9 @@ from torch import Tensor
 from hsat.eval import Record
 from hsat.eval.tables import ABSENT
 from hsat.eval.transfer_drops import OTHERS
-from hsat.report.aggregation import format_points
+from hsat.report.aggregation import TITLES, format_points
 from hsat.report.panels import COLOURS, GREY, LINES, MARKERS, draw_chance, figure_style, finish_figure, open_panels
-from hsat.report.tables import MEAN_OF_OTHERS, TITLES, list_surrogates
+from hsat.report.tables import MEAN_OF_OTHERS, list_surrogates
 from hsat.types import LEVELS
 
 if TYPE_CHECKING:

@@ -82,8 +82,21 @@ def is_noise(record: Record) -> bool:
     return record.attack.startswith("RandomNoise(") or record.attack_name.startswith("noise-")
 
 
+def is_shift(record: Record) -> bool:
+    """Whether the condition is a natural shift: without an adversary, and without eps."""
+    return record.attack.startswith("NaturalShift(")
+
+
+def is_attack(record: Record) -> bool:
+    """Whether the condition has an adversary."""
+    return bool(record.attack) and not is_noise(record) and not is_shift(record)
+
+
 def accuracy_points(records: Sequence[Record], *, kind: str) -> list[AccuracyPoint]:
-    """The conditions of one kind ("clean", "noise", "attack") of one model, level and metric, by growing eps."""
+    """The conditions of one kind of one model, level and metric, by growing eps.
+
+    kind: "clean", "noise", "attack" or "shift".
+    """
     chosen = [record for record in records if _kind(record) == kind]
     points = []
     for name, attack in dict.fromkeys((record.attack_name, record.attack) for record in chosen):
@@ -162,6 +175,7 @@ def summarize_model(records: Sequence[Record]) -> RobustnessSummary:
     if len(models) != 1:
         raise ValueError(f"a summary is that of one model, got records of {sorted(models)}")
     norm = main_norm(records)
+    records = [record for record in records if not is_shift(record)]
     mine = [record for record in records if record.attack_name == CLEAN or norm_of(record) == norm]
     attacks = accuracy_points(mine, kind="attack")
     worst = strongest_per_eps(attacks)[-1] if attacks else None
@@ -292,4 +306,6 @@ def cross_attack_flags(records: Sequence[Record]) -> list[Flag]:
 def _kind(record: Record) -> str:
     if record.attack_name == CLEAN:
         return CLEAN
+    if is_shift(record):
+        return "shift"
     return "noise" if is_noise(record) else "attack"

@@ -14,6 +14,7 @@ from hsat.eval.tables import ABSENT, Row
 from hsat.eval.transfer_drops import OTHERS
 from hsat.report.aggregation import (
     CLEAN,
+    TITLES,
     ConditionColumn,
     Estimate,
     aggregate_runs,
@@ -21,12 +22,12 @@ from hsat.report.aggregation import (
     format_points,
     list_conditions,
     mean_chance,
+    page_cell,
 )
+from hsat.report.natural_shift import shift_markdown
+from hsat.report.summary import is_shift
 from hsat.types import LEVELS
 
-TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
-TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
-TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
 MEAN_OF_OTHERS = "mean of the others"
 
 
@@ -42,7 +43,8 @@ def accuracy_tables(
     A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
     cell (seeds, splits) give their mean and standard deviation.  The last column is the chance level, where records
     state it.  Rows are split by target and k where those differ, and by the classifier where several have no k.
-    Transfers have a row per pair, "surrogate → model"; see `transfer_markdown` for the matrix.
+    Natural shifts are left out: they have tables of their own.  Transfers have a row per pair, "surrogate → model"; see
+    `transfer_markdown` for the matrix.
 
     Args:
         records: What was measured.
@@ -53,7 +55,7 @@ def accuracy_tables(
     Raises:
         ValueError: If no record fits.
     """
-    chosen = [record for record in records if record.level in levels and record.metric in metrics]
+    chosen = [r for r in records if r.level in levels and r.metric in metrics and not is_shift(r)]
     if not chosen:
         raise ValueError(
             f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
@@ -93,7 +95,7 @@ def markdown_table(
     metrics: Sequence[str] = ("accuracy", "mca"),
     intervals: bool = True,
 ) -> str:
-    """`accuracy_tables` as Markdown, and below them the notes and flags of the records."""
+    """`accuracy_tables` as Markdown, below them the notes and flags of the records, and tables of natural shifts."""
     tables = accuracy_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [record for record in records if record.level in levels and record.metric in metrics]
     remarks: dict[str, None] = {}
@@ -102,7 +104,8 @@ def markdown_table(
             remarks[f"- {record.attack_name}: {note}"] = None
         for flag in record.flags:
             remarks[f"- {_model_name(record)}, {record.attack_name} ({record.target}): {flag}"] = None
-    return _paragraphs(tables, remarks)
+    shifts = shift_markdown(records, levels=levels, metrics=metrics)
+    return _paragraphs(tables, remarks) + (f"\n{shifts}" if shifts else "")
 
 
 def transfer_tables(
@@ -289,27 +292,9 @@ def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]
     )
 
 
-def page_cell(estimate: Estimate | None) -> TableCell:
-    """A cell of a page in percent: with its interval, or with the standard deviation over several runs."""
-    if estimate is None:
-        return TableCell(ABSENT)
-    if estimate.sd is not None:
-        small = f"± {100 * estimate.sd:.1f}, {estimate.runs} runs"
-    elif estimate.low is None or estimate.high is None:
-        small = ""
-    else:
-        small = f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
-    return TableCell(minus_signs(format_points(estimate.value)), minus_signs(small))
-
-
 def _chance_cell(records: Sequence[Record], metric: str) -> TableCell:
     chance = mean_chance(record for record in records if record.metric == metric)
     return TableCell(ABSENT if chance is None else format_points(chance))
-
-
-def minus_signs(text: str) -> str:
-    """The text with minus signs for hyphens."""
-    return text.replace("-", "−")
 
 
 def _attacks_of_labels(columns: Sequence[ConditionColumn]) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hsat.attacks import NaturalShift
 from hsat.data import read_opensrh
 from hsat.eval import Scoring, compare_models, load_scores, read_records
 from hsat.models import load_encoder
@@ -68,7 +69,8 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
         "noise-8",
         *(f"{kind}-{eps}" for kind in ("PGD", "MIFGSM") for eps in (4, 8)),
     }
-    assert {record.attack_name for record in records} == conditions
+    shifts = set(NaturalShift.standard(stained=False))
+    assert {record.attack_name for record in records} == conditions | shifts
     assert {record.level for record in records} == {"patch", "slide", "patient"}
     assert {(record.model, record.target, record.k, record.seed) for record in records} == {("run", "embedding", 5, 0)}
     assert {record.checkpoint for record in records} == {hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -77,7 +79,10 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
     assert attacked.eps == "8/255" and "MIFGSM" in attacked.attack and "steps=2" in attacked.attack
     table = (out / "table.md").read_text()
     assert all(f" {name} |" in table for name in conditions) and "BIM" not in table
-    assert table.strip() in capsys.readouterr().out
+    assert "**Natural shift, patch level, Acc in %" in table and "| blur |" in table and "stain" not in table
+    shown = capsys.readouterr()
+    assert table.strip() in shown.out and "natural shift without stain: SRH patches are not stained" in shown.err
+    assert not list((out / "evidence").rglob("blur*"))
     for name in ("accuracy_vs_eps.png", "patches_run_PGD-8.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 200
@@ -103,6 +108,31 @@ def test_folders_and_tables_of_colour_patches(layout, trained, colour_root, tmp_
     evaluate([*argv, "--data.layout", layout, "--out", str(tmp_path / "out")])
     assert "adenoma" in capsys.readouterr().err
     assert values(tmp_path / "out", "run")["clean", "patch", "accuracy"] == 1.0  # one class is dark, one bright
+
+
+def test_stained_patches_have_other_stains_and_diagnosis_is_sized_by_the_work(trained, colour_root, tmp_path):
+    argv = [
+        "--checkpoint",
+        str(trained / "final.safetensors"),
+        "--data.root",
+        str(colour_root),
+        "--data.layout",
+        "folders",
+    ]
+    argv += [word for word in ONE if word not in ("--diagnose", "0")]
+    evaluate([*argv, "--out", str(tmp_path / "out")])
+    records = read_records(tmp_path / "out" / "records.jsonl")
+    assert set(NaturalShift.standard()) <= {record.attack_name for record in records}
+    looked_at = {record.settings["diagnosis"]["images"] for record in records if "diagnosis" in record.settings}
+    assert looked_at == {min(8, next(r.n for r in records if r.level == "patch"))}
+
+
+def test_the_published_evaluation_has_no_shifts_unless_asked_for():
+    from hsat.cli.evaluate import Evaluate
+
+    assert Evaluate.load([]).natural_shift and not Evaluate.load(["--preset", "paper"]).natural_shift
+    assert Evaluate.load(["--preset", "paper", "--natural_shift"]).natural_shift
+    assert Evaluate.load([]).diagnose is None
 
 
 def test_k_above_the_bank_warns_with_both_numbers(trained, root, tmp_path):

@@ -9,6 +9,8 @@
 | linear     | yes                   | yes       | yes               | yes                | yes                        |
 | classifier | yes                   | yes       | yes               | always             | yes                        |
 | certify    | yes                   | yes       | yes               | no attack: its check takes all of them          |
+
+The first of them measures natural shifts beside its attack.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import dataclasses, json, os, signal, sys, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from hsat.attacks import L2, PGD, AttackEnsemble, Linf
+from hsat.attacks import L2, PGD, AttackEnsemble, Linf, NaturalShift
 from hsat.data import PatchDataset, patch_loader, read_folders
 from hsat.classifiers import KNNClassifier, LinearProbe
 from hsat.eval import *
@@ -39,6 +41,7 @@ from hsat.eval import *
 EPS = 4 / 255
 GRADIENT = PGD(Linf(EPS), step_size=2 / 255, steps=2)
 ENSEMBLE = AttackEnsemble(Linf(EPS), steps=2, decision_steps=2, restarts=1, queries=2)
+SHIFTS = {name: NaturalShift.standard()[name] for name in ("stain 2", "jpeg 3", "brightness 1")}
 COMMON = dict(classifier=KNNClassifier(k=3), provenance=Provenance(model="m"))
 ATTACKING = ("whitebox", "transfer", "budget", "export", "linear", "classifier")
 NAMES = (*ATTACKING, "certify")
@@ -74,7 +77,8 @@ def evaluate(name, root, out, network, *, target="features", attack=GRADIENT, ru
     options = dict(COMMON, target=target, run=run)
     scoring = Scoring(bootstrap=10)
     if name == "whitebox":
-        result = evaluate_whitebox(network, bank, queries, {"attack": attack}, scoring=scoring, **options)
+        attacks = {"attack": attack, **SHIFTS}
+        result = evaluate_whitebox(network, bank, queries, attacks, scoring=scoring, **options)
     elif name == "linear":  # attacked, and a kNN beside it
         options["classifier"] = [LinearProbe(), KNNClassifier(k=3)]
         result = evaluate_whitebox(network, bank, queries, {"attack": attack}, scoring=scoring, **options)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsat.attacks.natural_shift import STRENGTHS
 from hsat.eval import Record
-from hsat.report.aggregation import CLEAN, Estimate, mean_chance
+from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, mean_chance
 from hsat.report.artifacts import Artifacts
+from hsat.report.natural_shift import shift_place
 from hsat.report.page.drawing import Axis, Series, baseline_swatch, draw_lines, draw_map, swatch
-from hsat.report.summary import accuracy_lines, eps_ticks, norm_of
+from hsat.report.summary import accuracy_lines, eps_ticks, is_shift, norm_of
 
 _PERCENT = tuple(range(0, 101, 20))
 _MAX_POINTS = 240
@@ -107,6 +109,48 @@ def accuracy_legend(models: Mapping[str, int], *, noise: bool, chance: bool) -> 
     if chance:
         items.append((baseline_swatch(), "chance level"))
     return tuple(items)
+
+
+def shift_figures(records: Sequence[Record], *, metric: str) -> tuple[PageFigure, ...]:
+    """For each model the metric at patch level against the strength, a line per kind; none without standard shifts.
+
+    Args:
+        records: Of one setting and k.
+        metric: Which metric.
+    """
+    here = [record for record in records if (record.level, record.metric) == ("patch", metric)]
+    figures = []
+    for model in dict.fromkeys(record.model for record in here if is_shift(record)):
+        mine = [record for record in here if record.model == model]
+        clean = aggregate_runs([record for record in mine if record.attack_name == CLEAN])
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for label, strength in dict.fromkeys(map(shift_place, filter(is_shift, mine))):
+            estimate = aggregate_runs([r for r in mine if is_shift(r) and shift_place(r) == (label, strength)])
+            if strength in STRENGTHS and estimate is not None:
+                first = [] if clean is None else [(0, 100 * clean.value)]
+                lines.setdefault(label, first).append((STRENGTHS.index(strength) + 1, 100 * estimate.value))
+        if lines:
+            figures.append(_shift_figure(model, lines, metric))
+    return tuple(figures)
+
+
+def _shift_figure(model: str, lines: Mapping[str, Sequence[tuple[int, float]]], metric: str) -> PageFigure:
+    series = [
+        Series(label=label, x=[x for x, _ in points], y=[y for _, y in points], style=style, dash=style % 4)
+        for style, (label, points) in enumerate(lines.items())
+    ]
+    said = "; ".join(f"{label}: {', '.join(f'{y:.0f} %' for _, y in points)}" for label, points in lines.items())
+    x_axis = Axis("strength (0 clean, 1 mild, 2 medium, 3 strong)", (-0.15, 3.15), (0, 1, 2, 3))
+    name = model or "(unnamed model)"
+    svg = draw_lines(
+        series,
+        x_axis,
+        Axis(f"{metric}, %", (0, 100), _PERCENT),
+        title=f"Natural shift, {name}",
+        description=said,
+    )
+    legend = tuple((swatch(style, dash=style % 4), label) for style, label in enumerate(lines))
+    return PageFigure(svg, name, legend)
 
 
 def training_figures(columns: Mapping[str, Sequence[float]], *, name: str) -> tuple[PageFigure, ...]:

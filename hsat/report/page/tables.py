@@ -8,8 +8,9 @@ import numpy as np
 
 from hsat.eval import Difference, Record, Table, TableCell
 from hsat.eval.tables import ABSENT, Row
+from hsat.report.aggregation import TITLES, minus_signs
 from hsat.report.artifacts import Artifacts
-from hsat.report.tables import TITLES, minus_signs
+from hsat.report.summary import is_shift
 from hsat.types import LEVELS
 
 
@@ -62,7 +63,7 @@ def effort_table(records: Sequence[Record]) -> Table | None:
     shares = ("zero_gradient_share", "never_moved_share", "stationary_share")
     attacks: dict[tuple[str, ...], Record] = {}
     for record in records:
-        if record.attack and shares[0] in record.settings:
+        if record.attack and not is_shift(record) and shares[0] in record.settings:
             attacked = record.surrogate or record.model
             attacks.setdefault((attacked, record.target, record.attack_name, record.attack), record)
     rows: list[Row] = []
