@@ -13,6 +13,7 @@ from hsat.types.protocols import (
     FittedClassifier,
     MemberStats,
     Objective,
+    SlideClassifier,
     SuccessTest,
     ThreatModel,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Levels",
     "MemberStats",
     "Objective",
+    "SlideClassifier",
     "SuccessTest",
     "ThreatModel",
     "align_labels",
