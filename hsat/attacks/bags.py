@@ -81,7 +81,17 @@ class SlideObjective:
         Returns:
             A scalar: a patch's part in it depends on all other patches.
         """
-        bag = self.bag(images)
+        return self.of_bag(self.bag(images))
+
+    def of_bag(self, bag: Tensor) -> Tensor:
+        """The value as a function of the embeddings of all patches.
+
+        Args:
+            bag: (n, d).
+
+        Returns:
+            A scalar.
+        """
         if self.reference is not None:
             moved = _representation(self.classifier, bag).to(self.reference.dtype)
             return 1.0 - F.cosine_similarity(moved, self.reference, dim=0)

@@ -25,6 +25,7 @@ from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines, ensemble_attacks, paper_attacks
 from hsat.eval.pooling import LevelRows, PooledScores, pool, pool_by_level
 from hsat.eval.records import Record, read_records, write_records
+from hsat.eval.slides import SlidesResult, evaluate_slides
 from hsat.eval.smoothing import Smoothing
 from hsat.eval.store import EmbeddingCache
 from hsat.eval.tables import Table, TableCell
@@ -57,6 +58,7 @@ __all__ = [
     "RunOptions",
     "ScoreTable",
     "Scoring",
+    "SlidesResult",
     "Smoothing",
     "Table",
     "TableCell",
@@ -72,6 +74,7 @@ __all__ = [
     "diagnose",
     "ensemble_attacks",
     "evaluate_budget",
+    "evaluate_slides",
     "evaluate_transfer",
     "evaluate_whitebox",
     "load_scores",

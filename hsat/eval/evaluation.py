@@ -124,17 +124,26 @@ class Evaluation:
         return settings | {f"attack.{name}": fingerprint_attack(attack) for name, attack in attacks.items()}
 
     def template(
-        self, bank: EmbeddingTable, queries: EmbeddingTable, class_names: Sequence[str], *, target: str | None = None
+        self,
+        bank: EmbeddingTable | None,
+        queries: EmbeddingTable | LoaderInfo,
+        class_names: Sequence[str],
+        *,
+        target: str | None = None,
     ) -> RecordTemplate:
-        """What all records of these queries by classifiers of this bank have in common; target: for other texts."""
-        scoring = self.scoring
-        settings = arithmetic_settings(scoring) | {
-            "layer": self.layer,
-            "bootstrap": scoring.bootstrap,
-            "bank_rows": len(bank),
-            "bank_cohort": bank.cohort,
-            "bank_split": bank.split,
-        }
+        """What all records of these queries have in common.
+
+        Args:
+            bank: What the classifiers were fitted on; None for classifiers without one.
+            queries: Their table, or the facts of their loader where there is no bank.
+            class_names: Columns of the scores.
+            target: What the attacks maximise, where that is something else than the target.
+        """
+        scoring, flags = self.scoring, tuple[str, ...]()
+        settings = arithmetic_settings(scoring) | {"layer": self.layer, "bootstrap": scoring.bootstrap}
+        if bank is not None and isinstance(queries, EmbeddingTable):
+            settings |= {"bank_rows": len(bank), "bank_cohort": bank.cohort, "bank_split": bank.split}
+            flags = bank_flags(bank, queries)
         if target is None and (branch := self.target.branch_of(self.encoder)):
             settings["attack_branch"] = branch
         if numerics := numerics_of(self.encoder):
@@ -148,7 +157,7 @@ class Evaluation:
             cohort=queries.cohort,
             split=queries.split,
             class_names=tuple(class_names),
-            flags=bank_flags(bank, queries),
+            flags=flags,
             settings=settings,
         )
 
