@@ -199,11 +199,10 @@ def slide_logits(classifier: SlideClassifier, bag: Tensor) -> Tensor:
     Raises:
         ValueError: For logits of another shape, and where there is one class only.
     """
-    logits, classes = classifier.logits(bag), len(classifier.class_names)
+    classes = len(classifier.class_names)
     if classes < 2:
-        raise ValueError(
-            f"{classifier!r} has one class only, {classifier.class_names}: no attack can change a decision"
-        )
+        raise ValueError(f"{classifier!r} has one class only, {classifier.class_names}: no decision can change")
+    logits = classifier.logits(bag)
     if logits.shape != (classes,):
         raise ValueError(
             f"{classifier!r} must give the logits ({classes},) of one slide; got {tuple(logits.shape)} for a bag"

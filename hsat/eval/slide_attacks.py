@@ -202,7 +202,7 @@ class SlideAttacker:
 
     def _scores(self, bag: Tensor) -> np.ndarray:
         with torch.no_grad():
-            scores: np.ndarray = bag_scores(self.classifier, bag).double().cpu().numpy()
+            scores: np.ndarray = bag_scores(self.classifier, bag).cpu().double().numpy()
         return scores
 
     def _choose(self, batch: HierarchicalBatch, clean: Tensor, goal: int) -> Tensor:
@@ -235,7 +235,7 @@ class SlideAttacker:
                 leaf = part.detach().clone().requires_grad_()
                 z = self._encode(leaf)
                 (gradient,) = torch.autograd.grad(z, leaf, of_part.to(z.dtype))
-                sizes.append(gradient.flatten(1).double().norm(dim=1))
+                sizes.append(gradient.flatten(1).norm(dim=1))
         return torch.cat(sizes)
 
     def _attacked_bag(

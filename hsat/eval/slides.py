@@ -14,13 +14,11 @@ from torch import nn
 from hsat.attacks.bags import SlideTarget
 from hsat.embedding import eval_mode
 from hsat.eval.budget import mean_interval
-from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.evaluation import Evaluation
-from hsat.eval.metrics import METRICS, Metrics, metrics
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import AttackStats
 from hsat.eval.paper_attacks import add_noise_baselines
-from hsat.eval.pooling import LevelRows, pool
+from hsat.eval.pooling import LevelRows
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
 from hsat.eval.runner import CLEAN, run_batches
 from hsat.eval.slide_attacks import (
@@ -31,6 +29,7 @@ from hsat.eval.slide_attacks import (
     patches_within,
     slide_settings,
 )
+from hsat.eval.slide_records import slide_records
 from hsat.eval.store import CleanEmbeddings, StoredResult, open_session, open_world
 from hsat.eval.whitebox import check_attacks
 from hsat.types import Attack, EmbeddingFunction, FittedClassifier, HierarchicalBatch, SlideClassifier
@@ -309,19 +308,7 @@ def _records(
     """Clean numbers, those of each attack at each fraction, and each attack's mean smallest fraction."""
 
     def measure(of: AttackFacts, scores: np.ndarray) -> list[Record]:
-        return [
-            template.build(
-                of,
-                classifier,
-                level=level,
-                metric=metric,
-                value=getattr(measured, metric),
-                n=measured.n,
-                interval=intervals[metric],
-            )
-            for level, (measured, intervals) in _measure_levels(result, scores, template).items()
-            for metric in METRICS
-        ]
+        return slide_records(template, of, classifier, LevelRows(scores, result.label, result.patient))
 
     records = measure(AttackFacts(name=CLEAN), result.clean)
     for name, (*at_fractions, whole) in facts.items():
@@ -341,31 +328,3 @@ def _records(
             )
         )
     return records
-
-
-def _measure_levels(
-    result: SlidesResult, scores: np.ndarray, template: RecordTemplate
-) -> dict[str, tuple[Metrics, dict[str, Interval]]]:
-    """Metrics and intervals of slides, and of patients by the mean of their slides' scores.
-
-    Slides of one patient that are of several classes have no common decision: then there is no patient level.
-    """
-    scoring = template.scoring
-    levels = {"slide": LevelRows(scores, result.label, result.patient)}
-    pairs = np.unique(np.stack((result.patient, result.label)), axis=1)
-    if pairs.shape[1] == len(np.unique(result.patient)):
-        pooled = pool(scores, result.patient, result.label, pooling=scoring.pooling)
-        assert pooled.labels is not None  # labels were given
-        levels["patient"] = LevelRows(pooled.scores, pooled.labels, pooled.groups)
-    return {
-        level: (
-            metrics(rows.scores, rows.labels, absent_classes=scoring.absent_classes),
-            bootstrap_intervals(
-                *rows,
-                generator=np.random.default_rng(template.seed),
-                resamples=scoring.bootstrap,
-                absent_classes=scoring.absent_classes,
-            ),
-        )
-        for level, rows in levels.items()
-    }
