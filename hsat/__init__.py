@@ -32,7 +32,7 @@ _ROOMS = {
         " classification dlr feature_drift hierarchical margin match_features"
     ),
     "hsat.losses": "HiDiscLoss supcon_loss",
-    "hsat.classifiers": "ABMIL DecisionModel Head KNNClassifier MIL MeanPooling NearestCentroid",
+    "hsat.classifiers": "ABMIL DecisionModel Head KNNClassifier LinearProbe MIL MeanPooling NearestCentroid",
     "hsat.data": (
         "BadPatch Cohort HierarchicalDataset PatchDataset collate hierarchical_loader patch_loader read_csv"
         " read_folders read_opensrh read_patch slide_loader srh_to_rgb write_synthetic_cohort"
@@ -44,8 +44,8 @@ _ROOMS = {
         " paper_clean_weight"
     ),
     "hsat.eval": (
-        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_slides evaluate_transfer"
-        " evaluate_whitebox metrics pool"
+        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_slides"
+        " evaluate_transfer evaluate_whitebox metrics pool"
     ),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

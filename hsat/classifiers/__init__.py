@@ -1,4 +1,4 @@
-"""Classifiers of embeddings: nearest neighbours of a bank, nearest class means, trained heads, slides as bags, and
+"""Classifiers of embeddings: neighbours in a bank, class means, linear probes, trained heads, slides as bags, and
 decision models.
 
 Example:
@@ -22,6 +22,7 @@ from hsat.classifiers.decision_model import DecisionModel
 from hsat.classifiers.head import Head
 from hsat.classifiers.knn import FittedKNN, KNNClassifier, load_knn
 from hsat.classifiers.knn_sets import ShardedKNN, concat_tables, fit_classifiers, fit_shards, predict_scores
+from hsat.classifiers.linear_probe import FittedLinearProbe, LinearProbe, load_linear_probe
 from hsat.classifiers.mil import ABMIL, MIL, GatedAttention, load_mil
 from hsat.classifiers.nearest_centroid import FittedNearestCentroid, NearestCentroid
 from hsat.classifiers.search import Neighbours
@@ -31,10 +32,12 @@ __all__ = [
     "MIL",
     "DecisionModel",
     "FittedKNN",
+    "FittedLinearProbe",
     "FittedNearestCentroid",
     "GatedAttention",
     "Head",
     "KNNClassifier",
+    "LinearProbe",
     "MeanPooling",
     "NearestCentroid",
     "Neighbours",
@@ -46,6 +49,7 @@ __all__ = [
     "fit_classifiers",
     "fit_shards",
     "load_knn",
+    "load_linear_probe",
     "load_mil",
     "predict_scores",
     "predict_slides",

@@ -6,6 +6,7 @@ from hsat.eval.budget import BudgetResult, PatchBudget, evaluate_budget
 from hsat.eval.certificate_check import CertificateCheck, CheckOptions, check_certificates
 from hsat.eval.certificates import Certificates
 from hsat.eval.certify import CertificateResult, CertifyOptions, certify
+from hsat.eval.classifier import evaluate_classifier
 from hsat.eval.comparison import (
     Difference,
     ScoreTable,
@@ -77,6 +78,7 @@ __all__ = [
     "diagnose",
     "ensemble_attacks",
     "evaluate_budget",
+    "evaluate_classifier",
     "evaluate_slides",
     "evaluate_transfer",
     "evaluate_whitebox",

@@ -286,6 +286,7 @@ def _certificate_records(
                 name=f"certified-{eps_text(radius)}",
                 text=f"certificate: {smoothing!r}",
                 radius=float(radius),
+                flags=classifier.flags,
                 forwards=float(smoothing.selection + smoothing.samples),
             )
             yield template.build(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from hsat.classifiers import FittedKNN, concat_tables, fit_classifiers, predict_scores
+from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
 from hsat.embedding import Embedder, Layer, LoaderInfo, loader_info, resolve_device
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
@@ -18,6 +19,7 @@ from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
 from hsat.eval.store import EmbeddingCache
 from hsat.fingerprints import (
     fingerprint_attack,
+    fingerprint_classifier,
     fingerprint_encoder,
     fingerprint_loader,
     fingerprint_table,
@@ -28,6 +30,8 @@ from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, Fi
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
 Queries = Iterable[HierarchicalBatch]
 ScoresKey = int | str
+LOGITS = "logits"
+NOT_CONVERGED = "the fit of the linear probe did not converge: raise max_iter, or give a smaller C"
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +139,8 @@ class Evaluation:
 
         Args:
             bank: What the classifiers were fitted on; None for classifiers without one.
-            queries: Their table, or the facts of their loader where there is no bank.
+            queries: Their table (of logits, where there is no bank), or the facts of their loader where slides are
+                scored.
             class_names: Columns of the scores.
             target: What the attacks maximise, where that is something else than the target.
         """
@@ -144,6 +149,8 @@ class Evaluation:
         if bank is not None and isinstance(queries, EmbeddingTable):
             settings |= {"bank_rows": len(bank), "bank_cohort": bank.cohort, "bank_split": bank.split}
             flags = bank_flags(bank, queries)
+        elif isinstance(queries, EmbeddingTable):
+            settings["layer"] = LOGITS
         if target is None and (branch := self.target.branch_of(self.encoder)):
             settings["attack_branch"] = branch
         if numerics := numerics_of(self.encoder):
@@ -216,10 +223,21 @@ class ScoredClassifier:
     fitted: FittedClassifier
     attacked: bool
 
-    @property
+    @cached_property
     def key(self) -> ScoresKey:
         """Its key in results: k for a kNN, else its settings as text."""
-        return self.fitted.k if isinstance(self.fitted, FittedKNN) else repr(self.settings)
+        return self.fitted.k if isinstance(self.fitted, FittedKNN) else self.text
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Reasons to distrust all its numbers."""
+        doubtful = isinstance(self.fitted, FittedLinearProbe) and not self.fitted.converged
+        return (NOT_CONVERGED,) if doubtful else ()
+
+    @cached_property
+    def text(self) -> str:
+        """Its settings, as records state them."""
+        return repr(self.settings)
 
     @property
     def name(self) -> str:
@@ -228,14 +246,17 @@ class ScoredClassifier:
 
     def facts(self, queries: EmbeddingTable, *, seed: int) -> ClassifierFacts:
         """What records say of it; the quality of an approximate index is measured on these queries."""
+        if isinstance(self.fitted, FittedLinearProbe):
+            fit = {"iterations": self.fitted.iterations, "converged": self.fitted.converged}
+            return ClassifierFacts(name=self.text, attacked=self.attacked, settings=fit)
         if not isinstance(self.fitted, FittedKNN):
-            return ClassifierFacts(name=repr(self.settings), attacked=self.attacked)
+            return ClassifierFacts(name=self.text, attacked=self.attacked)
         settings: dict[str, Any] = {
             "index": self.fitted.settings.index,
             **self.fitted.index_quality(queries, seed=seed),
         }
         return ClassifierFacts(
-            name=repr(self.settings),
+            name=self.text,
             k=self.fitted.k,
             temperature=self.fitted.settings.temperature,
             attacked=self.attacked,
@@ -270,4 +291,4 @@ def score_queries(classifiers: Sequence[ScoredClassifier], queries: EmbeddingTab
 
 def classifier_settings(classifiers: Sequence[ScoredClassifier], bank: EmbeddingTable) -> dict[str, Any]:
     """What of bank and classifiers decides the results of a pass: the one that is attacked."""
-    return {"bank": fingerprint_table(bank), "classifier": repr(classifiers[0].settings)}
+    return {"bank": fingerprint_table(bank), "classifier": fingerprint_classifier(classifiers[0].settings)}

@@ -74,7 +74,7 @@ def transfer_drop(
 
     The rest of a drop's record is the attacked one's.
     """
-    keys = {repr(classifier.settings): classifier.key for classifier in classifiers}
+    keys = {classifier.text: classifier.key for classifier in classifiers}
     before = {(keys[r.classifier], r.level, r.metric): r.value for r in clean}
     n_patients = len(np.unique(table.patient))
     records, resampled = {}, {}

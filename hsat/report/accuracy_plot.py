@@ -63,6 +63,8 @@ def plot_accuracy_vs_eps(
     chosen = [r for r in records if (r.metric, r.k) == (metric, largest) and r.level in levels and not r.surrogate]
     if not chosen:
         raise ValueError(f"none of the {len(records)} records has metric {metric!r}, k={largest}, a level of {levels}")
+    if not largest:  # one of several classifiers without neighbours
+        chosen = [record for record in chosen if record.classifier == chosen[0].classifier]
     norm = main_norm(chosen)
     chosen = [record for record in chosen if norm_of(record) in (norm, "")]
     drawn = [level for level in levels if any(record.level == level for record in chosen)]

@@ -128,6 +128,8 @@ def plot_transfer(
         raise ValueError(
             f"none of the {len(records)} records is a transfer with {metric!r}, k={largest}, attack {name!r}"
         )
+    if not largest:  # one of several classifiers without neighbours
+        chosen = [record for record in chosen if record.classifier == chosen[0].classifier]
     drawn = [level for level in levels if any(record.level == level for record in chosen)]
     targets = list(dict.fromkeys(record.model for record in chosen))
     surrogates = list_surrogates(chosen)

@@ -61,11 +61,15 @@ def accuracy_tables(
             f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
         )
     columns = sorted(dict.fromkeys(record.attack_name for record in chosen), key=lambda name: name != CLEAN)
-    several = len({record.classifier for record in chosen if not record.k}) > 1
+    several = len({"" if record.k else record.classifier for record in chosen}) > 1
 
     def row_of(record: Record) -> tuple[str, str, str]:
         name = _model_name(record)
-        return (f"{name}, {record.classifier}" if several and not record.k else name), record.target, str(record.k)
+        return (
+            (f"{name}, {record.classifier}" if several and not record.k else name),
+            record.target,
+            str(record.k or ABSENT),
+        )
 
     tables = []
     for level in levels:
@@ -132,10 +136,10 @@ def transfer_tables(
     tables = []
     for level in levels:
         here = [record for record in chosen if record.level == level]
-        for name, k in dict.fromkeys((record.attack_name, record.k) for record in here):
-            clean = [r for r in records if (r.level, r.k, r.surrogate) == (level, k, "")]
-            mine = [record for record in here if (record.attack_name, record.k) == (name, k)]
-            title = f"{level.capitalize()} level, {name}, k = {k}"
+        for name, voters in dict.fromkeys((record.attack_name, name_classifier(record)) for record in here):
+            clean = [r for r in records if (r.level, name_classifier(r), r.surrogate) == (level, voters, "")]
+            mine = [record for record in here if (record.attack_name, name_classifier(record)) == (name, voters)]
+            title = f"{level.capitalize()} level, {name}, {voters}"
             tables.append(_transfer_table(title, mine, clean, metrics, intervals))
     return tuple(tables)
 
@@ -201,6 +205,11 @@ def _titles(metrics: Iterable[str]) -> str:
     return " / ".join(TITLES.get(name, name) for name in metrics)
 
 
+def name_classifier(record: Record) -> str:
+    """What decided, for a title: "k = 20", or the settings of a classifier without neighbours."""
+    return f"k = {record.k}" if record.k or not record.classifier else record.classifier
+
+
 def _model_name(record: Record) -> str:
     return f"{record.surrogate} → {record.model}" if record.surrogate else record.model
 
@@ -230,7 +239,7 @@ def differences_table(
             interval = ABSENT if absent else f"[{100 * (one.low or 0.0):+.1f}, {100 * (one.high or 0.0):+.1f}]"
             share = ABSENT if one.not_above is None else f"{one.not_above:.3f}"
             numbers = (f"{100 * one.value:.1f}", f"{100 * one.value_against:.1f}", f"{100 * one.difference:+.1f}")
-            names = (one.model, one.against, one.condition, str(one.k), one.level, one.metric)
+            names = (one.model, one.against, one.condition, str(one.k or one.classifier), one.level, one.metric)
             rows.append((*names, *numbers, interval, share, str(one.patients)))
     head = ("model", "against", "condition", "k", "level", "metric", "model, %", "against, %", "difference")
     return Table((*head, "interval", "resamples not above 0", "patients"), rows)
@@ -342,6 +351,7 @@ def page_differences_table(differences: Sequence[Difference], *, metric: str, k:
     here = [one for one in differences if (one.metric, one.k) == (metric, k)]
     if not here:
         return None
+    here = [one for one in here if one.classifier == here[0].classifier]
     pairs = list(dict.fromkeys((one.model, one.against) for one in here))
     levels = [level for level in LEVELS if any(one.level == level for one in here)]
     rows: list[Row] = []

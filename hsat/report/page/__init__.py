@@ -146,6 +146,9 @@ def _chosen_k(records: Sequence[Record], k: int | None) -> int:
 
 def _artifacts_of(folder: RunFolder, setting: EvaluationSetting) -> list[Artifacts]:
     """A folder's artifacts of its own records of this setting; another cohort's have the same model and weights."""
+    first = next((r.classifier for r in folder.records if not r.k), "")
+    if setting.classifier and setting.classifier != first:  # files of artifacts hold one classifier without neighbours
+        return []
     measured = {(r.model, r.target, r.checkpoint) for r in folder.records if EvaluationSetting.of(r) == setting}
     return [one for one in folder.artifacts if (one.model, one.target, one.checkpoint) in measured]
 
