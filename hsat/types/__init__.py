@@ -13,10 +13,10 @@ from hsat.types.protocols import (
     FittedClassifier,
     MemberStats,
     Objective,
-    SlideClassifier,
     SuccessTest,
     ThreatModel,
 )
+from hsat.types.slides import SlideClassifier
 from hsat.types.table import EmbeddingTable, align_labels
 
 __all__ = [
