@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hsat.report import plot_accuracy_vs_fraction
+from hsat.eval import write_records
+from hsat.report import markdown_table, plot_accuracy_vs_fraction, write_report
 
 
 @pytest.fixture
@@ -61,3 +62,13 @@ def test_records_of_a_budget_and_seeds(slides):
 def test_nothing_to_draw(made_records):
     with pytest.raises(ValueError, match=r"none of the 45 records .*a fraction of the patches"):
         plot_accuracy_vs_fraction(made_records())
+
+
+def test_slides_have_tables_and_a_page(slides, tmp_path):
+    """Without a number of patches: the page says what was attacked, and shows each fraction in a column."""
+    records = [replace(record, target="own_decision", k=0, classifier="MIL(GatedAttention)") for record in slides]
+    table = markdown_table(records)
+    assert "PGD-8@0.1%" in table and "**Slide level**" in table and "Patch level" not in table
+    write_records(tmp_path / "run" / "records.jsonl", records)
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+    assert "without labels" in page and "PGD-8@100%" in page and "MIL(GatedAttention)" in page
