@@ -362,6 +362,28 @@ def test_missing_and_mixed_labels_are_named(toy_encoder, toy_batches, pooled):
         evaluate_slides(toy_encoder, mixed, pooled, {}, **FAST)
 
 
+def test_a_folder_of_other_settings_is_refused(toy_encoder, loader, mil, tmp_path):
+    def evaluate(classifier=mil, **changes):
+        run = RunOptions(noise=False, resume_dir=tmp_path / "state")
+        options = dict(fractions=(0.5,), run=run, scoring=Scoring(bootstrap=20)) | changes
+        return evaluate_slides(toy_encoder, loader, classifier, {"PGD": PGD8}, **options)
+
+    first = evaluate()
+    before = toy_encoder.forwards
+    assert evaluate().records == first.records and toy_encoder.forwards == before, "nothing is computed again"
+    torch.manual_seed(5)
+    other = MIL(GatedAttention(3, 3, hidden=4), NAMES)
+    refused = {
+        "fractions": dict(fractions=(1.0,)),
+        "order": dict(order="random"),
+        "slide_target": dict(target="own_decision"),
+        "slide_classifier": dict(classifier=other),
+    }
+    for name, changes in refused.items():
+        with pytest.raises(ValueError, match=f"begun under other settings: .*{name}"):
+            evaluate(**changes)
+
+
 def test_noise_alone_and_one_patch_per_slide(toy_encoder, toy_batches, pooled):
     (whole,) = toy_batches(seed=2, sizes=(6,))
     result = evaluate_slides(
