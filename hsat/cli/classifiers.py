@@ -25,6 +25,7 @@ class ClassifierOptions(BaseModel):
 
     classifier: ClassifierNames = Field(
         written("knn"),
+        validate_default=True,
         description="knn, linear (a linear probe) or centroid; several with commas between: the first is attacked",
     )
     k: Counts = Field(
@@ -40,11 +41,16 @@ class ClassifierOptions(BaseModel):
     def _once_each(cls, names: list[str]) -> list[str]:
         return list(dict.fromkeys(names))
 
+    @field_validator("k", mode="before")
+    @classmethod
+    def _one_or_several(cls, counts: object) -> object:
+        return [counts] if isinstance(counts, int) else counts
+
     @field_validator("k")
     @classmethod
     def _at_least_one(cls, counts: list[int]) -> list[int]:
         if wrong := [k for k in counts if k < 1]:
-            raise ValueError(f"neighbours are counted from 1; got {wrong[0]}")
+            raise ValueError(f"k must be at least 1, got {wrong[0]}")
         return counts
 
 

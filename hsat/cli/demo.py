@@ -2,8 +2,8 @@
 
 Writes a synthetic cohort and trains a HiDisc baseline and an HSAT encoder on it with the same recipe (`demo`).  PGD at
 4/255 and 8/255 then attacks the kNN vote ("decision"), which is what decides; a table has both encoders clean, under
-random noise of the same size, and attacked.  A second table, with an untrained encoder beside them, shows what PGD, BIM
-and MI-FGSM leave if they only move the features away from their clean values.  Records, figures, report.md and
+random noise of the same size, and attacked.  A second table, with an untrained encoder beside them, shows what PGD and
+MI-FGSM leave if they only move the features away from their clean values.  Records, figures, report.md and
 report.html go to --out.
 
     hsat demo --out runs/demo --seed 0 --targets decision,embedding
@@ -167,7 +167,7 @@ def report(demo: Demo, tables: Mapping[str, str], cohort: Cohort, seconds: float
     lines += [f"- {line}" for line in describe(cohort).splitlines()]
     lines += [f"- Recipe: {recipe}", f"- {seconds:.0f} seconds on {torch.get_num_threads()} threads"]
     lines += [f"- {name} {version}" for name, version in installed_versions().items()]
-    lines += ["- BIM with a random start is PGD; both are shown because the paper's tables have both.", ""]
+    lines.append("")
     return "\n".join(lines)
 
 

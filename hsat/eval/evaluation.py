@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
-from hsat.embedding import Embedder, Layer, LoaderInfo, loader_info, resolve_device
+from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
 from hsat.eval.store import EmbeddingCache
@@ -285,7 +287,10 @@ def fit_bank(classifier: Classifier | Sequence[Classifier], bank: EmbeddingTable
 
 def score_queries(classifiers: Sequence[ScoredClassifier], queries: EmbeddingTable) -> dict[ScoresKey, np.ndarray]:
     """Class scores (n, classes) of the queries by each classifier; kNNs of one bank share one search."""
-    scores = predict_scores([one.fitted for one in classifiers], queries)
+    with ExitStack() as stack:
+        for module in (one.fitted for one in classifiers if isinstance(one.fitted, nn.Module)):
+            stack.enter_context(eval_mode(module))  # a head may be in training mode
+        scores = predict_scores([one.fitted for one in classifiers], queries)
     return {one.key: rows for one, rows in zip(classifiers, scores, strict=True)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hsat.attacks import AttackEnsemble, RandomNoise
 from hsat.classifiers import KNNClassifier
+from hsat.embedding import eval_mode
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
@@ -179,7 +181,10 @@ def attack_queries(
         visit=diagnostics.add,
         frozen=frozen,
     )
-    return AttackedQueries(conditions, diagnostics.finish(evaluation.device, session))
+    with ExitStack() as stack:
+        for module in objectives.modules:
+            stack.enter_context(eval_mode(module))
+        return AttackedQueries(conditions, diagnostics.finish(evaluation.device, session))
 
 
 def measure_attacks(

@@ -62,7 +62,7 @@ def test_one_thing_is_switched_at_a_time(compared):
             changed = [o for o in ("how", "absent", "keys") if record.settings[o] != own[key].settings[o]]
             assert changed == [option] and record.target == own[key].target and record.attack == own[key].attack
     for key, record in found["target"].items():
-        assert (record.target, own[key].target) == ("embedding", "features")
+        assert (record.target, own[key].target) == ("embedding", "decision")
         assert record.attack == own[key].attack and record.settings["how"] == "mean"
     for key, record in found["random start"].items():
         assert (record.attack != own[key].attack) == (key[0] == "BIM-8"), key

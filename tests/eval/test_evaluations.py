@@ -1,4 +1,4 @@
-"""The table of six evaluations and of what each of them can do: one pass and one store serve them all.
+"""The table of the evaluations and of what each of them can do: one pass and one store serve them all.
 
 |           | goes on after kill -9 | two ranks | cached embeddings | decision as target | ensemble as attack |
 | --------- | --------------------- | --------- | ----------------- | ------------------ | ------------------ |
@@ -6,6 +6,8 @@
 | transfer  | yes                   | yes       | yes               | yes                | yes                |
 | budget    | yes                   | yes       | yes               | yes                | yes                |
 | export    | yes                   | yes       | yes               | yes                | yes                |
+| linear    | yes                   | yes       | yes               | yes                | yes                |
+| classifier | yes                   | yes       | yes               | always             | yes                |
 | slides    | yes                   | yes       | yes               | yes                | yes                |
 | certify   | yes                   | yes       | yes               | no attack: its check takes both        |
 """
@@ -30,14 +32,14 @@ import torch
 from torch import nn
 from hsat.attacks import L2, PGD, AttackEnsemble, Linf
 from hsat.data import PatchDataset, patch_loader, read_folders, slide_loader
-from hsat.classifiers import MIL, GatedAttention, KNNClassifier
+from hsat.classifiers import MIL, GatedAttention, KNNClassifier, LinearProbe
 from hsat.eval import *
 
 EPS = 4 / 255
 GRADIENT = PGD(Linf(EPS), step_size=2 / 255, steps=2)
 ENSEMBLE = AttackEnsemble(Linf(EPS), steps=2, decision_steps=2, restarts=1, queries=2)
 COMMON = dict(classifier=KNNClassifier(k=3), provenance=Provenance(model="m"))
-ATTACKING = ("whitebox", "transfer", "budget", "export", "slides")
+ATTACKING = ("whitebox", "transfer", "budget", "export", "linear", "classifier", "slides")
 NAMES = (*ATTACKING, "certify")
 TARGETS = {"features": "representation", "decision": "decision"}  # what slides call them
 
@@ -73,6 +75,13 @@ def evaluate(name, root, out, network, *, target="features", attack=GRADIENT, ru
     scoring = Scoring(bootstrap=10)
     if name == "whitebox":
         result = evaluate_whitebox(network, bank, queries, {"attack": attack}, scoring=scoring, **options)
+    elif name == "linear":  # attacked, and a kNN beside it
+        options["classifier"] = [LinearProbe(), KNNClassifier(k=3)]
+        result = evaluate_whitebox(network, bank, queries, {"attack": attack}, scoring=scoring, **options)
+    elif name == "classifier":
+        torch.manual_seed(1)
+        model = nn.Sequential(network, nn.Linear(6, 2))
+        result = evaluate_classifier(model, queries, {"attack": attack}, scoring=scoring, run=run)
     elif name == "slides":
         torch.manual_seed(2)
         classifier = MIL(GatedAttention(16, 2, hidden=4), cohort.class_names)
@@ -170,7 +179,7 @@ def whole(shared, root, tmp_path_factory):
     return answers
 
 
-EVALUATIONS = ("whitebox", "transfer", "budget", "export", "slides", "certify")
+EVALUATIONS = ("whitebox", "transfer", "budget", "export", "linear", "classifier", "slides", "certify")
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +248,8 @@ def test_clean_embeddings_are_cached(name, shared, root, whole, tmp_path):
         assert shared.evaluate(name, root, tmp_path / f"files{number}", network, run=run) == said
         seen.append(network.images)
     assert seen[0] <= images - 8 * (name == "transfer"), "a transfer reads the queries of a surrogate twice"
-    assert images - seen[1] >= (8 if name in ("certify", "slides") else 16)
+    has_bank = name not in ("certify", "classifier", "slides")  # certification counts votes on noisy queries
+    assert images - seen[1] >= (16 if has_bank else 8)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
@@ -250,6 +260,8 @@ def test_the_decision_may_be_the_target(name, shared, root, tmp_path):
     said = shared.evaluate(name, root, tmp_path / "files", shared.Network(), target="decision")
     records = [json.loads(line) for line in said if line.startswith("{")]
     assert {record["target"] for record in records} == {"decision"}
+    if name == "classifier":  # there is nothing else to attack
+        return
     drift = shared.evaluate(name, root, tmp_path / "drift", shared.Network(), target="features")
     assert values(records) != values([json.loads(line) for line in drift if line.startswith("{")])
 

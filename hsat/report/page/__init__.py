@@ -160,6 +160,11 @@ def _notes(records: Sequence[Record]) -> list[str]:
         if note := record.settings.get("note"):
             notes[f"{record.attack_name}: {note}."] = None
         layer = record.settings.get("layer")
+        if record.attack and record.target in LAYERS and not is_noise(record) and "members" not in record.settings:
+            notes[
+                f"Attacks on the {record.target} do not aim at the decision: what they leave is an upper bound, and"
+                " attacks on the decision usually leave far less."
+            ] = None
         if record.attack and record.target in LAYERS and layer and layer != record.target:
             notes[
                 f"Attacks on the {record.target} are measured by a classifier that reads the {layer}:"
