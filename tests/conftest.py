@@ -64,6 +64,36 @@ def table() -> Callable[..., EmbeddingTable]:
     return _table
 
 
+def _record(**changes: Any) -> Record:
+    values: dict[str, Any] = dict(
+        model="hsat",
+        attack="PGD(...)",
+        attack_name="PGD-8",
+        eps="8/255",
+        eps_value=8 / 255,
+        target="features",
+        level="patch",
+        metric="accuracy",
+        value=0.5,
+        low=0.25,
+        high=0.75,
+        n=100,
+        k=200,
+        temperature=0.07,
+        seed=0,
+        versions={"torch": "2"},
+        flags=("doubtful",),
+        settings={"random_start": True, "note": "noted"},
+    )
+    return Record(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def made_record() -> Callable[..., Record]:
+    """made_record(**changes): one record of an attack, with an interval, a flag and a note."""
+    return _record
+
+
 def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Record]:
     first = Record(
         model=model,
@@ -88,7 +118,7 @@ def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Re
     found = []
     for name, (attack, eps, share) in CONDITIONS.items():
         for level, n in (("patch", 36), ("slide", 12), ("patient", 6)):
-            for metric, less in (("accuracy", 0.0), ("mca", 0.02), ("map", 0.01)):
+            for metric, less, chance in (("accuracy", 0.0, 0.4), ("mca", 0.02, 1 / 3), ("map", 0.01, 1 / 3)):
                 kept = round(share * value - less, 6)
                 about = {"zero_gradient_share": 0.0, "never_moved_share": 0.0} if attack else {}
                 record = replace(
@@ -102,6 +132,7 @@ def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Re
                     value=kept,
                     low=max(0.0, kept - 0.1),
                     high=min(1.0, kept + 0.1),
+                    chance=chance,
                     n=n,
                     settings=first.settings | about,
                 )

@@ -41,6 +41,7 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
+from hsat.report.summary import chance_line
 from hsat.run_folder import lock_folder, write_run_file
 from hsat.training.config import written
 
@@ -182,6 +183,8 @@ def differences(found: dict[str, tuple[Record, ...]], metrics: Sequence[str]) ->
         if not rows and name != OWN:
             without.append(name)
     text = "\n".join(lines) + "\n"
+    if chance := chance_line(found[OWN], metrics=metrics):
+        text += f"\n{chance}\n"
     if without:
         text += f"\nNothing changed by: {', '.join(without)}.\n"
     left_out = [one.name for one in CONVENTIONS if one.stage != "training" and one.name not in found]

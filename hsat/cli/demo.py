@@ -30,6 +30,7 @@ from hsat.data import Cohort
 from hsat.eval import Record, read_records
 from hsat.recipes import read_recipe
 from hsat.report import markdown_table, write_report
+from hsat.report.summary import chance_line
 from hsat.run_folder import installed_versions, write_json
 from hsat.training.config import written
 from hsat.training.folder import flatten
@@ -91,19 +92,10 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     return write_results(settings, cohort, evaluate(settings, cohort)), cohort
 
 
-def chance(cohort: Cohort) -> dict[str, float]:
-    """What knowing nothing gives: the share of the largest class, and one over the number of classes."""
-    counts = [classes["patches"] for classes in cohort.summary()["val"].values()]
-    return {"accuracy": max(counts) / sum(counts), "mca": 1 / len(counts)}
-
-
-def chance_line(cohort: Cohort) -> str:
-    """The same in words."""
-    level = chance(cohort)
-    return (
-        f"Chance level: accuracy {100 * level['accuracy']:.1f} % (always the largest class),"
-        f" MCA {100 * level['mca']:.1f} %."
-    )
+def chance(records: list[Record]) -> dict[str, float | None]:
+    """What knowing nothing gives on the attacked patches: the share of the largest class, and one over the classes."""
+    patches = [record for record in records if record.level == "patch"]
+    return {name: next(r.chance for r in patches if r.metric == name) for name in ("accuracy", "mca")}
 
 
 def value(records: list[Record], model: str, attack: str, metric: str) -> float:
@@ -157,7 +149,7 @@ def report(demo: Demo, tables: Mapping[str, str], cohort: Cohort, seconds: float
     ]
     for target, table in tables.items():
         records = list(read_records(demo.out / target / "records.jsonl"))
-        lines += [f"## Attacks on {NAMED[target]}", "", verdict(records), "", chance_line(cohort), "", table]
+        lines += [f"## Attacks on {NAMED[target]}", "", verdict(records), "", chance_line(records), "", table]
         caption = "the strongest attack at each eps, random noise and the chance level in grey"
         lines += [f"![accuracy against eps: {caption}]({target}/accuracy_vs_eps.png)", ""]
         gallery = sorted((demo.out / target).glob("patches_HSAT_*.png"))
@@ -182,9 +174,9 @@ def run(demo: Demo) -> None:
         short = [record for record in records if record.k == K]
         print(f"\n# Attacks on {NAMED[target]}, k = {K}\n\n{markdown_table(short, intervals=False)}")
         print(verdict(records))
-        print(chance_line(cohort))
+        print(chance_line(records))
     (demo.out / "report.md").write_text(report(demo, tables, cohort, time.monotonic() - begin))
-    write_json(demo.out / "chance.json", chance(cohort))
+    write_json(demo.out / "chance.json", chance(records))
     page = write_report([demo.out], demo.out / "report.html", title="hsat demo", k=K)
     print(f"\nreport: {demo.out / 'report.md'} and, with all figures, {page}", file=sys.stderr)
 

@@ -12,7 +12,8 @@ random points, as in the published evaluation, which makes BIM the same algorith
 or where --attacks names it.  --threat says what they may change, and in which unit eps is:
 linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
 patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
---cache keeps embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.
+--cache keeps embeddings for the next run, --resume goes on after an interruption, --overwrite true begins anew in a
+folder that holds results, --compute trades last bits for speed.
 --preset paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
 the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
 same results (docs/devices.md):
@@ -52,7 +53,6 @@ from hsat.eval import (
     WhiteboxResult,
     compare_models,
     evaluate_whitebox,
-    pool_by_level,
     save_scores,
     score_tables,
     write_records,
@@ -61,7 +61,6 @@ from hsat.eval.options import TargetName
 from hsat.files import write_file
 from hsat.models import Encoder, fold_batchnorm
 from hsat.report import (
-    chance_level,
     differences_table,
     markdown_table,
     plot_accuracy_vs_eps,
@@ -281,7 +280,7 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     about = {"classifiers": describe_classifiers(records)}
     write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
     keep_artifacts(settings, results, scoring)
-    draw(settings, records, results, scoring)
+    draw(settings, records, results)
     remove_state(settings)
     return table
 
@@ -298,12 +297,10 @@ def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scori
         )
 
 
-def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
+def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
     """Accuracy against eps for the first classifier, each encoder's patches under the first attack at its last eps."""
     records = [record for record in records if record.classifier == records[0].classifier]
-    k = records[0].k
-    chance = chance_accuracy(next(iter(results.values())), scoring)
-    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=k, chance=chance)
+    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=records[0].k)
     for title, result in results.items():
         attacks = [name for name in result.examples if not name.startswith(("clean", "noise"))]
         if attacks and settings.gallery:
@@ -311,16 +308,6 @@ def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxR
             clean, x_adv = result.examples["clean"], result.examples[name]
             heads = [f"patch {i + 1}" for i in range(len(clean))]
             plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
-
-
-def chance_accuracy(result: WhiteboxResult, scoring: Scoring) -> dict[str, float]:
-    """The accuracy of always saying the largest class of the queries, by level."""
-    clean = result.tables["clean"]
-    scores = next(iter(result.scores["clean"].values()))
-    levels = pool_by_level(
-        scores, clean, class_names=result.class_names, pooling=scoring.pooling, group_by=scoring.group_by
-    )
-    return {level: chance_level(labels) for level, (_, labels, _) in levels.items()}
 
 
 def write_ensembles(out: Path, outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:

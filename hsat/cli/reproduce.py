@@ -26,6 +26,7 @@ from hsat.eval import Record, read_records
 from hsat.recipes import read_paper_numbers
 from hsat.report import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.report.aggregation import EvaluationSetting, drop_duplicates, label_branch
+from hsat.report.summary import chance_line
 from hsat.training.config import written
 
 
@@ -223,6 +224,7 @@ def of_one_setting(
         remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {listed}.")
     else:
         remarks.append(f"Cohort and split of ours: {', '.join(places)}. The paper's is OpenSRH.")
+    remarks += [line] if (line := chance_line(chosen)) else []
     remarks += [f"No record of {name} has target {target} and {voters}." for name, found in kept.items() if not found]
     flags = dict.fromkeys(f"{name}, {r.attack_name}: {flag}" for name, f in kept.items() for r in f for flag in r.flags)
     return kept, [*remarks, *(f"Doubt: {flag}." for flag in flags)]

@@ -20,7 +20,7 @@ from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.conventions import CONVENTIONS, Convention, conventions_table, rescore
 from hsat.eval.diagnostics import Diagnosis, diagnose
 from hsat.eval.export import ExportOptions, ExportResult, save_adversarial
-from hsat.eval.metrics import Metrics, metrics, metrics_by_level
+from hsat.eval.metrics import Metrics, chance_levels, metrics, metrics_by_level
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines, ensemble_attacks, paper_attacks
@@ -71,6 +71,7 @@ __all__ = [
     "add_noise_baselines",
     "bootstrap_intervals",
     "certify",
+    "chance_levels",
     "check_certificates",
     "compare_models",
     "conventions_table",

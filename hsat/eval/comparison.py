@@ -30,9 +30,9 @@ from hsat.eval.confidence import (
 from hsat.eval.metrics import METRICS
 from hsat.eval.options import Scoring
 from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
-from hsat.eval.records import STRICT, Count
+from hsat.eval.records import Count
 from hsat.eval.whitebox import WhiteboxResult
-from hsat.files import atomic_path, load_arrays
+from hsat.files import STRICT, atomic_path, load_arrays
 from hsat.types import LEVELS, align_labels
 from hsat.untrusted import open_regular
 

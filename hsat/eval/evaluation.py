@@ -16,8 +16,9 @@ from torch import nn
 from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
 from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device
+from hsat.eval.flags import bank_flags
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
-from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
+from hsat.eval.records import ClassifierFacts, RecordTemplate
 from hsat.eval.store import EmbeddingCache
 from hsat.fingerprints import (
     fingerprint_attack,
@@ -27,6 +28,7 @@ from hsat.fingerprints import (
     fingerprint_table,
     numerics_of,
 )
+from hsat.models import normalisation_of
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
 
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
@@ -148,6 +150,7 @@ class Evaluation:
         """
         scoring, flags = self.scoring, tuple[str, ...]()
         settings = arithmetic_settings(scoring) | {"layer": self.layer, "bootstrap": scoring.bootstrap}
+        settings["pixel_normalisation"] = normalisation_of(self.encoder)
         if bank is not None and isinstance(queries, EmbeddingTable):
             settings |= {"bank_rows": len(bank), "bank_cohort": bank.cohort, "bank_split": bank.split}
             flags = bank_flags(bank, queries)

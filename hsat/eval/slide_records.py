@@ -50,6 +50,7 @@ def slide_records(
                 value=getattr(measured, metric),
                 n=measured.n,
                 interval=intervals[metric],
+                chance=measured.chance[metric],
             )
             for metric in METRICS
         ]

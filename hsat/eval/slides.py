@@ -311,6 +311,7 @@ def _records(
         return slide_records(template, of, classifier, LevelRows(scores, result.label, result.patient))
 
     records = measure(AttackFacts(name=CLEAN), result.clean)
+    template = template.with_clean(records)  # no attack should leave more
     for name, (*at_fractions, whole) in facts.items():
         for number, at in enumerate(at_fractions):
             records += measure(at, result.attacked[name][number])

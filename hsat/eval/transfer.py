@@ -279,6 +279,7 @@ def _transfer_records(
             CLEAN, Condition.of(table), None, table, scores, classifiers=classifiers, template=template
         )
         records += before
+        template = template.with_clean(before)
         resampled = resample_metrics(template, scores, table)
         drops: dict[str, dict[str, TransferDrop]] = {}
         for (surrogate, name), condition in conditions.items():

@@ -210,7 +210,7 @@ def measure_attacks(
             tables[name],
             scores[name],
             classifiers=classifiers,
-            template=template,
+            template=template.with_clean(records),  # clean comes first
             diagnosis=diagnoses.get(name),
         )
     return WhiteboxResult(

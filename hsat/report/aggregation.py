@@ -216,6 +216,12 @@ def _drop_repetitions(records: Sequence[Record]) -> list[Record]:
     return list(seen.values())
 
 
+def mean_chance(records: Iterable[Record]) -> float | None:
+    """The chance level of records of one number, which runs on other queries differ in: its mean; None if none says."""
+    stated = [record.chance for record in records if record.chance is not None]
+    return statistics.mean(stated) if stated else None
+
+
 def is_transfer(record: Record) -> bool:
     """Whether a record is about attacks made on another encoder."""
     return bool(record.surrogate) or record.metric.endswith("_drop")

@@ -11,14 +11,13 @@ import numpy as np
 
 from hsat.eval import Record
 from hsat.report.aggregation import CLEAN, aggregate_runs
-from hsat.report.panels import COLOURS, LINES, MARKERS, figure_style, finish_figure, open_panels
+from hsat.report.panels import COLOURS, GREY, LINES, MARKERS, draw_chance, figure_style, finish_figure, open_panels
 from hsat.report.summary import is_noise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GREY = "#808080"
 _LineKey = tuple[str, str, str]  # model, attack without its fraction, target
 
 
@@ -69,7 +68,8 @@ def plot_accuracy_vs_fraction(
                     and (record.model, record.target) == (key[0], key[2])
                 ]
                 _draw_line(panel, [record for record in here if _key(record) == key], clean, keys.index(key))
-            _draw_chance(panel, here)
+            if draw_chance(panel, here):
+                panel.plot([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")
             panel.set_xscale("log")
             panel.set_xlabel("patches that may be altered, % of a slide")
             ticks = sorted({100 * (fraction_of(record) or 0.0) for record in here})
@@ -104,7 +104,7 @@ def _draw_line(panel: Any, records: Sequence[Record], clean: Sequence[Record], n
     points = [estimate for estimate in estimates if estimate is not None]
     x, y = 100 * np.array(fractions), 100 * np.array([point.value for point in points])
     noise = is_noise(records[0])
-    colour = _GREY if noise else COLOURS[number % len(COLOURS)]
+    colour = GREY if noise else COLOURS[number % len(COLOURS)]
     panel.plot(
         x,
         y,
@@ -121,10 +121,3 @@ def _draw_line(panel: Any, records: Sequence[Record], clean: Sequence[Record], n
     before = aggregate_runs(clean)
     if before is not None and not noise:
         panel.plot([x[0] / 2, x[0]], [100 * before.value] * 2, color=colour, linestyle=":", linewidth=1.4)
-
-
-def _draw_chance(panel: Any, records: Sequence[Record]) -> None:
-    stated = {share for record in records if (share := getattr(record, "chance", None)) is not None}
-    for number, share in enumerate(sorted(stated)):
-        label = "chance" if not number else None
-        panel.axhline(100 * share, color=_GREY, linestyle=":", linewidth=1.2, zorder=1, label=label)

@@ -86,6 +86,7 @@ def test_the_table_lists_what_changed_and_nothing_else(compared):
             if metric in titles and abs(difference) >= 5e-3:
                 expected[name, condition, level, titles[metric]] = f"{difference:+.2f} |"
     assert expected and {key: row[-1] for key, row in shown.items()} == expected
+    assert "Chance level: patch accuracy" in table
     assert "Nothing changed by:" in table and "grouping" in table.split("Nothing changed by:")[1].splitlines()[0]
     assert "Not applicable to this encoder and these attacks: dual BatchNorm" in table
     assert "slot ids" in table, "the list of conventions is printed below"

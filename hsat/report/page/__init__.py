@@ -16,6 +16,7 @@ from hsat.report.aggregation import EvaluationSetting, describe_setting, drop_du
 from hsat.report.artifacts import Artifacts
 from hsat.report.page.figures import PageFigure, training_figures
 from hsat.report.page.sections import TransferSection, numbers_section, run_provenance, transfer_section
+from hsat.report.page.tables import effort_table, page_differences_table
 from hsat.report.run_folders import RunFolder, open_runs, split_by_branch
 from hsat.report.summary import (
     Flag,
@@ -27,7 +28,6 @@ from hsat.report.summary import (
     summarize_model,
     summary_sentence,
 )
-from hsat.report.tables import effort_table, page_differences_table
 
 _PAGE = Path(__file__).parent
 
