@@ -224,12 +224,14 @@ def measure(problem: Problem, backbone: nn.Module, attack: Callable[[Problem], T
     return result | {"notes": dict(problem.notes)}
 
 
-def measured(problem: Problem, backbone: nn.Module, name: str, file: Path) -> dict[str, Any]:
-    """The same, kept in a file."""
+def measured(problem: Problem, backbone: nn.Module, name: str, file: Path, *, finished: bool) -> dict[str, Any]:
+    """The same, kept in a file; finished: only what is there already."""
     package, attack = ATTACKS[name]
     if file.exists():
         kept: dict[str, Any] = json.loads(file.read_text())
         return kept
+    if finished:
+        return {"missing": "not run"}
     if importlib.util.find_spec(package) is None:
         return {"missing": f"{package} is not installed"}
     try:
@@ -297,10 +299,10 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         ball = f"{problem.norm} {eps_text(problem.eps)}"
         about = {"decision": decision, "encoder": encoder, "ball": ball, "patches": len(problem.x), "clean": clean}
         folder = options.runs / f"{encoder}-{decision}-{ball.replace('/', '_').replace(' ', '-')}-{len(problem.x)}"
-        results = {
-            name: measured(problem, backbone, name, folder / f"{re.sub('[^A-Za-z]+', '_', name)}.json")
-            for name in options.attacks
-        }
+        results = {}
+        for name in options.attacks:
+            file = folder / f"{re.sub('[^A-Za-z]+', '_', name)}.json"
+            results[name] = measured(problem, backbone, name, file, finished=options.finished)
         for name, result in results.items():
             row = about | {"attack": name} | {key: value for key, value in result.items() if key != "robust"}
             if "robust" in result:
@@ -378,6 +380,7 @@ def main() -> None:
     parser.add_argument("--l2_patches", type=int, default=40)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--finished", action="store_true", help="write what --runs holds and run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = compare(options)
