@@ -385,6 +385,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = compare(options)
     about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread used", "seed": options.seed}
+    about |= {"load at the end (runnable processes)": f"{os.getloadavg()[2]:.0f}"}  # others slow CPU time, too
     about |= {"k": options.k, "Python": platform.python_version(), "hsat": hsat.__version__}
     about |= package_versions()
     text = document(rows, about)
