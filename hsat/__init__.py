@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "hsat.attacks": (
         "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf RandomNoise Square"
-        " classification dlr feature_drift hierarchical margin match_features"
+        " classification dlr feature_drift from_art from_foolbox from_torchattacks hierarchical margin match_features"
     ),
     "hsat.losses": "HiDiscLoss supcon_loss",
     "hsat.classifiers": "DecisionModel Head KNNClassifier LinearProbe NearestCentroid",
@@ -43,8 +43,8 @@ _ROOMS = {
         " paper_clean_weight"
     ),
     "hsat.eval": (
-        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_transfer evaluate_whitebox"
-        " metrics pool"
+        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_transfer"
+        " evaluate_whitebox metrics pool"
     ),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

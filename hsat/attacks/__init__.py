@@ -8,6 +8,7 @@ from hsat.attacks.margins import aggregate_margin, dlr, margin
 from hsat.attacks.masked import Masked
 from hsat.attacks.momentum import DIFGSM, NIFGSM, TIFGSM, VMIFGSM
 from hsat.attacks.objectives import classification, feature_drift, hierarchical, objective_from
+from hsat.attacks.other_libraries import from_art, from_foolbox, from_torchattacks
 from hsat.attacks.pgd import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, RandomNoise
 from hsat.attacks.reparametrized import Parametrization, Reparametrized, compose_objective
 from hsat.attacks.square import Square
@@ -48,6 +49,9 @@ __all__ = [
     "compose_objective",
     "dlr",
     "feature_drift",
+    "from_art",
+    "from_foolbox",
+    "from_torchattacks",
     "hierarchical",
     "margin",
     "match_features",

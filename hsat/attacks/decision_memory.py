@@ -63,22 +63,18 @@ class DecisionTest:
         if shown is not None and logits is not None and shown.shape == asked.shape and shown.dtype == asked.dtype:
             same = _same(shown, asked)
             wrong, unknown = same & (logits.argmax(1) != self._labels[rows]), ~same
-            self._take_in(rows, logits)
         if self._asked is not None and bool(unknown.any()):  # not done then, so the decision was right
             unknown = unknown & ~_same(self._asked if everything else self._asked[rows], asked)
         if bool(unknown.any()):
             left = unknown.nonzero().flatten()
             with torch.no_grad():
                 wrong[left] = self._model(asked[left]).argmax(1) != self._labels[rows[left]]
-        self._done[rows] = wrong | self._is_hopeless(rows)
+        self._done[rows] = wrong | self._is_hopeless(asked, rows)
         self._asked = images.detach().clone()
         return self._done.clone()
 
-    def _take_in(self, rows: Tensor, logits: Tensor) -> None:
-        """Take note of logits of the images `rows`."""
-
-    def _is_hopeless(self, rows: Tensor) -> Tensor:
-        """Which of the images `rows` the search is to give up, (m,) bool."""
+    def _is_hopeless(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Which of the images, the `rows` of the batch, the search is to give up, (m,) bool."""
         return torch.zeros_like(self._done[rows])
 
 
@@ -88,28 +84,42 @@ class QueryTest(DecisionTest):
     Such a search is there for models whose gradients mislead.  On an image where it has not come half as far as the
     members with gradients after a quarter of its queries, or three quarters as far after half of them, they do not.
 
+    The comparison is of margins of logits, which tell apart what scores near 0 and 1 do not; the search sees
+    none of them.
+
     Args:
         model: The model that the search's objective reads.
         labels: (n,) the true classes of the images of the search.
+        logits: Images (n, c, h, w) -> logits (n, classes).
         clean: (n,) the margins of the clean images.
         reached: (n,) the highest margins that gradients led to.
         queries: How many the search has.
     """
 
-    def __init__(self, model: RememberedModel, labels: Tensor, *, clean: Tensor, reached: Tensor, queries: int) -> None:
+    def __init__(
+        self,
+        model: RememberedModel,
+        labels: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        *,
+        clean: Tensor,
+        reached: Tensor,
+        queries: int,
+    ) -> None:
         super().__init__(model, labels)
-        self._clean, self._reached = clean, reached
-        self._highest = torch.full_like(clean, -torch.inf)
-        self._queries, self._calls = queries, 0
+        self._logits, self._clean, self._reached = logits, clean, reached
+        self._needed = {-(-queries // 4): 0.5, -(-queries // 2): 0.75}  # share of the way, by queries
+        self._calls = 0
 
-    def _take_in(self, rows: Tensor, logits: Tensor) -> None:
-        self._highest[rows] = torch.maximum(self._highest[rows], gaps(logits, self._labels[rows]).amax(1))
-
-    def _is_hopeless(self, rows: Tensor) -> Tensor:
+    def _is_hopeless(self, images: Tensor, rows: Tensor) -> Tensor:
         self._calls += 1
-        clean, reached = self._clean[rows], self._reached[rows]
-        share = 0.0 if 4 * self._calls < self._queries else 0.5 if 2 * self._calls < self._queries else 0.75
-        return (self._highest[rows] < clean + share * (reached - clean)) & (reached > clean) & (share > 0)
+        share, clean, reached = self._needed.get(self._calls), self._clean[rows], self._reached[rows]
+        if share is None or not len(rows):
+            return super()._is_hopeless(images, rows)
+        with torch.no_grad():
+            here = gaps(self._logits(images), self._labels[rows]).amax(1)
+        self._model.forwards += len(rows)
+        return (here < clean + share * (reached - clean)) & (reached > clean)
 
 
 def gaps(logits: Tensor, labels: Tensor) -> Tensor:

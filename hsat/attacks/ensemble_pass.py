@@ -260,9 +260,8 @@ class EnsemblePass:
         """What stops the images of a member: a wrong decision, and for Square the sight of better gradients."""
         if not isinstance(member.attack, Square):
             return DecisionTest(model, labels)
-        with torch.no_grad():
-            clean, reached = (gaps(model(images[keep]), labels).amax(1) for images in (self.x, self.best))
-        return QueryTest(model, labels, clean=clean, reached=reached, queries=member.attack.queries)
+        known = {"clean": self.start_value[keep], "reached": self.margin[keep]}
+        return QueryTest(model, labels, self.objective.model, **known, queries=member.attack.queries)
 
     def _update_best(self, name: str, keep: Tensor, x_adv: Tensor, z: Tensor | None = None) -> int:
         """Keep what is stronger: a success first, then the higher margin; how many images are newly broken."""

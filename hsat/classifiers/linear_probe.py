@@ -70,6 +70,12 @@ class LinearProbe:
     def fit(self, bank: EmbeddingTable) -> FittedLinearProbe:
         """A probe that was trained on this table; a UserWarning says where L-BFGS did not converge.
 
+        Args:
+            bank: Labelled rows of every class.
+
+        Returns:
+            The probe, on the CPU.
+
         Raises:
             ValueError: For an empty table, fewer than two classes, and a class without rows, which is named: a
                 regression cannot know where it is.
@@ -148,6 +154,9 @@ class FittedLinearProbe(LogitClassifier):
         Returns:
             (n, classes), float32 (float64 for float64 z).  The highest is the decision, ties go to the lower class.
             Two classes have the logits -s/2 and s/2, where s is what scikit-learn's `decision_function` gives.
+
+        Raises:
+            ValueError: For embeddings of another shape or width.
         """
         if z.ndim != 2 or z.shape[1] != len(self.mean):
             raise ValueError(f"embeddings must be (n, {len(self.mean)}) as the bank's are, got {tuple(z.shape)}")
@@ -160,7 +169,14 @@ class FittedLinearProbe(LogitClassifier):
             return raise_winner(value.to(logits_dtype(z)), value.detach().argmax(1))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same classifier with its tensors on a device."""
+        """The same classifier with its tensors on a device.
+
+        Args:
+            device: Where they go; float64, float32 where the device has no float64.
+
+        Returns:
+            A new object; this one stays where it is.
+        """
         dtype = widest_dtype(torch.device(device))
         moved: dict[str, Any] = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
         return dataclasses.replace(self, **moved)
@@ -170,7 +186,14 @@ class FittedLinearProbe(LogitClassifier):
         return {name: getattr(self, name) for name in _TENSORS}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the probe as one safetensors file, which appears whole or not at all; `load_linear_probe` reads it."""
+        """Write the probe as one safetensors file, which appears whole or not at all; `load_linear_probe` reads it.
+
+        Args:
+            path: The file to write; missing folders are made.
+
+        Returns:
+            The path.
+        """
         from safetensors.torch import save_file
 
         about = {
@@ -189,6 +212,12 @@ class FittedLinearProbe(LogitClassifier):
 
 def load_linear_probe(path: str | os.PathLike[str]) -> FittedLinearProbe:
     """The probe that `FittedLinearProbe.save` wrote, on the CPU; nothing is unpickled.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The probe; its logits are those of the one that was saved.
 
     Raises:
         FileNotFoundError: If there is no file.

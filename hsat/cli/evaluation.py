@@ -6,11 +6,11 @@ import hashlib
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast, get_args
 
 import numpy as np
 from pydantic import Field
@@ -22,6 +22,7 @@ from hsat.cli.options import EvaluationDataSettings, Names, Settings, StoredMode
 from hsat.cli.ranks import Ranks, first_rank_first, join_ranks, silence_other_ranks
 from hsat.cli.train import same_on_all_ranks
 from hsat.data import Cohort, PatchDataset, patch_loader
+from hsat.embedding import Layer
 from hsat.run_folder import LOG_FILE, lock_folder
 from hsat.training import assert_ranks_agree
 from hsat.training.config import written
@@ -216,3 +217,20 @@ def run_evaluation(
         raise SystemExit(f"error: {message}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
+    if note := upper_bound_note(getattr(settings, "target", ""), getattr(settings, "attacks", [])):
+        print(note, file=sys.stderr)
+
+
+def upper_bound_note(target: str, attacks: Sequence[str] = ()) -> str:
+    """What the last line of a run says whose attacks were not against the decision; "" where one was.
+
+    Args:
+        target: What the attacks moved.
+        attacks: Their names; an ensemble always attacks the decision.
+    """
+    if target not in get_args(Layer) or any(name.lower() == "ensemble" for name in attacks):
+        return ""
+    return (
+        f"note: the attacks moved the {target} and not the decision, so the numbers are an upper bound; attacks on the"
+        " decision usually leave far less (hsat evaluate --target decision)"
+    )

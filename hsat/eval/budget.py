@@ -19,6 +19,7 @@ from hsat.eval.confidence import (
     missing_interval_reason,
 )
 from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank
+from hsat.eval.metrics import chance_levels
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
@@ -203,7 +204,7 @@ def _budget_records(
     budget: PatchBudget,
 ) -> list[Record]:
     """Clean accuracy, accuracy at each budget, and the mean smallest fraction (inf counts as 1)."""
-    n, level = len(result.groups), result.level
+    n, level, chance = len(result.groups), result.level, chance_levels(result.labels)["accuracy"]
 
     def accuracy(of: AttackFacts, fraction: float) -> Record:
         return template.build(
@@ -214,6 +215,7 @@ def _budget_records(
             value=result.accuracy(fraction),
             n=n,
             interval=_accuracy_interval(result, fraction, template),
+            chance=chance,
         )
 
     counts = dict(facts.settings) | {

@@ -16,8 +16,10 @@ from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
+from hsat.eval.flags import bank_flags
+from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
-from hsat.eval.records import AttackFacts, Record, RecordTemplate, bank_flags
+from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
@@ -272,6 +274,7 @@ def _certificate_records(
     facts_of_classifier = classifier.facts(queries, seed=template.seed)
     for level, certificates in levels.items():
         extra = {"abstained": float((certificates.prediction == ABSTAIN).mean())}
+        chance = chance_levels(certificates.label)["accuracy"]  # a constant decision holds at every radius
         for radius in options.radii:
             holds = certificates.holds(radius)
             interval = bootstrap_intervals(
@@ -286,6 +289,7 @@ def _certificate_records(
                 name=f"certified-{eps_text(radius)}",
                 text=f"certificate: {smoothing!r}",
                 radius=float(radius),
+                flags=classifier.flags,
                 forwards=float(smoothing.selection + smoothing.samples),
             )
             yield template.build(
@@ -296,5 +300,6 @@ def _certificate_records(
                 value=float(holds.mean()),
                 n=len(holds),
                 interval=interval,
+                chance=chance,
                 extra=extra,
             )

@@ -30,14 +30,14 @@ from hsat.eval.confidence import (
 from hsat.eval.metrics import METRICS
 from hsat.eval.options import Scoring
 from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
-from hsat.eval.records import STRICT, Count
+from hsat.eval.records import Count
 from hsat.eval.whitebox import WhiteboxResult
-from hsat.files import atomic_path, load_arrays
+from hsat.files import STRICT, atomic_path, load_arrays
 from hsat.types import LEVELS, align_labels
 from hsat.untrusted import open_regular
 
 _IDS = ("label", "patch", "slide", "patient")
-_TEXT = ("cohort", "split", "model", "condition")
+_TEXT = ("cohort", "split", "model", "condition", "classifier")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,8 @@ class ScoreTable:
         class_names: Names of the classes.
         cohort, split, model: Where the patches come from, and who scored them.
         condition: "clean" or an attack's name.
-        k: Neighbours.
+        k: Neighbours; 0 for a classifier without.
+        classifier: Its settings as text, for one without neighbours.
 
     Raises:
         ValueError: Naming the column that does not fit.
@@ -69,6 +70,7 @@ class ScoreTable:
     model: str = ""
     condition: str = "clean"
     k: int = 0
+    classifier: str = ""
 
     def __post_init__(self) -> None:
         scores = check_scores(self.scores)
@@ -127,6 +129,7 @@ class Difference:
     n: Count
     patients: Count
     reason: str = ""
+    classifier: str = ""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -210,6 +213,7 @@ def paired_difference(
                     n=len(pooled[0][level].labels),
                     patients=n_patients,
                     reason=interval.reason,
+                    classifier=a.classifier,
                 )
             )
     return tuple(differences)
@@ -267,7 +271,7 @@ def compare_models(
     confidence: float = 0.95,
     method: Method = "t",
 ) -> tuple[Difference, ...]:
-    """Paired differences of every model's tables from those of one model, condition by condition and k by k.
+    """Paired differences of every model's tables from those of one model, by condition and classifier.
 
     Args:
         tables: Of several models, as `score_tables` or `load_scores` gives them.
@@ -277,19 +281,21 @@ def compare_models(
         names, levels, scoring, confidence, method: See `paired_difference`.
 
     Raises:
-        ValueError: For fewer than two models, an unknown `against`, and a (model, condition, k) that comes twice.
+        ValueError: For fewer than two models, an unknown `against`, and a table that comes twice.
     """
     tables = tuple(tables)
     models = list(dict.fromkeys(table.model for table in tables))
     reference = models[0] if against is None and models else against
     if len(models) < 2 or reference not in models:
         raise ValueError(f"to compare models {reference!r} and at least one other are needed; there are {models}")
-    places = {(table.model, table.condition, table.k): table for table in tables}
+    places = {(table.model, table.condition, table.k, table.classifier): table for table in tables}
     if len(places) < len(tables):
-        raise ValueError(f"{len(tables)} tables but {len(places)} combinations of model, condition and k; name models")
+        raise ValueError(
+            f"{len(tables)} tables but {len(places)} combinations of model, condition and classifier; name models"
+        )
     differences: list[Difference] = []
-    for (model, condition, k), table in places.items():
-        other = places.get((str(reference), condition, k))
+    for (model, condition, k, classifier), table in places.items():
+        other = places.get((str(reference), condition, k, classifier))
         if model != reference and other is not None:
             differences += paired_difference(
                 table,
@@ -305,7 +311,7 @@ def compare_models(
 
 
 def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
-    """A WhiteboxResult as score tables, one per condition and k; `model` is what evaluate_whitebox was given."""
+    """A WhiteboxResult as score tables, one per condition and classifier; `model` is what the evaluation was given."""
     return tuple(
         ScoreTable(
             scores=scores,
@@ -318,10 +324,11 @@ def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
             split=table.split,
             model=table.encoder,
             condition=condition,
-            k=k if isinstance(k, int) else 0,
+            k=key if isinstance(key, int) else 0,
+            classifier="" if isinstance(key, int) else key,
         )
         for condition, table in result.tables.items()
-        for k, scores in result.scores[condition].items()
+        for key, scores in result.scores[condition].items()
     )
 
 
@@ -359,5 +366,6 @@ def load_scores(path: str | os.PathLike[str]) -> tuple[ScoreTable, ...]:
 def _score_table(arrays: Any, number: int, text: dict[str, Any]) -> ScoreTable:
     columns = {name: arrays[f"{number}/{name}"] for name in ("scores", *_IDS)}
     names = tuple(str(name) for name in text["class_names"])
+    text = {"classifier": "", **text}  # which older files lack
     words: dict[str, Any] = {name: str(text[name]) for name in _TEXT}
     return ScoreTable(**columns, class_names=names, k=int(text["k"]), **words)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks import AttackEnsemble, FittedUniversal, RandomNoise, Square
+from hsat.attacks import AttackEnsemble, FittedUniversal, RandomNoise, Square, margin
 from hsat.attacks.initialization import image_seed
 from hsat.attacks.threat import eps_value
 from hsat.classifiers import DecisionModel, KNNClassifier
@@ -25,6 +25,7 @@ from hsat.fingerprints import fingerprint_batch, fingerprint_settings
 from hsat.types import (
     Attack,
     Classifier,
+    DecisionObjective,
     EmbeddingFunction,
     EmbeddingTable,
     FittedClassifier,
@@ -132,12 +133,13 @@ def _in_branch(encoder: EmbeddingFunction, branch: str | None, objective: Object
     """The objective, evaluated through a BatchNorm branch."""
     if branch is None:
         return objective
+    function = objective.model if isinstance(objective, DecisionObjective) else objective
 
     def inside(images: Tensor) -> Tensor:
         with using_branch(encoder, branch):
-            return objective(images)
+            return function(images)
 
-    return inside
+    return margin(inside, objective.labels) if isinstance(objective, DecisionObjective) else inside
 
 
 def examine(subject: DiagnosisTarget, batches: Iterable[HierarchicalBatch], *, device: torch.device) -> Diagnosis:

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
-from hsat.classifiers import FittedKNN, concat_tables, fit_classifiers, predict_scores
+from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
-from hsat.embedding import Embedder, Layer, LoaderInfo, loader_info, resolve_device
+from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device
+from hsat.eval.flags import bank_flags
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
-from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
+from hsat.eval.records import ClassifierFacts, RecordTemplate
 from hsat.eval.store import EmbeddingCache
 from hsat.fingerprints import (
     fingerprint_attack,
+    fingerprint_classifier,
     fingerprint_encoder,
     fingerprint_loader,
     fingerprint_table,
     numerics_of,
 )
+from hsat.models import normalisation_of
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
 
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
 Queries = Iterable[HierarchicalBatch]
 ScoresKey = int | str
+LOGITS = "logits"
+NOT_CONVERGED = "the fit of the linear probe did not converge: raise max_iter, or give a smaller C"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +132,24 @@ class Evaluation:
         return settings | {f"attack.{name}": fingerprint_attack(attack) for name, attack in attacks.items()}
 
     def template(
-        self, bank: EmbeddingTable, queries: EmbeddingTable, class_names: Sequence[str], *, target: str | None = None
+        self,
+        bank: EmbeddingTable | None,
+        queries: EmbeddingTable,
+        class_names: Sequence[str],
+        *,
+        target: str | None = None,
     ) -> RecordTemplate:
-        """What all records of these queries by classifiers of this bank have in common; target: for other texts."""
+        """What all records of these queries by classifiers of this bank have in common.
+
+        bank: None for a classifier that decides by its own logits.  target: For other texts.
+        """
         scoring = self.scoring
-        settings = arithmetic_settings(scoring) | {
-            "layer": self.layer,
-            "bootstrap": scoring.bootstrap,
-            "bank_rows": len(bank),
-            "bank_cohort": bank.cohort,
-            "bank_split": bank.split,
-        }
+        settings = arithmetic_settings(scoring) | {"layer": self.layer, "bootstrap": scoring.bootstrap}
+        settings["pixel_normalisation"] = normalisation_of(self.encoder)
+        if bank is None:
+            settings["layer"] = LOGITS
+        else:
+            settings |= {"bank_rows": len(bank), "bank_cohort": bank.cohort, "bank_split": bank.split}
         if target is None and (branch := self.target.branch_of(self.encoder)):
             settings["attack_branch"] = branch
         if numerics := numerics_of(self.encoder):
@@ -148,7 +163,7 @@ class Evaluation:
             cohort=queries.cohort,
             split=queries.split,
             class_names=tuple(class_names),
-            flags=bank_flags(bank, queries),
+            flags=() if bank is None else bank_flags(bank, queries),
             settings=settings,
         )
 
@@ -207,10 +222,21 @@ class ScoredClassifier:
     fitted: FittedClassifier
     attacked: bool
 
-    @property
+    @cached_property
     def key(self) -> ScoresKey:
         """Its key in results: k for a kNN, else its settings as text."""
-        return self.fitted.k if isinstance(self.fitted, FittedKNN) else repr(self.settings)
+        return self.fitted.k if isinstance(self.fitted, FittedKNN) else self.text
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Reasons to distrust all its numbers."""
+        doubtful = isinstance(self.fitted, FittedLinearProbe) and not self.fitted.converged
+        return (NOT_CONVERGED,) if doubtful else ()
+
+    @cached_property
+    def text(self) -> str:
+        """Its settings, as records state them."""
+        return repr(self.settings)
 
     @property
     def name(self) -> str:
@@ -219,14 +245,17 @@ class ScoredClassifier:
 
     def facts(self, queries: EmbeddingTable, *, seed: int) -> ClassifierFacts:
         """What records say of it; the quality of an approximate index is measured on these queries."""
+        if isinstance(self.fitted, FittedLinearProbe):
+            fit = {"iterations": self.fitted.iterations, "converged": self.fitted.converged}
+            return ClassifierFacts(name=self.text, attacked=self.attacked, settings=fit)
         if not isinstance(self.fitted, FittedKNN):
-            return ClassifierFacts(name=repr(self.settings), attacked=self.attacked)
+            return ClassifierFacts(name=self.text, attacked=self.attacked)
         settings: dict[str, Any] = {
             "index": self.fitted.settings.index,
             **self.fitted.index_quality(queries, seed=seed),
         }
         return ClassifierFacts(
-            name=repr(self.settings),
+            name=self.text,
             k=self.fitted.k,
             temperature=self.fitted.settings.temperature,
             attacked=self.attacked,
@@ -255,10 +284,13 @@ def fit_bank(classifier: Classifier | Sequence[Classifier], bank: EmbeddingTable
 
 def score_queries(classifiers: Sequence[ScoredClassifier], queries: EmbeddingTable) -> dict[ScoresKey, np.ndarray]:
     """Class scores (n, classes) of the queries by each classifier; kNNs of one bank share one search."""
-    scores = predict_scores([one.fitted for one in classifiers], queries)
+    with ExitStack() as stack:
+        for module in (one.fitted for one in classifiers if isinstance(one.fitted, nn.Module)):
+            stack.enter_context(eval_mode(module))  # a head may be in training mode
+        scores = predict_scores([one.fitted for one in classifiers], queries)
     return {one.key: rows for one, rows in zip(classifiers, scores, strict=True)}
 
 
 def classifier_settings(classifiers: Sequence[ScoredClassifier], bank: EmbeddingTable) -> dict[str, Any]:
     """What of bank and classifiers decides the results of a pass: the one that is attacked."""
-    return {"bank": fingerprint_table(bank), "classifier": repr(classifiers[0].settings)}
+    return {"bank": fingerprint_table(bank), "classifier": fingerprint_classifier(classifiers[0].settings)}

@@ -20,6 +20,12 @@ def gather_with_grad(z: Tensor) -> Tensor:
     their copies, so each parameter's gradient, summed over ranks, belongs to the sum of the ranks' losses, and averaged
     over ranks (as DistributedDataParallel does) to their mean.  Differentiable once.
     With one rank, or without a process group, it is z itself.
+
+    Args:
+        z: (n, ...), this rank's rows.
+
+    Returns:
+        (n of all ranks, ...).
     """
     if not _several_ranks():
         return z

@@ -17,7 +17,14 @@ _CODES = ("p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt")
 
 
 class HiDiscTerms(NamedTuple):
-    """Scalars: total is the weighted sum; patch, slide and patient are not weighted, zero where not computed."""
+    """Scalars: total is the weighted sum; patch, slide and patient are not weighted, zero where not computed.
+
+    Attributes:
+        total: (), patch weight * patch + slide weight * slide + patient weight * patient.
+        patch: (), the loss whose positives are views of one patch.
+        slide: (), the loss whose positives are patches of one slide.
+        patient: (), the loss whose positives are patches of one patient.
+    """
 
     total: Tensor
     patch: Tensor
@@ -48,7 +55,7 @@ class HiDiscLoss:
             level of weight zero is not computed and its term is a zero.
         slide: Weight of the slide term.
         patient: Weight of the patient term.
-        temperature: One for all levels.
+        temperature: One for all levels; a tensor () is learned.
         gather: Use the images of all ranks of the default process group as positives and negatives.
 
     Raises:
@@ -71,7 +78,7 @@ class HiDiscLoss:
     patch: float = 1.0
     slide: float = 1.0
     patient: float = 1.0
-    temperature: float = 0.07
+    temperature: float | Tensor = 0.07
     gather: bool = False
 
     def __post_init__(self) -> None:

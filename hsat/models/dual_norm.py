@@ -19,6 +19,9 @@ class DualBatchNorm(nn.Module):
     Both start as copies of the layer that is replaced (its weights, statistics, fused activation if any).  Only the
     active layer is used and, in training mode, only its statistics move.  Which one is active is not part of the state
     dict; use `branch` to choose.  Key names are those of the published `resnet50_multi_bn` checkpoints.
+
+    Args:
+        norm: The layer that is doubled.
     """
 
     def __init__(self, norm: BatchNorm) -> None:
@@ -27,7 +30,14 @@ class DualBatchNorm(nn.Module):
         self.active = BRANCHES[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x with the active layer."""
+        """Normalise x with the active layer.
+
+        Args:
+            x: What the layer normalises, (n, channels, ...).
+
+        Returns:
+            The same shape.
+        """
         out: Tensor = self.bn_list[BRANCHES.index(self.active)](x)
         return out
 
@@ -37,7 +47,14 @@ class DualBatchNorm(nn.Module):
 
 
 def is_dual(module: nn.Module) -> bool:
-    """Whether the module holds a DualBatchNorm."""
+    """Whether the module holds a DualBatchNorm.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Whether it does.
+    """
     return any(isinstance(part, DualBatchNorm) for part in module.modules())
 
 
@@ -46,6 +63,12 @@ def convert_to_dual(module: nn.Module) -> nn.Module:
 
     Layers that are dual already stay as they are.  Call it before the optimiser is built: the "pgd" copies are new
     parameters.
+
+    Args:
+        module: A network, changed in place.
+
+    Returns:
+        The module; a new one if it is a BatchNorm itself.
 
     Raises:
         ValueError: If there is no BatchNorm to replace.
@@ -83,6 +106,9 @@ def branch(module: nn.Module, name: str) -> Iterator[None]:
         module: A network with dual BatchNorm.
         name: "normal" or "pgd".
 
+    Yields:
+        Nothing.
+
     Raises:
         ValueError: For another name, or if the module has no DualBatchNorm.
     """
@@ -98,13 +124,31 @@ def branch(module: nn.Module, name: str) -> Iterator[None]:
 
 
 def set_branch(module: nn.Module, name: str) -> None:
-    """Use the branch "normal" or "pgd" from now on; for an encoder that is only evaluated.  Errors as in `branch`."""
+    """Use the branch "normal" or "pgd" from now on; for an encoder that is only evaluated.  Errors as in `branch`.
+
+    Args:
+        module: A network with dual BatchNorm.
+        name: "normal" or "pgd".
+
+    Raises:
+        ValueError: For another name, or if the module has no DualBatchNorm.
+    """
     for layer in _layers(module, name):
         layer.active = name
 
 
 def active_branch(module: nn.Module) -> str | None:
-    """The branch in use, or None without dual BatchNorm.  ValueError if the layers disagree."""
+    """The branch in use, or None without dual BatchNorm.  ValueError if the layers disagree.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        "normal" or "pgd"; None without dual BatchNorm.
+
+    Raises:
+        ValueError: If its layers are in different branches.
+    """
     names = sorted({part.active for part in module.modules() if isinstance(part, DualBatchNorm)})
     if len(names) > 1:
         raise ValueError(f"{type(module).__name__} has layers in branch {' and in branch '.join(map(repr, names))}")
@@ -116,6 +160,15 @@ def trained_branch(module: nn.Module) -> str:
 
     Training with an attack moves "pgd" in its adversarial passes, and "normal" only where clean images are mixed in; a
     baseline without an attack moves "normal" alone.  Counted by `num_batches_tracked`.  Errors as in `branch`.
+
+    Args:
+        module: A network with dual BatchNorm.
+
+    Returns:
+        "normal" or "pgd".
+
+    Raises:
+        ValueError: If the module has no DualBatchNorm.
     """
     layers = _layers(module, BRANCHES[0])
     normal, pgd = (sum(_batches(layer.bn_list[i]) for layer in layers) for i in range(len(BRANCHES)))
@@ -123,7 +176,17 @@ def trained_branch(module: nn.Module) -> str:
 
 
 def unused_branches(module: nn.Module) -> tuple[str, ...]:
-    """Branches without a batch in training although the other one had some: they normalise with initial statistics."""
+    """Branches without a batch in training although the other one had some: they normalise with initial statistics.
+
+    Args:
+        module: A network with dual BatchNorm.
+
+    Returns:
+        Their names; none for a network that was never trained.
+
+    Raises:
+        ValueError: If the module has no DualBatchNorm.
+    """
     layers = _layers(module, BRANCHES[0])
     counts = [sum(_batches(layer.bn_list[i]) for layer in layers) for i in range(len(BRANCHES))]
     return tuple(name for name, count in zip(BRANCHES, counts, strict=True) if count == 0 < max(counts))

@@ -47,6 +47,12 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
     checked on two random images.  The copy is for evaluation: its parameters are frozen, its `spec` is None,
     `batchnorm_folded` is True, which records of evaluations state.
 
+    Args:
+        encoder: In evaluation mode; left as it is.
+
+    Returns:
+        The copy.
+
     Raises:
         TypeError: For anything but an `Encoder`.
         ValueError: For an encoder without BatchNorm, in training mode, with dual BatchNorm, with a BatchNorm that keeps

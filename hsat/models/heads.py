@@ -35,6 +35,11 @@ class ProjectionHead(nn.Module):
     """A stack of layers (n, in_features) -> (n, out_features); rows are not normalised here, the encoder does that.
 
     The layers sit in `layers`, numbered as in the published checkpoints, which therefore load by name.
+
+    Args:
+        layers: The modules in turn.
+        in_features: Width of what the first one takes.
+        out_features: Width of what the last one gives.
     """
 
     def __init__(self, layers: Sequence[nn.Module], *, in_features: int, out_features: int) -> None:
@@ -44,7 +49,14 @@ class ProjectionHead(nn.Module):
         self.out_features = out_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """(n, in_features) -> (n, out_features)."""
+        """(n, in_features) -> (n, out_features).
+
+        Args:
+            features: (n, in_features).
+
+        Returns:
+            (n, out_features).
+        """
         projected: Tensor = self.layers(features)
         return projected
 
@@ -65,6 +77,9 @@ def projection_head(
             feature width.
         hidden: Widths of the inner layers of "mlp" and "mlp3_bn"; empty means two of the feature width (2048, 2048 on a
             ResNet-50).
+
+    Returns:
+        The head, with random weights.
 
     Raises:
         ValueError: Naming the option, for an unknown kind or widths that do not fit it.

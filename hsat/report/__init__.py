@@ -10,10 +10,10 @@ from hsat.report.artifacts import Artifacts, ArtifactSource, ConditionArrays, re
 from hsat.report.page import write_report
 from hsat.report.paper import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.report.plots import plot_certified_accuracy, plot_patches, plot_transfer
-from hsat.report.record_files import records_csv, records_latex
+from hsat.report.record_files import record_tables, records_csv, records_frame, records_latex
 from hsat.report.run_folders import RunFolder, open_runs
-from hsat.report.summary import chance_level
 from hsat.report.tables import accuracy_tables, differences_table, markdown_table, transfer_markdown, transfer_tables
+from hsat.report.views_plot import plot_views
 
 __all__ = [
     "ArtifactSource",
@@ -23,7 +23,6 @@ __all__ = [
     "PaperTable",
     "RunFolder",
     "accuracy_tables",
-    "chance_level",
     "differences_table",
     "markdown_table",
     "open_runs",
@@ -35,8 +34,11 @@ __all__ = [
     "plot_certified_accuracy",
     "plot_patches",
     "plot_transfer",
+    "plot_views",
     "read_artifacts",
+    "record_tables",
     "records_csv",
+    "records_frame",
     "records_latex",
     "transfer_markdown",
     "transfer_tables",

@@ -79,8 +79,8 @@ def describe_setting(setting: EvaluationSetting, among: Iterable[EvaluationSetti
     if differs("arithmetic"):
         parts.append(f"arithmetic: {setting.arithmetic or 'not recorded'}")
     if differs("layer"):
-        parts.append(f"kNN on the {setting.layer}")
-    if differs("temperature"):
+        parts.append(f"{'classifier' if setting.classifier else 'kNN'} on the {setting.layer}")
+    if differs("temperature") and not setting.classifier:
         parts.append(f"temperature {setting.temperature:g}")
     if differs("bank_rows") or differs("bank_cohort") or differs("bank_split"):
         bank = f" of {setting.bank_cohort[:12]}" if setting.bank_cohort != setting.cohort else ""
@@ -88,7 +88,7 @@ def describe_setting(setting: EvaluationSetting, among: Iterable[EvaluationSetti
         parts.append(f"bank of {setting.bank_rows} patches{bank}{split}")
     if differs("index"):
         parts.append(f"index {setting.index or 'exact'}")
-    if differs("classifier"):
+    if setting.classifier or differs("classifier"):
         parts.append(f"classifier: {setting.classifier or 'nearest neighbours'}")
     if differs("convention"):
         parts.append(f"convention: {setting.convention or 'not one of a comparison'}")
@@ -211,6 +211,12 @@ def _drop_repetitions(records: Sequence[Record]) -> list[Record]:
         known = (record.checkpoint, seed, record.n, record.value) if record.checkpoint else (number,)
         seen.setdefault(known, record)
     return list(seen.values())
+
+
+def mean_chance(records: Iterable[Record]) -> float | None:
+    """The chance level of records of one number, which runs on other queries differ in: its mean; None if none says."""
+    stated = [record.chance for record in records if record.chance is not None]
+    return statistics.mean(stated) if stated else None
 
 
 def is_transfer(record: Record) -> bool:

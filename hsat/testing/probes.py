@@ -19,7 +19,16 @@ def expect(condition: bool, message: str) -> None:
 
 
 def check_feasible(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> None:
-    """Raise AssertionError unless x_adv has the form of x and is, without tolerance, where the threat model allows."""
+    """Raise AssertionError unless x_adv has the form of x and is, without tolerance, where the threat model allows.
+
+    Args:
+        x_adv: (n, c, h, w), what an attack made.
+        x: (n, c, h, w), the clean images.
+        threat: The threat model.
+
+    Raises:
+        AssertionError: Naming what is not as it must be.
+    """
     expect(x_adv.shape == x.shape, f"shape {tuple(x_adv.shape)} from images of shape {tuple(x.shape)}")
     expect(x_adv.dtype == x.dtype, f"dtype {x_adv.dtype} from images of {x.dtype}")
     expect(x_adv.device == x.device, f"device {x_adv.device} from images on {x.device}")

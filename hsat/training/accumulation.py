@@ -47,7 +47,15 @@ class SplitBatch:
             raise ValueError(f"the parts hold {count} images and the batch {len(self.whole)}")
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SplitBatch:
-        """The same on another device; nothing is counted again."""
+        """The same on another device; nothing is counted again.
+
+        Args:
+            device: Where the tensors go.
+            non_blocking: As in `torch.Tensor.to`.
+
+        Returns:
+            The whole and its parts, there.
+        """
         parts = [part.to(device, non_blocking=non_blocking) for part in self.parts]
         return SplitBatch(self.whole.to(device, non_blocking=non_blocking), tuple(parts))
 
@@ -56,6 +64,13 @@ def split_batch(batch: HierarchicalBatch, parts: int) -> SplitBatch:
     """A batch as `parts` batches of equally many consecutive images.
 
     Ids are counted, so split before the batch goes to a GPU.
+
+    Args:
+        batch: On the CPU.
+        parts: How many.
+
+    Returns:
+        The batch and its parts.
 
     Raises:
         ValueError: Where the images do not divide.
@@ -115,6 +130,9 @@ def accumulated_step(
         generator: As in `adversarial_step`.
         ids: (n,) for the whole batch, as in `adversarial_step`.
         scale: What is applied to the loss before backward, such as GradScaler.scale.
+
+    Returns:
+        The losses of all parts together, detached.
 
     Raises:
         ValueError: If the model is in eval mode, its embeddings have no gradient, or clean_weight lies outside [0, 1].

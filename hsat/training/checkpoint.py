@@ -32,7 +32,14 @@ class RandomStateMismatch(ValueError):
 
 
 class TrainingState(NamedTuple):
-    """Where a run stands: what `save_checkpoint` was given beside the objects with a state of their own."""
+    """Where a run stands: what `save_checkpoint` was given beside the objects with a state of their own.
+
+    Attributes:
+        epoch: The epoch to go on with.
+        step: Number of steps that are done.
+        config: The settings of the run.
+        extra: What else was saved.
+    """
 
     epoch: int
     step: int
@@ -72,6 +79,9 @@ def save_checkpoint(
         config: The settings of the run.
         generators: Generators whose states belong to the run, by name.
         extra: What else belongs to it.
+
+    Returns:
+        The path.
 
     Raises:
         FloatingPointError: On all ranks, naming the entries of model and optimizer that hold NaN or infinity: such a
@@ -126,6 +136,9 @@ def load_training_state(
         scheduler: The schedule of the learning rate.
         generators: Generators by the names under which they were saved.
         restore_random: Whether to restore random states and generators; without it they are left as they are.
+
+    Returns:
+        Epoch, step, config and extra.
 
     Raises:
         FileNotFoundError: If there is no file.

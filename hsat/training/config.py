@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
+from hsat.data.augment import default_augmentation
 from hsat.training.resources import parse_memory
 
 Levels = Literal["p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt"]
@@ -62,9 +64,13 @@ class ViewConfig(Section):
     slides: int = Field(2, gt=0, description="slides per patient")
     patches: int = Field(2, gt=0, description="patches per slide")
     views: int = Field(2, gt=0, description="augmented views per patch")
-    augmentation: Literal["none", "static", "v0", "v1"] = Field("v0", description="augmentation pipeline")
-    strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
-    dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")
+    augmentation: Literal["none", "static", "v0", "v1", "he"] | None = Field(
+        None, description="augmentation pipeline; v0 for SRH, he (haematoxylin and eosin) for RGB patches"
+    )
+    strength: float = Field(
+        1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0, v1 and he)"
+    )
+    dynamic: bool = Field(True, description="lower the strength of v0, v1 and he over training")
     ids: Literal["true", "slots"] | None = Field(
         None,
         description="what counts as a positive: true ids, or one id per place in the batch; true but for the preset",
@@ -157,6 +163,8 @@ class TrainConfig(OuterConfig):
         attack: The inner maximisation.
         seed: Of draws, augmentation and attacks.
         preset: "paper" draws and augments as the published code does (docs/conventions.md).
+        transform: A function of the caller's in place of `views.augmentation`; it sees torch's CPU generator seeded by
+            the view, and what it returns is resized to `views.image_size`.
 
     Raises:
         pydantic.ValidationError: For unknown names and values out of range; a ValueError.
@@ -180,15 +188,46 @@ class TrainConfig(OuterConfig):
     preset: Literal["paper"] | None = Field(
         None, description="paper: draws and augments as the published code (docs/conventions.md)"
     )
+    transform: Annotated[Callable[..., Any], PlainSerializer(repr, return_type=str)] | None = Field(
+        None, description="a function from a patch (3, h, w) in [0, 1] to an image, in place of the augmentation"
+    )
+
+    def resolve(self, kind: str) -> Self:
+        """The configuration with an augmentation that fits patches of this kind, where none was chosen.
+
+        Args:
+            kind: Of a cohort: "srh" or "rgb".
+
+        Returns:
+            The configuration.
+        """
+        if self.views.augmentation is not None or self.transform is not None:
+            return self
+        views = self.views.model_copy(update={"augmentation": default_augmentation(kind)})
+        return self.model_copy(update={"views": views})
 
     @classmethod
     def hsat(cls, **changes: Any) -> Self:
-        """Published HSAT: PGD with 5 steps of 2/255 at eps 8/255 on all three levels (arXiv:2503.10629)."""
+        """Published HSAT: PGD with 5 steps of 2/255 at eps 8/255 on all three levels (arXiv:2503.10629).
+
+        Args:
+            changes: Fields that are to differ.
+
+        Returns:
+            The configuration.
+        """
         return cls(**changes)
 
     @classmethod
     def hidisc(cls, **changes: Any) -> Self:
-        """The baseline HiDisc: no attack (arXiv:2303.01605)."""
+        """The baseline HiDisc: no attack (arXiv:2303.01605).
+
+        Args:
+            changes: Fields that are to differ.
+
+        Returns:
+            The configuration.
+        """
         return cls(**{"attack": InnerAttackConfig(name="none"), **changes})
 
     @model_validator(mode="after")

@@ -18,7 +18,13 @@ from hsat.types import Attack, HierarchicalBatch
 
 
 class LossGap(NamedTuple):
-    """Mean attacked loss on one batch: at the clean images, after the fast attack, after the strong one."""
+    """Mean attacked loss on one batch: at the clean images, after the fast attack, after the strong one.
+
+    Attributes:
+        clean: At the clean images.
+        fast: After the fast attack.
+        strong: After the strong attack.
+    """
 
     clean: float
     fast: float
@@ -32,7 +38,17 @@ class LossGap(NamedTuple):
 
     @classmethod
     def mean(cls, gaps: Sequence[LossGap]) -> LossGap:
-        """Of equally large batches, such as those of all ranks.  The same order gives the same bits."""
+        """Of equally large batches, such as those of all ranks.  The same order gives the same bits.
+
+        Args:
+            gaps: One or more.
+
+        Returns:
+            The mean of each of the three losses.
+
+        Raises:
+            ValueError: For no gap.
+        """
         if not gaps:
             raise ValueError("there is no gap to take the mean of; give those of one or more batches")
         return cls(*(math.fsum(values) / len(gaps) for values in zip(*gaps, strict=True)))
@@ -74,11 +90,25 @@ class OverfittingGuard:
             raise ValueError(f"min_share must lie in [0, 1], got {self.min_share!r}")
 
     def is_due(self, step: int) -> bool:
-        """Whether this step begins with a check."""
+        """Whether this step begins with a check.
+
+        Args:
+            step: Number of the step, from 0.
+
+        Returns:
+            Whether a check is due.
+        """
         return step % self.check_every == 0
 
     def choose_attack(self, gap: LossGap | None) -> Attack:
-        """What to train with after this check; the fast attack where there was none yet."""
+        """What to train with after this check; the fast attack where there was none yet.
+
+        Args:
+            gap: What the last check measured; None before the first.
+
+        Returns:
+            The strong attack where the fast one reaches less than `min_share` of its rise, else the fast one.
+        """
         return self.strong if gap is not None and gap.share < self.min_share else self.fast
 
     def measure(
@@ -103,6 +133,9 @@ class OverfittingGuard:
             autocast: Makes the context of every pass.
             generator: Source of the attacks' noise.
             ids: (n,), by which an image's noise is drawn.
+
+        Returns:
+            The three losses.
         """
         encoder, x = unwrap_parallel(model), batch.images
         with use_branch(encoder, "pgd"), frozen(encoder), autocast():

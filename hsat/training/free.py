@@ -59,6 +59,9 @@ def free_replays(
         start: First point (n, c, h, w) in place of a random one.
         ids: (n,), by which an image's noise is drawn, whichever rank has it.
 
+    Yields:
+        The result of each replay.
+
     Raises:
         ValueError: For replays < 1, a model in eval mode or a start of another shape.
         RuntimeError: When the next result is asked for and backward was not called.

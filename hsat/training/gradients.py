@@ -25,6 +25,9 @@ class Stateful(Protocol):
 def check_trainable(model: nn.Module) -> None:
     """Check that there is something to train.
 
+    Args:
+        model: The network.
+
     Raises:
         ValueError: Naming parameters, if none of them has `requires_grad`.
     """
@@ -45,6 +48,12 @@ def largest_gradient(model: nn.Module) -> Tensor:
     For loops that read the loss anyway, which then read both at once; `check_gradients` reads by itself.
     Call it between backward and the optimiser's step.  Parameters without a gradient, such as those of a BatchNorm
     branch that this step did not use, are left out.
+
+    Args:
+        model: After backward.
+
+    Returns:
+        () on the gradients' device.
 
     Raises:
         ValueError: Where no parameter has a gradient, with the reason.
@@ -73,6 +82,12 @@ def check_gradients(model: nn.Module) -> float:
     Not for loops with a GradScaler: there an overflow is expected, the scaler leaves out that step, and
     `largest_gradient` tells which ones it leaves out.
 
+    Args:
+        model: After backward and before the optimiser's step.
+
+    Returns:
+        The largest absolute gradient.
+
     Raises:
         FloatingPointError: Naming the parameters whose gradient holds NaN or infinity.
         ValueError: Where no parameter has a gradient at all.
@@ -94,6 +109,10 @@ def check_state(model: nn.Module, optimizer: Stateful | None = None) -> None:
     """Check that the state of a model, and of its optimiser, is finite; one read of the device.
 
     `save_checkpoint` and `save_encoder` do this by themselves.
+
+    Args:
+        model: The network.
+        optimizer: Its optimiser.
 
     Raises:
         FloatingPointError: Naming what is NaN or infinite.

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ class Trainer:
         encoder: The network that is trained, in place; moved to `device`.
         cohort: With a split "train".  Patients of a split "tune" are held out to choose the best encoder.
         config: All options.
-        out: The run folder: run.json, train.csv, last.pt, best.safetensors, final.safetensors.  A function opens a
-            folder with other settings in run.json, as the command does.
+        out: The run folder (docs/files.md).  A function opens one with other settings in run.json, as the command does.
         validate: Encoder -> numbers, of which "score" chooses the best encoder; by default `held_out_validation` on the
             split "tune", where the cohort has it.
         device: Where it computes; None is where the encoder is.
@@ -105,6 +105,7 @@ class Trainer:
         resume: bool = False,
         progress: bool = False,
     ) -> None:
+        config = config.resolve(cohort.kind)
         self.encoder, self.cohort, self.config, self.store = encoder, cohort, config, store
         self.device = torch.device(device) if device is not None else next(encoder.parameters()).device
         self.rank, self.ranks, self.progress = world_rank(), world_size(), progress
@@ -193,7 +194,8 @@ class Trainer:
                 self.folder.log(row)
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
-                self._save_if_due()
+                if self.done % self.config.save_every == 0 or self.done == self.total:
+                    self.save()
                 self._stop_if_requested(request, world)
         return self._finish()
 
@@ -214,12 +216,26 @@ class Trainer:
         return self.done // self.sampler.batches_per_epoch
 
     def strength(self, epoch: int) -> float:
-        """Augmentation strength in this epoch; the static pipelines ignore it."""
+        """Augmentation strength in this epoch; the static pipelines ignore it.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Returns:
+            In [0, 1].
+        """
         views = self.config.views
         return views.strength * (augmentation_strength(epoch, self.epochs, self.plateau) if views.dynamic else 1.0)
 
     def attack(self, epoch: int) -> PGD | None:
-        """The PGD of the inner maximisation in this epoch, or None for the baseline."""
+        """The PGD of the inner maximisation in this epoch, or None for the baseline.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Returns:
+            The attack at this epoch's eps.
+        """
         chosen = self.config.attack
         if chosen.name == "none":
             return None
@@ -228,6 +244,9 @@ class Trainer:
 
     def step(self, batch: HierarchicalBatch) -> dict[str, float]:
         """One batch, with one optimiser step (free: several).
+
+        Args:
+            batch: Views of patches, as `batches` gives them, on the encoder's device.
 
         Returns:
             What train.csv says of it, of the last optimiser step: step, epoch, loss, lr, the terms of the loss, eps,
@@ -264,7 +283,11 @@ class Trainer:
         return values
 
     def check_state(self) -> None:
-        """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state."""
+        """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state.
+
+        Raises:
+            FloatingPointError: Naming the step and the entries.
+        """
         try:
             check_state(self.encoder, self.optimization.optimizer)
         except FloatingPointError as error:
@@ -294,10 +317,6 @@ class Trainer:
             self.save()
             raise TrainingInterrupted(step=self.done, total=self.total, signal=request.signal)
 
-    def _save_if_due(self) -> None:
-        if self.done % self.config.save_every == 0 or self.done == self.total:
-            self.save()
-
     def save(self) -> None:
         """Write last.pt, the checkpoint to resume from; all ranks call this, the first one writes."""
         if self.saved == self.done:
@@ -317,19 +336,7 @@ class Trainer:
 
     def _finish(self) -> Path:
         """Write the final encoder; raises ValueError if float16 skipped every step."""
-        if self.optimization.skipped and self.optimization.skipped >= self.done:
-            raise ValueError(
-                f"every one of the {self.done} steps was skipped, for float16 gradients overflowed: nothing was"
-                f" trained, and {self.folder.out} holds an encoder as it began. Take another --out with"
-                " --train.precision bf16; or with more steps, as each one halves the scale of the loss, now"
-                f" {self.optimization.scaler.get_scale():g}"
-            )
-        if self.optimization.skipped:
-            _log.info(
-                "note: %d of %d steps were skipped, for float16 gradients overflowed",
-                self.optimization.skipped,
-                self.done,
-            )
+        self.optimization.report_skipped(self.done, out=self.folder.out)
         final, best = self.folder.out / "final.safetensors", self.folder.out / "best.safetensors"
         if self.folder.writes:
             save_encoder(self.encoder, final, metadata={"step": self.done, "cohort": self.folder.cohort})
@@ -373,20 +380,13 @@ class Trainer:
         folder.keep_rows_before(self.done)
 
     def _load_state(self) -> TrainingState:
-        path, encoder = self.folder.last, self.encoder
+        optimizer, schedule = self.optimization.optimizer, self.optimization.schedule
+        load = partial(load_training_state, self.folder.last, optimizer=optimizer, scheduler=schedule)
         try:
-            return load_training_state(
-                path, model=encoder, optimizer=self.optimization.optimizer, scheduler=self.optimization.schedule
-            )
+            return load(model=self.encoder)
         except RandomStateMismatch:
             _log.info("note: resuming with another number of ranks; dropout, if any, draws afresh")
-        return load_training_state(
-            path,
-            model=encoder,
-            optimizer=self.optimization.optimizer,
-            scheduler=self.optimization.schedule,
-            restore_random=False,
-        )
+        return load(model=self.encoder, restore_random=False)
 
     def _take_extra(self, extra: Mapping[str, Any]) -> None:
         try:

@@ -59,6 +59,9 @@ class WarmStarts:
             threat: The feasible set of the attack that starts there.
             generator: Source of the random points.
 
+        Returns:
+            (n, c, h, w), feasible.
+
         Raises:
             ValueError: Naming the patch whose image has another shape than the one that was kept.
         """
@@ -113,6 +116,9 @@ class WarmStarts:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take everything back.
+
+        Args:
+            state_dict: What `state_dict` gave.
 
         Raises:
             ValueError: When the parts do not belong together.

@@ -84,7 +84,15 @@ class Levels:
         return len(self.patch)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Levels:
-        """The same ids on another device, without counting again."""
+        """The same ids on another device, without counting again.
+
+        Args:
+            device: Where the tensors go.
+            non_blocking: As in `torch.Tensor.to`.
+
+        Returns:
+            Levels whose tensors are there.
+        """
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Levels:
@@ -155,7 +163,14 @@ class HierarchicalBatch:
         return len(self.images)
 
     def replace(self, *, images: Tensor) -> HierarchicalBatch:
-        """The same ids and labels with other images; nothing is counted or checked again but the number of images."""
+        """The same ids and labels with other images; nothing is counted or checked again but the number of images.
+
+        Args:
+            images: (n, c, h, w), as many as before.
+
+        Returns:
+            A batch that shares all ids with this one.
+        """
         return dataclasses.replace(self, images=images)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> HierarchicalBatch:
@@ -170,7 +185,15 @@ class HierarchicalBatch:
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> HierarchicalBatch:
-        """The batch on another device."""
+        """The batch on another device.
+
+        Args:
+            device: Where the tensors go.
+            non_blocking: As in `torch.Tensor.to`.
+
+        Returns:
+            A batch whose tensors are there.
+        """
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> HierarchicalBatch:

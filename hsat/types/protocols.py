@@ -54,10 +54,24 @@ class DecisionObjective(Protocol):
         """Images (n, c, h, w) -> values (n,), to be maximised."""
 
     def select(self, index: Tensor) -> Self:
-        """The same objective for the images `index` of the batch."""
+        """The same objective for the images `index` of the batch.
+
+        Args:
+            index: (m,) int64, places in the batch.
+
+        Returns:
+            The objective of these images, in this order.
+        """
 
     def success(self, images: Tensor) -> Tensor:
-        """(n,) bool: is the decision on the image wrong?"""
+        """(n,) bool: is the decision on the image wrong?
+
+        Args:
+            images: (n, c, h, w), as many as there are labels.
+
+        Returns:
+            (n,) bool on the images' device.
+        """
 
 
 class ThreatModel(ABC):
@@ -101,29 +115,72 @@ class ThreatModel(ABC):
 
     @abstractmethod
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A random point of the feasible set around x (n, c, h, w), which lies in the pixel range; dtype of x."""
+        """A random point of the feasible set around x (n, c, h, w), which lies in the pixel range; dtype of x.
+
+        Args:
+            x: (n, c, h, w) images in the pixel range.
+            generator: Source of noise; None is torch's global generator.
+
+        Returns:
+            (n, c, h, w) feasible points.
+        """
 
     @abstractmethod
     def steepest_ascent(self, grad: Tensor) -> Tensor:
-        """Steepest-ascent direction of unit size in this norm, per image; a zero gradient gives zero."""
+        """Steepest-ascent direction of unit size in this norm, per image; a zero gradient gives zero.
+
+        Args:
+            grad: (n, c, h, w), the gradient of the objective.
+
+        Returns:
+            (n, c, h, w), the direction in which the objective rises fastest; the attack scales it by its step size.
+        """
 
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Nearest feasible point to x_adv: inside the ball around x and inside the pixel range."""
+        """Nearest feasible point to x_adv: inside the ball around x and inside the pixel range.
+
+        Args:
+            x_adv: (n, c, h, w), anywhere.
+            x: (n, c, h, w) clean images in the pixel range.
+
+        Returns:
+            (n, c, h, w), the nearest feasible points, in x_adv's dtype.
+        """
 
     def projection_at(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """x_adv -> `project(x_adv, x)`, for a fixed x that lies in the pixel range."""
+        """x_adv -> `project(x_adv, x)`, for a fixed x that lies in the pixel range.
+
+        Args:
+            x: (n, c, h, w) clean images in the pixel range.
+
+        Returns:
+            The projection, which may keep what depends on x alone.
+        """
         return lambda x_adv: self.project(x_adv, x)
 
     def clamp(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x clamped to the pixel range, and a 0-d bool on its device: must the images be refused?
 
         Attacks call it first, and read the flag once.  By default every image is admitted as it is.
+
+        Args:
+            x: (n, c, h, w) images.
+
+        Returns:
+            The images, and the flag.
         """
         return x, torch.zeros((), dtype=torch.bool, device=x.device)
 
     def select(self, index: Tensor) -> ThreatModel:
-        """The threat model of the images `index` of a batch; by default it is the same for all images."""
+        """The threat model of the images `index` of a batch; by default it is the same for all images.
+
+        Args:
+            index: (m,) int64, places in the batch.
+
+        Returns:
+            The threat model of these images, in this order.
+        """
         return self
 
 
@@ -131,15 +188,22 @@ class ThreatModel(ABC):
 class AttackResult:
     """What an attack did.  All tensors are detached and live on the device of the images.
 
-    x_adv: (n, c, h, w), dtype of x.  value: the objective at x_adv, (n,) for per-image objectives, else ().
-    start_value: the same at the first point the objective saw.  zero_gradient: (n,) int64, number of gradient steps
-    in which the image's gradient was exactly zero.  success: (n,) bool, or None when no `success` test was given.
-    forwards, backwards: how many times the whole batch went through the objective and back.
-    stationary: (n,) bool, images that were given a random start because the clean point was stationary.
-    Ensembles say more.  broken_by: for each image the name of the member that broke it, "clean" where it was wrong
-    before any attack, "" where it withstood all.  members: what each member did, in the order of their turns.
-    never_moved: (n,) bool, images that no member with gradients moved; None where comparing x_adv with x tells.
-    embedding: (n, d), what the model decides from at x_adv; None where it was not kept.
+    Attributes:
+        x_adv: (n, c, h, w), dtype of x.
+        value: The objective at x_adv, (n,) for per-image objectives, else ().
+        start_value: The same at the first point the objective saw.
+        zero_gradient: (n,) int64, number of gradient steps in which the image's gradient was exactly zero.
+        success: (n,) bool, or None when no `success` test was given.
+        forwards: How many times the whole batch went through the objective.
+        backwards: How many times it went back.
+        stationary: (n,) bool, images that were given a random start because the clean point was stationary.
+        broken_by: Of an ensemble, for each image the name of the member that broke it, "clean" where it was wrong
+            before any attack, "" where it withstood all.
+        members: Of an ensemble, what each member did, in the order of their turns.
+        never_moved: (n,) bool, images that no member with gradients moved; None where comparing x_adv with x tells.
+        embedding: (n, d), what the model decides from at x_adv; None where it was not kept.
+        outside: Of another library's attack, (n,) float64, how far a pixel of the library's image lay from x_adv, the
+            nearest image that the threat model allows; infinite where it was NaN.
     """
 
     x_adv: Tensor
@@ -154,6 +218,7 @@ class AttackResult:
     members: tuple[MemberStats, ...] | None = None
     never_moved: Tensor | None = None
     embedding: Tensor | None = None
+    outside: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +270,19 @@ class Attack(Protocol):
         ids: Tensor | None = None,
         success: SuccessTest | None = None,
     ) -> AttackResult:
-        """The same, with what is worth knowing about the run."""
+        """The same, with what is worth knowing about the run.
+
+        Args:
+            x: (n, c, h, w) images in the threat model's range.
+            objective: What is maximised.
+            start: (n, c, h, w), where the first restart begins; projected first.
+            generator: Source of noise; None is torch's global generator.
+            ids: (n,) ints, by which an image's noise is drawn.
+            success: (x_adv) -> (n,) bool, which stops images early.
+
+        Returns:
+            The adversarial images, the objective's values, and what the run cost.
+        """
 
 
 @runtime_checkable
@@ -213,7 +290,14 @@ class Classifier(Protocol):
     """Frozen settings of a classifier of embeddings."""
 
     def fit(self, bank: EmbeddingTable) -> FittedClassifier:
-        """A classifier that decides by the rows of this table."""
+        """A classifier that decides by the rows of this table.
+
+        Args:
+            bank: Embeddings with labels.
+
+        Returns:
+            The classifier, with settings and bank fixed.
+        """
 
 
 @runtime_checkable
@@ -239,13 +323,40 @@ class FittedClassifier(Protocol):
         """Embeddings (n, d) as the encoder gives them -> (n, classes), finite and differentiable.
 
         float32; float64 only for float64 z.
+
+        Args:
+            z: (n, d) embeddings, on the classifier's device.
+
+        Returns:
+            (n, classes), finite, with gradients; float32, and float64 only for float64 z.
         """
 
     def scores(self, z: Tensor) -> Tensor:
-        """Embeddings (n, d) -> class scores (n, classes), differentiable; rows sum to one."""
+        """Embeddings (n, d) -> class scores (n, classes), differentiable; rows sum to one.
+
+        Args:
+            z: (n, d) embeddings, on the classifier's device.
+
+        Returns:
+            (n, classes) in [0, 1], with gradients.
+        """
 
     def predict_proba(self, z: np.ndarray | Tensor | EmbeddingTable) -> np.ndarray:
-        """Class scores (n, classes) float64 of an array, a tensor or a table, in blocks."""
+        """Class scores (n, classes) float64 of an array, a tensor or a table, in blocks.
+
+        Args:
+            z: (n, d), of any length where the classifier reads unit rows.
+
+        Returns:
+            (n, classes) float64; rows sum to one.
+        """
 
     def to(self, device: torch.device | str) -> Self:
-        """The same classifier with its tensors on a device."""
+        """The same classifier with its tensors on a device.
+
+        Args:
+            device: Where embeddings will be.
+
+        Returns:
+            The classifier there; the same object where nothing has to move.
+        """

@@ -116,6 +116,17 @@ class EmbeddingTable:
         """Write the table as a folder of .npy files and a table.json; the folder appears whole or not at all.
 
         dtype: of z in the file.  float16 halves it and rounds each value to three digits.
+
+        Args:
+            path: The folder; a table that is there already is replaced.
+            dtype: Of z in the file; float16 halves it and rounds each value to three digits.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: For another dtype.
+            FileExistsError: If something else than a table is at `path`.
         """
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
@@ -136,6 +147,17 @@ class EmbeddingTable:
         """Read a table written by `save`; with memory_map=True z stays on disk.  Never unpickles.
 
         Raises FileNotFoundError where no table is, ValueError naming the file where one is damaged.
+
+        Args:
+            path: The folder.
+            memory_map: Leave z on disk, and read its rows when they are asked for.
+
+        Returns:
+            The table.
+
+        Raises:
+            FileNotFoundError: Where no table is.
+            ValueError: Naming the file where one is damaged.
         """
         path = Path(path)
         if not (path / "table.json").is_file():
@@ -165,8 +187,14 @@ def align_labels(labels: np.ndarray, own_names: Sequence[str], class_names: Sequ
         (n,) int64 indices into `class_names`.
 
     Raises:
-        ValueError: Naming every class that occurs in the labels and is missing from `class_names`.
+        ValueError: Naming every class that occurs in the labels and is missing from `class_names`, or for a label that
+            is no index of `own_names`.
     """
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(own_names):
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}, and there are {len(own_names)} classes:"
+            f" {list(own_names)}"
+        )
     position = {name: index for index, name in enumerate(class_names)}
     used = {own_names[index] for index in np.unique(labels)}
     if unknown := sorted(used - position.keys()):

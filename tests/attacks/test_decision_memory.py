@@ -73,18 +73,20 @@ def test_other_images_are_asked_about_and_what_succeeded_stays():
     assert torch.equal(test(X), expected)  # broken once is broken
 
 
-@pytest.mark.parametrize(("highest", "after", "given_up"), [(-0.8, 2, True), (-0.4, 2, False), (-0.4, 4, True)])
-def test_a_search_by_queries_gives_up_where_gradients_led_farther(highest, after, given_up):
-    model = RememberedModel(
-        lambda images: torch.stack((images.mean((1, 2, 3)) * 0 - highest, images[:, 0, 0, 0] * 0), 1)
-    )
+@pytest.mark.parametrize(("here", "after", "given_up"), [(-0.8, 2, True), (-0.4, 2, False), (-0.4, 4, True)])
+def test_a_search_by_queries_gives_up_where_gradients_led_farther(here, after, given_up):
+    def logits(images):
+        none = images[:, 0, 0, 0] * 0
+        return torch.stack((none - here, none), 1)
+
     labels, clean = torch.zeros(1, dtype=torch.int64), torch.tensor([-1.0])
-    test = QueryTest(model, labels, clean=clean, reached=torch.tensor([-0.1]), queries=8)
-    masked = QueryTest(model, labels, clean=clean, reached=clean, queries=8)
-    model(X[:1])
+    model = RememberedModel(lambda images: logits(images) * 1e9)  # scores that tell nothing
+    test = QueryTest(model, labels, logits, clean=clean, reached=torch.tensor([-0.1]), queries=8)
+    masked = QueryTest(model, labels, logits, clean=clean, reached=clean, queries=8)
     for call in range(1, after + 1):
         assert bool(test(X[:1])) == (given_up and call == after)
         assert not masked(X[:1]).any()  # gradients led nowhere: the search goes on
+    assert model.forwards > 0
 
 
 def test_gaps_are_those_to_the_true_class():

@@ -64,9 +64,11 @@ def test_probabilities_are_those_of_scikit_learn(table, seed, classes, C, consta
         np.testing.assert_allclose(logits, function, atol=1e-9)
 
 
-def test_the_default_is_scikit_learns_pipeline_on_the_rows_of_the_table(table):
+def test_the_default_is_scikit_learns_own(table):
     bank, z = problem(table, 3, n=200, d=32, classes=7)
-    expected = make_pipeline(StandardScaler(), LogisticRegression(C=1.0)).fit(bank.z, bank.label)  # float32
+    rows = bank.raw().astype(np.float64)  # normalised in float64, as a user would, and not rounded to float32 after it
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    expected = make_pipeline(StandardScaler(), LogisticRegression(C=1.0)).fit(rows, bank.label)
     unit = torch.nn.functional.normalize(z, dim=1).numpy()
     np.testing.assert_allclose(LinearProbe().fit(bank).predict_proba(z), expected.predict_proba(unit), atol=1e-6)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsat.eval import Record
-from hsat.report.aggregation import CLEAN, Estimate
+from hsat.report.aggregation import CLEAN, Estimate, mean_chance
 from hsat.report.artifacts import Artifacts
-from hsat.report.page.drawing import Axis, Series, draw_lines, draw_map, swatch
+from hsat.report.page.drawing import Axis, Series, baseline_swatch, draw_lines, draw_map, swatch
 from hsat.report.summary import accuracy_lines, eps_ticks, norm_of
 
 _PERCENT = tuple(range(0, 101, 20))
@@ -36,7 +36,7 @@ class PageFigure:
 def accuracy_figure(
     records: Sequence[Record], styles: Mapping[str, int], *, level: str, norm: str, metric: str = "accuracy"
 ) -> PageFigure | None:
-    """A metric against eps at one level: per model the strongest attack at each eps, and noise.
+    """A metric against eps at one level: per model the strongest attack at each eps, noise, and the chance level.
 
     Args:
         records: Of one setting and k.
@@ -79,9 +79,12 @@ def accuracy_figure(
     x_axis = _eps_axis([unit * record.eps_value for record in here], norm)
     y_axis = Axis(f"{metric}, %", (0, 100), _PERCENT)
     title = f"{level} level, {metric} against eps"
-    return PageFigure(
-        draw_lines(series, x_axis, y_axis, title=title, description="; ".join(texts)), f"{level.capitalize()} level"
-    )
+    baseline = None
+    if (chance := mean_chance(here)) is not None:
+        baseline = 100 * chance
+        texts.append(f"chance: {baseline:.0f} %")
+    svg = draw_lines(series, x_axis, y_axis, title=title, description="; ".join(texts), baseline=baseline)
+    return PageFigure(svg, f"{level.capitalize()} level")
 
 
 def _eps_axis(values: Sequence[float], norm: str) -> Axis:
@@ -96,11 +99,13 @@ def _bar_ends(estimate: Estimate) -> tuple[float | None, float | None]:
     return (None, None) if ends is None else (100 * ends[0], 100 * ends[1])
 
 
-def accuracy_legend(models: Mapping[str, int], *, noise: bool) -> tuple[tuple[str, str], ...]:
+def accuracy_legend(models: Mapping[str, int], *, noise: bool, chance: bool) -> tuple[tuple[str, str], ...]:
     """What the lines of `accuracy_figure` mean."""
     items = [(swatch(style), f"{model}, strongest attack at each eps") for model, style in models.items()]
     if noise:
         items += [(swatch(style, dash=2, hollow=True), f"{model}, random noise") for model, style in models.items()]
+    if chance:
+        items.append((baseline_swatch(), "chance level"))
     return tuple(items)
 
 

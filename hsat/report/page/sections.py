@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hsat.eval import Record, Table
-from hsat.report.aggregation import CLEAN
+from hsat.report.aggregation import CLEAN, mean_chance
 from hsat.report.artifacts import Artifacts
 from hsat.report.page.figures import PageFigure, accuracy_figure, accuracy_legend, class_legend, map_figures
+from hsat.report.page.tables import confusion_table
 from hsat.report.run_folders import RunFolder
 from hsat.report.summary import is_noise, norm_of, summarize_model, transfer_sentence
-from hsat.report.tables import confusion_table, drop_table, level_table, prefix_caption
+from hsat.report.tables import drop_table, level_table, prefix_caption
 from hsat.types import LEVELS
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -162,7 +163,9 @@ def _curves(
         drawn = [accuracy_figure(records, styles, level=level, norm=norm, metric=metric) for level in levels]
         models = {record.model: styles[record.model] for record in attacks if norm_of(record) == norm}
         noise = any(is_noise(record) and norm_of(record) == norm for record in records)
-        legend = accuracy_legend(dict(sorted(models.items(), key=lambda item: item[1])), noise=noise)
+        ordered = dict(sorted(models.items(), key=lambda item: item[1]))
+        chance = mean_chance(record for record in records if record.metric == metric) is not None
+        legend = accuracy_legend(ordered, noise=noise, chance=chance)
         if any(drawn):
             panels.append(CurvePanels(norm, tuple(figure for figure in drawn if figure), legend))
     return tuple(panels)
