@@ -16,7 +16,7 @@ from hsat.attacks.initialization import image_seed
 from hsat.attacks.margins import EmbeddingDecision, dlr, margin
 from hsat.attacks.objectives import classification, feature_drift
 from hsat.attacks.square import Square
-from hsat.attacks.threat import require_images
+from hsat.attacks.threat import detach_images, require_images
 from hsat.attacks.worst_case import with_threat
 from hsat.types import (
     Attack,
@@ -28,7 +28,6 @@ from hsat.types import (
     SuccessTest,
     ThreatModel,
 )
-from hsat.types.row_checks import detach_images
 
 CLEAN = "clean"
 MemberObjective = Literal["features", "embedding", "margin", "cross-entropy", "dlr", "target", "scores"]

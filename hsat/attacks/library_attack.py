@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hsat.attacks.initialization import check_ids, check_start
-from hsat.attacks.threat import check_threat, require_images
+from hsat.attacks.threat import check_threat, detach_images, require_images
 from hsat.types import AttackResult, DecisionObjective, Objective, SuccessTest, ThreatModel
-from hsat.types.row_checks import detach_images
 
 
 @dataclass(eq=False)

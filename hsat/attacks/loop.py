@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from hsat.attacks.initialization import check_ids, check_start, random_start, to_device_of
-from hsat.attacks.threat import clamp_images, raise_out_of_range
+from hsat.attacks.threat import clamp_images, detach_images, raise_out_of_range
 from hsat.types import AttackResult, Objective, SuccessTest, ThreatModel
-from hsat.types.row_checks import detach_images
 
 RandomStart = Callable[[], Tensor]
 """Gives a random feasible point for every image: the way out for images that are stationary at step 0."""

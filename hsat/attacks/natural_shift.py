@@ -15,10 +15,9 @@ from torch import Tensor
 
 from hsat.attacks.initialization import NoiseSource, check_ids, check_start
 from hsat.attacks.pgd import unguided_result
-from hsat.attacks.threat import Linf, require_images
+from hsat.attacks.threat import Linf, detach_images, require_images
 from hsat.stains import HAEMATOXYLIN_EOSIN, check_colour, mix_planes, stain_basis, to_stains
 from hsat.types import AttackResult, Objective, SuccessTest
-from hsat.types.row_checks import detach_images
 
 ShiftKind = Literal["stain", "blur", "jpeg", "brightness", "resampling"]
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from hsat.attacks.base import GradientAttack, check_number, check_steps, settings_text
 from hsat.attacks.initialization import check_ids, check_start, random_start
 from hsat.attacks.loop import AscentConfig, check_value
-from hsat.attacks.threat import Linf, check_threat, clamp_images, require_images
+from hsat.attacks.threat import Linf, check_threat, clamp_images, detach_images, require_images
 from hsat.types import AttackResult, Objective, SuccessTest, ThreatModel
-from hsat.types.row_checks import detach_images
 
 
 def _ascent_config(attack: PGD | BIM | MIFGSM, *, decay: float | None = None) -> AscentConfig:

@@ -10,9 +10,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hsat.attacks.threat import check_threat, require_range
+from hsat.attacks.threat import check_threat, detach_images, require_range
 from hsat.types import Attack, AttackResult, Objective, SuccessTest, ThreatModel
-from hsat.types.row_checks import detach_images
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,9 @@ from hsat.attacks.initialization import check_ids, check_start
 from hsat.attacks.loop import ImageGradient, check_finite
 from hsat.attacks.objectives import DISTANCES, Distance, feature_drift
 from hsat.attacks.pgd import unguided_result
-from hsat.attacks.threat import L2, Linf, require_images, settings_number, tensor_digest
+from hsat.attacks.threat import L2, Linf, detach_images, require_images, settings_number, tensor_digest
 from hsat.files import write_file
 from hsat.types import AttackResult, EmbeddingFunction, HierarchicalBatch, Objective, SuccessTest
-from hsat.types.row_checks import detach_images
 from hsat.untrusted import check_regular, strict_json
 
 FORMAT = "hsat universal perturbation 1"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hsat.attacks.initialization import check_ids, check_start
 from hsat.attacks.loop import check_value
+from hsat.attacks.threat import detach_images
 from hsat.types import Attack, AttackResult, Objective, SuccessTest, ThreatModel
-from hsat.types.row_checks import detach_images
 
 ObjectiveFactory = Callable[[Tensor], Objective]
 """Images (n, c, h, w) -> the objective that an attack climbs on them."""

@@ -24,15 +24,6 @@ def check_rows(z: Tensor, n: int, giver: str, *, columns: str = "d") -> None:
     raise ValueError(f"{giver} gave shape {shape} for {n} images; expected ({n}, {columns}).{row_advice(shape, n)}")
 
 
-def detach_images(x: Tensor) -> Tensor:
-    """The images cut off from any graph; TypeError for arrays, lists and pictures."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"images must be a tensor (n, c, h, w) of floats, got {type(x).__name__}; write torch.as_tensor(images)"
-        )
-    return x.detach()
-
-
 def check_labels(label: Tensor, *, classes: int | None = None) -> None:
     """Raise unless these are class indices (n,), below `classes` when that is given."""
     if not isinstance(label, Tensor) or label.dtype.is_floating_point or label.dtype == torch.bool or label.ndim != 1:
