@@ -8,7 +8,8 @@ Every attack gets the same images, the same module from images to logits and the
 by hsat's threat model and judged by the module again.  A patch that somebody else breaks and hsat's ensemble does not
 is a loss of the ensemble, and printed.  Time is CPU time of one thread; passes are images that went through the
 backbone.  AutoAttack is `standard` with all wrong classes as targets and 1,000 queries.  Where a package is not
-installed its rows say so; adversarial-library also needs requests, ART needs six.  Finished parts are kept in --runs and not repeated.
+installed its rows say so; adversarial-library also needs requests, ART needs six.  Finished parts are kept in --runs
+and not repeated.
 """
 
 from __future__ import annotations
