@@ -8,7 +8,8 @@ Every attack gets the same images, the same module from images to logits and the
 by hsat's threat model and judged by the module again.  A patch that somebody else breaks and hsat's ensemble does not
 is a loss of the ensemble, and printed.  Time is CPU time of one thread; passes are images that went through the
 backbone.  AutoAttack is `standard` with all wrong classes as targets and 1,000 queries.  Where a package is not
-installed its rows say so.  Finished parts are kept in --runs and not repeated.
+installed its rows say so; adversarial-library also needs requests, ART needs six.  Finished parts are kept in --runs
+and not repeated.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from hsat.recipes import read_recipe
 from hsat.types import EmbeddingTable, ThreatModel
 
 ROOT = Path(__file__).resolve().parents[1]
+NOT_RUN = "not run"
 OURS, AUTO = "hsat, AttackEnsemble.standard", "AutoAttack (standard)"
 
 
@@ -231,7 +233,7 @@ def measured(problem: Problem, backbone: nn.Module, name: str, file: Path, *, fi
         kept: dict[str, Any] = json.loads(file.read_text())
         return kept
     if finished:
-        return {"missing": "not run"}
+        return {"missing": NOT_RUN}
     if importlib.util.find_spec(package) is None:
         return {"missing": f"{package} is not installed"}
     try:
@@ -307,7 +309,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             row = about | {"attack": name} | {key: value for key, value in result.items() if key != "robust"}
             if "robust" in result:
                 row |= {"left": sum(result["robust"])}
-                if OURS in results:
+                if "robust" in results.get(OURS, {}):
                     pairs = list(zip(result["robust"], results[OURS]["robust"], strict=True))
                     row |= {"it breaks and hsat does not": sum(mine and not its for its, mine in pairs)}
                     row |= {"hsat breaks and it does not": sum(its and not mine for its, mine in pairs)}
@@ -324,6 +326,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     head = (*head, "of AutoAttack's", "forwards", "backwards", "left the ball")
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
+        if row.get("missing") == NOT_RUN:
+            continue  # the line above all tables counts them
         cells = [row["encoder"], row["ball"], row["attack"]]
         if "missing" in row:
             cells += [row["missing"], *[""] * 7]
@@ -341,7 +345,11 @@ def losses(rows: list[dict[str, Any]]) -> str:
     """How often the ensemble lost, in one sentence."""
     lost = sum(row.get("it breaks and hsat does not", 0) for row in rows)
     judged = [row for row in rows if "left" in row and row["attack"] != OURS]
-    missing = sorted({f"{row['attack']}: {row['missing']}" for row in rows if "missing" in row})
+    absent = {(row["attack"], row["missing"]): 0 for row in rows if "missing" in row}
+    missing = [
+        f"{name} ({reason}, {sum((r['attack'], r.get('missing')) == (name, reason) for r in rows)} times)"
+        for name, reason in absent
+    ]
     text = f"Patches that another attack breaks and hsat's ensemble does not: {lost}, in {len(judged)} comparisons."
     return text + "".join(f"  Not compared: {each}." for each in missing)
 
