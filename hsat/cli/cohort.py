@@ -5,13 +5,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hsat.cli.options import DataSettings, EvaluationDataSettings
-from hsat.data import Cohort, PatchStore, read_cohort, read_opensrh, write_patch_store, write_synthetic_cohort
+from hsat.cli.options import DataSettings, SourceSettings
+from hsat.data import (
+    Cohort,
+    PatchStore,
+    read_cohort,
+    read_exclusions,
+    read_opensrh,
+    write_patch_store,
+    write_synthetic_cohort,
+)
 
 SYNTHETIC = Path("runs/synthetic")
 
 
-def open_cohort(data: DataSettings | EvaluationDataSettings, *, seed: int = 0) -> Cohort:
+def open_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
     """The user's cohort, or the synthetic one where no root is given; split by patient if it has no split of its own.
 
     Bad data ends the program with the reason: missing folders, unreadable tables, patients in two splits.
@@ -22,7 +30,7 @@ def open_cohort(data: DataSettings | EvaluationDataSettings, *, seed: int = 0) -
             cohort = cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
         for split in ("train", "val"):
             cohort.rows(split)
-        cohort.check_files()
+        cohort.file_sizes()
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     for note in cohort.notes:
@@ -30,12 +38,13 @@ def open_cohort(data: DataSettings | EvaluationDataSettings, *, seed: int = 0) -
     return cohort
 
 
-def _read(data: DataSettings | EvaluationDataSettings, seed: int) -> Cohort:
+def _read(data: SourceSettings, seed: int) -> Cohort:
     if data.root is None:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
         print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
         return read_opensrh(root)
-    return read_cohort(data.root, data.layout, manifest=data.manifest)
+    cohort = read_cohort(data.root, data.layout, options=data.reader_options())
+    return cohort if data.exclude is None else cohort.without(read_exclusions(data.exclude))
 
 
 def open_store(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:

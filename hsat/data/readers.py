@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.data.paths import check_inside
 from hsat.data.srh import RAW_RANGE, srh_to_rgb
 
 MAX_PIXELS = 4096 * 4096
@@ -64,6 +65,31 @@ def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> 
         ValueError: Another kind.
     """
     return as_image(torch.from_numpy(read_stored(path, kind=kind)), kind=kind)
+
+
+def probe_kind(root: Path, name: str, *, allow_links: bool = False) -> Literal["srh", "rgb"] | None:
+    """What a TIFF file holds, from its header: two 16-bit planes are "srh", anything else that opens is "rgb".
+
+    Args:
+        root: A folder.
+        name: The file, relative to it.
+        allow_links: Look at a file outside of the root, too.
+
+    Returns:
+        The kind; None for a file that is not there, is no TIFF or lies outside of the root.
+    """
+    import tifffile
+
+    try:
+        if not allow_links:
+            check_inside(root, f"{root}/{name}", name)
+        _check_file(root / name)
+        with tifffile.TiffFile(root / name) as file:
+            image = file.series[0]
+            shape, values = tuple(image.shape), np.dtype(image.dtype)
+    except Exception:  # the parser of a damaged file raises anything; reading the patch says what is wrong
+        return None
+    return "srh" if len(shape) == 3 and 2 in (shape[0], shape[2]) and values.itemsize == 2 else "rgb"
 
 
 def read_stored(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> np.ndarray:

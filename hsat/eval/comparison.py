@@ -33,11 +33,11 @@ from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
 from hsat.eval.records import STRICT, Count
 from hsat.eval.whitebox import WhiteboxResult
 from hsat.files import atomic_path, load_arrays
-from hsat.types import LEVELS, align_labels
+from hsat.types import GROUP_LABELS, LEVELS, align_labels
 from hsat.untrusted import open_regular
 
 _IDS = ("label", "patch", "slide", "patient")
-_TEXT = ("cohort", "split", "model", "condition")
+_TEXT = ("cohort", "split", "model", "condition")  # and GROUP_LABELS, where a table has them
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,7 @@ class ScoreTable:
         cohort, split, model: Where the patches come from, and who scored them.
         condition: "clean" or an attack's name.
         k: Neighbours.
+        slide_label, patient_label: (n,) indices into class_names, -1 for unknown; see `EmbeddingTable`.
 
     Raises:
         ValueError: Naming the column that does not fit.
@@ -69,6 +70,8 @@ class ScoreTable:
     model: str = ""
     condition: str = "clean"
     k: int = 0
+    slide_label: np.ndarray | None = None
+    patient_label: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         scores = check_scores(self.scores)
@@ -155,7 +158,7 @@ def paired_difference(
         a, b: The two models' scores.
         generator: Draws the patients.
         names: Which metrics.
-        levels: Which of patch, slide and patient.
+        levels: Which of patch, slide and patient; those at which the groups have no label of their own are left out.
         scoring: The arithmetic and the number of resamples; its layer does not apply.
         confidence: In (0, 1).
         method: See `bootstrap_intervals`; "t" works on the plain scale here.
@@ -178,7 +181,7 @@ def paired_difference(
         pool_by_level(table.scores, table, pooling=scoring.pooling, group_by=scoring.group_by) for table in (a, b)
     ]
     differences = []
-    for level in levels:
+    for level in (level for level in levels if level in pooled[0]):
         of_a, of_b = (_values(rows[level], patient_ids, weights, names, scoring) for rows in pooled)
         for name in names:
             values = [first[name] - second[name] for first, second in zip(of_a, of_b, strict=True)]
@@ -252,7 +255,8 @@ def _align(a: ScoreTable, b: ScoreTable) -> ScoreTable:
                 f"patch {a.patch[at]} has {name} {first[at]} in the first table and {second[at]} in the second;"
                 f" {different.sum()} patches differ so"
             )
-    columns = {name: getattr(b, name)[rows] for name in ("scores", "label", "patch", "slide", "patient")}
+    given = [name for name in GROUP_LABELS if getattr(b, name) is not None]
+    columns = {name: getattr(b, name)[rows] for name in ("scores", *_IDS, *given)}
     return replace(b, **columns)
 
 
@@ -319,10 +323,19 @@ def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
             model=table.encoder,
             condition=condition,
             k=k if isinstance(k, int) else 0,
+            **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
         )
         for condition, table in result.tables.items()
         for k, scores in result.scores[condition].items()
     )
+
+
+def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:
+    """Labels of groups in other classes; -1 stays, and for a class that is not among them."""
+    if labels is None:
+        return None
+    places = np.array([names.index(name) if name in names else -1 for name in own] + [-1])
+    return np.asarray(places[labels])
 
 
 def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> Path:
@@ -331,7 +344,8 @@ def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> P
     arrays: dict[str, Any] = {}
     headers: list[dict[str, Any]] = []
     for number, table in enumerate(tables):
-        arrays |= {f"{number}/{name}": getattr(table, name) for name in ("scores", *_IDS)}
+        given = [name for name in GROUP_LABELS if getattr(table, name) is not None]
+        arrays |= {f"{number}/{name}": getattr(table, name) for name in ("scores", *_IDS, *given)}
         text: dict[str, Any] = {name: getattr(table, name) for name in _TEXT}
         headers.append(text | {"k": int(table.k), "class_names": list(table.class_names)})
     with atomic_path(path) as working, working.open("wb") as file:
@@ -357,7 +371,8 @@ def load_scores(path: str | os.PathLike[str]) -> tuple[ScoreTable, ...]:
 
 
 def _score_table(arrays: Any, number: int, text: dict[str, Any]) -> ScoreTable:
-    columns = {name: arrays[f"{number}/{name}"] for name in ("scores", *_IDS)}
+    given = [name for name in GROUP_LABELS if f"{number}/{name}" in arrays]
+    columns = {name: arrays[f"{number}/{name}"] for name in ("scores", *_IDS, *given)}
     names = tuple(str(name) for name in text["class_names"])
     words: dict[str, Any] = {name: str(text[name]) for name in _TEXT}
     return ScoreTable(**columns, class_names=names, k=int(text["k"]), **words)

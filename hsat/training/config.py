@@ -62,6 +62,7 @@ class ViewConfig(Section):
     slides: int = Field(2, gt=0, description="slides per patient")
     patches: int = Field(2, gt=0, description="patches per slide")
     views: int = Field(2, gt=0, description="augmented views per patch")
+    balance_classes: bool = Field(False, description="draw the classes of a slide equally often (labels per patch)")
     augmentation: Literal["none", "static", "v0", "v1"] = Field("v0", description="augmentation pipeline")
     strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
     dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")

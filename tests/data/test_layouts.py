@@ -136,7 +136,7 @@ def test_opensrh_options(opensrh_root: Path) -> None:
     seven = ("hgg", "lgg", "mening", "metast", "normal", "pituitary", "schwannoma")
     cohort = read_opensrh(opensrh_root, class_names=seven)
     assert cohort.class_names == seven and set(cohort.label.tolist()) == {0, 1, 4}
-    cohort.check_files()
+    cohort.file_sizes()
     with pytest.raises(ValueError, match="patient 'NIO_002': unknown class 'lgg'"):
         read_opensrh(opensrh_root, class_names=("hgg", "normal"))
     with pytest.raises(ValueError, match="on_empty must be 'error' or 'skip', got 'drop'"):
@@ -159,7 +159,7 @@ def test_folders_in_order_of_name(folders_root: Path) -> None:
     assert cohort.kind == "rgb" and cohort.class_names == ("adenoma", "polyp") and cohort.splits == ()
     assert cohort.slide_names == (("a1", "s1"), ("a1", "s2"), ("a2", "s1"), ("p1", "s1"))
     assert cohort.notes == ()
-    cohort.check_files()
+    cohort.file_sizes()
 
 
 def test_folders_with_splits(folders_root: Path, tmp_path: Path) -> None:

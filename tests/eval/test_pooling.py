@@ -43,7 +43,7 @@ def test_the_published_case_with_two_labels_in_one_patient_is_refused(golden):
     patients = [path.split("/")[-4] for path in golden["specs/mixed_patient/paths"]]
     scores, labels = golden["specs/mixed_patient/logits"], golden["specs/mixed_patient/labels"]
     with pytest.raises(
-        ValueError, match=r"group NIO_002 holds patches with labels \[1, 2\]; a slide or patient has one"
+        ValueError, match=r"group NIO_002 holds patches with labels \[1, 2\]; a group of patches that is pooled has one"
     ):
         pool(scores, patients, labels, pooling="paper")
     assert len(pool(scores, patients)) == len(set(patients))  # labels never take part in the grouping
