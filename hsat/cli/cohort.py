@@ -25,9 +25,7 @@ def open_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
     Bad data ends the program with the reason: missing folders, unreadable tables, patients in two splits.
     """
     try:
-        cohort = _read(data, seed)
-        if not cohort.splits:
-            cohort = cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
+        cohort = split_settings_cohort(read_settings_cohort(data, seed=seed), data)
         for split in ("train", "val"):
             cohort.rows(split)
         cohort.file_sizes()
@@ -38,13 +36,32 @@ def open_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
     return cohort
 
 
-def _read(data: SourceSettings, seed: int) -> Cohort:
+def read_settings_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
+    """The cohort as it lies in its folder, without excluded patches; the synthetic one where no root is given.
+
+    Args:
+        data: Options.
+        seed: Of the synthetic cohort.
+
+    Returns:
+        The cohort, with its own splits or none.
+
+    Raises:
+        OSError, ValueError: As the reader of the layout does.
+    """
     if data.root is None:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
         print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
         return read_opensrh(root)
     cohort = read_cohort(data.root, data.layout, options=data.reader_options())
     return cohort if data.exclude is None else cohort.without(read_exclusions(data.exclude))
+
+
+def split_settings_cohort(cohort: Cohort, data: SourceSettings) -> Cohort:
+    """The cohort, split by patient where it has no splits of its own."""
+    if cohort.splits:
+        return cohort
+    return cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
 
 
 def open_store(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:

@@ -56,9 +56,11 @@ def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> 
     Args:
         path: The file.
         kind: "srh": a TIFF of two 16-bit planes, through `read_raw` and `srh_to_rgb`.  "rgb": PNG, JPEG or TIFF with
-            three 8-bit channels, divided by 255; a fourth, alpha channel is dropped when it is opaque throughout.
-            Grey, palette, CMYK and 16-bit images are refused, not converted: what their values mean is the owner's to
-            say.  Colour profiles and EXIF orientation are not applied.
+            three 8-bit channels, divided by 255, by one rule for the three formats.  Transparency: a fourth, alpha
+            channel is dropped when it is opaque throughout, and a transparent colour passed over when no pixel has it;
+            else the file is refused.  Orientation (EXIF and TIFF tag): applied.  Colour modes (grey, palette, CMYK,
+            YCbCr) and depths other than 8 bits: refused, not converted, for what their values mean is the owner's to
+            say.  Several pages or frames: refused.  Colour profiles: not applied.
 
     Raises:
         BadPatch: The file cannot be read as that.
@@ -204,7 +206,7 @@ def _check_complete(path: str | os.PathLike[str], image: Any) -> None:
 
 
 def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(path, formats=_FORMATS) as image:
         _check_size(path, image.height, image.width)
@@ -212,7 +214,11 @@ def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
         if frames != 1:
             raise BadPatch(path, f"it holds {frames} images; wanted one")
         _check_colour(path, image)
+        transparent = image.info.get("transparency")
+        ImageOps.exif_transpose(image, in_place=True)  # Pillow has done so for TIFF only, and removed the tag
         pixels = np.array(image)
+    if transparent is not None and pixels.shape[2] == 3 and (pixels == np.array(transparent)).all(2).any():
+        raise BadPatch(path, f"its colour {transparent} is transparent; flatten it onto a background first")
     if pixels.shape[2] == 4:
         if pixels[..., 3].min() != 255:
             raise BadPatch(path, "its alpha channel is not opaque; flatten it onto a background first")

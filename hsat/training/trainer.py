@@ -169,6 +169,7 @@ class Trainer:
             robust=config.attack.name != "none",
             workers=config.views.workers,
             store=self.store,
+            on_bad=config.views.on_bad,
         )
 
     # --- the loop -----------------------------------------------------------------------------------------------------

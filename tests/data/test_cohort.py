@@ -159,7 +159,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         Cohort(root=tmp_path, records=ROWS, class_names=("a", "b"), kind="grey")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rooot"):
         Cohort(rooot=tmp_path, records=ROWS, class_names=("a", "b"), kind="srh")  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="layout must be one of 'opensrh', 'folders', 'csv'; got 'zip'"):
+    with pytest.raises(ValueError, match="layout must be one of 'opensrh', 'folders', 'classes', 'csv'; got 'zip'"):
         read_cohort(tmp_path, "zip")  # type: ignore[arg-type]
 
 
