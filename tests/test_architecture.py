@@ -37,7 +37,10 @@ FLOORS = (  # a room imports lower floors only, never a room of its own floor
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MOST_LINES, LONGEST_BODY, MOST_PARAMETERS, MOST_NAMES = 400, 60, 10, 90
-WIDER = {"embed": 12}  # keeps the parameters that it always had
+WIDER = {
+    "embed": 12,
+    "build_encoder": 12,
+}  # embed keeps the parameters that it always had; each station of an encoder is stated
 MOST_HOPS = {"PGD": 6, "evaluate_whitebox": 35}
 
 

@@ -10,18 +10,6 @@ import pytest
 from pydantic import BaseModel
 
 ROOMS = ("losses", "models", "testing", "training", "types")
-    "attacks",
-    "classifiers",
-    "data",
-    "embedding",
-    "eval",
-    "losses",
-    "models",
-    "report",
-    "testing",
-    "training",
-    "types",
-)
 
 
 def public_objects(room: str) -> Iterator[tuple[str, object]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from hsat.cli.options import EncoderSettings, ModelSettings, StoredModelSettings
 from hsat.eval import WhiteboxResult
@@ -18,11 +22,15 @@ from hsat.models import (
     checkpoint_hash,
     has_encoder_spec,
     is_dual,
+    load_checkpoint,
     load_encoder,
     set_branch,
     trained_branch,
     unused_branches,
+    wrap_encoder,
 )
+from hsat.models.checkpoints import load_backbone, read_weights
+from hsat.models.state_dicts import find_head
 
 
 class NamedEncoder(NamedTuple):
@@ -35,6 +43,11 @@ class NamedEncoder(NamedTuple):
 
 def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
     """The encoder to train, its random weights drawn from the seed."""
+    if model.factory is not None:
+        encoder = own_encoder(model, seed=seed, head=_head_of(model, model.embedding_dim))
+        if model.weights is not None:
+            load_backbone(encoder, model.weights)
+        return encoder
     return build_encoder(
         model.backbone,
         embedding_dim=model.embedding_dim,
@@ -42,13 +55,48 @@ def new_encoder(model: ModelSettings, *, seed: int) -> Encoder:
         weights=model.weights,
         pretrained=model.pretrained,
         input_size=model.input_size,
+        image_size=model.image_size,
+        norm=model.norm,
         dual_norm=model.dual_norm,
         seed=seed,
     )
 
 
-def _head_of(model: EncoderSettings) -> HeadSpec | None:
-    return None if model.head == "none" else HeadSpec(model.head, hidden=tuple(model.head_hidden))
+def own_encoder(model: EncoderSettings, *, seed: int, head: HeadSpec | None) -> Encoder:
+    """The encoder around what the user's own function makes, its random weights drawn from the seed.
+
+    Raises:
+        ValueError: Where there is no such function, or it gives no module.
+    """
+    name, colon, function = str(model.factory).partition(":")
+    if not colon:
+        raise ValueError(f"--model.factory {model.factory}: write package.module:function")
+    sys.path.insert(0, "")  # as python itself has it: a module in the working directory is found
+    try:
+        make = attrgetter(function)(importlib.import_module(name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--model.factory {model.factory}: {error}") from error
+    finally:
+        sys.path.remove("")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make()
+        if not isinstance(module, torch.nn.Module):
+            raise ValueError(f"--model.factory {model.factory} gave {type(module).__name__}, not a torch.nn.Module")
+        try:
+            return wrap_encoder(
+                module,
+                norm=model.norm,
+                head=head,
+                input_size=model.input_size,
+                features=model.features,
+            )
+        except ValueError as error:
+            raise ValueError(_as_typed(str(error))) from error
+
+
+def _head_of(model: EncoderSettings, embedding_dim: int | None = None) -> HeadSpec | None:
+    return None if model.head == "none" else HeadSpec(model.head, embedding_dim, tuple(model.head_hidden))
 
 
 def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True) -> Encoder:
@@ -69,6 +117,12 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
         ValueError: For a file that does not fit, naming what is wrong.
         OSError: For a file that cannot be read.
     """
+    if model.factory is not None:
+        head = find_head(read_weights(path).state)
+        encoder = own_encoder(model, seed=0, head=None if head is None else head.spec)
+        load_checkpoint(encoder, path)
+        print(f"{path}: {encoder.pixels}", file=sys.stderr)
+        return encoder.eval()
     own = "backbone" not in model.model_fields_set or (not alone and has_encoder_spec(path))
     said_head, hidden = "head" in model.model_fields_set, tuple(model.head_hidden)
     try:
@@ -79,11 +133,13 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
             embedding_dim=model.embedding_dim,
             dual_norm=model.dual_norm,
             input_size=model.input_size,
+            norm=model.norm if alone or not own else None,
         )
     except ValueError as error:
         raise ValueError(_as_typed(str(error))) from error
     if not own:
         _say_what_was_read(path, encoder, inferred=not said_head or model.embedding_dim is None)
+    print(f"{path}: {encoder.pixels}", file=sys.stderr)
     choose_branch(encoder, model.branch, path)
     return encoder
 
@@ -188,7 +244,12 @@ def naming_branch(result: WhiteboxResult, encoder: Encoder) -> WhiteboxResult:
 
 def _as_typed(message: str) -> str:
     """An error of load_encoder with the options of the command line beside its arguments."""
-    for argument, option in (("head=None", "--model.head none"), ("name its backbone", "--model.backbone NAME")):
+    options = (
+        ("head=None", "--model.head none"),
+        ("name its backbone", "--model.backbone NAME"),
+        ("norm='none'", "--model.norm none"),
+    )
+    for argument, option in options:
         message = message.replace(argument, f"{argument} ({option})")
     return message
 

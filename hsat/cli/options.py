@@ -121,6 +121,21 @@ class EncoderSettings(Section):
     head_hidden: Counts = Field([], description="widths of the hidden layers of an mlp head: 2048,2048")
     dual_norm: bool = Field(False, description="two BatchNorm branches: normal (clean), pgd (adversarial)")
     input_size: int | None = Field(None, gt=0, description="resize inside the encoder to squares of this side")
+    image_size: int | None = Field(
+        None, gt=0, description="side of the images that a ViT or Swin is built for, in place of the usual 224"
+    )
+    factory: str | None = Field(
+        None, description="package.module:function that makes your own network, in place of --model.backbone"
+    )
+    features: str | None = Field(
+        None,
+        description="of a network from --model.factory: method, submodule or entry of the output with the features",
+    )
+    norm: str | None = Field(
+        None,
+        description="pixel normalisation of its weights, where neither file nor name says: imagenet, timm, none"
+        " or m,m,m/s,s,s",
+    )
 
 
 class ModelSettings(EncoderSettings):

@@ -23,6 +23,7 @@ from hsat.fingerprints import (
     fingerprint_table,
     numerics_of,
 )
+from hsat.models import normalisation_of
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
 
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
@@ -134,6 +135,7 @@ class Evaluation:
             "bank_rows": len(bank),
             "bank_cohort": bank.cohort,
             "bank_split": bank.split,
+            "pixel_normalisation": normalisation_of(self.encoder),
         }
         if target is None and (branch := self.target.branch_of(self.encoder)):
             settings["attack_branch"] = branch

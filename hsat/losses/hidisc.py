@@ -55,7 +55,7 @@ class HiDiscLoss:
             level of weight zero is not computed and its term is a zero.
         slide: Weight of the slide term.
         patient: Weight of the patient term.
-        temperature: One for all levels.
+        temperature: One for all levels; a tensor () is learned.
         gather: Use the images of all ranks of the default process group as positives and negatives.
 
     Raises:
@@ -78,7 +78,7 @@ class HiDiscLoss:
     patch: float = 1.0
     slide: float = 1.0
     patient: float = 1.0
-    temperature: float = 0.07
+    temperature: float | Tensor = 0.07
     gather: bool = False
 
     def __post_init__(self) -> None:

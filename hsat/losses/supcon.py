@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 
-def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temperature: float = 0.07) -> Tensor:
+def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temperature: float | Tensor = 0.07) -> Tensor:
     """Supervised contrastive loss with the sum over positives outside the logarithm, averaged over anchors.
 
     Equation 2 of arXiv:2004.11362: with s_ij = cos(z_i, z_j) / temperature, anchor i costs
@@ -30,7 +30,7 @@ def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temper
         z: (n, d) floats of any scale; rows are normalised here, an all-zero row stays zero.
         group: (n,) ints (a tensor, an array or a list); images with equal ids are positives of each other, never of
             themselves.
-        temperature: Positive.
+        temperature: Positive; a tensor () is learned: it gets a gradient, too.
 
     Returns:
         A scalar in float32, or in float64 for float64 embeddings, whatever autocast says, forward and backward.
@@ -53,7 +53,7 @@ def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temper
     """
     check_temperature(temperature)
     unit = unit_rows(z)
-    ids = torch.as_tensor(group)
+    ids = _as_ids(group)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"group must hold integer ids, got {ids.dtype}")
     if ids.shape != (len(z),):
@@ -69,19 +69,34 @@ def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temper
     return group_terms(unit, [ids], temperature=temperature)[0]
 
 
+def _as_ids(group: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+    try:
+        return torch.as_tensor(group)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"group must hold integer ids, got {type(group).__name__} that torch cannot read ({error}); number text ids"
+            " first: np.unique(ids, return_inverse=True)[1]"
+        ) from error
+
+
 def count_groups(ids: Tensor) -> int:
     """How many different ids there are; reads the device."""
     return int(torch.unique(ids).numel())
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float | Tensor) -> None:
     """Raise ValueError unless the temperature is a positive finite number."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a positive finite number, got {temperature}; the usual value is 0.07")
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+    value = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature must be a positive finite number, got {value}; the usual value is 0.07")
 
 
 def unit_rows(z: Tensor) -> Tensor:
     """Rows of z (n, d) divided by their length, in float32 or wider; a zero row stays zero."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"embeddings must be a tensor (n, d), got {type(z).__name__}")
     if z.ndim != 2:
         hint = "; squeeze the axis of size one" if 1 in z.shape[1:-1] else ""
         raise ValueError(f"embeddings must be (n, d), one row per image; got shape {tuple(z.shape)}{hint}")
@@ -91,7 +106,7 @@ def unit_rows(z: Tensor) -> Tensor:
     return F.normalize(wide, dim=1)
 
 
-def group_terms(unit: Tensor, groups: Sequence[Tensor], *, temperature: float) -> Tensor:
+def group_terms(unit: Tensor, groups: Sequence[Tensor], *, temperature: float | Tensor) -> Tensor:
     """SupCon of every grouping: rows unit (n, d), used as they come, and k id tensors (n,) give k losses (k,).
 
     The similarities and the denominators are formed once for all groupings.  The sum of an anchor's similarities to
@@ -100,6 +115,8 @@ def group_terms(unit: Tensor, groups: Sequence[Tensor], *, temperature: float) -
     On CUDA the sums over groups are bit-reproducible under torch.use_deterministic_algorithms(True) only.
     """
     slots = torch.stack([_slots(ids.to(unit.device)) for ids in groups])
+    if isinstance(temperature, Tensor):  # similarities over it are those of rows over its root, which carry a gradient
+        unit, temperature = unit / temperature.to(unit).reshape(()).sqrt(), 1.0
     losses: Tensor = _GroupTerms.apply(unit, slots, temperature)
     return losses
 

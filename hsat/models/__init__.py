@@ -14,11 +14,13 @@ from hsat.models.dual_norm import (
     unused_branches,
 )
 from hsat.models.encoder import Encoder
-from hsat.models.factory import build_encoder, has_encoder_spec, load_encoder, wrap_encoder
+from hsat.models.factory import build_encoder, has_encoder_spec, load_encoder
 from hsat.models.folding import fold_batchnorm
 from hsat.models.frozen import frozen
 from hsat.models.heads import HeadSpec, ProjectionHead, projection_head
 from hsat.models.metadata import LoadReport
+from hsat.models.pixel_normalisation import PixelNormalisation, normalisation_of
+from hsat.models.wrapper import wrap_encoder
 from hsat.models.zoo import PAPER_NAMES
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Encoder",
     "HeadSpec",
     "LoadReport",
+    "PixelNormalisation",
     "ProjectionHead",
     "active_branch",
     "branch",
@@ -39,6 +42,7 @@ __all__ = [
     "is_dual",
     "load_checkpoint",
     "load_encoder",
+    "normalisation_of",
     "projection_head",
     "save_encoder",
     "set_branch",

@@ -9,7 +9,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from hsat.files import atomic_path
 from hsat.models.dual_norm import is_dual
 from hsat.models.encoder import Encoder
-from hsat.models.metadata import LoadReport, parse_metadata
+from hsat.models.metadata import LoadReport, WeightFile, parse_metadata
+from hsat.models.pixel_check import check_pixels, find_encoder, stated_pixels
 from hsat.models.state_dicts import (
     KeyMapping,
     check_fit,
-    find_equivalent_backbones,
     find_non_finite,
     list_entries,
+    load_named,
     match_keys,
+    named_state,
 )
-from hsat.models.zoo import PAPER_NAMES
 from hsat.tensor_files import (
     UNREADABLE,
     check_archive,
@@ -79,19 +80,21 @@ def load_state(encoder: nn.Module, path: str | os.PathLike[str], content: Weight
     """`load_checkpoint` with what `read_weights(path)` gave."""
     encoder = encoder.module if isinstance(encoder, DistributedDataParallel) else encoder
     mapping = check_state(encoder, path, content)
-    target = encoder.state_dict()
-    fits = {mapping(key): value for key, value in content.state.items() if mapping(key) in target}
-    encoder.load_state_dict(fits, strict=True)
-    return LoadReport(str(path), checkpoint_hash(path), str(mapping), len(fits), metadata=content.metadata)
+    filled = load_named(encoder, {mapping(key): value for key, value in content.state.items()})
+    own = find_encoder(encoder)
+    if own is not None and (stated_pixels(content) is not None or not own.pixels_stated_by):
+        own.pixels_stated_by = "its file"
+    loaded, digest = len(content.state), checkpoint_hash(path)
+    return LoadReport(str(path), digest, str(mapping), loaded, metadata=content.metadata, filled=filled)
 
 
 def check_state(encoder: nn.Module, path: str | os.PathLike[str], content: WeightFile) -> KeyMapping:
     """How the file's names are read, where all of it fits; the encoder may be without storage (on the meta device)."""
-    target = encoder.state_dict()
+    target = named_state(encoder)
     mapping = match_keys(content.state, target)
     check_fit(path, mapping, target, content.state)
-    if isinstance(encoder, Encoder):
-        _check_pixels(path, encoder, mapping.layout)
+    if (own := find_encoder(encoder)) is not None:
+        check_pixels(path, own, mapping.layout, content)
     return mapping
 
 
@@ -103,47 +106,27 @@ def load_backbone(encoder: Encoder, path: str | os.PathLike[str]) -> LoadReport:
     """
     content = read_weights(path)
     mapping, dropped = check_backbone(encoder, path, content)
-    target = encoder.backbone.state_dict()
     places = {key: mapping(key).removeprefix("backbone.") for key in content.state if key not in dropped}
-    fits = {place: content.state[key] for key, place in places.items() if place in target}
-    encoder.backbone.load_state_dict(fits, strict=True)
-    return LoadReport(str(path), checkpoint_hash(path), str(mapping), len(fits), dropped, content.metadata)
+    filled = load_named(encoder.backbone, {place: content.state[key] for key, place in places.items()})
+    digest = checkpoint_hash(path)
+    return LoadReport(str(path), digest, str(mapping), len(places), dropped, content.metadata, filled)
 
 
 def check_backbone(
     encoder: Encoder, path: str | os.PathLike[str], content: WeightFile
 ) -> tuple[KeyMapping, tuple[str, ...]]:
     """How the file's names are read, where it fits the backbone, and which of its entries are left out."""
-    target = {f"backbone.{key}": value for key, value in encoder.backbone.state_dict().items()}
+    target = {f"backbone.{key}": value for key, value in named_state(encoder.backbone).items()}
     mapping = match_keys(content.state, target)
     others = [key for key in content.state if mapping(key) not in target]
     dropped = dict.fromkeys(key for key in others if any(map(_is_left_out, mapping.short_names(key))))
     check_fit(path, mapping, target, {key: value for key, value in content.state.items() if key not in dropped})
-    _check_pixels(path, encoder, mapping.layout)
+    check_pixels(path, encoder, mapping.layout, content)
     return mapping, tuple(dropped)
 
 
 def _is_left_out(name: str) -> bool:
     return name in {"mean", "std"} or name.startswith((*CLASSIFIERS, *NORMALISERS))
-
-
-def _check_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str) -> None:
-    """The published names say whether pixels were normalised: `bb.model.` with, `bb.` without."""
-    name = "" if encoder.spec is None else encoder.spec["name"]
-    if name not in PAPER_NAMES or not layout.startswith("published"):
-        return
-    expected, zoo = PAPER_NAMES[name].normalisation, layout == "published zoo"
-    if (encoder.mean, encoder.std) != (expected or (None, None)) or zoo == (expected is not None):
-        return
-    alike = [
-        other for other in find_equivalent_backbones(name) if zoo == (PAPER_NAMES[other].normalisation is not None)
-    ]
-    kind, names = ("normalises", "bb.model.") if zoo else ("does not normalise", "bb.")
-    raise ValueError(
-        f"{path} fits {name!r} in shape, but its names ({names}) are those of a published encoder that {kind} pixels,"
-        f" and {name!r} {'does not' if zoo else 'does'}; nothing was loaded."
-        f" Use {' or '.join(alike) or 'another backbone'}, or give mean= and std= yourself"
-    )
 
 
 def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -179,28 +162,13 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str], *, metadata: Ma
         raise TypeError(f"metadata must be plain JSON values: {error}") from error
     parse_metadata(text, path)
     path = Path(path)
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in encoder.state_dict().items()}
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in named_state(encoder).items()}
     if entries := find_non_finite(state):
         raise FloatingPointError(f"{path} was not written, for the encoder is not finite in {list_entries(entries)}")
     with atomic_path(path) as working:
         # One entry only: safetensors writes several in random order, and equal encoders should be equal files.
         save_file(state, working, metadata={SAFETENSORS_KEY: text})
     return path
-
-
-class WeightFile(NamedTuple):
-    """What is in a file of weights: named tensors, and what else it says in plain values.
-
-    Attributes:
-        state: The tensors by name, on the CPU.
-        metadata: The plain values by name.
-        from_hsat: Whether hsat wrote it, so that its "encoder" is meant for hsat and is not the settings of another
-            program.
-    """
-
-    state: dict[str, Tensor]
-    metadata: dict[str, Any]
-    from_hsat: bool
 
 
 def checkpoint_hash(path: str | os.PathLike[str]) -> str:

@@ -11,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsat.fingerprints import fingerprint_state
+from hsat.models.backbone_output import (
+    OutputError,
+    OutputTypeError,
+    as_vectors,
+    built_size,
+    channel_axis,
+    channel_axis_of_two,
+    has_attribute,
+    pick_output,
+)
 from hsat.models.frozen import frozen
 from hsat.models.metadata import LoadReport
-from hsat.types.row_checks import SQUEEZED, is_squeezed
+from hsat.models.pixel_normalisation import CALLER, NOBODY, PixelNormalisation, check_normalisation
 
 Features = Callable[[Tensor], Tensor]
 PROBED_SIZES = (224, 96, 64, 32)
@@ -36,6 +46,7 @@ class Encoder(nn.Module):
         head: The projection head, or None.
         mean: Pixel mean per channel, or None for pixels as they are.
         std: Pixel standard deviation per channel, or None.
+        pixels_stated_by: Who says that the weights were trained with this mean and std; "" where nobody does.
         input_size: (height, width) to which images are resized, or None.
         fixed_size: The one (height, width) that the backbone takes, or None.
         spec: What `build_encoder` needs to build the same encoder again, or None.
@@ -56,13 +67,14 @@ class Encoder(nn.Module):
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
         input_size: int | tuple[int, int] | None = None,
-        features: str | Features | None = None,
+        features: str | int | Features | None = None,
         fixed_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.mean, self.std = check_normalisation(mean, std)
+        self.pixels_stated_by = NOBODY if self.mean is None else CALLER
         self.input_size = check_size(input_size)
         self.fixed_size = fixed_size
         self.spec: dict[str, Any] | None = None
@@ -71,6 +83,7 @@ class Encoder(nn.Module):
         self._feature_dim = feature_dim
         self._embedding_dim = embedding_dim
         self._features = features
+        self._channels_last: bool | None = None  # of feature maps: (n, h, w, d); None: no map was seen yet
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             buffer = None if values is None else torch.tensor(values).view(1, -1, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
@@ -78,6 +91,11 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 over the weights and over what the encoder does to pixels; see `hsat.fingerprints`."""
         return fingerprint_state(self, repr((self.mean, self.std, self.input_size)))
+
+    @property
+    def pixels(self) -> PixelNormalisation:
+        """Pixel normalisation, and who states it."""
+        return PixelNormalisation(self.mean, self.std, self.pixels_stated_by)
 
     def attach_head(self, head: nn.Module, *, embedding_dim: int) -> None:
         """Put another head (n, feature_dim) -> (n, embedding_dim) in place of the present one.
@@ -116,21 +134,67 @@ class Encoder(nn.Module):
             (n, feature_dim), with gradients to the images.
 
         Raises:
-            TypeError: If x holds integers.
+            TypeError: If x is no tensor of floats.
             ValueError: If x is not (n, c, h, w), has another number of channels than mean has, or another size than the
                 backbone is built for.
         """
-        compute: Callable[[Tensor], object] = self.backbone
-        if isinstance(self._features, str):
-            compute = attrgetter(self._features)(self.backbone)
-        elif self._features is not None:
-            compute = self._features
-        features = _as_vectors(compute(self._prepare(x)), len(x))
+        images = self._prepare(x)
+        if images is x:
+            images = x.clone()  # a module that works in place would change the caller's images
+        out = self._compute(images)
+        features = as_vectors(out, len(x), channels_last=self._has_channels_last(out, images))
         if self._feature_dim is None:
             self._feature_dim = features.shape[1]
         elif features.shape[1] != self._feature_dim:
             raise ValueError(f"the backbone gave features of width {features.shape[1]}, expected {self._feature_dim}")
         return features
+
+    def _compute(self, images: Tensor) -> object:
+        """What the backbone, or the part of it that `features` names, gives; a size that it does not take is named."""
+        compute: Callable[[Tensor], object] = self.backbone
+        if callable(self._features):
+            compute = self._features
+        elif isinstance(self._features, str) and has_attribute(self.backbone, self._features):
+            compute = attrgetter(self._features)(self.backbone)
+        try:
+            out = compute(images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            built, given = built_size(self.backbone), (images.shape[2], images.shape[3])
+            if built is None or built == given:
+                raise
+            raise ValueError(
+                f"the backbone failed on {given[0]}x{given[1]} images and was built for {built[0]}x{built[1]} ({error})"
+                f"; pass input_size={built[0] if built[0] == built[1] else built} to resize inside the encoder, or"
+                " build the backbone for your size: build_encoder(..., image_size=...)"
+            ) from error
+        picks = isinstance(self._features, int) or (isinstance(self._features, str) and compute is self.backbone)
+        return pick_output(out, self._features) if picks else out
+
+    def _has_channels_last(self, out: object, images: Tensor) -> bool:
+        """Whether a map is (n, h, w, d); found once, from its shape or by images of two sizes."""
+        if not isinstance(out, Tensor) or out.ndim != 4:
+            return False
+        if self._channels_last is None:
+            axis = channel_axis(out, images)
+            if axis is None:
+                axis = self._probe_channel_axis(images)
+            self._channels_last = axis == 3
+        return self._channels_last
+
+    def _probe_channel_axis(self, images: Tensor) -> int:
+        """The axis of a map that does not change with the size of the images."""
+        height, width = images.shape[2:]
+        maps: list[Tensor] = []
+        for factor in (1, 2):
+            black = images.new_zeros(1, images.shape[1], height * factor, width * 2 * factor)
+            try:
+                devices = [images.device] if images.device.type == "cuda" else []
+                with frozen(self), torch.no_grad(), torch.random.fork_rng(devices):
+                    out = self._compute(black)
+            except Exception:  # whatever it cannot do with such a size
+                break
+            maps += [out] if isinstance(out, Tensor) else []
+        return channel_axis_of_two(maps, type(self.backbone).__name__)
 
     def project(self, features: Tensor) -> Tensor:
         """Unit rows (n, embedding_dim) from backbone features (n, feature_dim); `encoder(x)` is this of `features(x)`.
@@ -164,6 +228,10 @@ class Encoder(nn.Module):
         return f"mean={self.mean}, std={self.std}, input_size={self.input_size}"
 
     def _prepare(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"images must be a tensor (n, c, h, w), got {type(x).__name__}; write torch.as_tensor(images)"
+            )
         if not x.dtype.is_floating_point:
             raise TypeError(f"images must be floats in [0, 1], got {x.dtype}; divide integers by their range")
         if x.ndim != 4:
@@ -192,17 +260,19 @@ class Encoder(nn.Module):
 
     def _probe(self, function: Features) -> int:
         """Width of what function gives for black images, leaving modes, buffers and random numbers alone."""
-        size = self.input_size or self.fixed_size
+        size = self.input_size or self.fixed_size or built_size(self.backbone)
         sizes = [size] if size is not None else [(side, side) for side in PROBED_SIZES]
         tensors = (*self.backbone.parameters(), *self.backbone.buffers())
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         channels = self.channels
-        errors = []
+        errors: list[Exception] = []
         for height, width in sizes:
             black = torch.zeros(1, channels, height, width, device=device)
             try:
                 with frozen(self), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                     return function(black).shape[1]
+            except (OutputError, OutputTypeError):
+                raise  # no size would mend it
             except Exception as error:
                 errors.append(error)
         raise ValueError(
@@ -217,44 +287,6 @@ class Encoder(nn.Module):
         if self.mean is not None and len(self.mean) > 1:
             return len(self.mean)
         return next((m.in_channels for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), 3)
-
-
-def _as_vectors(out: object, n: int) -> Tensor:
-    if not isinstance(out, Tensor):
-        raise TypeError(
-            f"the backbone must return a tensor (n, d), got {type(out).__name__};"
-            f" pass features=, a function of the images that picks one, to wrap_encoder"
-        )
-    if out.ndim == 4:
-        out = out.mean((2, 3))
-    if out.ndim != 2 or len(out) != n:
-        shape = tuple(out.shape)
-        tokens = " (tokens?); to take the class token" if out.ndim == 3 else ";"
-        reason = f". {SQUEEZED}; or" if is_squeezed(shape, n) else tokens
-        raise ValueError(
-            f"the backbone must return (n, d) or (n, d, h, w) for {n} images, got {shape}{reason}"
-            f" pass features=, such as features=lambda x: module.forward_features(x)[:, 0], to wrap_encoder"
-        )
-    return out
-
-
-def check_normalisation(
-    mean: Sequence[float] | float | None, std: Sequence[float] | float | None
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """mean and std as tuples, one value per channel (or one for all); both None means no normalisation."""
-    if mean is None and std is None:
-        return None, None
-    if mean is None or std is None:
-        missing = "mean" if mean is None else "std"
-        raise ValueError(f"mean and std go together; {missing} is missing (no centring is mean=0, no scaling is std=1)")
-    centre, scale = ((float(v),) if isinstance(v, int | float) else tuple(map(float, v)) for v in (mean, std))
-    if len(centre) != len(scale):
-        raise ValueError(f"mean has {len(centre)} values and std has {len(scale)}; both need one per channel")
-    if min(scale) <= 0:
-        raise ValueError(f"std must be positive, got {scale}")
-    if max(map(abs, centre)) > 1.5:
-        raise ValueError(f"images are in [0, 1], so mean={centre} is out of scale; divide mean and std by 255")
-    return centre, scale
 
 
 def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Encoders made: by the name of a backbone, around the user's own module, or from a file."""
+"""Encoders made by the name of a backbone, or from a file."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hsat.models.checkpoints import WeightFile, check_backbone, check_state, load_backbone, load_state, read_weights
+from hsat.models.checkpoints import (
+    check_backbone,
+    check_state,
+    load_backbone,
+    load_state,
+    read_weights,
+)
 from hsat.models.dual_norm import convert_to_dual
-from hsat.models.encoder import Encoder, Features, check_normalisation
+from hsat.models.encoder import Encoder, check_size
 from hsat.models.heads import HeadSpec, ProjectionHead, head_spec, projection_head
-from hsat.models.metadata import EncoderSpec, read_spec
+from hsat.models.metadata import EncoderSpec, WeightFile, read_spec
+from hsat.models.pixel_check import stated_spec
+from hsat.models.pixel_normalisation import NOBODY, PixelNormalisation, choose_normalisation
 from hsat.models.state_dicts import find_head
 from hsat.models.zoo import (
     PAPER_NAMES,
@@ -30,7 +37,7 @@ from hsat.models.zoo import (
 MOST_GROWTH = 8  # from file to memory: 16-bit weights double, tied ones are stored once
 
 
-def build_encoder(
+def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is needed by itself
     name: str,
     *,
     embedding_dim: int | None = None,
@@ -38,16 +45,19 @@ def build_encoder(
     weights: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     input_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
+    norm: str | None = None,
     dual_norm: bool = False,
     seed: int | None = None,
 ) -> Encoder:
     """An encoder by one of the paper's names (`PAPER_NAMES`) or any timm name, with its projection head.
 
     A paper name gives the published architecture and pixel normalisation; its weights are random unless asked for,
-    also where the name says "pretrained", "normal" or "at".  Any other timm name takes pixels as they are, unless
-    pretrained=True, which brings the mean and std those weights were trained with.
+    also where the name says "pretrained", "normal" or "at".  Any other timm name takes pixels as they are, to be
+    trained so, unless pretrained=True, which brings the mean and std those weights were trained with; for weights from
+    a file it has to be stated: by the file, by mean and std, or by norm.
 
     Args:
         name: The backbone.
@@ -61,8 +71,12 @@ def build_encoder(
         pretrained: Fetch timm's ImageNet weights; the one way in which hsat downloads anything.
         input_size: Side or (height, width) to which images are resized inside; needed when a backbone takes one size
             only.
+        image_size: Side or (height, width) of the images that a backbone of one size only, such as a ViT, is built for;
+            pretrained positions are resampled.  Backbones that take any size are the same with and without it.
         mean: Replaces the name's normalisation, on the [0, 1] scale, together with std; 0 and 1 switch it off.
         std: See mean.
+        norm: In place of mean and std: "imagenet"; "timm", the values that come with the timm model; "none", pixels as
+            they are; or "m,m,m/s,s,s".
         dual_norm: BatchNorm in two branches, see `branch`.
         seed: Draws the random weights and leaves torch's global generator alone; None: from that generator.
 
@@ -76,33 +90,39 @@ def build_encoder(
     if weights is not None and pretrained:
         raise ValueError("pretrained=True and weights= both set the backbone's weights; give one of them")
     architecture = find_architecture(name, pretrained=pretrained)
-    mean, std = check_normalisation(mean, std)
     with _seeded(seed):
-        backbone = create_backbone(architecture, pretrained=pretrained)
+        backbone = create_backbone(architecture, pretrained=pretrained, image_size=check_size(image_size))
         width = feature_width(backbone)
         spec = None if head is None or isinstance(head, nn.Module) else head_spec(head, embedding_dim)
         if head is None and embedding_dim not in {None, width}:
             raise ValueError(f"head=None gives features of width {width}, not embedding_dim={embedding_dim}")
         built = head if isinstance(head, nn.Module) else None if spec is None else _projection_head(spec, width)
-    if mean is None:
-        trained = pretrained and (architecture.scratch or name not in PAPER_NAMES)
-        mean, std = pretrained_normalisation(backbone) if trained else architecture.normalisation or (None, None)
+    pixels = choose_normalisation(norm, mean, std, backbone=backbone)
+    if pixels is None:
+        if pretrained and (architecture.scratch or name not in PAPER_NAMES):
+            pixels = PixelNormalisation(*pretrained_normalisation(backbone), "timm's pretrained weights")
+        else:
+            centre, scale = architecture.normalisation or (None, None)
+            pixels = PixelNormalisation(centre, scale, f"the name {name}" if name in PAPER_NAMES else NOBODY)
     encoder = Encoder(
         backbone,
         feature_dim=width,
         head=built,
         embedding_dim=getattr(built, "out_features", None),
-        mean=mean,
-        std=std,
+        mean=pixels.mean,
+        std=pixels.std,
         input_size=input_size,
         fixed_size=fixed_size(backbone),
     )
+    encoder.pixels_stated_by = pixels.stated_by
     if weights is not None:
         encoder.weights_report = load_backbone(encoder, weights)
     if architecture.dual or dual_norm:
         convert_to_dual(encoder.backbone)
     if not isinstance(head, nn.Module):
         encoder.spec = _spec_of(encoder, name, spec, dual_norm=architecture.dual or dual_norm)
+        if image_size is not None:
+            encoder.spec["image_size"] = check_size(image_size)
     return encoder
 
 
@@ -138,91 +158,6 @@ def _projection_head(spec: HeadSpec, width: int) -> ProjectionHead:
     return projection_head(spec.kind, in_features=width, embedding_dim=spec.embedding_dim, hidden=spec.hidden)
 
 
-def wrap_encoder(
-    module: nn.Module,
-    *,
-    mean: Sequence[float] | float | None = None,
-    std: Sequence[float] | float | None = None,
-    head: int | str | HeadSpec | nn.Module | None = None,
-    embedding_dim: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    features: str | Features | nn.Module | None = None,
-    feature_dim: int | None = None,
-) -> Encoder:
-    """Any nn.Module as an encoder: images (n, c, h, w) in [0, 1] -> unit rows, pixel handling inside.
-
-    Args:
-        module: The user's module; it is held, not copied.
-        mean: Pixel normalisation the module was trained with, on the [0, 1] scale; None if it does its own.
-        std: See mean.
-        head: None gives normalised features; otherwise as in `build_encoder`.
-        embedding_dim: Width of the head's output.
-        input_size: Side or (height, width) to which images are resized inside, differentiably; None takes them as they
-            are.
-        features: Where the features come from.  None: `module(x)`.  A name such as "forward_features" or
-            "trunk.encode": that method of the module; if it names a submodule, or is one, that submodule is wrapped
-            instead.  A function: it gets the normalised, resized images; write it against the module passed here (a
-            deep copy of the encoder still calls the original through it, whereas a name follows the copy).  Features
-            may be (n, d) or (n, d, h, w), averaged over h and w; tokens (n, t, d) need a `features` that picks.
-        feature_dim: Width of the features; found by running black images when a head needs it and it is not given.
-
-    Returns:
-        The encoder, which holds the module.
-
-    Raises:
-        TypeError, ValueError: Naming the option.
-    """
-    if not isinstance(module, nn.Module):
-        hint = "; for a function pass the module it calls, and the function as features=" if callable(module) else ""
-        raise TypeError(f"wrap_encoder takes a torch.nn.Module, got {type(module).__name__}{hint}")
-    backbone, source = _feature_source(module, features)
-    own_head = head if isinstance(head, nn.Module) else None
-    encoder = Encoder(
-        backbone,
-        feature_dim=feature_dim,
-        head=own_head,
-        embedding_dim=None if own_head is None else embedding_dim,
-        mean=mean,
-        std=std,
-        input_size=input_size,
-        features=source,
-    )
-    if head is not None and not isinstance(head, nn.Module):
-        built = _projection_head(head_spec(head, embedding_dim), encoder.feature_dim)
-        like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
-        encoder.attach_head(built if like is None else built.to(like), embedding_dim=built.out_features)
-    elif own_head is None and embedding_dim is not None and embedding_dim != encoder.feature_dim:
-        raise ValueError(f"embedding_dim={embedding_dim} needs a head; write head={embedding_dim} for a linear one")
-    return encoder
-
-
-def _feature_source(
-    module: nn.Module, features: str | Features | nn.Module | None
-) -> tuple[nn.Module, str | Features | None]:
-    """The module to hold, and how to call it."""
-    if getattr(features, "__self__", None) is module:
-        features = str(features.__name__)  # type: ignore[union-attr]  # a name follows deep copies
-    if isinstance(features, str):
-        try:
-            attribute = attrgetter(features)(module)
-        except AttributeError:
-            children = ", ".join(name for name, _ in module.named_children()) or "none"
-            raise ValueError(
-                f"{type(module).__name__} has no attribute {features!r} to take features from; its submodules:"
-                f" {children}"
-            ) from None
-        if isinstance(attribute, nn.Module):
-            return attribute, None
-        if not callable(attribute):
-            raise TypeError(f"features={features!r} is a {type(attribute).__name__}, not a method or submodule")
-        return module, features
-    if isinstance(features, nn.Module):
-        return features, None
-    if features is not None and not callable(features):
-        raise TypeError(f"features must be a name, a function of images or None, got {type(features).__name__}")
-    return module, features
-
-
 def load_encoder(
     path: str | os.PathLike[str],
     backbone: str | None = None,
@@ -231,6 +166,9 @@ def load_encoder(
     embedding_dim: int | None = None,
     dual_norm: bool = False,
     input_size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    norm: str | None = None,
 ) -> Encoder:
     """The encoder of a file, weights included, in evaluation mode, on the CPU; `weights_report` says what was read.
 
@@ -248,14 +186,19 @@ def load_encoder(
         embedding_dim: Width of the head's output, where the file does not say it.
         dual_norm: Two BatchNorm branches; also taken from the file.
         input_size: See `build_encoder`.
+        mean: Pixel normalisation that the weights were trained with, on the [0, 1] scale, together with std.  Files of
+            `save_encoder` and names of the paper state it; for any other file it has to be given, here or by norm.
+        std: See mean.
+        norm: In place of mean and std, see `build_encoder`.
 
     Returns:
         The encoder.
 
     Raises:
-        ValueError: When the file does not say how to build its encoder or says another backbone, when what it says is
-            unknown or out of limits (naming the key, see `read_spec`), when its head cannot be told or does not fit the
-            backbone's features, and what `load_checkpoint` and `build_encoder` raise.
+        ValueError: When nobody states the pixel normalisation, or the file states another one; when the file does not
+            say how to build its encoder or says another backbone, when what it says is unknown or out of limits (naming
+            the key, see `read_spec`), when its head cannot be told or does not fit the backbone's features, and
+            what `load_checkpoint` and `build_encoder` raise.
     """
     content = read_weights(path)
     spec = _read_encoder_spec(content, path)
@@ -266,12 +209,19 @@ def load_encoder(
                 f" 'resnet50'), or build it with build_encoder or wrap_encoder and call load_checkpoint"
             )
         encoder = _build_to_fit(path, content, partial(_rebuild, spec), stated=spec)
+        asked = choose_normalisation(norm, mean, std, backbone=encoder.backbone)
+        if asked is not None and asked.values != encoder.pixels.values:
+            raise ValueError(
+                f"{path} states {encoder.pixels.describe()}, and the caller {asked.describe()}; leave norm, mean and"
+                " std out: the file was written with the weights"
+            )
         encoder.weights_report = load_state(encoder, path, content)
         return encoder.eval()
     options: dict[str, Any] = {"dual_norm": dual_norm or any(".bn_list." in key for key in content.state)}
-    options["input_size"] = input_size
+    options |= {"input_size": input_size, "mean": mean, "std": std, "norm": norm}
     if spec is not None and spec.name == backbone:
-        options |= {key: value for key, value in (("mean", spec.mean), ("std", spec.std)) if value is not None}
+        if norm is None and mean is None and std is None:
+            options |= {"mean": spec.mean, "std": spec.std}
         options["input_size"] = spec.input_size if input_size is None else input_size
     chosen = None if head is None else _choose_head(path, content.state, head, embedding_dim)
     build = partial(build_encoder, backbone, head=chosen, **options, seed=0)
@@ -301,20 +251,13 @@ def has_encoder_spec(path: str | os.PathLike[str]) -> bool:
     Raises:
         ValueError: For a file that holds no weights.
     """
-    return _stated_spec(read_weights(path)) is not None
+    return stated_spec(read_weights(path)) is not None
 
 
 def _read_encoder_spec(content: WeightFile, path: str | os.PathLike[str]) -> EncoderSpec | None:
     """How to build the encoder, checked, where the file says so; ValueError as `read_spec`."""
-    stated = _stated_spec(content)
+    stated = stated_spec(content)
     return None if stated is None else read_spec(stated, path)
-
-
-def _stated_spec(content: WeightFile) -> Mapping[str, Any] | None:
-    """The "encoder" of a file, unchecked; a dict without a name in a file of another program is not meant for hsat."""
-    extra = content.metadata.get("extra")
-    stated = content.metadata.get("encoder", extra.get("encoder") if isinstance(extra, dict) else None)
-    return stated if isinstance(stated, dict) and (content.from_hsat or "name" in stated) else None
 
 
 def _rebuild(spec: EncoderSpec) -> Encoder:
@@ -323,6 +266,7 @@ def _rebuild(spec: EncoderSpec) -> Encoder:
         embedding_dim=spec.embedding_dim,
         head=None if spec.head is None else HeadSpec(spec.head, hidden=spec.head_hidden),
         input_size=spec.input_size,
+        image_size=spec.image_size,
         mean=spec.mean,
         std=spec.std,
         dual_norm=spec.dual_norm,

@@ -34,9 +34,11 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: For what is not a torch.nn.Module, before anything is changed.
+        ValueError: For a module that was made under `torch.inference_mode`, likewise: it can never be restored.
     """
     for module in modules:
         _check_is_module(module)
+        _check_is_restorable(module)
     flags = {id(part): (part, part.training) for module in modules for part in module.modules()}
     gradients = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
     try:
@@ -63,3 +65,13 @@ def _check_is_module(module: object) -> None:
     else:
         hint = ""
     raise TypeError(f"frozen() takes torch.nn.Module objects, got {type(module).__name__}{hint}")
+
+
+def _check_is_restorable(module: nn.Module) -> None:
+    """torch does not let parameters that were made in inference mode require gradients again, outside of it."""
+    name = next((name for name, parameter in module.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"{type(module).__name__} was made under torch.inference_mode() (its parameter {name} was), so gradients"
+            " cannot flow through it; build or load it outside of that block, torch.no_grad() does no harm"
+        )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from hsat.models.heads import HEADS
 from hsat.models.zoo import PAPER_NAMES, import_timm
@@ -42,6 +44,7 @@ class LoadReport:
         loaded: Number of tensors.
         dropped: Entries of the file that were left out on purpose (only ever not empty for backbone weights).
         metadata: What else the file says in plain values, such as epoch and loss.
+        filled: Counts of batches that the file lacks, as files of old versions of torch do; they are zero.
     """
 
     path: str
@@ -50,6 +53,22 @@ class LoadReport:
     loaded: int
     dropped: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+
+
+class WeightFile(NamedTuple):
+    """What is in a file of weights: named tensors, and what else it says in plain values.
+
+    Attributes:
+        state: The tensors by name, on the CPU.
+        metadata: The plain values by name.
+        from_hsat: Whether hsat wrote it, so that its "encoder" is meant for hsat and is not the settings of another
+            program.
+    """
+
+    state: dict[str, Tensor]
+    metadata: dict[str, Any]
+    from_hsat: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +83,7 @@ class EncoderSpec:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     dual_norm: bool
+    image_size: tuple[int, int] | None = None
 
 
 def parse_metadata(text: str, path: object) -> dict[str, Any]:
@@ -105,6 +125,7 @@ def read_spec(values: Mapping[str, Any], path: object) -> EncoderSpec:
             mean=_floats(values["mean"]),
             std=_floats(values["std"]),
             dual_norm=values["dual_norm"],
+            image_size=_pair(values.get("image_size")),
         )
         if (spec.mean is None) != (spec.std is None) or len(spec.mean or ()) != len(spec.std or ()):
             raise ValueError("encoder.mean and encoder.std must have as many values as each other, or be null both")
@@ -134,10 +155,10 @@ def _check(values: Mapping[str, object], rules: Rules, *, where: str) -> None:
     for key in values:
         if key not in rules:
             raise ValueError(f"{where}.{_shown_key(key)} is no key of {where}, which has {', '.join(rules)}")
-    if missing := [f"{where}.{key}" for key in rules if key not in values]:
+    if missing := [f"{where}.{key}" for key in rules if key not in values and key not in _OPTIONAL]:
         raise ValueError(f"{', '.join(missing)} must be given")
     for key, (description, fits) in rules.items():
-        if not fits(values[key]):
+        if key in values and not fits(values[key]):
             raise ValueError(f"{where}.{key} must be {description}, got {shown(values[key])}")
 
 
@@ -170,6 +191,7 @@ def _is_channels(value: object, low: float, high: float) -> bool:
 
 
 _WIDTHS, _SIDES = f"a whole number from 1 to {MOST_WIDTH}", f"a whole number from 1 to {MOST_SIDE}"
+_OPTIONAL = ("image_size",)  # files of encoders that were built for no size in particular do not have it
 _ENCODER: Rules = {
     "name": ("a text of at most 201 characters", lambda value: isinstance(value, str) and len(value) <= 201),
     "embedding_dim": (f"{_WIDTHS}, or null", lambda value: value is None or _is_int(value, MOST_WIDTH)),
@@ -188,6 +210,7 @@ _ENCODER: Rules = {
         lambda value: _is_channels(value, 1e-4, 1e3),
     ),
     "dual_norm": ("true or false", lambda value: isinstance(value, bool)),
+    "image_size": (f"{_SIDES}, a list of two, or null", _is_size),
 }
 _TRAINING: Rules = {
     "kind": (

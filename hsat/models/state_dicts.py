@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from hsat.models.dual_norm import convert_to_dual
@@ -46,6 +46,8 @@ SMALLEST = 100  # tensors; every backbone of the paper has more
 LISTED = 5  # misfits of a kind in a message
 CHECKED = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
+_COUNT = "num_batches_tracked"  # of a BatchNorm
+_COMPILED = "_orig_mod."  # what torch.compile puts before names in a state dict
 _LAYER = re.compile(r"(?P<where>(?:.*\.)?(?:proj|head)\.layers\.)(?P<number>\d+)\.(?P<entry>\w+)")
 _WITH_BATCH_NORM = {0: 2, 1: 1, 3: 2, 4: 1, 6: 2, 7: 1}  # layer number: axes of its weight, as `projection_head` builds
 
@@ -74,7 +76,7 @@ class KeyMapping:
         """The encoder's name for a key of the file; one in parentheses, that nothing has, where there is no place."""
         if not key.startswith(self.prefix):
             return f"(outside {self.prefix}) {key}"
-        short = key.removeprefix(self.prefix)
+        short = key.removeprefix(self.prefix).replace(_COMPILED, "")
         for old, new in DUAL_NAMES if self.layout == "published dual" else ():
             short = short.replace(old, new)
         for old, new in LAYOUTS[self.layout]:
@@ -90,6 +92,46 @@ def match_keys(state: Iterable[str], target: Mapping[str, Tensor]) -> KeyMapping
     prefixes = dict.fromkeys((*PREFIXES, *(prefix for prefix, _ in beginnings.most_common(MOST_PREFIXES))))
     mappings = [KeyMapping(layout, prefix) for layout in LAYOUTS for prefix in prefixes]
     return max(mappings, key=lambda mapping: sum(mapping(key) in target for key in keys))
+
+
+def named_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module under the names that it has without wrappers: torch.compile's, and those of data parallel.
+
+    So an encoder whose backbone is compiled writes and reads the files of one whose backbone is not.
+    """
+    return {plain: value for plain, (_, value) in _named_entries(module).items()}
+
+
+def load_named(module: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Load values under the names of `named_state`; others are passed over.
+
+    Args:
+        module: Where they go.
+        state: The values; of each entry of the module but for counts of batches.
+
+    Returns:
+        The counts that `state` lacks, as files of old versions of torch do; they are set to zero, as torch sets them.
+    """
+    entries = _named_entries(module)
+    filled = tuple(name for name in entries if name not in state and name.endswith(_COUNT))
+    values = {actual: state[name] for name, (actual, _) in entries.items() if name in state}
+    zeros = {entries[name][0]: torch.zeros_like(entries[name][1]) for name in filled}
+    module.load_state_dict(values | zeros, strict=True)
+    return filled
+
+
+def _named_entries(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """(actual name, value) of each entry of a module's state, by its name without wrappers."""
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrappers = [f"{name}." if name else "" for name, part in module.named_modules() if isinstance(part, kinds)]
+    entries = {}
+    for actual, value in module.state_dict().items():
+        plain = actual
+        for prefix in sorted(wrappers, key=len, reverse=True):
+            if plain.startswith(f"{prefix}module."):
+                plain = prefix + plain.removeprefix(f"{prefix}module.")
+        entries[plain.replace(_COMPILED, "")] = actual, value
+    return entries
 
 
 class StoredHead(NamedTuple):
@@ -185,7 +227,7 @@ def check_fit(path: object, mapping: KeyMapping, target: Mapping[str, Tensor], s
     """Raise ValueError, listing every kind of misfit, unless all of a file's state fits all of the target."""
     fits = {mapping(key): value for key, value in state.items() if mapping(key) in target}
     extra = [key for key in state if mapping(key) not in target]
-    missing = [key for key in target if key not in fits]
+    missing = [key for key in target if key not in fits and not key.endswith(_COUNT)]
     shapes = [
         f"{key} is {tuple(value.shape)} in the file, {tuple(target[key].shape)} in the encoder"
         for key, value in fits.items()

@@ -104,13 +104,30 @@ def find_architecture(name: str, *, pretrained: bool) -> Architecture:
     return Architecture(timm=name)
 
 
-def create_backbone(architecture: Architecture, *, pretrained: bool) -> nn.Module:
-    """The timm model without its classifier."""
+def create_backbone(
+    architecture: Architecture, *, pretrained: bool, image_size: tuple[int, int] | None = None
+) -> nn.Module:
+    """The timm model without its classifier.
+
+    Args:
+        architecture: What to build.
+        pretrained: Fetch timm's weights.
+        image_size: The size that models with absolute positions or windows are built for; others take any.
+    """
     timm = import_timm()
     options = dict(architecture.options)
     if options.get("norm_layer") == "group_norm_32":
         options["norm_layer"] = functools.partial(timm.layers.GroupNormAct, num_groups=32)
     name = f"{architecture.timm}.{architecture.tag}" if architecture.tag else architecture.timm
+    if image_size is not None:
+        try:
+            built: nn.Module = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, **(options | {"img_size": image_size})
+            )
+            return built
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
     backbone: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     return backbone
 

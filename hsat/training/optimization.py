@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,9 @@ from hsat.training.step import StepResult, adversarial_step
 from hsat.types import LEVELS, HierarchicalBatch
 
 FORMATS = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+_log = logging.getLogger(__name__)
 
 
 class Optimization:
@@ -234,6 +239,22 @@ class Optimization:
             values["skipped"] = float(overflow)
         average_statistics(self.encoder)
         return values
+
+    def report_skipped(self, done: int, *, out: Path) -> None:
+        """Log how many of the steps float16 skipped; ValueError if it skipped all of them.
+
+        Args:
+            done: Number of steps of the run.
+            out: Folder of the run, for the message.
+        """
+        if self.skipped and self.skipped >= done:
+            raise ValueError(
+                f"every one of the {done} steps was skipped, for float16 gradients overflowed: nothing was trained, and"
+                f" {out} holds an encoder as it began. Take another --out with --train.precision bf16; or with more"
+                f" steps, as each one halves the scale of the loss, now {self.scaler.get_scale():g}"
+            )
+        if self.skipped:
+            _log.info("note: %d of %d steps were skipped, for float16 gradients overflowed", self.skipped, done)
 
     def _count_skipped(self, overflow: bool, number: int) -> None:
         """Raise FloatingPointError where float16 gradients overflow although the loss is not scaled up any more."""

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,8 @@ class Trainer:
                 self.folder.log(row)
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
-                self._save_if_due()
+                if self.done % self.config.save_every == 0 or self.done == self.total:
+                    self.save()
                 self._stop_if_requested(request, world)
         return self._finish()
 
@@ -316,10 +318,6 @@ class Trainer:
             self.save()
             raise TrainingInterrupted(step=self.done, total=self.total, signal=request.signal)
 
-    def _save_if_due(self) -> None:
-        if self.done % self.config.save_every == 0 or self.done == self.total:
-            self.save()
-
     def save(self) -> None:
         """Write last.pt, the checkpoint to resume from; all ranks call this, the first one writes."""
         if self.saved == self.done:
@@ -339,19 +337,7 @@ class Trainer:
 
     def _finish(self) -> Path:
         """Write the final encoder; raises ValueError if float16 skipped every step."""
-        if self.optimization.skipped and self.optimization.skipped >= self.done:
-            raise ValueError(
-                f"every one of the {self.done} steps was skipped, for float16 gradients overflowed: nothing was"
-                f" trained, and {self.folder.out} holds an encoder as it began. Take another --out with"
-                " --train.precision bf16; or with more steps, as each one halves the scale of the loss, now"
-                f" {self.optimization.scaler.get_scale():g}"
-            )
-        if self.optimization.skipped:
-            _log.info(
-                "note: %d of %d steps were skipped, for float16 gradients overflowed",
-                self.optimization.skipped,
-                self.done,
-            )
+        self.optimization.report_skipped(self.done, out=self.folder.out)
         final, best = self.folder.out / "final.safetensors", self.folder.out / "best.safetensors"
         if self.folder.writes:
             save_encoder(self.encoder, final, metadata={"step": self.done, "cohort": self.folder.cohort})
@@ -395,20 +381,13 @@ class Trainer:
         folder.keep_rows_before(self.done)
 
     def _load_state(self) -> TrainingState:
-        path, encoder = self.folder.last, self.encoder
+        optimizer, schedule = self.optimization.optimizer, self.optimization.schedule
+        load = partial(load_training_state, self.folder.last, optimizer=optimizer, scheduler=schedule)
         try:
-            return load_training_state(
-                path, model=encoder, optimizer=self.optimization.optimizer, scheduler=self.optimization.schedule
-            )
+            return load(model=self.encoder)
         except RandomStateMismatch:
             _log.info("note: resuming with another number of ranks; dropout, if any, draws afresh")
-        return load_training_state(
-            path,
-            model=encoder,
-            optimizer=self.optimization.optimizer,
-            scheduler=self.optimization.schedule,
-            restore_random=False,
-        )
+        return load(model=self.encoder, restore_random=False)
 
     def _take_extra(self, extra: Mapping[str, Any]) -> None:
         try:

@@ -114,3 +114,46 @@ def test_a_head_that_cannot_be_told_names_the_option(root, tmp_path, stops):
     assert "--model.backbone NAME" in stops(evaluate, argv)
     evaluate([*argv, "--model.backbone", "test_byobnet", "--model.head", "none"])
     assert (tmp_path / "out" / "records.jsonl").exists()
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 6, 3, stride=2)
+
+    def forward(self, x):
+        return {"logits": x.mean((2, 3)), "pooled": self.convolution(x).relu().mean((2, 3))}
+
+
+def small():
+    return Network()
+"""
+
+
+def test_a_network_of_the_users_own_is_trained_and_evaluated_by_command(
+    options, root, train, rows_of, tmp_path, monkeypatch, capsys, stops
+):
+    (tmp_path / "my_networks.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # so that another test's module of this name is forgotten afterwards
+    own = ["--model.factory", "my_networks:small", "--model.features", "pooled"]
+    trained_so = [*options, "--train.steps", "2", "--out", tmp_path / "run", *own]
+    message = stops(train, trained_so)
+    assert "say how the pixels were normalised" in message and "--model.norm none" in message
+    train([*trained_so, "--model.norm", "0.5/0.25"])
+    assert len(rows_of(tmp_path / "run")) == 2
+    capsys.readouterr()
+    argv = ["--checkpoint", tmp_path / "run" / "final.safetensors", "--data.root", root, *QUICK.split()]
+    evaluate([*argv, *own, "--model.norm", "0.5/0.25", "--out", tmp_path / "out"])
+    assert "pixels minus mean (0.5) over std (0.25) (stated by the caller)" in capsys.readouterr().err
+    (pixels,) = {
+        json.dumps(r.settings["pixel_normalisation"]) for r in read_records(tmp_path / "out" / "records.jsonl")
+    }
+    assert json.loads(pixels) == {"mean": [0.5], "std": [0.25], "stated_by": "the caller"}
+    assert "my_networks:large" in stops(train, [*trained_so, "--model.factory", "my_networks:large"])
+    assert "package.module:function" in stops(train, [*trained_so, "--model.factory", "my_networks"])

@@ -192,3 +192,19 @@ def test_embeddings_that_are_not_floats() -> None:
 def test_temperature_out_of_range(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be a positive finite number, got"):
         supcon_loss(torch.eye(2), [1, 1], temperature=temperature)
+
+
+def test_a_learned_temperature_gets_its_gradient():
+    z, ids = torch.randn(6, 4, dtype=torch.float64), [0, 0, 1, 1, 2, 2]
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    loss = supcon_loss(z, ids, temperature=temperature)
+    (gradient,) = torch.autograd.grad(loss, temperature)
+    step = 1e-6
+    around = [supcon_loss(z, ids, temperature=0.3 + sign * step) for sign in (1, -1)]
+    torch.testing.assert_close(gradient, (around[0] - around[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(loss.detach(), supcon_loss(z, ids, temperature=0.3))
+
+
+def test_ids_that_are_text_are_refused_with_what_to_type():
+    with pytest.raises(TypeError, match="return_inverse=True"):
+        supcon_loss(torch.randn(4, 3), ["a", "a", "b", "b"])

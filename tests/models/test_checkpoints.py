@@ -19,7 +19,7 @@ NAME = "test_resnet"
 
 
 def encoder_of(seed: int, **options):
-    return build_encoder(NAME, **{"embedding_dim": 8, "seed": seed, **options})
+    return build_encoder(NAME, **{"embedding_dim": 8, "norm": "none", "seed": seed, **options})
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +136,11 @@ def test_an_encoder_that_is_not_finite_is_not_saved(tmp_path, value):
 
 
 def test_wrapped_encoders_save_but_are_rebuilt_by_hand(tmp_path):
-    encoder = wrap_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), head=3, input_size=2)
+    encoder = wrap_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), head=3, input_size=2, norm="none")
     path = save_encoder(encoder, tmp_path / "e.safetensors")
     with pytest.raises(ValueError, match=r"does not say how to build its encoder.*wrap_encoder"):
         load_encoder(path)
-    target = wrap_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), head=3, input_size=2)
+    target = wrap_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), head=3, input_size=2, norm="none")
     load_checkpoint(target, path)
     assert fingerprint_weights(target) == fingerprint_weights(encoder)
 
@@ -182,7 +182,7 @@ def test_fingerprint_sees_one_bit_and_the_normalisation(source):
         flat = weight.view(-1)
         flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
     assert fingerprint_weights(other) != fingerprint_weights(source)
-    assert fingerprint_weights(encoder_of(1, mean=0.5, std=0.5)) != fingerprint_weights(source)
+    assert fingerprint_weights(encoder_of(1, norm="0.5/0.5")) != fingerprint_weights(source)
     assert fingerprint_weights(source.to(torch.bfloat16)) != fingerprint_weights(source.float())
 
 

@@ -41,7 +41,7 @@ def test_float64_normalisation_uses_the_exact_constants():
 
 
 def test_embeddings_are_unit_rows_of_the_head():
-    encoder = wrap_encoder(tiny(), head=7)
+    encoder = wrap_encoder(tiny(), head=7, norm="none")
     x = torch.rand(3, 3, 8, 8)
     features = encoder.features(x)
     assert features.shape == (3, encoder.feature_dim) == (3, 5)
@@ -52,7 +52,7 @@ def test_embeddings_are_unit_rows_of_the_head():
 
 
 def test_without_a_head_the_features_are_normalised():
-    encoder = wrap_encoder(tiny())
+    encoder = wrap_encoder(tiny(), norm="none")
     x = torch.rand(3, 3, 8, 8)
     torch.testing.assert_close(encoder(x), F.normalize(encoder.features(x), dim=1))
     assert encoder.embedding_dim == encoder.feature_dim == 5
@@ -72,7 +72,7 @@ def test_resizing_is_inside_and_differentiable():
 def test_images_of_the_right_size_are_not_touched():
     module = tiny()
     x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(wrap_encoder(module, input_size=8).features(x), module(x))
+    assert torch.equal(wrap_encoder(module, input_size=8, norm="none").features(x), module(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -87,7 +87,7 @@ def test_images_of_other_dtypes_meet_a_float32_encoder(dtype):
 
 
 def test_half_precision_encoder_gives_float32_unit_rows():
-    encoder = wrap_encoder(tiny(), head=4).to(torch.bfloat16)
+    encoder = wrap_encoder(tiny(), head=4, norm="none").to(torch.bfloat16)
     z = encoder(torch.rand(2, 3, 8, 8))
     assert z.dtype == torch.float32
     torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
@@ -96,7 +96,7 @@ def test_half_precision_encoder_gives_float32_unit_rows():
 def test_maps_are_averaged():
     module = nn.Conv2d(3, 6, 3)
     x = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(wrap_encoder(module).features(x), module(x).mean((2, 3)))
+    torch.testing.assert_close(wrap_encoder(module, norm="none").features(x), module(x).mean((2, 3)))
 
 
 def test_features_by_name_function_method_and_submodule():
@@ -114,13 +114,13 @@ def test_features_by_name_function_method_and_submodule():
 
     model, x = Model(), torch.rand(2, 3, 8, 8)
     trunk = model.trunk(x)
-    assert torch.equal(wrap_encoder(model).features(x), model(x))
-    assert torch.equal(wrap_encoder(model, features="encode").features(x), 2 * trunk)
-    assert torch.equal(wrap_encoder(model, features=model.encode).features(x), 2 * trunk)
-    assert torch.equal(wrap_encoder(model, features=lambda v: 3 * model.trunk(v)).features(x), 3 * trunk)
-    assert torch.equal(wrap_encoder(model, features="trunk").features(x), trunk)
-    assert wrap_encoder(model, features=model.trunk).backbone is model.trunk
-    follows = copy.deepcopy(wrap_encoder(model, features=model.encode))
+    assert torch.equal(wrap_encoder(model, norm="none").features(x), model(x))
+    assert torch.equal(wrap_encoder(model, features="encode", norm="none").features(x), 2 * trunk)
+    assert torch.equal(wrap_encoder(model, features=model.encode, norm="none").features(x), 2 * trunk)
+    assert torch.equal(wrap_encoder(model, features=lambda v: 3 * model.trunk(v), norm="none").features(x), 3 * trunk)
+    assert torch.equal(wrap_encoder(model, features="trunk", norm="none").features(x), trunk)
+    assert wrap_encoder(model, features=model.trunk, norm="none").backbone is model.trunk
+    follows = copy.deepcopy(wrap_encoder(model, features=model.encode, norm="none"))
     with torch.no_grad():
         follows.backbone.trunk[0].weight.zero_()
     assert not torch.equal(follows.features(x), 2 * trunk)
@@ -133,7 +133,7 @@ def test_probing_leaves_the_module_and_random_numbers_alone():
     before = {k: v.clone() for k, v in module.state_dict().items()}
     modes = [m.training for m in module.modules()]
     random = torch.get_rng_state()
-    encoder = wrap_encoder(module)
+    encoder = wrap_encoder(module, norm="none")
     assert encoder.feature_dim == 4
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
@@ -141,7 +141,7 @@ def test_probing_leaves_the_module_and_random_numbers_alone():
 
 
 def test_a_module_head_is_measured():
-    assert wrap_encoder(tiny(), head=nn.Linear(5, 9)).embedding_dim == 9
+    assert wrap_encoder(tiny(), head=nn.Linear(5, 9), norm="none").embedding_dim == 9
 
 
 def test_normalisation_is_no_part_of_the_state_dict_but_follows_the_encoder():
@@ -177,31 +177,47 @@ class Returns(nn.Module):
 X = torch.zeros(2, 3, 8, 8)
 MODULE = tiny()
 ERRORS = {
-    "integers": (TypeError, "got torch.uint8; divide", lambda: wrap_encoder(MODULE)(X.byte())),
-    "one image": (ValueError, r"write x\[None\]", lambda: wrap_encoder(MODULE)(X[0])),
+    "integers": (TypeError, "got torch.uint8; divide", lambda: wrap_encoder(MODULE, norm="none")(X.byte())),
+    "one image": (ValueError, r"write x\[None\]", lambda: wrap_encoder(MODULE, norm="none")(X[0])),
     "channels": (
         ValueError,
         "images have 2 channels, but mean and std have 3",
         lambda: wrap_encoder(MODULE, mean=[0.5] * 3, std=[1] * 3)(X[:, :2]),
     ),
-    "tokens": (ValueError, "pass features=", lambda: wrap_encoder(Returns(torch.zeros(2, 7, 5)))(X)),
-    "dict": (TypeError, "got dict; pass features=", lambda: wrap_encoder(Returns({"z": X}))(X)),
-    "rows": (ValueError, r"for 2 images, got \(3, 5\)", lambda: wrap_encoder(Returns(torch.zeros(3, 5)))(X)),
-    "width": (ValueError, "width 5, expected 6", lambda: wrap_encoder(MODULE, feature_dim=6)(X)),
+    "tokens": (ValueError, "pass features=", lambda: wrap_encoder(Returns(torch.zeros(2, 7, 5)), norm="none")(X)),
+    "dict": (TypeError, "got dict; pass features=", lambda: wrap_encoder(Returns({"z": X}), norm="none")(X)),
+    "rows": (
+        ValueError,
+        r"for 2 images, got \(3, 5\)",
+        lambda: wrap_encoder(Returns(torch.zeros(3, 5)), norm="none")(X),
+    ),
+    "width": (ValueError, "width 5, expected 6", lambda: wrap_encoder(MODULE, feature_dim=6, norm="none")(X)),
     "no std": (ValueError, "std is missing", lambda: wrap_encoder(MODULE, mean=0.5)),
-    "no mean": (ValueError, "mean is missing", lambda: wrap_encoder(MODULE, std=0.5)),
+    "no mean": (ValueError, "mean is missing", lambda: wrap_encoder(MODULE, std=0.5, norm="none")),
     "lengths": (ValueError, "mean has 3 values and std has 1", lambda: wrap_encoder(MODULE, mean=[0.5] * 3, std=1)),
     "zero std": (ValueError, "std must be positive", lambda: wrap_encoder(MODULE, mean=0, std=0)),
     "scale": (ValueError, "divide mean and std by 255", lambda: wrap_encoder(MODULE, mean=123.7, std=58.4)),
-    "size": (ValueError, "input_size must be", lambda: wrap_encoder(MODULE, input_size=0)),
-    "no module": (TypeError, "got function; for a function", lambda: wrap_encoder(lambda x: x)),
-    "no attribute": (ValueError, "no attribute 'trunk'.*submodules", lambda: wrap_encoder(MODULE, features="trunk")),
-    "no method": (TypeError, "a bool, not a method", lambda: wrap_encoder(MODULE, features="training")),
-    "no function": (TypeError, "features must be a name", lambda: wrap_encoder(MODULE, features=3)),
-    "probe": (ValueError, "Pass feature_dim=", lambda: wrap_encoder(nn.Flatten(2), head=4)),
-    "two widths": (ValueError, "head=4 and embedding_dim=5", lambda: wrap_encoder(MODULE, head=4, embedding_dim=5)),
-    "no head": (ValueError, "embedding_dim=9 needs a head", lambda: wrap_encoder(MODULE, embedding_dim=9)),
-    "hidden": (ValueError, "no hidden layers", lambda: wrap_encoder(MODULE, head=HeadSpec("linear", hidden=(3,)))),
+    "size": (ValueError, "input_size must be", lambda: wrap_encoder(MODULE, input_size=0, norm="none")),
+    "no module": (TypeError, "got function; for a function", lambda: wrap_encoder(lambda x: x, norm="none")),
+    "no attribute": (
+        ValueError,
+        "no attribute 'trunk'.*submodules",
+        lambda: wrap_encoder(MODULE, features="trunk", norm="none"),
+    ),
+    "no method": (TypeError, "a bool, not a method", lambda: wrap_encoder(MODULE, features="training", norm="none")),
+    "no function": (TypeError, "features must be a name", lambda: wrap_encoder(MODULE, features=3, norm="none")),
+    "probe": (ValueError, "tokens", lambda: wrap_encoder(nn.Flatten(2), head=4, norm="none")),
+    "two widths": (
+        ValueError,
+        "head=4 and embedding_dim=5",
+        lambda: wrap_encoder(MODULE, head=4, embedding_dim=5, norm="none"),
+    ),
+    "no head": (ValueError, "embedding_dim=9 needs a head", lambda: wrap_encoder(MODULE, embedding_dim=9, norm="none")),
+    "hidden": (
+        ValueError,
+        "no hidden layers",
+        lambda: wrap_encoder(MODULE, head=HeadSpec("linear", hidden=(3,)), norm="none"),
+    ),
 }
 
 
@@ -217,4 +233,6 @@ def test_repr_shows_what_happens_to_pixels():
 
 
 def test_is_a_module():
-    assert isinstance(wrap_encoder(MODULE), Encoder) and isinstance(wrap_encoder(MODULE), nn.Module)
+    assert isinstance(wrap_encoder(MODULE, norm="none"), Encoder) and isinstance(
+        wrap_encoder(MODULE, norm="none"), nn.Module
+    )

@@ -92,7 +92,7 @@ def test_what_cannot_be_folded_is_refused():
     with pytest.raises(ValueError, match=r"training mode depends on the batch.*call encoder.eval\(\)"):
         fold_batchnorm(copy.deepcopy(encoder).train())
     with pytest.raises(ValueError, match="no BatchNorm to fold"):
-        fold_batchnorm(wrap_encoder(nn.Conv2d(3, 4, 3), mean=None, std=None).eval())
+        fold_batchnorm(wrap_encoder(nn.Conv2d(3, 4, 3), norm="none").eval())
     with pytest.raises(ValueError, match="dual BatchNorm has two functions"):
         fold_batchnorm(convert_to_dual(copy.deepcopy(encoder)))
     loose = copy.deepcopy(encoder)
@@ -104,13 +104,13 @@ def test_what_cannot_be_folded_is_refused():
     def closure(x):  # not copied with the encoder
         return network(x)
 
-    outside = wrap_encoder(network, mean=None, std=None, features=closure).eval()
+    outside = wrap_encoder(network, norm="none", features=closure).eval()
     with pytest.raises(ValueError, match="was not run; features= may be a function that holds the original"):
         fold_batchnorm(outside)
 
 
 def test_a_layer_that_somebody_else_reads_too_is_left_alone():
-    encoder, x = trained(wrap_encoder(Peeking(), mean=None, std=None)), torch.rand(2, 3, 9, 9)
+    encoder, x = trained(wrap_encoder(Peeking(), norm="none")), torch.rand(2, 3, 9, 9)
     encoder.backbone.twice = nn.Identity()
     folded = fold_batchnorm(encoder)
     assert [type(part).__name__ for part in folded.backbone.norm] == ["Scaled"]
@@ -127,7 +127,7 @@ class TwoWays(Small):
 
 
 def test_a_read_that_the_trace_does_not_show_is_found_by_the_check():
-    encoder = trained(wrap_encoder(TwoWays(), mean=None, std=None, features="forward_features"))
+    encoder = trained(wrap_encoder(TwoWays(), norm="none", features="forward_features"))
     with pytest.raises(ValueError, match=r"folding changes the output by .* before its BatchNorm"):
         fold_batchnorm(encoder)
 
@@ -151,7 +151,7 @@ class Idle(nn.Module):
 
 @pytest.mark.parametrize(("between", "absorbed"), [(nn.Identity(), True), (nn.ReLU(inplace=True), False)])
 def test_what_stands_between_convolution_and_batchnorm_decides(between, absorbed):
-    encoder = trained(wrap_encoder(Idle(between), mean=None, std=None))
+    encoder = trained(wrap_encoder(Idle(between), norm="none"))
     with torch.no_grad():
         encoder.backbone.conv.bias += 9.0  # the ReLU changes no value here, and would elsewhere
     folded = fold_batchnorm(encoder)
@@ -171,7 +171,7 @@ class Written(Small):
 
 
 def test_a_change_in_place_between_convolution_and_batchnorm_is_seen():
-    folded = fold_batchnorm(trained(wrap_encoder(Written(), mean=None, std=None)))
+    folded = fold_batchnorm(trained(wrap_encoder(Written(), norm="none")))
     assert [type(part).__name__ for part in folded.backbone.norm] == ["Scaled"]
     assert not list(folded.backbone.after.children())
 
@@ -190,7 +190,7 @@ class Deciding(nn.Module):
 
 
 def test_what_cannot_be_traced_is_said_and_gives_the_same():
-    encoder, x = trained(wrap_encoder(Deciding(), mean=None, std=None)), torch.rand(2, 3, 9, 9)
+    encoder, x = trained(wrap_encoder(Deciding(), norm="none")), torch.rand(2, 3, 9, 9)
     with pytest.warns(UserWarning, match=r"cannot trace backbone \(.*scale and a shift"):
         folded = fold_batchnorm(encoder)
     assert [type(part).__name__ for part in folded.backbone.norm] == ["Scaled"]

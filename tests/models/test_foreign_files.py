@@ -22,13 +22,13 @@ class Command:
 
 @pytest.fixture(scope="module")
 def source():
-    return build_encoder(NAME, embedding_dim=8, seed=1)
+    return build_encoder(NAME, norm="none", embedding_dim=8, seed=1)
 
 
 @pytest.mark.parametrize("prefix", ["net.", "student.", "backbone.", "model.encoder.", "lit.wrapped.module."])
 def test_whatever_a_lightning_module_calls_its_encoder(source, tmp_path, prefix):
     torch.save({"state_dict": {prefix + key: value for key, value in source.state_dict().items()}}, tmp_path / "l.ckpt")
-    target = build_encoder(NAME, embedding_dim=8, seed=2)
+    target = build_encoder(NAME, norm="none", embedding_dim=8, seed=2)
     assert load_checkpoint(target, tmp_path / "l.ckpt").layout == f"hsat, prefix {prefix}"
     assert fingerprint_weights(target) == fingerprint_weights(source)
 
@@ -36,7 +36,7 @@ def test_whatever_a_lightning_module_calls_its_encoder(source, tmp_path, prefix)
 def test_a_second_network_in_the_file_is_not_passed_over(source, tmp_path):
     both = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in source.state_dict().items()}
     torch.save({"state_dict": both}, tmp_path / "two.ckpt")
-    target = build_encoder(NAME, embedding_dim=8, seed=2)
+    target = build_encoder(NAME, norm="none", embedding_dim=8, seed=2)
     before = fingerprint_weights(target)
     with pytest.raises(ValueError, match=r"in the file without a place: teacher\.backbone"):
         load_checkpoint(target, tmp_path / "two.ckpt")
@@ -51,7 +51,7 @@ def test_normalisers_and_classifiers_beside_a_backbone_are_left_out(source, tmp_
     extra = {beside + "mean": torch.zeros(3), beside + "std": torch.ones(3), prefix + "fc.weight": torch.zeros(9, 512)}
     state = {prefix + key: value for key, value in source.backbone.state_dict().items()}
     torch.save({"state_dict": state | extra}, tmp_path / "at.pth")
-    encoder = build_encoder(NAME, weights=tmp_path / "at.pth", seed=2)
+    encoder = build_encoder(NAME, norm="none", weights=tmp_path / "at.pth", seed=2)
     assert set(encoder.weights_report.dropped) == set(extra)
     assert torch.equal(encoder.backbone.conv1[0].weight, source.backbone.conv1[0].weight)
 

@@ -37,7 +37,7 @@ TRAINING = {"kind": "srh", "image_size": 300, "patients": ["00ff00ff", "a" * 64]
 
 @pytest.fixture(scope="module")
 def source():
-    return build_encoder(NAME, embedding_dim=8, seed=1)
+    return build_encoder(NAME, embedding_dim=8, norm="none", seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_a_key_that_is_unknown_or_out_of_limits_is_named(state, tmp_path, key, v
             load_encoder(path, name)
     assert "load_checkpoint(build_encoder(" in str(caught.value)
     assert len(str(caught.value)) < 1000
-    target = build_encoder(NAME, embedding_dim=8, seed=2)  # and what the error advises works
+    target = build_encoder(NAME, embedding_dim=8, norm="none", seed=2)  # and what the error advises works
     assert load_checkpoint(target, path).loaded == len(state)
 
 
@@ -294,7 +294,7 @@ def test_training_checkpoints_are_read_as_strictly(state, tmp_path, changes, ins
 
 def test_settings_of_another_program_are_no_statement(source, state, tmp_path):
     torch.save({"state_dict": state, "encoder": {"arch": "resnet", "pretrained": True}}, tmp_path / "other.pt")
-    assert fingerprint_weights(load_encoder(tmp_path / "other.pt", NAME)) == fingerprint_weights(source)
+    assert fingerprint_weights(load_encoder(tmp_path / "other.pt", NAME, norm="none")) == fingerprint_weights(source)
     with pytest.raises(ValueError, match="does not say how to build"):
         load_encoder(tmp_path / "other.pt")
 
@@ -368,9 +368,9 @@ def irregular(request, tmp_path):
     [
         load_encoder,
         checkpoint_hash,
-        lambda path: load_encoder(path, NAME),
+        lambda path: load_encoder(path, NAME, norm="none"),
         lambda path: load_checkpoint(torch.nn.Linear(1, 1), path),
-        lambda path: build_encoder(NAME, weights=path),
+        lambda path: build_encoder(NAME, norm="none", weights=path),
     ],
 )
 def test_what_is_no_regular_file_is_refused_at_once(irregular, read):
@@ -428,7 +428,7 @@ def test_values_that_refer_to_themselves_are_left_out(source, state, tmp_path):
 def test_sound_tensors_of_other_kinds_still_load(source, state, tmp_path):
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     torch.save({"model": half}, tmp_path / "half.pt")
-    target = build_encoder(NAME, embedding_dim=8, seed=2)
+    target = build_encoder(NAME, embedding_dim=8, norm="none", seed=2)
     load_checkpoint(target, tmp_path / "half.pt")
     assert torch.equal(target.head.layers[0].weight, half["head.layers.0.weight"].float())
     torch.save({"model": state}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)

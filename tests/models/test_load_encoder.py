@@ -87,7 +87,7 @@ def test_no_head_two_heads_and_unknown_heads():
 def test_a_backbone_alone_has_no_head_and_a_head_can_be_left_out(tmp_path):
     source = build_encoder(NAME, embedding_dim=8, seed=1)
     torch.save(source.backbone.state_dict(), tmp_path / "b.pth")
-    assert load_encoder(tmp_path / "b.pth", NAME).spec["head"] is None
+    assert load_encoder(tmp_path / "b.pth", NAME, norm="none").spec["head"] is None
     torch.save(published(source), tmp_path / "p.pth")
     alone = load_encoder(tmp_path / "p.pth", NAME, head=None)
     assert alone.head is None
@@ -100,7 +100,7 @@ def test_a_classifier_is_left_out_on_request_only(tmp_path):
     torch.save({**source.backbone.state_dict(), "fc.weight": torch.zeros(9, 96)}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match=r"1 in the file without a place: fc\.weight"):
         load_encoder(tmp_path / "c.pth", NAME)
-    assert load_encoder(tmp_path / "c.pth", NAME, head=None).weights_report.dropped == ("fc.weight",)
+    assert load_encoder(tmp_path / "c.pth", NAME, head=None, norm="none").weights_report.dropped == ("fc.weight",)
 
 
 def test_what_is_said_about_the_head_must_be_so(tmp_path):
@@ -109,7 +109,7 @@ def test_what_is_said_about_the_head_must_be_so(tmp_path):
     assert load_encoder(tmp_path / "p.pth", NAME, head="linear", embedding_dim=8).embedding_dim == 8
     for wrong in ({"embedding_dim": 9}, {"head": "mlp"}, {"head": "mlp3_bn"}):
         with pytest.raises(ValueError, match="file's head is head='linear', embedding_dim=8, on features of width 96"):
-            load_encoder(tmp_path / "p.pth", NAME, **wrong)
+            load_encoder(tmp_path / "p.pth", NAME, norm="none", **wrong)
 
 
 def test_a_head_for_other_features_is_refused_and_the_backbone_can_be_had(tmp_path):

@@ -1,0 +1,96 @@
+"""Pixel normalisation is stated by the file, by a name, or by the caller; nobody's guess enters a number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hsat.models import build_encoder, load_checkpoint, load_encoder, normalisation_of, save_encoder, wrap_encoder
+
+NAME, IMAGENET = "test_byobnet", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def backbone_file(path, seed=1):
+    """A plain state dict of the backbone, of somebody else."""
+    torch.save(build_encoder(NAME, head=None, seed=seed).backbone.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        ({"norm": "imagenet"}, IMAGENET),
+        ({"norm": "none"}, (None, None)),
+        ({"norm": "0.5/0.25"}, ((0.5,), (0.25,))),
+        ({"norm": "0.5,0.4,0.3/0.2,0.2,0.1"}, ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))),
+        ({"mean": (0.5, 0.5, 0.5), "std": 0.5 * torch.ones(3)}, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    ],
+)
+def test_every_way_of_stating_it(options, values, tmp_path):
+    options = {name: list(value) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    path = backbone_file(tmp_path / "b.pth")
+    for encoder in (
+        wrap_encoder(build_encoder(NAME, head=None, seed=1).backbone, **options),
+        build_encoder(NAME, head=None, weights=path, **options),
+        load_encoder(path, NAME, **options),
+    ):
+        assert encoder.pixels.values == values
+        about = normalisation_of(encoder)
+        assert about["stated_by"] == "the caller"
+        assert about["mean"] == (None if values[0] is None else list(values[0]))
+
+
+def test_timm_states_it_for_its_models_only():
+    timm_model = build_encoder(NAME, head=None, seed=1).backbone
+    cfg = timm_model.pretrained_cfg
+    assert wrap_encoder(timm_model, norm="timm").pixels.values == (tuple(cfg["mean"]), tuple(cfg["std"]))
+    with pytest.raises(ValueError, match="Flatten is none"):
+        wrap_encoder(nn.Flatten(), norm="timm")
+
+
+def test_where_nobody_states_it_nothing_is_loaded(tmp_path):
+    path = backbone_file(tmp_path / "b.pth")
+    target = build_encoder(NAME, head=None, seed=2)
+    before = [value.clone() for value in target.state_dict().values()]
+    for load in (
+        lambda: wrap_encoder(target.backbone),
+        lambda: load_encoder(path, NAME),
+        lambda: build_encoder(NAME, head=None, weights=path),
+        lambda: load_checkpoint(target, path),
+    ):
+        with pytest.raises(ValueError, match=r"norm='imagenet'.*norm='none'"):
+            load()
+    assert all(torch.equal(*pair) for pair in zip(before, target.state_dict().values(), strict=True))
+    assert load_checkpoint(build_encoder(NAME, head=None, norm="none", seed=2), path).loaded == len(before)
+
+
+def test_our_own_file_states_it_and_is_not_contradicted(tmp_path):
+    encoder = build_encoder(NAME, head=None, norm="imagenet", seed=1)
+    path = save_encoder(encoder, tmp_path / "e.safetensors")
+    again = load_encoder(path)
+    assert (again.pixels.values, again.pixels.stated_by) == (IMAGENET, "its file")
+    assert load_encoder(path, norm="imagenet").pixels.values == IMAGENET
+    with pytest.raises(ValueError, match=r"e\.safetensors states pixels minus mean"):
+        load_encoder(path, norm="none")
+    for other in (build_encoder(NAME, head=None, seed=2), build_encoder(NAME, head=None, norm="0.5/0.5", seed=2)):
+        with pytest.raises(ValueError, match=r"takes pixels minus mean \(0\.485"):
+            load_checkpoint(other, path)
+    raw = save_encoder(build_encoder(NAME, head=None, seed=1), tmp_path / "raw.safetensors")
+    assert load_encoder(raw).pixels.values == (None, None)  # null: trained on pixels as they are
+
+
+def test_a_name_of_the_paper_states_it():
+    assert build_encoder("resnet50_at", head=None, seed=1).pixels.stated_by == "the name resnet50_at"
+    assert build_encoder("resnet50", head=None, seed=1).pixels.values == (None, None)
+
+
+@pytest.mark.parametrize("norm", ["image-net", "0.5", "1,2/", "a/b", "0.5,0.5/0.5", "128/64", "nan/1", "0.5/0"])
+def test_bad_statements_are_refused(norm):
+    with pytest.raises(ValueError, match=r"norm must be|mean|std"):
+        wrap_encoder(nn.Flatten(), norm=norm)
+
+
+def test_both_forms_at_once_are_refused():
+    with pytest.raises(ValueError, match="give one of them"):
+        wrap_encoder(nn.Flatten(), norm="none", mean=0.5, std=0.5)
