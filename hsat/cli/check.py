@@ -48,6 +48,9 @@ def main(argv: list[str]) -> None:
     settings = Check.load(collect_words(argv, "data.root"))
     if settings.data.root is None:
         raise SystemExit("error: give the folder of the cohort: hsat check /data/patches --data.layout folders")
+    listed = settings.out / "files.csv"
+    if settings.data.exclude is not None and settings.data.exclude.resolve() == listed.resolve():
+        raise SystemExit(f"error: {listed} is the list that --data.exclude reads; choose another --out for the new one")
     try:
         cohort = split_settings_cohort(read_settings_cohort(settings.data), settings.data)
     except (OSError, ValueError) as error:
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> None:
 
     with tqdm(total=len(cohort), desc="reading", unit="file", mininterval=0.5, disable=None) as bar:
         check = cohort.check_files(workers=settings.workers, progress=bar.update)
-    path = check.write(settings.out / "files.csv", exclude=settings.exclude)
+    path = check.write(listed, exclude=settings.exclude)
     print(report(check))
     excluded = check.paths(settings.exclude)
     print(f"list: {path}")

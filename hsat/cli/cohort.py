@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
+
+import numpy as np
 
 from hsat.cli.options import DataSettings, SourceSettings
 from hsat.data import (
@@ -53,7 +56,9 @@ def read_settings_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
         print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
         return read_opensrh(root)
-    cohort = read_cohort(data.root, data.layout, options=data.reader_options())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the cohort's notes say the same, and are printed
+        cohort = read_cohort(data.root, data.layout, options=data.reader_options())
     return cohort if data.exclude is None else cohort.without(read_exclusions(data.exclude))
 
 
@@ -97,10 +102,8 @@ def describe(cohort: Cohort) -> str:
     """Patients, slides and patches of each split, in a line each."""
     lines = []
     for split, classes in cohort.summary().items():
-        counts = {unit: sum(c[unit] for c in classes.values()) for unit in ("patients", "slides", "patches")}
+        rows = cohort.rows(split) if split else [i for i, row in enumerate(cohort.records) if not row.split]
+        patients, slides = (len(np.unique(ids[rows])) for ids in (cohort.patient, cohort.slide))
         per_class = ", ".join(f"{name} {c['patches']}" for name, c in classes.items())
-        lines.append(
-            f"{split or 'no split'}: {counts['patients']} patients, {counts['slides']} slides,"
-            f" {counts['patches']} patches ({per_class})"
-        )
+        lines.append(f"{split or 'no split'}: {patients} patients, {slides} slides, {len(rows)} patches ({per_class})")
     return "\n".join(lines)

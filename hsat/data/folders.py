@@ -73,7 +73,7 @@ def read_folders(
     ]
     rows = Rows(records, list(listing.images), listing.notes)
     if mixed == "keep":
-        _warn_of_reused_names(records)
+        listing.notes += _warn_of_reused_names(records)
     return rows.cohort(folder, kind=kind, class_names=class_names, mixed=mixed, allow_links=allow_links)
 
 
@@ -158,18 +158,20 @@ def _search(name: str, pattern: re.Pattern[str], paths: Sequence[str]) -> list[s
     return values
 
 
-def _warn_of_reused_names(records: Sequence[PatchRecord]) -> None:
+def _warn_of_reused_names(records: Sequence[PatchRecord]) -> list[str]:
     classes: dict[str, set[str]] = {}
     for row in records:
         classes.setdefault(row.patient, set()).add(row.class_name)
     several = [patient for patient, names in classes.items() if len(names) > 1]
-    if several:
-        warnings.warn(
-            f"{len(several)} of {len(classes)} patients have folders under several classes: {shorten_names(several)};"
-            " each counts as one person with patches of these classes. If numbers start anew in each class, rename the"
-            " folders; if not all patches of such a patient should be kept, pass mixed='drop_minority'",
-            stacklevel=3,
-        )
+    if not several:
+        return []
+    note = (
+        f"{len(several)} of {len(classes)} patients have folders under several classes: {shorten_names(several)};"
+        " each counts as one person with patches of these classes. If numbers start anew in each class, rename the"
+        " folders; if not all patches of such a patient should be kept, pass mixed='drop_minority'"
+    )
+    warnings.warn(note, stacklevel=3)
+    return [note]
 
 
 @dataclass
@@ -282,7 +284,7 @@ def layout_hint(root: Path, asked: Sequence[str] = ()) -> str:
         A sentence; "" where nothing fits.
     """
     depths, others = _survey(root)
-    if (root / "meta" / "opensrh.json").is_file():
+    if (root / "meta" / "opensrh.json").is_file() and tuple(asked) != ("opensrh",):
         return "it is an OpenSRH folder; call read_opensrh (layout='opensrh')"
     slides = sum(others[suffix] for suffix in SLIDE_SUFFIXES)
     if slides and not depths:
@@ -306,7 +308,11 @@ def layout_hint(root: Path, asked: Sequence[str] = ()) -> str:
         arrays = sum(others[suffix] for suffix in (".h5", ".hdf5", ".npy", ".pt", ".npz"))
         return f"it holds {arrays} files of arrays, which are no images; write patches as PNG" if arrays else ""
     counts = ", ".join(f"{count} images {depth} folders deep" for depth, count in sorted(depths.items()))
-    return f"there are {counts}, so that no layout of folders fits all; {table}"
+    deeper = "call read_class_folders with patient='...', a regular expression, which takes images of any depth"
+    return (
+        f"there are {counts}, so that no layout of folders fits all; if their paths hold the patient, {deeper}"
+        f" (layout='classes'); {table}"
+    )
 
 
 def _survey(root: Path) -> tuple[Counter[int], Counter[str]]:

@@ -331,7 +331,7 @@ class RecordTemplate:
             queries: Ids and labels of the queries.
             level_flags: Flags of the records of a level.
         """
-        unreported = unreported_levels(queries, group_by=self.scoring.group_by)
+        unreported = () if facts.attack else unreported_levels(queries, group_by=self.scoring.group_by)
         levels = measure_levels(scores, queries, class_names=self.class_names, scoring=self.scoring, seed=self.seed)
         return [
             self.build(
