@@ -110,7 +110,7 @@ def read_stored(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) ->
     except BadPatch:
         raise
     except Exception as error:
-        raise BadPatch(path, f"not a readable PNG, JPEG or TIFF ({type(error).__name__}: {error})") from error
+        raise BadPatch(path, _why_unreadable(path, "PNG, JPEG or TIFF", error)) from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -138,8 +138,19 @@ def _raw_counts(path: str | os.PathLike[str]) -> np.ndarray:
     except BadPatch:
         raise
     except Exception as error:
-        raise BadPatch(path, f"not a readable TIFF ({type(error).__name__}: {error})") from error
+        raise BadPatch(path, _why_unreadable(path, "TIFF", error)) from error
     return np.ascontiguousarray(counts, dtype=np.uint16)
+
+
+def _why_unreadable(path: str | os.PathLike[str], formats: str, error: Exception) -> str:
+    """What a decoder says, or what downloads often leave in place of an image."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not an image; run `git lfs pull` beside it"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "it is a web page, not an image: the server answered the download with it; fetch the file itself"
+    return f"not a readable {formats} ({type(error).__name__}: {error})"
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:

@@ -248,6 +248,11 @@ class _Source:
                 )
         have = ", ".join(map(repr, header)) or "nothing"
         hint = "; separate columns with commas" if len(header) == 1 and set(header[0]) & set(";\t|") else ""
+        if self.columns is not None and (lacking := [role for role in needed if role not in names]):
+            raise ValueError(
+                f"columns does not say which column is the {' and the '.join(lacking)} of a patch;"
+                f" {self.name} has {have}" + ("; or give path_template" if "path" in lacking else "")
+            )
         missing = [
             names.get(role, role) for role in {**dict.fromkeys(needed), **names} if names.get(role, role) not in header
         ]
@@ -257,11 +262,6 @@ class _Source:
                     "; say which column is what, as in columns={'path': 'file', 'class': 'label', 'patient': 'case_id'}"
                 )
             raise ValueError(f"{self.name} has no column {', '.join(map(repr, missing))}; it has {have}{hint}")
-        if self.columns is not None and (lacking := [role for role in needed if role not in names]):
-            raise ValueError(
-                f"columns does not say which column is the {' and the '.join(lacking)} of a patch;"
-                f" {self.name} has {have}" + ("; or give path_template" if "path" in lacking else "")
-            )
         twice = [name for name in names.values() if header.count(name) > 1]
         if twice:
             raise ValueError(f"{self.name} has the column {twice[0]!r} twice")
