@@ -44,7 +44,7 @@ def test_bad_files_are_listed_and_left_out(root, tmp_path, capsys):
     assert len(open_cohort(data)) == 8
     with pytest.raises(SystemExit, match="empty files in the cohort"):
         open_cohort(data.model_copy(update={"exclude": None}))
-    with pytest.raises(SystemExit, match="is the list that --data.exclude reads; choose another --out"):
+    with pytest.raises(SystemExit, match=r"is the list that --data.exclude reads; choose another --out"):
         main(["check", str(root), *words, "--out", str(tmp_path / "check"), "--data.exclude", str(listed)])
     main(["check", str(root), *words, "--out", str(tmp_path / "again"), "--data.exclude", str(listed)])
 

@@ -82,7 +82,7 @@ def test_lists_of_exclusions(bad_root, tmp_path_factory):
     assert read_exclusions(path) == ("a1.png", "a2.png")
     with pytest.raises(ValueError, match="none of the 1 excluded paths, such as 'x', is in the cohort"):
         cohort.without(["x"])
-    with pytest.raises(ValueError, match="all 10 patches .* are excluded"):
+    with pytest.raises(ValueError, match=r"all 10 patches .* are excluded"):
         cohort.without(row.path for row in cohort.records)
     with pytest.raises(ValueError, match="unknown problem 'odd'"):
         check.paths(["odd"])
