@@ -20,6 +20,7 @@ from hsat.types import (
     HierarchicalBatch,
     Levels,
     Objective,
+    SlideClassifier,
     ThreatModel,
 )
 
@@ -27,14 +28,16 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "hsat.attacks": (
-        "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf RandomNoise Square"
-        " classification dlr feature_drift hierarchical margin match_features"
+        "APGD BIM DIFGSM FFGSM FGSM L2 MIFGSM NIFGSM PGD TIFGSM VMIFGSM AttackEnsemble Linf NaturalShift RandomNoise"
+        " Square classification dlr feature_drift from_art from_foolbox from_torchattacks hierarchical margin"
+        " match_features"
     ),
     "hsat.losses": "HiDiscLoss supcon_loss",
-    "hsat.classifiers": "DecisionModel Head KNNClassifier NearestCentroid",
+    "hsat.classifiers": "ABMIL DecisionModel Head KNNClassifier LinearProbe MIL MeanPooling NearestCentroid",
     "hsat.data": (
         "BadPatch Cohort HierarchicalDataset PatchDataset collate from_frame hierarchical_loader patch_loader"
-        " read_class_folders read_csv read_folders read_opensrh read_patch srh_to_rgb write_synthetic_cohort"
+        " read_class_folders read_csv read_folders read_opensrh read_patch slide_loader srh_to_rgb"
+        " write_synthetic_cohort"
     ),
     "hsat.models": "build_encoder frozen load_checkpoint load_encoder save_encoder wrap_encoder",
     "hsat.embedding": "embed",
@@ -43,8 +46,8 @@ _ROOMS = {
         " paper_clean_weight"
     ),
     "hsat.eval": (
-        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_transfer evaluate_whitebox"
-        " metrics pool"
+        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_slides"
+        " evaluate_transfer evaluate_whitebox metrics pool"
     ),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
@@ -59,6 +62,7 @@ __all__ = [  # noqa: PLE0604
     "HierarchicalBatch",
     "Levels",
     "Objective",
+    "SlideClassifier",
     "ThreatModel",
     "__version__",
     *_HOME,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import FittedUniversal, RandomNoise, feature_drift
+from hsat.attacks import FittedUniversal, NaturalShift, RandomNoise, feature_drift
 from hsat.attacks.base import GradientAttack
+from hsat.attacks.library_attack import LibraryAttack
 from hsat.distributed import ShardedLoader, World, gather_objects
 from hsat.types import (
     GROUP_LABELS,
@@ -253,7 +254,7 @@ def attack_unscored(
 
     Attacks that are not hsat's own may not know how to leave it out, and keep it.
     """
-    if isinstance(attack, GradientAttack | RandomNoise | FittedUniversal):
+    if isinstance(attack, GradientAttack | RandomNoise | FittedUniversal | LibraryAttack | NaturalShift):
         return attack.run(images, objective, generator=generator, ids=ids, score=False)
     return attack.run(images, objective, generator=generator, ids=ids)
 

@@ -17,16 +17,24 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from hsat.untrusted import open_regular
 
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
+
 Arrays = dict[str, np.ndarray]
 PathLike = str | os.PathLike[str]
 
+STRICT: ConfigDict = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+"""How pydantic reads values of files: no kind is taken for another, and NaN and infinity are no numbers."""
+
+_T = TypeVar("_T")
 MOST_GROWTH, SMALL = 64, 256 << 20  # of a compressed archive; up to this many bytes it may grow as it likes
 _PARTIAL = ".partial"
 _LONGEST_HEADER = 1 << 24  # bytes; no first line that `write_arrays` makes is longer
@@ -302,3 +310,34 @@ def read_json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
             yield where, value
+
+
+def read_fields(kind: type[_T], values: Any, where: str) -> _T:
+    """Values of a file as an object of some kind, which pydantic checks.
+
+    Args:
+        kind: A dataclass with `STRICT` as its `__pydantic_config__`, or a pydantic model.
+        values: Fields by name.
+        where: The file; error messages begin with it.
+
+    Raises:
+        ValueError: Naming the first field that does not fit.
+    """
+    from pydantic import ValidationError
+
+    try:
+        # as JSON: there a list is a tuple, and an object a dataclass, also where nothing else is converted
+        fields: _T = _adapter(kind).validate_json(json.dumps(values))  # type: ignore[arg-type]  # a class is hashable
+        return fields
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name, shown = ".".join(map(str, first["loc"])) or "its value", repr(first["input"])
+        shown = shown if len(shown) <= 40 else shown[:40] + "..."
+        raise ValueError(f"{where}: {name} is {shown}; {first['msg']}") from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)

@@ -176,6 +176,14 @@ def fingerprint_attack(attack: object) -> str:
     return _without_addresses(repr(attack))
 
 
+def fingerprint_classifier(classifier: object) -> str:
+    """The complete settings of a classifier, or of several: its repr, and the weights of a module, such as a head."""
+    if isinstance(classifier, list | tuple):
+        return f"[{', '.join(map(fingerprint_classifier, classifier))}]"
+    text = _without_addresses(repr(classifier))
+    return f"{text} {fingerprint_state(classifier)}" if isinstance(classifier, nn.Module) else text
+
+
 def fingerprint_batch(batch: HierarchicalBatch) -> str:
     """SHA-256 over the images, ids and labels of a batch."""
     digest = hashlib.sha256()

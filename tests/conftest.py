@@ -25,6 +25,9 @@ from hsat.eval import Provenance, Record, write_records
 from hsat.report import ArtifactSource, write_artifacts
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
+ROOT = Path(__file__).parents[1]
+CACHES = {"__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache", ".mypy_cache"}
+BEFORE, WRITTEN = pytest.StashKey[set[Path]](), pytest.StashKey[list[str]]()
 CLASSES = ("hgg", "lgg", "normal")
 CONDITIONS = {  # name: (repr of the attack, eps in grey levels, what is left of the clean value)
     "clean": ("", 0, 1.0),
@@ -64,6 +67,36 @@ def table() -> Callable[..., EmbeddingTable]:
     return _table
 
 
+def _record(**changes: Any) -> Record:
+    values: dict[str, Any] = dict(
+        model="hsat",
+        attack="PGD(...)",
+        attack_name="PGD-8",
+        eps="8/255",
+        eps_value=8 / 255,
+        target="features",
+        level="patch",
+        metric="accuracy",
+        value=0.5,
+        low=0.25,
+        high=0.75,
+        n=100,
+        k=200,
+        temperature=0.07,
+        seed=0,
+        versions={"torch": "2"},
+        flags=("doubtful",),
+        settings={"random_start": True, "note": "noted"},
+    )
+    return Record(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def made_record() -> Callable[..., Record]:
+    """made_record(**changes): one record of an attack, with an interval, a flag and a note."""
+    return _record
+
+
 def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Record]:
     first = Record(
         model=model,
@@ -88,7 +121,7 @@ def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Re
     found = []
     for name, (attack, eps, share) in CONDITIONS.items():
         for level, n in (("patch", 36), ("slide", 12), ("patient", 6)):
-            for metric, less in (("accuracy", 0.0), ("mca", 0.02), ("map", 0.01)):
+            for metric, less, chance in (("accuracy", 0.0, 0.4), ("mca", 0.02, 1 / 3), ("map", 0.01, 1 / 3)):
                 kept = round(share * value - less, 6)
                 about = {"zero_gradient_share": 0.0, "never_moved_share": 0.0} if attack else {}
                 record = replace(
@@ -102,11 +135,43 @@ def _records(model: str = "HSAT", value: float = 0.8, **changes: Any) -> list[Re
                     value=kept,
                     low=max(0.0, kept - 0.1),
                     high=min(1.0, kept + 0.1),
+                    chance=chance,
                     n=n,
                     settings=first.settings | about,
                 )
                 found.append(replace(record, **changes))
     return found
+
+
+def _files_of_the_project() -> set[Path]:
+    """What lies in the project's folder and in the folders there, but for caches and hidden folders."""
+    top = [path for path in ROOT.iterdir() if path.name not in CACHES]
+    inside = [path.iterdir() for path in top if path.is_dir() and not path.name.startswith(".")]
+    return {*top, *(path for paths in inside for path in paths if path.name not in CACHES)}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Under xdist the controller looks, for all workers; without it, the one process."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[BEFORE] = _files_of_the_project()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A suite that wrote into the project's folder fails."""
+    before = session.config.stash.get(BEFORE, None)
+    if before is not None and (new := _files_of_the_project() - before):
+        session.config.stash[WRITTEN] = sorted(str(path.relative_to(ROOT)) for path in new)
+        if session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name what was written."""
+    if names := terminalreporter.config.stash.get(WRITTEN, None):
+        terminalreporter.write_line(
+            f"FAILED: while the tests ran, this appeared in {ROOT}: {', '.join(names)}; tests write to tmp_path",
+            red=True,
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ from hsat.eval.evaluation import describe_loader
 from hsat.fingerprints import (
     fingerprint_attack,
     fingerprint_batch,
+    fingerprint_classifier,
     fingerprint_encoder,
     fingerprint_loader,
     fingerprint_settings,
@@ -93,3 +94,17 @@ def test_an_attack_is_its_settings_without_addresses():
     assert fingerprint_attack(PGD(Linf(0.1), step_size=0.1, steps=1)) == repr(PGD(Linf(0.1), step_size=0.1, steps=1))
     assert " at 0x" not in fingerprint_attack(object())
     assert fingerprint_settings({"b": 1, "a": [2]}) == fingerprint_settings({"a": [2], "b": 1})
+
+
+def test_classifiers_are_known_by_their_settings_and_heads_by_their_weights():
+    from hsat.classifiers import Head, KNNClassifier, LinearProbe
+
+    assert fingerprint_classifier(KNNClassifier(k=3)) == repr(KNNClassifier(k=3))
+    several = [LinearProbe(), KNNClassifier(k=3)]
+    assert fingerprint_classifier(several) == repr(several)
+    heads = [Head(nn.Linear(2, 3), ("a", "b", "c")) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    assert fingerprint_classifier(heads[0]) == fingerprint_classifier(heads[1])
+    with torch.no_grad():
+        heads[1].module.bias[0] += 1
+    assert fingerprint_classifier(heads[0]) != fingerprint_classifier(heads[1])

@@ -1,13 +1,16 @@
 """Attacks: frozen settings that are called on images and any function of images."""
 
 from hsat.attacks.apgd import APGD
+from hsat.attacks.bags import slide_objective
 from hsat.attacks.ensemble import AttackEnsemble
 from hsat.attacks.ensemble_pass import EnsembleMember
 from hsat.attacks.feature_matching import choose_guide_images, match_features
 from hsat.attacks.margins import aggregate_margin, dlr, margin
 from hsat.attacks.masked import Masked
 from hsat.attacks.momentum import DIFGSM, NIFGSM, TIFGSM, VMIFGSM
+from hsat.attacks.natural_shift import NaturalShift
 from hsat.attacks.objectives import classification, feature_drift, hierarchical, objective_from
+from hsat.attacks.other_libraries import from_art, from_foolbox, from_torchattacks
 from hsat.attacks.pgd import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, RandomNoise
 from hsat.attacks.reparametrized import Parametrization, Reparametrized, compose_objective
 from hsat.attacks.square import Square
@@ -35,6 +38,7 @@ __all__ = [
     "FittedUniversal",
     "Linf",
     "Masked",
+    "NaturalShift",
     "Parametrization",
     "RandomNoise",
     "RawChannels",
@@ -48,9 +52,13 @@ __all__ = [
     "compose_objective",
     "dlr",
     "feature_drift",
+    "from_art",
+    "from_foolbox",
+    "from_torchattacks",
     "hierarchical",
     "margin",
     "match_features",
     "objective_from",
+    "slide_objective",
     "worst_case",
 ]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsat.types import EmbeddingFunction, FittedClassifier
+from hsat.fingerprints import fingerprint_table, fingerprint_weights, tensor_bytes
+from hsat.types import EmbeddingFunction, EmbeddingTable, FittedClassifier
 from hsat.types.precision import widest_dtype
 from hsat.types.row_checks import check_rows
 
@@ -81,6 +85,22 @@ class DecisionModel(nn.Module):
     def _bank_tensors(self) -> dict[str, Tensor]:
         tensors = self._classifier.tensors() if isinstance(self._classifier, HoldsTensors) else {}
         return {f"bank_{name}": tensor for name, tensor in tensors.items()}
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, over encoder, layer, settings and bank: no state_dict holds the last."""
+        fitted = self.fitted
+        about = [repr(getattr(fitted, "settings", fitted)), self.layer, self.wide, list(fitted.class_names)]
+        if isinstance(self.encoder, nn.Module):
+            about.append(fingerprint_weights(self.encoder))
+        digest = hashlib.sha256(json.dumps(about).encode())
+        if isinstance(table := getattr(fitted, "table", None), EmbeddingTable):
+            digest.update(fingerprint_table(table).encode())
+        else:
+            for name, tensor in sorted(self._bank_tensors().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor_bytes(tensor))
+        label = getattr(fitted, "label", None)
+        digest.update(b"" if label is None else np.ascontiguousarray(label, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) -> the layer's embeddings (n, d), as the encoder gives them."""

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hsat.classifiers.base import LogitClassifier, logits_dtype
+from hsat.fingerprints import fingerprint_state
 from hsat.types import EmbeddingTable
+
+_LONGEST_REPR = 80
 
 
 class Head(LogitClassifier, nn.Module):
@@ -54,6 +57,12 @@ class Head(LogitClassifier, nn.Module):
             raise ValueError(f"the head has classes {self.class_names}, the bank {tuple(bank.class_names)}")
         return self
 
+    def __repr__(self) -> str:
+        """In one line, with the beginning of the SHA-256 of the weights: records tell heads apart by it."""
+        text = repr(self.module)
+        text = text if len(text) <= _LONGEST_REPR and "\n" not in text else type(self.module).__name__
+        return f"Head({text}, {len(self.class_names)} classes, weights {fingerprint_state(self.module)[:8]})"
+
     @property
     def device(self) -> torch.device:
         """Where the module's first parameter is; the CPU for a module without any."""
@@ -69,13 +78,18 @@ class Head(LogitClassifier, nn.Module):
             (n, classes), float32 (float64 for float64 z).
 
         Raises:
-            ValueError: If the module gives another shape, or values that are not finite.
+            ValueError: If the module gives another shape, or, without a graph, values that are not finite.
         """
         weight = next((p for p in self.parameters() if p.dtype.is_floating_point), None)
         logits: Tensor = self.module(z if weight is None else z.to(weight.dtype))
         if not isinstance(logits, Tensor) or logits.shape != (len(z), len(self.class_names)):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the head must give logits ({len(z)}, {len(self.class_names)}), one per class; got {got}")
+        if not torch.is_grad_enabled() and not logits.isfinite().all():  # reading it in every step would hold up a GPU
+            rows = (~logits.isfinite()).any(1).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"the head's logits are not finite in {len(rows)} of {len(z)} rows, first in row {rows[0]}"
+            )
         return logits.to(logits_dtype(z))
 
     def forward(self, z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hsat.classifiers.base import Queries, chunks, logits_dtype, raise_winner, u
 from hsat.classifiers.search import BLOCK_BYTES, Neighbours
 from hsat.types.precision import widest_dtype
 
-_CPU_SLICE_BYTES = 4 * 2**20  # of rows that a gradient gathers: twice as fast as slices that no cache holds
+CPU_SLICE_BYTES = 4 * 2**20  # of rows that a gradient gathers: twice as fast as slices that no cache holds
 
 
 class VoteRows(NamedTuple):
@@ -286,7 +286,7 @@ class _CosineSimilarity(torch.autograd.Function):
         z, unit, row = ctx.saved_tensors
         grad = torch.where(row < 0, 0.0, grads[0])
         sums = []
-        limit = _CPU_SLICE_BYTES if unit.device.type == "cpu" else BLOCK_BYTES
+        limit = CPU_SLICE_BYTES if unit.device.type == "cpu" else BLOCK_BYTES
         for part in chunks(len(row), max(1, limit // max(1, 8 * row.shape[1] * unit.shape[1]))):
             rows = ctx.gather(row[part].clamp_min(0)).to(unit.dtype)
             length = torch.linalg.vector_norm(rows, dim=2)

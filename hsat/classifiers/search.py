@@ -18,8 +18,8 @@ from hsat.types import EmbeddingTable
 from hsat.types.precision import widest_dtype
 
 BLOCK_BYTES = 64 * 2**20  # a slice of the bank, of products, or of gathered rows: what a search holds beside the bank
-_GATHER_BYTES = 2**19  # gathered rows are read three times: what fits a cache is measured twice as fast
-_LEAST_PER_THREAD = 2**22  # values; below, starting a thread costs more than it measures
+GATHER_BYTES = 2**19  # gathered rows are read three times: what fits a cache is measured twice as fast
+LEAST_PER_THREAD = 2**22  # values; below, starting a thread costs more than it measures
 _EQUAL = 1e-12  # float64 products of unit rows of any width in use are right to this; closer ones count as tied
 _INDEX_BYTES = 8  # of a column's number, which a partition of products holds beside each of them
 _SAMPLE_ROWS = 1024  # rows of a class among which its nearest is looked for, where the bank cannot be held
@@ -207,8 +207,8 @@ def _measure(
 ) -> None:
     """Fill `similarity` (n, m) of `BankRows.similarities`, in slices that stay in a core's cache."""
     (n, m), d = row.shape, bank.shape[1]
-    columns = max(1, min(m, _GATHER_BYTES // max(1, 8 * d)))
-    lines = max(1, min(n, _GATHER_BYTES // max(1, 8 * d * columns)))
+    columns = max(1, min(m, GATHER_BYTES // max(1, 8 * d)))
+    lines = max(1, min(n, GATHER_BYTES // max(1, 8 * d * columns)))
     buffer = np.empty(lines * columns * d)  # one for all slices: fresh memory would cost as much as the products
     for line in chunks(n, lines):
         for column in chunks(m, columns):
@@ -248,7 +248,7 @@ def highest(value: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _in_threads(work: Callable[[slice], None], n: int, size: int) -> None:
     """Call `work` on slices that cover range(n), in as many threads as torch has; size: values that it goes through."""
-    threads = max(1, min(torch.get_num_threads(), size // _LEAST_PER_THREAD))
+    threads = max(1, min(torch.get_num_threads(), size // LEAST_PER_THREAD))
     parts = list(chunks(n, max(1, -(-n // threads))))
     if len(parts) <= 1:
         for part in parts:

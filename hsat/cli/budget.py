@@ -20,12 +20,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from hsat.classifiers import KNNClassifier
-from hsat.cli.attacks import Lengths, Threat, attacks_under, check_radii, check_threat
+from hsat.cli.attacks import AttackNames, Lengths, Threat, attacks_under, check_radii, check_threat
+from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Names, Pixels, split_commas
+from hsat.cli.options import Pixels, split_commas
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     BudgetResult,
@@ -44,20 +45,20 @@ from hsat.training.config import written
 Fractions = Annotated[list[float], BeforeValidator(split_commas)]
 
 
-class Budget(PatchSettings):
+class Budget(ClassifierOptions, PatchSettings):
     """The smallest share of a patient's or slide's patches whose alteration changes the decision."""
 
     level: Literal["slide", "patient"] = Field("patient", description="whose decision is to change")
     fractions: Fractions = Field(written("0.05,0.1,0.25,0.5,1"), description="shares of the patches, for the table")
     order: Literal["worst", "random"] = Field("worst", description="the attacker chooses the patches, or chance does")
-    attacks: Names = Field(written("pgd"), description="names separated by commas")
+    attacks: AttackNames = Field(
+        written("pgd"), description="names separated by commas; --attacks list shows all of them"
+    )
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
     eps: Lengths = Field(written("8/255"), description="radii: 4/255,8/255; in the unit of --threat")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")
     steps: int = Field(10, gt=0, description="gradient steps")
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
-    k: int = Field(200, gt=0, description="neighbours")
-    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts, and of --order random")
     out: Path = Field(written("runs/budget"), description="folder for the results")
@@ -83,10 +84,11 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
     budget = PatchBudget(level=settings.level, fractions=settings.fractions, order=settings.order)
     encoders = open_encoders(settings.checkpoint, settings.model)
     bank, queries = open_loaders(settings, cohort)
+    classifier = choose_classifier(settings, bank)
     attacks = attacks_under(
         settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
     )
-    begin_run(settings, ranks)
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     results: dict[tuple[str, str], BudgetResult] = {}
     for title, encoder, digest in encoders:
         if settings.threat == "raw_srh" and encoder.fixed_size is None:
@@ -99,7 +101,7 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
                 queries,
                 attack,
                 budget=dataclasses.replace(budget, name=name),
-                classifier=KNNClassifier(k=settings.k, temperature=settings.temperature),
+                classifier=classifier,
                 target=settings.target,
                 scoring=Scoring(bootstrap=settings.bootstrap),
                 run=RunOptions(
@@ -109,7 +111,10 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
                 ),
                 provenance=Provenance(model=title, checkpoint=digest),
             )
-    return results
+    return {
+        key: dataclasses.replace(result, records=name_threads(result.records, threads))
+        for key, result in results.items()
+    }
 
 
 def records_of(results: dict[tuple[str, str], BudgetResult]) -> list[Record]:
@@ -150,7 +155,8 @@ def write_results(settings: Budget, cohort: Cohort, results: dict[tuple[str, str
     write_groups(settings.out / "groups.csv", results)
     table = markdown_table(records, metrics=("accuracy", "smallest_fraction"), levels=(settings.level,))
     (settings.out / "table.md").write_text(table)
-    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
+    about = {"classifiers": describe_classifiers(records)}
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
     remove_state(settings)
     return table
 

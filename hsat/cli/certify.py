@@ -3,8 +3,8 @@
     hsat certify --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh --sigma 0.1
     hsat certify --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors --check 50
 
-The kNN vote is smoothed with Gaussian noise; what it then answers cannot be changed by any attack of an L2 norm below
-the certified radius, in units of the pixel range (arXiv:1902.02918; docs/honesty.md).  Every patch costs
+The decision (--classifier) is smoothed with Gaussian noise; what it then answers cannot be changed by any attack of an
+L2 norm below the certified radius, in units of the pixel range (arXiv:1902.02918; docs/honesty.md).  Every patch costs
 --selection + --samples passes, so begin with a few: --query_patches 100.  Encoders that never saw noise certify little.
 --resume goes on after an interruption, and torchrun shares the work among processes, as for hsat evaluate.
 """
@@ -17,11 +17,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from hsat.classifiers import KNNClassifier
+from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import split_commas
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     CertificateResult,
@@ -44,8 +45,8 @@ from hsat.training.config import written
 Radii = Annotated[list[float], BeforeValidator(split_commas)]
 
 
-class Certify(PatchSettings):
-    """Certify the kNN vote of encoders at patch, slide and patient level."""
+class Certify(ClassifierOptions, PatchSettings):
+    """Certify the decision of a classifier of embeddings at patch, slide and patient level."""
 
     sigma: float = Field(0.1, gt=0, description="standard deviation of the noise, in units of the pixel range")
     samples: int = Field(1000, gt=0, description="noisy copies of a patch that bound its radius")
@@ -55,9 +56,7 @@ class Certify(PatchSettings):
     how: Literal["mean", "vote"] = Field("mean", description="how patches decide about slides and patients")
     noisy_bank: bool = Field(True, description="embed the bank with the same noise")
     check: int = Field(0, ge=0, description="attack this many certified patches, to try to break the certificates")
-    layer: Literal["features", "embedding"] = Field("features", description="what kNN reads")
-    k: int = Field(200, gt=0, description="neighbours")
-    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
+    layer: Literal["features", "embedding"] = Field("features", description="what the classifier reads")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the noise")
     out: Path = Field(written("runs/certificates"), description="folder for the results")
@@ -84,8 +83,9 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
         chunk=settings.batch_size,
     )
     bank, queries = open_loaders(settings, cohort)
+    classifier = choose_classifier(settings, bank)
     encoders = open_encoders(settings.checkpoint, settings.model)
-    begin_run(settings, ranks)
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     records: list[Record] = []
     for title, encoder, digest in encoders:
         print(f"certifying {title} (sigma {settings.sigma:g})", file=sys.stderr)
@@ -95,7 +95,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
             queries,
             smoothing,
             options=options,
-            classifier=KNNClassifier(k=settings.k, temperature=settings.temperature),
+            classifier=classifier,
             scoring=Scoring(layer=settings.layer, bootstrap=settings.bootstrap),
             run=RunOptions(seed=settings.seed, resume_dir=settings.state_of(title), progress=not settings.quiet),
             provenance=Provenance(model=title, checkpoint=digest),
@@ -103,7 +103,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
         if settings.check:
             attack_certificates(settings, title, encoder, queries, certified)
         records += certified.records
-    return records
+    return list(name_threads(records, threads))
 
 
 def attack_certificates(
@@ -151,7 +151,8 @@ def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> s
     write_records(settings.out / "records.jsonl", records)
     table = markdown_table(records, metrics=("certified_accuracy",))
     (settings.out / "table.md").write_text(table)
-    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
+    about = {"classifiers": describe_classifiers(records)}
+    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
     plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
     remove_state(settings)
     return table

@@ -18,11 +18,13 @@ from pathlib import Path
 from pydantic import Field
 
 from hsat.classifiers import KNNClassifier
+from hsat.cli.classifiers import say_default_k
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import naming_branch, stored_encoder
 from hsat.cli.evaluation import check_folder, open_loaders, remove_results
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import EvaluationDataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings, device_of
+from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.eval import (
     CONVENTIONS,
@@ -40,6 +42,7 @@ from hsat.eval import (
     write_records,
 )
 from hsat.models import active_branch, checkpoint_hash, is_dual, set_branch
+from hsat.report.summary import chance_line
 from hsat.run_folder import lock_folder, write_run_file
 from hsat.training.config import written
 
@@ -63,7 +66,9 @@ class Compare(Settings):
     eps: PixelsList = Field(written("8/255"), description="radii: 4/255,8/255")
     step_size: Pixels = Field(written("2/255"), description="size of a step")
     steps: int = Field(10, gt=0, description="gradient steps")
-    k: int = Field(200, gt=0, description="neighbours")
+    k: int | None = Field(
+        None, gt=0, description="neighbours; 200 for OpenSRH if not given, else by the size of the bank"
+    )
     temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     metrics: Names = Field(written("accuracy,mca,map"), description="shown in table.md: accuracy, mca, map, top2, top3")
     bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
@@ -72,6 +77,7 @@ class Compare(Settings):
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
     out: Path = Field(written("runs/conventions"), description="folder for the results")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
@@ -85,6 +91,7 @@ class Evaluation:
         self.encoder = stored_encoder(settings.model, file).to(device_of(settings.device))
         self.dual = is_dual(self.encoder)
         self.bank, self.queries = open_loaders(settings, cohort)
+        self.k = settings.k or say_default_k(self.bank)
 
     def attacked(self, *, switched: Sequence[str], published: bool = False) -> WhiteboxResult:
         """The evaluation with these conventions of stage "attack" as published, the others hsat's.
@@ -105,13 +112,13 @@ class Evaluation:
         if own_branch:
             set_branch(self.encoder, "normal")
         print(f"attacking: {', '.join(switched) or 'no convention'} as published", file=sys.stderr)
-        target = Target("embedding" if "target" in switched else "features", branch="pgd" if own_branch else None)
+        target = Target("embedding" if "target" in switched else "decision", branch="pgd" if own_branch else None)
         result = evaluate_whitebox(
             self.encoder,
             self.bank,
             self.queries,
             attacks,
-            classifier=KNNClassifier(k=chosen.k, temperature=chosen.temperature),
+            classifier=KNNClassifier(k=self.k, temperature=chosen.temperature),
             target=PAPER.target if published else target,
             scoring=replace(PAPER.scoring if published else Scoring(), bootstrap=chosen.bootstrap),
             run=RunOptions(seed=chosen.seed, noise=False, progress=not chosen.quiet),
@@ -178,6 +185,8 @@ def differences(found: dict[str, tuple[Record, ...]], metrics: Sequence[str]) ->
         if not rows and name != OWN:
             without.append(name)
     text = "\n".join(lines) + "\n"
+    if chance := chance_line(found[OWN], metrics=metrics):
+        text += f"\n{chance}\n"
     if without:
         text += f"\nNothing changed by: {', '.join(without)}.\n"
     left_out = [one.name for one in CONVENTIONS if one.stage != "training" and one.name not in found]
@@ -226,7 +235,7 @@ def main(argv: list[str]) -> None:
     if unknown := [name for name in settings.metrics if name not in TITLES]:
         raise SystemExit(f"error: unknown metrics {unknown}; choose from {', '.join(TITLES)}")
     try:
-        with lock_folder(settings.out):
+        with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
             print(describe(cohort), file=sys.stderr)

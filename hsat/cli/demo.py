@@ -2,8 +2,8 @@
 
 Writes a synthetic cohort and trains a HiDisc baseline and an HSAT encoder on it with the same recipe (`demo`).  PGD at
 4/255 and 8/255 then attacks the kNN vote ("decision"), which is what decides; a table has both encoders clean, under
-random noise of the same size, and attacked.  A second table, with an untrained encoder beside them, shows what PGD, BIM
-and MI-FGSM leave if they only move the features away from their clean values.  Records, figures, report.md and
+random noise of the same size, and attacked.  A second table, with an untrained encoder beside them, shows what PGD and
+MI-FGSM leave if they only move the features away from their clean values.  Records, figures, report.md and
 report.html go to --out.
 
     hsat demo --out runs/demo --seed 0 --targets decision,embedding
@@ -21,15 +21,18 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
+from hsat.cli.attacks import PUBLISHED
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.evaluate import Evaluate, evaluate, write_results
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import Settings, say, split_commas
+from hsat.cli.threads import computing_threads
 from hsat.cli.train import load_settings, train
 from hsat.data import Cohort
 from hsat.eval import Record, read_records
 from hsat.recipes import read_recipe
 from hsat.report import markdown_table, write_report
+from hsat.report.summary import chance_line
 from hsat.run_folder import installed_versions, write_json
 from hsat.training.config import written
 from hsat.training.folder import flatten
@@ -80,30 +83,22 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     recipe = {"data": {"image_size": read_recipe("demo")["data"]["image_size"]}}
     argv = ["--checkpoint", ",".join(f"{name}={path}" for name, path in encoders.items()), "--target", target]
     argv += ["--out", str(demo.out / target), "--seed", str(demo.seed), "--quiet", str(demo.quiet)]
-    argv += ["--steps", "10", "--eps", "4/255,8/255"]
+    argv += ["--steps", "10", "--eps", "4/255,8/255", "--natural_shift", "false"]
     if target == "decision":  # one vote is attacked, and PGD is enough to show how much the drift leaves undone
         argv += ["--k", str(K), "--attacks", "pgd", "--diagnose", "0"]
     else:
-        argv += ["--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
+        argv += ["--attacks", PUBLISHED, "--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
     argv += ["--query_patches", str(demo.query_patches)] if demo.query_patches else []
     settings = Evaluate.load(argv, recipe=recipe)
     cohort = open_cohort(settings.data, seed=demo.seed)
-    return write_results(settings, cohort, evaluate(settings, cohort)), cohort
+    with computing_threads(settings.threads):
+        return write_results(settings, cohort, evaluate(settings, cohort)), cohort
 
 
-def chance(cohort: Cohort) -> dict[str, float]:
-    """What knowing nothing gives: the share of the largest class, and one over the number of classes."""
-    counts = [classes["patches"] for classes in cohort.summary()["val"].values()]
-    return {"accuracy": max(counts) / sum(counts), "mca": 1 / len(counts)}
-
-
-def chance_line(cohort: Cohort) -> str:
-    """The same in words."""
-    level = chance(cohort)
-    return (
-        f"Chance level: accuracy {100 * level['accuracy']:.1f} % (always the largest class),"
-        f" MCA {100 * level['mca']:.1f} %."
-    )
+def chance(records: list[Record]) -> dict[str, float | None]:
+    """What knowing nothing gives on the attacked patches: the share of the largest class, and one over the classes."""
+    patches = [record for record in records if record.level == "patch"]
+    return {name: next(r.chance for r in patches if r.metric == name) for name in ("accuracy", "mca")}
 
 
 def value(records: list[Record], model: str, attack: str, metric: str) -> float:
@@ -157,7 +152,7 @@ def report(demo: Demo, tables: Mapping[str, str], cohort: Cohort, seconds: float
     ]
     for target, table in tables.items():
         records = list(read_records(demo.out / target / "records.jsonl"))
-        lines += [f"## Attacks on {NAMED[target]}", "", verdict(records), "", chance_line(cohort), "", table]
+        lines += [f"## Attacks on {NAMED[target]}", "", verdict(records), "", chance_line(records), "", table]
         caption = "the strongest attack at each eps, random noise and the chance level in grey"
         lines += [f"![accuracy against eps: {caption}]({target}/accuracy_vs_eps.png)", ""]
         gallery = sorted((demo.out / target).glob("patches_HSAT_*.png"))
@@ -167,7 +162,7 @@ def report(demo: Demo, tables: Mapping[str, str], cohort: Cohort, seconds: float
     lines += [f"- {line}" for line in describe(cohort).splitlines()]
     lines += [f"- Recipe: {recipe}", f"- {seconds:.0f} seconds on {torch.get_num_threads()} threads"]
     lines += [f"- {name} {version}" for name, version in installed_versions().items()]
-    lines += ["- BIM with a random start is PGD; both are shown because the paper's tables have both.", ""]
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -182,9 +177,9 @@ def run(demo: Demo) -> None:
         short = [record for record in records if record.k == K]
         print(f"\n# Attacks on {NAMED[target]}, k = {K}\n\n{markdown_table(short, intervals=False)}")
         print(verdict(records))
-        print(chance_line(cohort))
+        print(chance_line(records))
     (demo.out / "report.md").write_text(report(demo, tables, cohort, time.monotonic() - begin))
-    write_json(demo.out / "chance.json", chance(cohort))
+    write_json(demo.out / "chance.json", chance(records))
     page = write_report([demo.out], demo.out / "report.html", title="hsat demo", k=K)
     print(f"\nreport: {demo.out / 'report.md'} and, with all figures, {page}", file=sys.stderr)
 

@@ -2,15 +2,19 @@
 
     hsat evaluate --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
     hsat evaluate --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
+    hsat evaluate --checkpoint runs/hsat/best.safetensors --classifier linear,knn
 
 A checkpoint written by hsat train says how to build its encoder.  For any other file (published, plain) give
 --model.backbone; the projection head is read from the file.  An encoder with dual BatchNorm is attacked and scored in
-one branch, --model.branch.  Attacks move what --target says: "decision" (the kNN vote itself, of the first --k),
-"features" (what kNN reads) or "embedding" (as in the paper); they start at random points, as in the published
-evaluation, which makes BIM the same algorithm as PGD.  --threat says what they may change, and in which unit eps is:
-linf, l2, raw_srh, stain or stain_image (docs/threats.md).  --attacks ensemble runs several attacks in turn and counts a
-patch as robust only if all of them fail on it (docs/ensemble.md); with several checkpoints it transfers between them.
---cache keeps embeddings for the next run, --resume goes on after an interruption, --compute trades last bits for speed.
+one branch, --model.branch.  Attacks move what --target says: "decision" (that of the first --classifier,
+such as the kNN vote of the first --k), "features" (what it reads) or "embedding" (as in the paper); pgd, bim and mifgsm
+start at random points, as in the published evaluation, which makes BIM the same algorithm as PGD: it runs under
+--preset paper or where --attacks names it.  --attacks list shows all attacks with a line each.
+--threat says what they may change, and in which unit eps is: linf, l2, raw_srh, stain or stain_image (docs/threats.md).
+--attacks ensemble runs several attacks in turn and counts a patch as robust only if all of them fail on it
+(docs/ensemble.md); with several checkpoints it transfers between them.
+--cache keeps embeddings for the next run, --resume goes on after an interruption, --overwrite true begins anew in a
+folder that holds results, --compute trades last bits for speed.
 --preset paper repeats the published evaluation.  With two checkpoints or more, table.md ends with the differences from
 the first, on the same patients; scores.npz keeps what they rest on.  Several GPUs or processes share the work, with the
 same results (docs/devices.md):
@@ -32,12 +36,23 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from hsat.classifiers import KNNClassifier
-from hsat.cli.attacks import EPS, Lengths, Threat, attacks_under, check_radii, check_threat, ensembles_under
+from hsat.attacks import NaturalShift
+from hsat.cli.attacks import (
+    EPS,
+    PUBLISHED,
+    AttackNames,
+    Lengths,
+    Threat,
+    attacks_under,
+    check_radii,
+    check_threat,
+)
+from hsat.cli.classifiers import PAPER_K, ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
-from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Counts, Names, Pixels, split_commas
+from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
+from hsat.cli.options import Pixels, say, split_commas
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     PAPER,
@@ -50,16 +65,16 @@ from hsat.eval import (
     WhiteboxResult,
     compare_models,
     evaluate_whitebox,
-    pool_by_level,
     save_scores,
     score_tables,
     write_records,
 )
+from hsat.eval.cost import affordable_diagnosis
 from hsat.eval.options import TargetName
 from hsat.files import write_file
 from hsat.models import Encoder, fold_batchnorm
 from hsat.report import (
-    chance_level,
+    ArtifactSource,
     differences_table,
     markdown_table,
     plot_accuracy_vs_eps,
@@ -68,18 +83,17 @@ from hsat.report import (
 )
 from hsat.run_folder import write_json, write_run_file
 from hsat.training.config import written
-from hsat.types import Attack
+from hsat.types import Attack, Classifier
 
-ENSEMBLE = "ensemble"
 Compute = Literal["channels_last", "bfloat16", "fold_batchnorm"]
 """Ways to compute that are faster on some machines and move the last bits."""
 
 
-class Evaluate(PatchSettings):
-    """Measure the white-box robustness of encoders by kNN at patch, slide and patient level."""
+class Evaluate(ClassifierOptions, PatchSettings):
+    """Measure the white-box robustness of encoders by classifiers of their embeddings, of patches, slides, patients."""
 
-    attacks: Names = Field(
-        written("pgd,bim,mifgsm"), description="names separated by commas; ensemble is several attacks in turn"
+    attacks: AttackNames = Field(
+        written("pgd,mifgsm"), description="names separated by commas; --attacks list shows all of them"
     )
     threat: Threat = Field("linf", description="what the attacks may change; see docs/threats.md")
     eps: Lengths = Field(
@@ -89,15 +103,19 @@ class Evaluate(PatchSettings):
         written("2/255"), description="size of a step; eps / 4 where --threat is given and this is not"
     )
     steps: int = Field(10, gt=0, description="gradient steps")
-    k: Counts = Field(written("200"), description="neighbours; several with commas between")
-    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
     preset: Literal["paper"] | None = Field(
         None, description="paper: the published evaluation throughout (docs/conventions.md); single options win over it"
     )
     noise: bool = Field(True, description="measure random noise of each eps, too")
-    diagnose: int = Field(
-        32, ge=0, description="look for masked gradients on this many patches per attack (about 80 steps each); 0: none"
+    natural_shift: bool = Field(
+        True, description="measure stain, blur, JPEG, brightness and sampling shifts, too: 15 passes per patch"
+    )
+    diagnose: int | None = Field(
+        None,
+        ge=0,
+        description="look for masked gradients on this many patches per attack; if not given, on 8 to 32, as a quarter"
+        " of the time allows; 0: none",
     )
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
@@ -121,10 +139,18 @@ class Evaluate(PatchSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _published_target(cls, values: Any) -> Any:
-        """Under --preset paper the attacks move the embedding, unless --target says otherwise."""
-        published = isinstance(values, dict) and values.get("preset") == "paper"
-        return {"target": "embedding", **values} if published else values
+    def _published_evaluation(cls, values: Any) -> Any:
+        options = published_options(values)
+        return options if options is values else {"natural_shift": False, **options}
+
+
+def published_options(values: Any) -> Any:
+    """Options before they are read: under --preset paper those of the paper, where nobody says otherwise.
+
+    PGD, BIM and MI-FGSM then move the embedding, and 200 neighbours vote.
+    """
+    published = isinstance(values, dict) and values.get("preset") == "paper"
+    return {"target": "embedding", "attacks": PUBLISHED, "k": [PAPER_K], **values} if published else values
 
 
 def target_and_scoring(target: TargetName, preset: str | None, *, bootstrap: int) -> tuple[Target, Scoring]:
@@ -164,8 +190,10 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
         encoders.append(NamedEncoder("untrained", untrained_encoder(encoders[0].encoder, seed=settings.seed), ""))
     check_titles(one.title for one in encoders)
     encoders = [one._replace(encoder=convert_encoder(one.encoder, settings.compute)) for one in encoders]
-    attacks = attacks_of(settings)
-    begin_run(settings, ranks)
+    attacks = attacks_of(settings) | natural_shifts(settings, cohort)
+    loaders = open_loaders(settings, cohort, own_size=settings.threat == "raw_srh")
+    classifiers = choose_classifiers(settings, loaders[0])
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     results = {}
     surrogates = {title: encoder.to(ranks.device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for one in encoders:
@@ -175,16 +203,20 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
             one.encoder.input_size = (size, size)  # the encoder resizes what the dataset no longer does
         others = {title: encoder for title, encoder in surrogates.items() if encoder is not one.encoder}
         with use_precision(settings.compute, ranks.device):
-            results[one.title] = evaluate_encoder(settings, cohort, one, attacks, surrogates=others, ranks=ranks)
+            result = evaluate_encoder(
+                settings, loaders, one, attacks, classifiers=classifiers, surrogates=others, ranks=ranks
+            )
+        results[one.title] = replace(result, records=name_threads(result.records, threads))
     return results
 
 
 def evaluate_encoder(
     settings: Evaluate,
-    cohort: Cohort,
+    loaders: tuple[Loader, Loader],
     one: NamedEncoder,
     attacks: Mapping[str, Attack],
     *,
+    classifiers: Sequence[Classifier],
     surrogates: Mapping[str, Encoder],
     ranks: Ranks,
 ) -> WhiteboxResult:
@@ -192,23 +224,24 @@ def evaluate_encoder(
 
     Args:
         settings: The options.
-        cohort: With the splits "train" and "val".
+        loaders: Of the bank and of the queries.
         one: The encoder, with its name and the digest of its file.
         attacks: By name.
+        classifiers: Of its embeddings; the first is attacked.
         surrogates: Other encoders, from which ensembles transfer.
         ranks: The place of this process.
 
     Returns:
         The result; its records say which branch of a dual BatchNorm was measured.
     """
-    bank, queries = open_loaders(settings, cohort, own_size=settings.threat == "raw_srh")
+    bank, queries = loaders
     target, scoring = target_and_scoring(settings.target, settings.preset, bootstrap=settings.bootstrap)
     result = evaluate_whitebox(
         one.encoder.to(ranks.device),
         bank,
         queries,
         attacks,
-        classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+        classifier=classifiers,
         target=target,
         scoring=scoring,
         run=RunOptions(
@@ -216,7 +249,9 @@ def evaluate_encoder(
             cache_dir=settings.cache,
             resume_dir=settings.state_of(one.title),
             noise=settings.noise,
-            diagnose=settings.diagnose,
+            diagnose=affordable_diagnosis(len(queries.dataset), attacks)  # type: ignore[arg-type]
+            if settings.diagnose is None
+            else settings.diagnose,
             keep_examples=settings.gallery,
             progress=not settings.quiet,
         ),
@@ -230,13 +265,18 @@ def attacks_of(settings: Evaluate) -> dict[str, Any]:
     """The attacks that were asked for; ensembles last, since they take the others into account."""
     stated = settings.threat == "linf" or "step_size" in settings.model_fields_set
     size = settings.step_size if stated else None
-    names = [name for name in settings.attacks if name.lower() != ENSEMBLE]
-    attacks: dict[str, Any] = attacks_under(
-        settings.threat, settings.eps, names=names, steps=settings.steps, step_size=size
+    return dict(
+        attacks_under(settings.threat, settings.eps, names=settings.attacks, steps=settings.steps, step_size=size)
     )
-    if len(names) < len(settings.attacks):
-        attacks |= ensembles_under(settings.threat, settings.eps, steps=settings.steps, step_size=size)
-    return attacks
+
+
+def natural_shifts(settings: Evaluate, cohort: Cohort) -> dict[str, Attack]:
+    """The shifts without an adversary that were asked for; SRH patches have no stains that could change."""
+    if not settings.natural_shift:
+        return {}
+    if cohort.kind == "srh":
+        say("natural shift without stain: SRH patches are not stained")
+    return dict(NaturalShift.standard(stained=cohort.kind != "srh"))
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
@@ -259,53 +299,53 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     if len(results) > 1:
         differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
         table += (
-            f"\n**Differences** from {differences[0].against}, on the same patients\n\n{differences_table(differences)}"
+            f"\n**Differences** from {differences[0].against}, on the same patients\n\n"
+            f"{differences_table([one for one in differences if one.condition not in NaturalShift.standard()])}"
         )
         write_json(out / "differences.json", [asdict(difference) for difference in differences])
     table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
     (out / "table.md").write_text(table)
-    write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv)
+    about = {"classifiers": describe_classifiers(records)}
+    write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
     keep_artifacts(settings, results, scoring)
-    draw(settings, records, results, scoring)
+    draw(settings, records, results)
     remove_state(settings)
     return table
 
 
 def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
-    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches."""
+    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches.
+
+    Not of natural shifts, of which it shows the numbers only.
+    """
     for title, result in results.items():
+        names = [name for name in result.tables if name not in NaturalShift.standard()]
         write_artifacts(
             settings.out / "evidence",
-            result,
+            ArtifactSource(
+                tables={name: result.tables[name] for name in names},
+                scores={name: result.scores[name] for name in names},
+                class_names=result.class_names,
+                examples={name: result.examples[name] for name in names if name in result.examples},
+            ),
             target=settings.target,
             provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
             scoring=scoring,
         )
 
 
-def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
-    """Accuracy against eps for the first k, and each encoder's patches under the first attack at its largest eps."""
-    used = {record.k for record in records}
-    k = settings.k[0] if settings.k[0] in used else max(used)
-    chance = chance_accuracy(next(iter(results.values())), scoring)
-    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=k, chance=chance)
+def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
+    """Accuracy against eps for the first classifier, each encoder's patches under the first attack at its last eps."""
+    records = [record for record in records if record.classifier == records[0].classifier]
+    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=records[0].k)
     for title, result in results.items():
-        attacks = [name for name in result.examples if not name.startswith(("clean", "noise"))]
+        shifts = NaturalShift.standard()
+        attacks = [one for one in result.examples if not one.startswith(("clean", "noise")) and one not in shifts]
         if attacks and settings.gallery:
             name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
             clean, x_adv = result.examples["clean"], result.examples[name]
             heads = [f"patch {i + 1}" for i in range(len(clean))]
             plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
-
-
-def chance_accuracy(result: WhiteboxResult, scoring: Scoring) -> dict[str, float]:
-    """The accuracy of always saying the largest class of the queries, by level."""
-    clean = result.tables["clean"]
-    scores = next(iter(result.scores["clean"].values()))
-    levels = pool_by_level(
-        scores, clean, class_names=result.class_names, pooling=scoring.pooling, group_by=scoring.group_by
-    )
-    return {level: chance_level(labels) for level, (_, labels, _) in levels.items()}
 
 
 def write_ensembles(out: Path, outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:

@@ -6,11 +6,11 @@ import hashlib
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast, get_args
 
 import numpy as np
 from pydantic import Field
@@ -20,8 +20,11 @@ from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import EvaluationDataSettings, Names, Settings, StoredModelSettings, device_of
 from hsat.cli.ranks import Ranks, first_rank_first, join_ranks, silence_other_ranks
+from hsat.cli.threads import Threads, computing_threads, settle_threads
 from hsat.cli.train import same_on_all_ranks
 from hsat.data import Cohort, PatchDataset, patch_loader
+from hsat.embedding import Layer
+from hsat.models import Encoder
 from hsat.run_folder import LOG_FILE, lock_folder
 from hsat.training import assert_ranks_agree
 from hsat.training.config import written
@@ -56,6 +59,9 @@ class EvaluationSettings(Settings):
     model: StoredModelSettings = StoredModelSettings()
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    threads: Threads = Field(
+        "auto", description="threads of a CPU; auto: the faster of one and torch's own, by a short measurement"
+    )
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(written("runs/evaluation"), description="folder for the results")
     resume: bool = Field(False, description="go on with the finished batches of an interrupted run in --out")
@@ -160,13 +166,22 @@ def check_folder(out: Path, *, overwrite: bool, resume: bool = False, state: Pat
     raise ValueError(f"{out} holds {what}; {more}choose another --out, or replace it: --overwrite true")
 
 
-def begin_run(settings: EvaluationSettings, ranks: Ranks) -> None:
-    """Called by every evaluation once its options are checked: what is to be overwritten goes, the run is begun."""
+def begin_run(settings: EvaluationSettings, ranks: Ranks, encoder: Encoder) -> int | None:
+    """Called by every evaluation once its options are checked: what is to be overwritten goes, the run is begun.
+
+    Returns:
+        The number of threads, where one was chosen (`settle_threads`).
+    """
     if ranks.is_main and not ranks.again and not settings.resume:
         if settings.overwrite:
             remove_results(settings.out)
         remove_state(settings)
     ranks.begin()
+    if ranks.size > 1:
+        return None if settings.threads == "auto" else settings.threads
+    return settle_threads(
+        settings.threads, encoder, image_size=settings.data.image_size, device=ranks.device, state=settings.state
+    )
 
 
 def remove_results(out: Path) -> None:
@@ -202,6 +217,7 @@ def run_evaluation(
         with (
             join_ranks(settings.device, patience=timedelta(seconds=settings.rank_timeout)) as ranks,
             silence_other_ranks(ranks),
+            computing_threads(settings.threads),
         ):
             with lock_folder(settings.out) if ranks.is_main else nullcontext():
                 cohort = open_run(settings, ranks)
@@ -216,3 +232,20 @@ def run_evaluation(
         raise SystemExit(f"error: {message}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
+    if note := upper_bound_note(getattr(settings, "target", ""), getattr(settings, "attacks", [])):
+        print(note, file=sys.stderr)
+
+
+def upper_bound_note(target: str, attacks: Sequence[str] = ()) -> str:
+    """What the last line of a run says whose attacks were not against the decision; "" where one was.
+
+    Args:
+        target: What the attacks moved.
+        attacks: Their names; an ensemble always attacks the decision.
+    """
+    if target not in get_args(Layer) or any(name.lower() == "ensemble" for name in attacks):
+        return ""
+    return (
+        f"note: the attacks moved the {target} and not the decision, so the numbers are an upper bound; attacks on the"
+        " decision usually leave far less (hsat evaluate --target decision)"
+    )

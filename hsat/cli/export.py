@@ -18,8 +18,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from hsat.classifiers import KNNClassifier
-from hsat.cli.attacks import Lengths, attacks_under, check_radii, check_threat
+from hsat.cli.attacks import AttackNames, Lengths, attacks_under, check_radii, check_threat
+from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels
@@ -32,19 +32,17 @@ from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 
-class Export(EvaluationSettings):
+class Export(ClassifierOptions, EvaluationSettings):
     """Attack the patches of a split, write them as lossless files, and score the files."""
 
     checkpoint: Names = Field([], description="file, or name=file; one")
     split: str = Field("val", description="the patches to attack")
-    attacks: Names = Field(written("pgd"), description="pgd, bim, mifgsm, fgsm or ffgsm; one")
+    attacks: AttackNames = Field(written("pgd"), description="one name; --attacks list shows all of them")
     threat: Literal["linf", "l2", "raw_srh"] | None = Field(None, description="linf, or raw_srh for SRH, if not given")
     eps: Lengths = Field(written("8/255"), description="radius, in the unit of --threat; one")
     step_size: Pixels | None = Field(None, description="size of a step; eps / 4 if not given")
     steps: int = Field(10, gt=0, description="gradient steps")
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attack moves")
-    k: int = Field(200, gt=0, description="neighbours")
-    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     batch_size: int = Field(16, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     out: Path = Field(written("runs/adversarial"), description="folder for the files and the results")
@@ -79,18 +77,20 @@ def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
     ((title, encoder, digest),) = open_encoders(settings.checkpoint, settings.model)
     if encoder.fixed_size is None:
         encoder.input_size = (settings.data.image_size,) * 2  # patches come at the size of their files
-    begin_run(settings, ranks)
+    bank = ShapeBatches(PatchDataset(cohort, "train"), settings.batch_size)
+    classifier = choose_classifier(settings, bank)
+    begin_run(settings, ranks, encoder)
     try:
         return save_adversarial(
             settings.out / "cohort",
             encoder.to(ranks.device),
-            ShapeBatches(PatchDataset(cohort, "train"), settings.batch_size),
+            bank,
             cohort,
             attack,
             options=ExportOptions(
                 split=settings.split, batch_size=settings.batch_size, name=name, bootstrap=settings.bootstrap
             ),
-            classifier=KNNClassifier(k=settings.k, temperature=settings.temperature),
+            classifier=classifier,
             target=settings.target,
             run=RunOptions(seed=settings.seed, resume_dir=settings.state, progress=not settings.quiet),
             provenance=Provenance(model=title, checkpoint=digest),
@@ -114,6 +114,7 @@ def write_results(settings: Export, cohort: Cohort, result: ExportResult) -> str
     table = markdown_table(result.records)
     (settings.out / "table.md").write_text(table)
     facts = {"files": result.cohort.fingerprint(), "changed": result.changed}
+    facts["classifiers"] = describe_classifiers(result.records)
     write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **facts)
     remove_state(settings)
     print(

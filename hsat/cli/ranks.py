@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import secrets
@@ -62,6 +63,12 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
 
     On GPUs each process of a machine takes its own (NCCL); on CPUs they talk over gloo.
 
+    The end of the block ends gloo's threads as well, for which nothing may hold the group any more.  torch 2.8 to 2.14
+    at least hold it: `torch.distributed.nn.functional`, which the first optimiser imports, takes the group of that
+    moment for the defaults of its functions.  A thread that is left frees the tensors of the last exchange, and on a
+    busy machine it does so while the interpreter shuts down: "terminate called without an active exception", SIGABRT
+    (https://github.com/pytorch/pytorch/issues/190489).  So that module is imported here, before there is a group.
+
     Args:
         device: What --device says.
         patience: How long to wait for the others.
@@ -85,7 +92,7 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
         room = meet_ranks(board, rank=rank, size=size, patience=patience, terms=terms)
         room.set_timeout(PATIENCE)
         if rank == 0:
-            room.set("again", str(int(_begun(board))))
+            room.set("again", str(int(has_begun(board))))
         again = room.get("again") == b"1"
     except ValueError:
         time.sleep(GRACE if rank else 0)  # rank 0 says the same, and torchrun ends all when the first one ends
@@ -96,6 +103,7 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
             f"rank {rank} of {size} lost the store at {place.address}:{place.port} ({reason}); whoever kept it, rank 0"
             " or torchrun, has ended: see what it wrote"
         ) from None
+    importlib.import_module("torch.distributed.nn.functional")  # before there is a group; see above
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=room, rank=rank, world_size=size, timeout=PATIENCE)
     yield Ranks(rank, size, chosen, again, board)
@@ -116,7 +124,7 @@ def first_rank_first(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
 
 
-def _begun(board: Store) -> bool:
+def has_begun(board: Store) -> bool:
     """Whether earlier processes of this torchrun began the run; where they took their store along, by its count."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return bool(board.check([BEGUN]))

@@ -20,11 +20,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from hsat.cli.classifiers import ClassifierName
 from hsat.cli.options import Names, Settings, collect_words, read_yaml
 from hsat.eval import Record, read_records
 from hsat.recipes import read_paper_numbers
 from hsat.report import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.report.aggregation import EvaluationSetting, drop_duplicates, label_branch
+from hsat.report.summary import chance_line
 from hsat.training.config import written
 
 
@@ -37,6 +39,9 @@ class Reproduce(Settings):
         None, description="what the attacks moved; embedding, as in the paper, where the records have it"
     )
     k: int | None = Field(None, gt=0, description="neighbours; 200, as in the paper, where the records have it")
+    classifier: ClassifierName | None = Field(
+        None, description="what decided; knn, as in the paper, where the records have it"
+    )
     attack: str = Field("PGD-8", description="of the drops in table 2")
     numbers: Path | None = Field(None, description="YAML file of the printed numbers; the package's if not given")
     out: Path = Field(written("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
@@ -170,6 +175,7 @@ def check_alike(row: str, records: Sequence[Record], table: PaperTable) -> None:
             "attacks": dict.fromkeys(record.attack for record in here),
             "branches": dict.fromkeys(label_branch(record) or "none" for record in here),
             "temperatures": dict.fromkeys(record.temperature for record in here),
+            "classifiers": dict.fromkeys("" if record.k else record.classifier for record in here),
             "indexes": dict.fromkeys(EvaluationSetting.of(record).index or "exact" for record in here),
         }
         for what, found in kinds.items():
@@ -195,6 +201,9 @@ def of_one_setting(
         ValueError: Where a choice is needed, naming the option.
     """
     records = [record for found in rows.values() for record in found]
+    kind = _chosen("classifier", settings.classifier, "knn", [kind_of_classifier(record) for record in records])
+    rows = {name: [record for record in found if kind_of_classifier(record) == kind] for name, found in rows.items()}
+    records = [record for found in rows.values() for record in found]
     target = _chosen("target", settings.target, "embedding", [record.target for record in records])
     k = _chosen("k", settings.k, 200, [record.k for record in records])
     kept = {
@@ -206,7 +215,8 @@ def of_one_setting(
         raise ValueError(f"the runs differ in their arithmetic ({'; '.join(arithmetic)}); give those of one kind only")
     for name, found in kept.items():
         check_alike(name, found, table)
-    remarks = [f"Ours: attacks on the {target}, k = {k}; brackets are 95 % intervals from resampled patients."]
+    voters = f"k = {k}" if k else ", ".join(dict.fromkeys(record.classifier for record in chosen))
+    remarks = [f"Ours: attacks on the {target}, {voters}; brackets are 95 % intervals from resampled patients."]
     data = {name: sorted({f"{r.cohort[:12]} ({r.split})" for r in found}) for name, found in kept.items() if found}
     places = sorted({place for found in data.values() for place in found})
     if len(places) > 1:
@@ -214,9 +224,16 @@ def of_one_setting(
         remarks.append(f"The runs are not of one cohort and split, so that rows may not be comparable: {listed}.")
     else:
         remarks.append(f"Cohort and split of ours: {', '.join(places)}. The paper's is OpenSRH.")
-    remarks += [f"No record of {name} has target {target} and k = {k}." for name, found in kept.items() if not found]
+    remarks += [line] if (line := chance_line(chosen)) else []
+    remarks += [f"No record of {name} has target {target} and {voters}." for name, found in kept.items() if not found]
     flags = dict.fromkeys(f"{name}, {r.attack_name}: {flag}" for name, f in kept.items() for r in f for flag in r.flags)
     return kept, [*remarks, *(f"Doubt: {flag}." for flag in flags)]
+
+
+def kind_of_classifier(record: Record) -> str:
+    """The name of a record's classifier on the command line; of another classifier the name of its settings."""
+    name = record.classifier.partition("(")[0]
+    return "knn" if record.k else {"LinearProbe": "linear", "NearestCentroid": "centroid"}.get(name, name)
 
 
 def _chosen(what: str, asked: Any, paper: Any, there: Sequence[Any]) -> Any:

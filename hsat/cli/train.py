@@ -36,7 +36,9 @@ from hsat.cli.options import (
     split_commas,
 )
 from hsat.cli.ranks import Ranks, command_to_resume, first_rank_first, join_ranks, silence_other_ranks
+from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
+from hsat.data.augment import default_augmentation
 from hsat.distributed import world_rank
 from hsat.recipes import SCALES, read_recipe
 from hsat.run_folder import lock_folder
@@ -63,6 +65,7 @@ MAY_DIFFER = {
     "train.save_every",
     "train.max_memory",
     "device",
+    "threads",
     "rank_timeout",
     "quiet",
     "change",
@@ -105,6 +108,7 @@ class Train(Settings):
     )
     seed: int = Field(0, ge=0, description="of weights, draws, augmentation and attacks")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
     out: Path = Field(written("runs/hsat"), description="run folder")
     resume: bool = Field(False, description="go on where the run in --out stopped")
@@ -182,14 +186,15 @@ def hold_out(cohort: Cohort, settings: Train) -> Cohort:
 def make_trainer(settings: Train, ranks: Ranks | None = None) -> Trainer:
     """The trainer of these options, at the step where the run in --out stands; all ranks call this."""
     ranks = ranks or Ranks.alone(settings.device)
-    config = settings.train_config()
     assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with first_rank_first(ranks):  # which may write the synthetic cohort, and pack
         cohort = hold_out(open_cohort(settings.data, seed=settings.seed), settings)
         store = open_store(cohort, settings.data, out=settings.out)
     assert_ranks_agree(cohort=cohort, store=store, seed=settings.seed)
+    settings = choose_augmentation(settings, cohort.kind)
     if ranks.is_main:
         say(describe(cohort))
+        say(describe_augmentation(settings, cohort.kind))
     resume = settings.resume or ranks.again
     if resume or not (settings.out / "run.json").exists():  # else the run is refused, and stays refused
         ranks.begin()
@@ -201,7 +206,7 @@ def make_trainer(settings: Train, ranks: Ranks | None = None) -> Trainer:
             plain,
             cohort=cohort,
             command=sys.argv,
-            defaults=Train().plain() | {"compat": None},
+            defaults=choose_augmentation(Train(), "srh").plain() | {"compat": None},
             may_differ=MAY_DIFFER,
             change=settings.change,
             resume=resume,
@@ -212,12 +217,31 @@ def make_trainer(settings: Train, ranks: Ranks | None = None) -> Trainer:
     return Trainer(
         new_encoder(settings.model, seed=settings.seed),
         cohort,
-        config,
+        settings.train_config(),
         out=open_folder,
         device=ranks.device,
         store=store,
         progress=not settings.quiet,
     )
+
+
+def choose_augmentation(settings: Train, kind: str) -> Train:
+    """The options with the augmentation that fits patches of this kind, where none was given."""
+    if settings.data.augmentation is not None:
+        return settings
+    data = settings.data.model_copy(update={"augmentation": default_augmentation(kind)})
+    return settings.model_copy(update={"data": data})
+
+
+def describe_augmentation(settings: Train, kind: str) -> str:
+    """Which augmentation is used, and whether it was made for other patches."""
+    name = settings.data.augmentation
+    if kind != "srh" and name in ("static", "v0", "v1"):
+        return (
+            f"augmentation {name} was made for stimulated Raman images: on {kind} patches it draws colours that no"
+            " tissue has; --data.augmentation he is made for haematoxylin and eosin"
+        )
+    return f"augmentation {name}"
 
 
 def open_loggers(settings: Train) -> list[NumberLogger]:
@@ -258,7 +282,11 @@ def main(argv: list[str]) -> None:
     check_config(settings)
     try:
         patience = timedelta(seconds=settings.rank_timeout)
-        with join_ranks(settings.device, patience=patience) as ranks, silence_other_ranks(ranks):
+        with (
+            join_ranks(settings.device, patience=patience) as ranks,
+            silence_other_ranks(ranks),
+            computing_threads(settings.threads),
+        ):
             with lock_folder(settings.out) if ranks.is_main else nullcontext():
                 path = train(settings, ranks)
             if ranks.is_main:

@@ -4,8 +4,9 @@
     hsat transfer --checkpoint a=FILE,b=FILE,c=FILE --surrogates a,b --target embedding --resume
 
 Every encoder of --surrogates is attacked on the validation patches, once per attack; every encoder of --targets then
-classifies what came out with its own bank of clean training patches.  Acc-D and MCA-D are the target's clean accuracy
-minus its accuracy on these images.  The paper's tables attack the embedding (--target embedding).
+classifies what came out with its own bank of clean training patches; --classifier says how.  Acc-D and MCA-D are the
+target's clean accuracy minus its accuracy on these images.  Attacks are against the surrogate's decision; the paper's
+tables attack the embedding (--target embedding).
 
 The folder `state` in --out keeps what is finished: after an interruption the same command with --resume goes on from
 there and ends with the same records; encoders and attacks may be added later.  Several GPUs or processes share the
@@ -21,44 +22,51 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from hsat.classifiers import KNNClassifier
+from hsat.cli.attacks import AttackNames, attacks_under
+from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluate import target_and_scoring
+from hsat.cli.evaluate import published_options, target_and_scoring
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
-from hsat.cli.options import Counts, Names, Pixels, PixelsList
+from hsat.cli.options import Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
+from hsat.cli.threads import name_threads
 from hsat.data import Cohort
-from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, paper_attacks, write_records
+from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, write_records
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
 from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 
-class Transfer(PatchSettings):
-    """Measure how attacks on one encoder hurt others, by kNN at patch, slide and patient level."""
+class Transfer(ClassifierOptions, PatchSettings):
+    """Measure how attacks on one encoder hurt others, by classifiers of embeddings, of patches, slides and patients."""
 
     checkpoint: Names = Field([], description="encoders: name=file,name=file,... or files alone")
     surrogates: Names = Field([], description="names of the encoders to attack; all if not given")
     targets: Names = Field([], description="names of the encoders to measure; all if not given")
-    attacks: Names = Field(written("pgd,bim,mifgsm"), description="names separated by commas")
+    attacks: AttackNames = Field(
+        written("pgd,mifgsm"), description="names separated by commas; --attacks list shows all of them"
+    )
     eps: PixelsList = Field(written("4/255,8/255"), description="radii: 4/255,8/255")
     step_size: Pixels = Field(written("2/255"), description="size of a step")
     steps: int = Field(10, gt=0, description="gradient steps")
-    k: Counts = Field(written("200"), description="neighbours; several with commas between")
-    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
-    target: Literal["features", "embedding"] | None = Field(
-        None, description="what the attacks move on the surrogate; features, or embedding with --preset paper"
+    target: Literal["decision", "features", "embedding"] = Field(
+        "decision", description="what the attacks move on the surrogate; embedding with --preset paper"
     )
     preset: Literal["paper"] | None = Field(None, description="paper: the published arithmetic and attack target")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
     out: Path = Field(written("runs/transfer"), description="folder for the results and the state")
     resume: bool = Field(False, description="go on with what is finished in the folder of --out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_evaluation(cls, values: Any) -> Any:
+        return published_options(values)
 
     @property
     def state(self) -> Path:
@@ -102,24 +110,27 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
     encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
     pairs = pairs_of(settings, [one.title for one in encoders])
     bank, queries = open_loaders(settings, cohort)
-    goal = settings.target or ("embedding" if settings.preset == "paper" else "features")
-    target, scoring = target_and_scoring(goal, settings.preset, bootstrap=settings.bootstrap)
-    attacks = paper_attacks(settings.eps, steps=settings.steps, step_size=settings.step_size, names=settings.attacks)
-    begin_run(settings, ranks)
+    classifiers = choose_classifiers(settings, bank)
+    target, scoring = target_and_scoring(settings.target, settings.preset, bootstrap=settings.bootstrap)
+    attacks = attacks_under(
+        "linf", settings.eps, names=settings.attacks, steps=settings.steps, step_size=settings.step_size
+    )
+    threads = begin_run(settings, ranks, encoders[0].encoder)
     result = evaluate_transfer(
         {one.title: one.encoder.to(ranks.device) for one in encoders},
         bank,
         queries,
         attacks,
         pairs=pairs,
-        classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+        classifier=classifiers,
         target=target,
         scoring=scoring,
         run=RunOptions(seed=settings.seed, device=ranks.device, resume_dir=settings.state, progress=not settings.quiet),
         provenance={one.title: Provenance(checkpoint=one.digest) for one in encoders},
     )
     branches = {one.title: active_branch(one.encoder) for one in encoders}
-    return replace(result, records=tuple(_naming_branch(record, branches) for record in result.records))
+    named = (_naming_branch(record, branches) for record in result.records)
+    return replace(result, records=name_threads(named, threads))
 
 
 def _naming_branch(record: Record, branches: dict[str, str | None]) -> Record:
@@ -142,11 +153,9 @@ def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) ->
     write_records(out / "records.jsonl", result.records)
     table = transfer_markdown(result.records, intervals=settings.intervals)
     (out / "table.md").write_text(table)
-    write_run_file(
-        out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, attacked_in_this_run=result.made
-    )
-    used = {record.k for record in result.records}
-    k = settings.k[0] if settings.k[0] in used else max(used)
+    about = {"classifiers": describe_classifiers(result.records), "attacked_in_this_run": result.made}
+    write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
+    k = result.records[0].k
     for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
         plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)
     return table

@@ -19,13 +19,14 @@ from pydantic import Field
 
 from hsat.attacks import L2, FittedUniversal, Linf, RandomNoise, UniversalPerturbation
 from hsat.attacks.threat import eps_text
-from hsat.classifiers import KNNClassifier
 from hsat.cli.attacks import Lengths, check_radii
+from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import check_folder, open_loaders, remove_results
+from hsat.cli.evaluation import check_folder, open_loaders, remove_results, upper_bound_note
 from hsat.cli.failures import explain_failure
-from hsat.cli.options import Counts, EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
+from hsat.cli.options import EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
+from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.eval import Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
@@ -34,7 +35,7 @@ from hsat.run_folder import lock_folder, write_run_file
 from hsat.training.config import written
 
 
-class Universal(Settings):
+class Universal(ClassifierOptions, Settings):
     """Fit a universal perturbation on one encoder and measure it on all."""
 
     checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
@@ -46,14 +47,13 @@ class Universal(Settings):
     step_size: Pixels | None = Field(None, description="size of a step; eps / 8 if not given")
     epochs: int = Field(5, gt=0, description="passes over the training patches")
     distance: Literal["cosine", "l2", "l1"] = Field("cosine", description="drift of the features that is climbed")
-    k: Counts = Field(written("200"), description="neighbours; several with commas between")
-    temperature: float = Field(0.07, gt=0, description="of the kNN vote")
     bank_patches: int | None = Field(None, gt=0, description="use this many training patches; all if not given")
     query_patches: int | None = Field(None, gt=0, description="measure on this many validation patches; all if not")
     batch_size: int = Field(64, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the random start")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
     out: Path = Field(written("runs/universal"), description="folder for the results")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
@@ -76,6 +76,7 @@ def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Reco
         raise ValueError(f"one perturbation has one radius; --eps has {len(settings.eps)}")
     (eps,) = check_radii(settings.threat, settings.eps)
     device, (bank, queries) = device_of(settings.device), open_loaders(settings, cohort)
+    classifiers = choose_classifiers(settings, bank)
     encoders = {
         title: (encoder.to(device), digest)
         for title, encoder, digest in open_encoders(settings.checkpoint, settings.model)
@@ -102,7 +103,7 @@ def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Reco
             bank,
             queries,
             {name: delta, name.replace("universal", "noise"): RandomNoise(threat)},
-            classifier=[KNNClassifier(k=k, temperature=settings.temperature) for k in settings.k],
+            classifier=classifiers,
             target="features",  # what the perturbation was fitted on
             scoring=Scoring(bootstrap=settings.bootstrap),
             run=RunOptions(seed=settings.seed, noise=False, progress=not settings.quiet),
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
     if not settings.checkpoint:
         raise SystemExit("error: give --checkpoint FILE, or name=FILE; hsat train writes best.safetensors")
     try:
-        with lock_folder(settings.out):
+        with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
             print(describe(cohort), file=sys.stderr)
@@ -130,7 +131,12 @@ def main(argv: list[str]) -> None:
             table = markdown_table(records)
             (settings.out / "table.md").write_text(table)
             write_run_file(
-                settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, history=delta.history
+                settings.out,
+                settings.plain(),
+                cohort=cohort.fingerprint(),
+                command=sys.argv,
+                history=delta.history,
+                classifiers=describe_classifiers(records),
             )
     except Exception as error:
         message = explain_failure(error, workers=settings.data.workers, resumable=False)
@@ -139,3 +145,4 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: {message}") from None
     print(table)
     print(f"results are in {settings.out}", file=sys.stderr)
+    print(upper_bound_note("features"), file=sys.stderr)

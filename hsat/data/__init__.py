@@ -10,7 +10,7 @@ from hsat.data.datasets import HierarchicalDataset, PatchDataset, Sample
 from hsat.data.file_check import FileCheck, FileProblem, read_exclusions
 from hsat.data.folders import read_class_folders, read_folders
 from hsat.data.layouts import ReadOptions, read_cohort
-from hsat.data.loaders import collate, hierarchical_loader, patch_loader
+from hsat.data.loaders import SlideLoader, collate, hierarchical_loader, patch_loader, slide_loader
 from hsat.data.opensrh import read_opensrh
 from hsat.data.patch_store import PatchStore, write_patch_store
 from hsat.data.readers import BadPatch, read_patch
@@ -36,6 +36,7 @@ __all__ = [
     "PatientDraw",
     "ReadOptions",
     "Sample",
+    "SlideLoader",
     "augment_batch",
     "build_transform",
     "collate",
@@ -49,6 +50,7 @@ __all__ = [
     "read_folders",
     "read_opensrh",
     "read_patch",
+    "slide_loader",
     "srh_to_rgb",
     "write_patch_store",
     "write_synthetic_cohort",

@@ -1,4 +1,4 @@
-"""Augmentation pipelines of the paper: static, v0 and v1, the last two with a strength that decays over training.
+"""Augmentation pipelines: static, v0 and v1 of the paper, the last two with a strength that decays over training; he.
 
 A pipeline maps one patch (3, h, w), floats in [0, 1], to (3, size, size) float32 in [0, 1].  All randomness comes from
 torch's global CPU generator, so a caller that forks and seeds that generator decides every draw.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AUGMENTATIONS = ("none", "static", "v0", "v1")
+AUGMENTATIONS = ("none", "static", "v0", "v1", "he")
 
 Uncropped = Literal["resize", "keep"]
 
@@ -139,6 +139,9 @@ def build_transform(
     each with probability `prob`.  "v0": the same ideas, where `strength` s scales the ranges of noise, colour jitter,
     solarize, blur, erasing, affine and crop, and the probabilities of jitter, solarize, blur, erasing and affine.  "v1"
     (DynACL's): crop, horizontal flip, colour jitter with probability 0.8 s, grayscale with probability 0.2 s.
+    "he", for bright-field tissue: mirrored and turned forms, turns by up to 15 s degrees with reflected edges, crops
+    down to 1 - 0.6 s of the area, jitter of haematoxylin and eosin in optical density, mild colour jitter, blur; see
+    `augment_he`.
 
     Source: Malik et al. (arXiv:2503.10629) and its published pipelines; parameters agree with them for every strength.
     Deliberate differences: the published output size is always 300, and a patch that was not cropped keeps its size;
@@ -151,7 +154,7 @@ def build_transform(
         name: One of `AUGMENTATIONS`.
         image_size: Side of the images; None keeps the patch's own size.
         strength: In [0, 1]; it changes nothing in "none" and "static".
-        prob: In [0, 1]; it changes nothing in "none" and "v1".
+        prob: In [0, 1]; it changes nothing in "none", "v1" and "he".
         uncropped: See `CropToSize`.
 
     Raises:
@@ -169,8 +172,10 @@ def build_transform(
         steps = _static_steps(image_size, prob)
     elif name == "v0":
         steps = _v0_steps(image_size, prob, strength)
-    else:
+    elif name == "v1":
         steps = _v1_steps(image_size, strength)
+    else:
+        steps = _he_steps(image_size, strength)
     if name != "none":
         steps = tuple(replace(step, uncropped=uncropped) if isinstance(step, CropToSize) else step for step in steps)
     return Augmentation(name, image_size, float(strength), float(prob), steps)
@@ -285,6 +290,29 @@ def _v1_steps(size: int | None, s: float) -> tuple[Transform, ...]:
         return before
     jitter = tv.ColorJitter(s * _JITTER, s * _JITTER, s * _JITTER, s * _HUE)
     return (*before, tv.RandomApply([jitter], 0.8 * s), tv.RandomGrayscale(0.2 * s))
+
+
+def _he_steps(size: int | None, s: float) -> tuple[Transform, ...]:
+    from hsat.data import augment_he as he
+
+    tv = _torchvision()
+    crop = CropToSize(size, 1.0, (1.0 - 0.6 * s, 1.0), (3 / 4, 4 / 3))
+    if s == 0.0:
+        return (he.MirrorAndTurn(), crop)
+    jitter = tv.ColorJitter(0.15 * s, 0.15 * s, 0.15 * s, 0.03 * s)
+    return (
+        he.MirrorAndTurn(),
+        he.WithProbability(0.5, he.ReflectedTurn(he.TURN * s)),
+        crop,
+        he.StainJitter(he.STAIN_SPREAD * s, he.STAIN_SHIFT * s),
+        he.WithProbability(0.8, jitter),
+        he.WithProbability(0.3 * s, tv.GaussianBlur(5, (0.1, 1.0))),
+    )
+
+
+def default_augmentation(kind: str) -> str:
+    """The pipeline for patches of this kind: the published "v0" for "srh", "he" for others."""
+    return "v0" if kind == "srh" else "he"
 
 
 def _check_choices(name: str, uncropped: str, prob: float) -> None:

@@ -17,7 +17,9 @@ from hsat.data import image_operations as operations
 from hsat.data.augment import Augmentation, CropToSize, check_patches, fork_cpu_rng, resize_patch
 from hsat.data.image_operations import Box, on_part
 
-_AT_ONCE = 128  # images per pass on a device that computes in parallel; float32 copies of them are what it costs
+ONE_BY_ONE = ("he",)  # pipelines whose operations have no form for many images
+CPU_AT_ONCE = 1  # images per pass: one stays in the cache, and sums run in one order whatever else is in the batch
+GPU_AT_ONCE = 128  # on a device that computes in parallel; float32 copies of them are what it costs
 
 
 class Noise(NamedTuple):
@@ -93,10 +95,11 @@ def augment_images(
     if len(chosen) != len(seeds) or not chosen:
         raise ValueError(f"one seed per image and at least one image: got {len(seeds)} seeds for {len(chosen)} images")
     check_patches(patches, pipeline.name)
+    if pipeline.name in ONE_BY_ONE:
+        return _augment_one_by_one(patches, pipeline, seeds, chosen)
     device = patches[0].device
     replay = device.type == "cpu" if replay_noise is None else replay_noise
-    # A CPU is fastest with one image in its cache, and sums then run in one order whatever else is in the batch.
-    at_once = 1 if device.type == "cpu" else _AT_ONCE
+    at_once = CPU_AT_ONCE if device.type == "cpu" else GPU_AT_ONCE
     augmented: list[Tensor] = [patches[0]] * len(chosen)
     with torch.no_grad(), fork_cpu_rng():
         for places in _groups([tuple(patches[which].shape) for which in chosen], at_once):
@@ -106,6 +109,17 @@ def augment_images(
             for place, image in zip(places, _run(images, pipeline, drawn, own), strict=True):
                 augmented[place] = image
     return augmented
+
+
+def _augment_one_by_one(
+    patches: Sequence[Tensor], pipeline: Augmentation, seeds: Sequence[int], chosen: Sequence[int]
+) -> list[Tensor]:
+    images = []
+    with torch.no_grad(), fork_cpu_rng():
+        for which, seed in zip(chosen, seeds, strict=True):
+            torch.default_generator.manual_seed(seed)
+            images.append(pipeline(patches[which].cpu()).to(patches[which].device))
+    return images
 
 
 def _groups(shapes: Sequence[tuple[int, ...]], at_once: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from hsat.eval.confidence import (
     missing_interval_reason,
 )
 from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank
+from hsat.eval.metrics import chance_levels
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
@@ -206,7 +207,7 @@ def _budget_records(
     budget: PatchBudget,
 ) -> list[Record]:
     """Clean accuracy, accuracy at each budget, and the mean smallest fraction (inf counts as 1)."""
-    n, level = len(result.groups), result.level
+    n, level, chance = len(result.groups), result.level, chance_levels(result.labels)["accuracy"]
 
     def accuracy(of: AttackFacts, fraction: float) -> Record:
         return template.build(
@@ -217,6 +218,7 @@ def _budget_records(
             value=result.accuracy(fraction),
             n=n,
             interval=_accuracy_interval(result, fraction, template),
+            chance=chance,
         )
 
     counts = dict(facts.settings) | {
@@ -239,12 +241,12 @@ def _budget_records(
         metric="smallest_fraction",
         value=float(finite.mean()),
         n=n,
-        interval=_mean_interval(finite, result.patients, seed=template.seed, resamples=template.scoring.bootstrap),
+        interval=mean_interval(finite, result.patients, seed=template.seed, resamples=template.scoring.bootstrap),
     )
     return [*records, mean]
 
 
-def _mean_interval(values: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
+def mean_interval(values: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
     """The interval of the mean of values in [0, 1], one per group, over resampled patients."""
     people, member_of = np.unique(patients, return_inverse=True)
     if reason := missing_interval_reason(len(people), resamples):

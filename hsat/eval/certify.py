@@ -16,9 +16,11 @@ from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
+from hsat.eval.flags import bank_flags
+from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.pooling import own_labels, unreported_levels
-from hsat.eval.records import AttackFacts, Record, RecordTemplate, bank_flags
+from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
@@ -282,6 +284,7 @@ def _certificate_records(
     unreported = unreported_levels(queries)
     for level, certificates in levels.items():
         extra = {"abstained": float((certificates.prediction == ABSTAIN).mean())}
+        chance = chance_levels(certificates.label)["accuracy"]  # a constant decision holds at every radius
         for radius in options.radii:
             holds = certificates.holds(radius)
             interval = bootstrap_intervals(
@@ -296,6 +299,7 @@ def _certificate_records(
                 name=f"certified-{eps_text(radius)}",
                 text=f"certificate: {smoothing!r}",
                 radius=float(radius),
+                flags=classifier.flags,
                 forwards=float(smoothing.selection + smoothing.samples),
             )
             yield template.build(
@@ -306,6 +310,7 @@ def _certificate_records(
                 value=float(holds.mean()),
                 n=len(holds),
                 interval=interval,
+                chance=chance,
                 extra=extra,
                 flags=unreported if level == "patch" else (),
             )

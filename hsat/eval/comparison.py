@@ -30,14 +30,14 @@ from hsat.eval.confidence import (
 from hsat.eval.metrics import METRICS
 from hsat.eval.options import Scoring
 from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
-from hsat.eval.records import STRICT, Count
+from hsat.eval.records import Count
 from hsat.eval.whitebox import WhiteboxResult
-from hsat.files import atomic_path, load_arrays
+from hsat.files import STRICT, atomic_path, load_arrays
 from hsat.types import GROUP_LABELS, LEVELS, align_labels
 from hsat.untrusted import open_regular
 
 _IDS = ("label", "patch", "slide", "patient")
-_TEXT = ("cohort", "split", "model", "condition")  # and GROUP_LABELS, where a table has them
+_TEXT = ("cohort", "split", "model", "condition", "classifier")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,8 @@ class ScoreTable:
         class_names: Names of the classes.
         cohort, split, model: Where the patches come from, and who scored them.
         condition: "clean" or an attack's name.
-        k: Neighbours.
+        k: Neighbours; 0 for a classifier without.
+        classifier: Its settings as text, for one without neighbours.
         slide_label, patient_label: (n,) indices into class_names, -1 for unknown; see `EmbeddingTable`.
 
     Raises:
@@ -70,6 +71,7 @@ class ScoreTable:
     model: str = ""
     condition: str = "clean"
     k: int = 0
+    classifier: str = ""
     slide_label: np.ndarray | None = None
     patient_label: np.ndarray | None = None
 
@@ -130,6 +132,7 @@ class Difference:
     n: Count
     patients: Count
     reason: str = ""
+    classifier: str = ""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -213,6 +216,7 @@ def paired_difference(
                     n=len(pooled[0][level].labels),
                     patients=n_patients,
                     reason=interval.reason,
+                    classifier=a.classifier,
                 )
             )
     return tuple(differences)
@@ -271,7 +275,7 @@ def compare_models(
     confidence: float = 0.95,
     method: Method = "t",
 ) -> tuple[Difference, ...]:
-    """Paired differences of every model's tables from those of one model, condition by condition and k by k.
+    """Paired differences of every model's tables from those of one model, by condition and classifier.
 
     Args:
         tables: Of several models, as `score_tables` or `load_scores` gives them.
@@ -281,19 +285,21 @@ def compare_models(
         names, levels, scoring, confidence, method: See `paired_difference`.
 
     Raises:
-        ValueError: For fewer than two models, an unknown `against`, and a (model, condition, k) that comes twice.
+        ValueError: For fewer than two models, an unknown `against`, and a table that comes twice.
     """
     tables = tuple(tables)
     models = list(dict.fromkeys(table.model for table in tables))
     reference = models[0] if against is None and models else against
     if len(models) < 2 or reference not in models:
         raise ValueError(f"to compare models {reference!r} and at least one other are needed; there are {models}")
-    places = {(table.model, table.condition, table.k): table for table in tables}
+    places = {(table.model, table.condition, table.k, table.classifier): table for table in tables}
     if len(places) < len(tables):
-        raise ValueError(f"{len(tables)} tables but {len(places)} combinations of model, condition and k; name models")
+        raise ValueError(
+            f"{len(tables)} tables but {len(places)} combinations of model, condition and classifier; name models"
+        )
     differences: list[Difference] = []
-    for (model, condition, k), table in places.items():
-        other = places.get((str(reference), condition, k))
+    for (model, condition, k, classifier), table in places.items():
+        other = places.get((str(reference), condition, k, classifier))
         if model != reference and other is not None:
             differences += paired_difference(
                 table,
@@ -309,7 +315,7 @@ def compare_models(
 
 
 def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
-    """A WhiteboxResult as score tables, one per condition and k; `model` is what evaluate_whitebox was given."""
+    """A WhiteboxResult as score tables, one per condition and classifier; `model` is what the evaluation was given."""
     return tuple(
         ScoreTable(
             scores=scores,
@@ -322,11 +328,12 @@ def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
             split=table.split,
             model=table.encoder,
             condition=condition,
-            k=k if isinstance(k, int) else 0,
+            k=key if isinstance(key, int) else 0,
+            classifier="" if isinstance(key, int) else key,
             **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
         )
         for condition, table in result.tables.items()
-        for k, scores in result.scores[condition].items()
+        for key, scores in result.scores[condition].items()
     )
 
 
@@ -374,5 +381,6 @@ def _score_table(arrays: Any, number: int, text: dict[str, Any]) -> ScoreTable:
     given = [name for name in GROUP_LABELS if f"{number}/{name}" in arrays]
     columns = {name: arrays[f"{number}/{name}"] for name in ("scores", *_IDS, *given)}
     names = tuple(str(name) for name in text["class_names"])
+    text = {"classifier": "", **text}  # which older files lack
     words: dict[str, Any] = {name: str(text[name]) for name in _TEXT}
     return ScoreTable(**columns, class_names=names, k=int(text["k"]), **words)

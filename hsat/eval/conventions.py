@@ -209,6 +209,7 @@ def rescore(result: WhiteboxResult, scoring: Scoring) -> WhiteboxResult:
                         value=getattr(measured, metric),
                         low=interval.low,
                         high=interval.high,
+                        chance=measured.chance[metric],
                         n=measured.n,
                         settings=settings,
                     )

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
-from hsat.classifiers import FittedKNN, concat_tables, fit_classifiers, predict_scores
+from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
-from hsat.embedding import Embedder, Layer, LoaderInfo, loader_info, resolve_device
+from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device
+from hsat.eval.flags import bank_flags
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
-from hsat.eval.records import ClassifierFacts, RecordTemplate, bank_flags
+from hsat.eval.records import ClassifierFacts, RecordTemplate
 from hsat.eval.store import EmbeddingCache
 from hsat.fingerprints import (
     fingerprint_attack,
+    fingerprint_classifier,
     fingerprint_encoder,
     fingerprint_loader,
     fingerprint_table,
@@ -29,6 +34,8 @@ from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, Fi
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
 Queries = Iterable[HierarchicalBatch]
 ScoresKey = int | str
+LOGITS = "logits"
+NOT_CONVERGED = "the fit of the linear probe did not converge: raise max_iter, or give a smaller C"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,21 +71,37 @@ class Evaluation:
         run = self.run
         return Embedder(self.encoder, layer=self.layer, device=run.device, name=name, progress=run.progress)
 
-    def embed_bank(self, bank: Bank, world: World, cache: EmbeddingCache | None) -> EmbeddingTable:
+    def embed_bank(
+        self,
+        bank: Bank,
+        world: World,
+        cache: EmbeddingCache | None,
+        *,
+        announce: Callable[[Iterable[HierarchicalBatch]], None] | None = None,
+    ) -> EmbeddingTable:
         """The table of a bank: given, in one piece or several, or embedded by `embed_clean`."""
         if isinstance(bank, EmbeddingTable):
             return bank
         if isinstance(bank, Sequence) and any(isinstance(bank[number], EmbeddingTable) for number in range(len(bank))):
             return concat_tables(cast(Sequence[EmbeddingTable], bank))
         loader = cast(Iterable[HierarchicalBatch], bank)
-        return self.embed_clean(loader, loader_info(loader, self.provenance.class_names), world, cache)
+        info = loader_info(loader, self.provenance.class_names)
+        return self.embed_clean(loader, info, world, cache, announce=announce)
 
     def embed_clean(
-        self, loader: Iterable[HierarchicalBatch], info: LoaderInfo, world: World, cache: EmbeddingCache | None
+        self,
+        loader: Iterable[HierarchicalBatch],
+        info: LoaderInfo,
+        world: World,
+        cache: EmbeddingCache | None,
+        *,
+        announce: Callable[[Iterable[HierarchicalBatch]], None] | None = None,
     ) -> EmbeddingTable:
         """The table of a loader's images, from the cache or embedded by all ranks together.
 
         The cached table is used only if every rank finds it; otherwise rank 0 writes it.
+
+        announce: Where progress is shown, is called on rank 0 with the loader before it is embedded.
         """
         key = None if cache is None else self.clean_key(loader)
         if cache is not None and key is not None:
@@ -86,6 +109,8 @@ class Evaluation:
             table = cache.get_table(key)
             if all(world.gather(table is not None)) and table is not None:
                 return table
+        if announce is not None and self.run.progress and world.is_main:
+            announce(loader)
         table = self.embedder(self.provenance.model).run(loader, info, world)
         if cache is not None and key is not None and world.is_main:
             cache.put_table(key, table)
@@ -125,18 +150,30 @@ class Evaluation:
         return settings | {f"attack.{name}": fingerprint_attack(attack) for name, attack in attacks.items()}
 
     def template(
-        self, bank: EmbeddingTable, queries: EmbeddingTable, class_names: Sequence[str], *, target: str | None = None
+        self,
+        bank: EmbeddingTable | None,
+        queries: EmbeddingTable | LoaderInfo,
+        class_names: Sequence[str],
+        *,
+        target: str | None = None,
     ) -> RecordTemplate:
-        """What all records of these queries by classifiers of this bank have in common; target: for other texts."""
-        scoring = self.scoring
-        settings = arithmetic_settings(scoring) | {
-            "layer": self.layer,
-            "bootstrap": scoring.bootstrap,
-            "bank_rows": len(bank),
-            "bank_cohort": bank.cohort,
-            "bank_split": bank.split,
-            "pixel_normalisation": normalisation_of(self.encoder),
-        }
+        """What all records of these queries have in common.
+
+        Args:
+            bank: What the classifiers were fitted on; None for classifiers without one.
+            queries: Their table (of logits, where there is no bank), or the facts of their loader where slides are
+                scored.
+            class_names: Columns of the scores.
+            target: What the attacks maximise, where that is something else than the target.
+        """
+        scoring, flags = self.scoring, tuple[str, ...]()
+        settings = arithmetic_settings(scoring) | {"layer": self.layer, "bootstrap": scoring.bootstrap}
+        settings["pixel_normalisation"] = normalisation_of(self.encoder)
+        if bank is not None and isinstance(queries, EmbeddingTable):
+            settings |= {"bank_rows": len(bank), "bank_cohort": bank.cohort, "bank_split": bank.split}
+            flags = bank_flags(bank, queries)
+        elif isinstance(queries, EmbeddingTable):
+            settings["layer"] = LOGITS
         if target is None and (branch := self.target.branch_of(self.encoder)):
             settings["attack_branch"] = branch
         if numerics := numerics_of(self.encoder):
@@ -150,7 +187,7 @@ class Evaluation:
             cohort=queries.cohort,
             split=queries.split,
             class_names=tuple(class_names),
-            flags=bank_flags(bank, queries),
+            flags=flags,
             settings=settings,
         )
 
@@ -209,10 +246,21 @@ class ScoredClassifier:
     fitted: FittedClassifier
     attacked: bool
 
-    @property
+    @cached_property
     def key(self) -> ScoresKey:
         """Its key in results: k for a kNN, else its settings as text."""
-        return self.fitted.k if isinstance(self.fitted, FittedKNN) else repr(self.settings)
+        return self.fitted.k if isinstance(self.fitted, FittedKNN) else self.text
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Reasons to distrust all its numbers."""
+        doubtful = isinstance(self.fitted, FittedLinearProbe) and not self.fitted.converged
+        return (NOT_CONVERGED,) if doubtful else ()
+
+    @cached_property
+    def text(self) -> str:
+        """Its settings, as records state them."""
+        return repr(self.settings)
 
     @property
     def name(self) -> str:
@@ -221,14 +269,17 @@ class ScoredClassifier:
 
     def facts(self, queries: EmbeddingTable, *, seed: int) -> ClassifierFacts:
         """What records say of it; the quality of an approximate index is measured on these queries."""
+        if isinstance(self.fitted, FittedLinearProbe):
+            fit = {"iterations": self.fitted.iterations, "converged": self.fitted.converged}
+            return ClassifierFacts(name=self.text, attacked=self.attacked, settings=fit)
         if not isinstance(self.fitted, FittedKNN):
-            return ClassifierFacts(name=repr(self.settings), attacked=self.attacked)
+            return ClassifierFacts(name=self.text, attacked=self.attacked)
         settings: dict[str, Any] = {
             "index": self.fitted.settings.index,
             **self.fitted.index_quality(queries, seed=seed),
         }
         return ClassifierFacts(
-            name=repr(self.settings),
+            name=self.text,
             k=self.fitted.k,
             temperature=self.fitted.settings.temperature,
             attacked=self.attacked,
@@ -257,10 +308,13 @@ def fit_bank(classifier: Classifier | Sequence[Classifier], bank: EmbeddingTable
 
 def score_queries(classifiers: Sequence[ScoredClassifier], queries: EmbeddingTable) -> dict[ScoresKey, np.ndarray]:
     """Class scores (n, classes) of the queries by each classifier; kNNs of one bank share one search."""
-    scores = predict_scores([one.fitted for one in classifiers], queries)
+    with ExitStack() as stack:
+        for module in (one.fitted for one in classifiers if isinstance(one.fitted, nn.Module)):
+            stack.enter_context(eval_mode(module))  # a head may be in training mode
+        scores = predict_scores([one.fitted for one in classifiers], queries)
     return {one.key: rows for one, rows in zip(classifiers, scores, strict=True)}
 
 
 def classifier_settings(classifiers: Sequence[ScoredClassifier], bank: EmbeddingTable) -> dict[str, Any]:
     """What of bank and classifiers decides the results of a pass: the one that is attacked."""
-    return {"bank": fingerprint_table(bank), "classifier": repr(classifiers[0].settings)}
+    return {"bank": fingerprint_table(bank), "classifier": fingerprint_classifier(classifiers[0].settings)}

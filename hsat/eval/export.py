@@ -204,7 +204,13 @@ def save_adversarial(
     for key, condition in conditions.items():
         scores, own = score_queries(classifiers, tables[key]), None if key == CLEAN else attack
         records += condition_records(
-            key, condition, own, tables[key], scores, classifiers=classifiers, template=templates[key]
+            key,
+            condition,
+            own,
+            tables[key],
+            scores,
+            classifiers=classifiers,
+            template=templates[key].with_clean(records),
         )
     changed = sum(batch["changed"] for batch in written) / max(1, sum(batch["numbers"] for batch in written))
     return ExportResult(files.root, again, tuple(records), tables, changed)

@@ -8,28 +8,30 @@ Athalye et al., arXiv:1802.00420, section 3.1, and Carlini et al., arXiv:1902.06
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsat.attacks import PGD, Linf, RandomNoise, Square, feature_drift, margin
+from hsat.attacks import BIM, MIFGSM, PGD, Linf, RandomNoise, Square, feature_drift, margin
 from hsat.attacks.initialization import image_seed
 from hsat.classifiers import DecisionModel
 from hsat.embedding import attack_unscored, encode
 from hsat.eval.confidence import binomial_tail
 from hsat.types import Attack, AttackResult, EmbeddingFunction, Objective
 
+_T = TypeVar("_T")
+
 POINTS = 20  # random points of the search without gradients, half of them at the border of the ball
 QUERIES = 50  # of the Square attack: a rough search, which a gradient attack on a sound model leaves far behind
 _AREA = 0.3  # of its first squares; the paper's 0.05 is for thousands of queries
 FULL_STEPS = 20  # of the attack without a bound, twice: with steps of 2/255, then of a tenth of the pixel range
 NEGLIGIBLE = 1e-3  # distance between unit embeddings that rounding explains, also on GPUs with short floats
-_FULL_SIZES = (2 / 255, 0.1)
+UNBOUNDED_SIZES = (2 / 255, 0.1)
 _CLEARLY = 0.1  # of the attack's rise: both may end near the same maximum, on small images above all
 _ROUNDING = 5e-7  # of a value in float32: at eps of 1e-5 and below a drift is no larger, and who wins is chance
 _FALL = 0.25  # share of the rise that the objective may lose again between all steps and twice as many
@@ -107,6 +109,7 @@ class DiagnosisTarget:
         attacked: The layer that the attack moves.
         model: Images -> logits of the classifier that decides.
         objective: See `DiagnosisObjective`.
+        decides: Whether the objective is the margin of the model's own decision, so that its sign is the decision.
         surrogates: Layers of other models, whose adversarial images are tried as well.
         seed: Of all noise.
     """
@@ -115,6 +118,7 @@ class DiagnosisTarget:
     attacked: EmbeddingFunction
     model: DecisionModel
     objective: DiagnosisObjective
+    decides: bool = False
     surrogates: tuple[EmbeddingFunction, ...] = ()
     seed: int = 0
 
@@ -124,7 +128,30 @@ class DiagnosisTarget:
         return self.attack.threat  # type: ignore[attr-defined]
 
 
-def run_checks(subject: DiagnosisTarget, images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, np.ndarray]:
+class SharedOutcomes:
+    """What attacks on one model have in common on one batch, computed when it is first asked for.
+
+    Random points depend on the threat model, the attack without a bound on the model alone; nothing on who asks first.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], Any] = {}
+
+    def get(self, key: tuple[str, ...], compute: Callable[[], _T]) -> _T:
+        """The outcome of this name, from `compute` the first time."""
+        if key not in self._known:
+            self._known[key] = compute()
+        known: _T = self._known[key]
+        return known
+
+
+def run_checks(
+    subject: DiagnosisTarget,
+    images: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    shared: SharedOutcomes | None = None,
+) -> dict[str, np.ndarray]:
     """Outcomes by name: the criteria in `CRITERIA`, and which decisions were right.
 
     Args:
@@ -132,34 +159,70 @@ def run_checks(subject: DiagnosisTarget, images: Tensor, labels: Tensor, ids: Te
         images: (n, c, h, w), in [0, 1].
         labels: (n,) classes as the classifier numbers them.
         ids: (n,) patch ids, on which noise depends.
+        shared: What diagnoses of other attacks on the same model, objective and images leave, and may use.
 
     Returns:
         (n,) bool each.  What is said about decisions counts for the images of "right_clean" only.
     """
     checks = _Checks(subject, images, labels, ids)
-    result = checks.attacked(subject.attack)
-    noise = checks.attacked(RandomNoise(subject.threat), seed=subject.seed + 1)
-    black_value, black_right = checks.black_box()
-    clean, right = checks.right(images), checks.right(result.x_adv)
-    start = checks.attacked(RandomNoise(subject.threat)).x_adv  # with the same seed: the attack's own random start
-    still = _same(result.x_adv, images) | _same(result.x_adv, start)
-    value = checks.value(result.x_adv)
+    shared = shared or SharedOutcomes()
+    threat = repr(subject.threat)
+    climb = shared.get(("climb", same_climb(subject.attack)), checks.climb)
+    noise_value, noise_right = shared.get(("noise", threat), checks.noise)
+    black_value, black_right = checks.with_surrogates(*shared.get(("black box", threat), checks.black_box))
+    result, value = climb.result, climb.value
     outcomes = {
-        "right_clean": clean,
-        "right_attack": right,
-        "right_noise": checks.right(noise.x_adv),
+        "right_clean": shared.get(("clean",), lambda: checks.right(images)),
+        "right_attack": climb.right,
+        "right_noise": noise_right,
         "right_black_box": black_right,
         "zero_gradient": result.zero_gradient > 0,
-        "never_moved": still,
-        "noise_beats_attack": checks.value(noise.x_adv) >= value,
+        "never_moved": climb.still,
+        "noise_beats_attack": noise_value >= value,
         "black_box_beats_white_box": checks.black_box_is_stronger(black_value, value, result),
-        "black_box_breaks": right & ~black_right,
-        "loss_not_increasing": checks.loss_not_increasing(result, value),
-        "robust_to_unbounded_attack": checks.robust_to_unbounded(result.x_adv),
-        "not_repeatable": checks.is_random(),
-        "discontinuous": checks.is_discontinuous(),
+        "black_box_breaks": climb.right & ~black_right,
+        "loss_not_increasing": climb.falls,
+        "robust_to_unbounded_attack": climb.right & shared.get(("unbounded",), checks.robust_to_unbounded),
+        "not_repeatable": shared.get(("second pass",), checks.is_random),
+        "discontinuous": shared.get(("little", threat), checks.is_discontinuous),
     }
     return {name: outcome.cpu().numpy() for name, outcome in outcomes.items()}
+
+
+def is_plain(attack: Attack) -> bool:
+    """Whether the attack reads its objective once per step, at the iterate, and begins once."""
+    return isinstance(attack, PGD | BIM | MIFGSM) and attack.restarts == 1
+
+
+def same_climb(attack: Attack) -> str:
+    """What attacks that do the same have in common: BIM with a random start is PGD."""
+    text = repr(attack)
+    return text.replace("BIM(", "PGD(", 1) if isinstance(attack, BIM) else text
+
+
+@dataclass(frozen=True, eq=False)
+class _Climb:
+    """What an attack did: its result, the value there, and which images stayed, fell again or are right still."""
+
+    result: AttackResult
+    value: Tensor
+    right: Tensor
+    still: Tensor
+    falls: Tensor
+
+
+class _Watched:
+    """An objective that keeps the values it gives."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self.stationary_at_clean = bool(getattr(objective, "stationary_at_clean", False))
+        self.values: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        value = self._objective(images)
+        self.values.append(value.detach().expand(len(images)))
+        return value
 
 
 class _Checks:
@@ -170,10 +233,19 @@ class _Checks:
         self.labels = labels.to(images.device)
         self.objective = subject.objective(images, self.labels)
 
-    def attacked(self, attack: Attack, objective: Objective | None = None, *, seed: int | None = None) -> AttackResult:
-        seed = self.subject.seed if seed is None else seed
-        generator = torch.Generator().manual_seed(seed)
-        return attack_unscored(attack, self.images, objective or self.objective, generator=generator, ids=self.ids)
+    def attacked(
+        self,
+        attack: Attack,
+        objective: Objective | None = None,
+        *,
+        seed: int | None = None,
+        start: Tensor | None = None,
+    ) -> AttackResult:
+        chosen = objective or self.objective
+        generator = torch.Generator().manual_seed(self.subject.seed if seed is None else seed)
+        if start is not None:
+            return attack.run(self.images, chosen, start=start, generator=generator, ids=self.ids)
+        return attack_unscored(attack, self.images, chosen, generator=generator, ids=self.ids)
 
     def value(self, images: Tensor) -> Tensor:
         """The objective, (n,); a scalar objective counts for every image."""
@@ -187,14 +259,46 @@ class _Checks:
             right: Tensor = self.subject.model(images).argmax(1) == self.labels
         return right
 
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective, (n,), and whether the decision is right, (n,) bool; of a margin one pass tells both."""
+        value = self.value(images)
+        if self.subject.decides:
+            return value, value <= 0  # the logit of the winner is the highest by at least one float
+        return value, self.right(images)
+
+    def climb(self) -> _Climb:
+        """The attack, and how its objective went on the way and after as many steps again."""
+        attack, watched = self.subject.attack, _Watched(self.objective)
+        result = self.attacked(attack, watched)
+        value, right = self.judge(result.x_adv)
+        start = self.attacked(RandomNoise(self.subject.threat)).x_adv  # with the same seed: the attack's own start
+        still = _same(result.x_adv, self.images) | _same(result.x_adv, start)
+        falls = self._loss_not_increasing(result, value, watched.values)
+        return _Climb(result, value, right, still, falls)
+
+    def noise(self) -> tuple[Tensor, Tensor]:
+        """Value and decision at one random point of the ball."""
+        return self.judge(self.attacked(RandomNoise(self.subject.threat), seed=self.subject.seed + 1).x_adv)
+
     def black_box(self) -> tuple[Tensor, Tensor]:
         """The best value of a search without gradients, (n,), and whether the decision is right at all."""
-        best, right = torch.full((len(self.images),), -torch.inf, device=self.images.device), None
-        for points in self._points():
-            value, ok = self.value(points), self.right(points)
-            best = torch.maximum(best, value.to(best))
-            right = ok if right is None else right & ok
-        assert right is not None  # POINTS is not zero
+        return self._best_of(self._points())
+
+    def with_surrogates(self, value: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, where images that the attack makes on surrogates count as well."""
+        images = [
+            self.attacked(self.subject.attack, feature_drift(surrogate, self.images)).x_adv
+            for surrogate in self.subject.surrogates
+        ]
+        lent, right_lent = self._best_of(iter(images))
+        return torch.maximum(value, lent), right & right_lent
+
+    def _best_of(self, images: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        best = torch.full((len(self.images),), -torch.inf, device=self.images.device)
+        right = torch.ones_like(best, dtype=torch.bool)
+        for points in images:
+            value, ok = self.judge(points)
+            best, right = torch.maximum(best, value.to(best)), right & ok
         return best, right
 
     def _points(self) -> Iterator[Tensor]:
@@ -203,8 +307,6 @@ class _Checks:
             yield self.attacked(RandomNoise(threat), seed=image_seed(self.subject.seed, number, -2)).x_adv
             yield self._random_vertex(number)
         yield self.attacked(Square(threat, queries=QUERIES, area=_AREA)).x_adv
-        for surrogate in self.subject.surrogates:
-            yield self.attacked(self.subject.attack, feature_drift(surrogate, self.images)).x_adv
 
     def _random_vertex(self, draw: int) -> Tensor:
         """A point of the border of the ball in a random direction, which depends on the image's id and the draw."""
@@ -222,38 +324,50 @@ class _Checks:
         rise = (value - result.start_value.expand(len(value)).to(value)).clamp_min(0.0)
         return black.to(value) > value + _CLEARLY * rise + _ROUNDING
 
-    def loss_not_increasing(self, result: AttackResult, value: Tensor) -> Tensor:
-        """Is the value no higher than at the start, or much lower again after twice the steps?  (n,) bool."""
+    def _loss_not_increasing(self, result: AttackResult, value: Tensor, seen: Sequence[Tensor]) -> Tensor:
+        """Is the value no higher than at the start, or much lower again after twice the steps?  (n,) bool.
+
+        seen: The values that the attack saw; of a plain attack the last `steps` are those at its iterates.
+        """
         start = result.start_value.expand(len(value)).to(value)
         stuck = value <= start
-        steps = getattr(self.subject.attack, "steps", None)
-        if not isinstance(steps, int) or not dataclasses.is_dataclass(self.subject.attack):
+        attack = self.subject.attack
+        steps = getattr(attack, "steps", None)
+        if not (isinstance(steps, int) and dataclasses.is_dataclass(attack)):
             return stuck
+        earlier = {1, max(1, steps // 2)} - {steps}
         best = value
-        for count in {1, max(1, steps // 2)} - {steps}:
-            best = torch.maximum(best, self._after(count))
-        return stuck | (self._after(2 * steps) < best - _FALL * (best - start) - _ROUNDING)
+        if is_plain(self.subject.attack):  # the values on the way are known, and the steps go on from where they ended
+            for count in earlier:
+                best = torch.maximum(best, seen[count - steps].to(best))
+            twice = self.attacked(self.subject.attack, start=result.x_adv).value.expand(len(value))
+        else:
+            after = {n: self._after(n) for n in (*earlier, 2 * steps)}
+            for count in earlier:
+                best = torch.maximum(best, after[count])
+            twice = after[2 * steps]
+        return stuck | (twice < best - _FALL * (best - start) - _ROUNDING)
 
     def _after(self, steps: int) -> Tensor:
         attack: Any = self.subject.attack
         return self.value(self.attacked(dataclasses.replace(attack, steps=steps)).x_adv)
 
-    def robust_to_unbounded(self, start: Tensor) -> Tensor:
-        """Is the decision right, too, when nothing bounds the perturbation?  (n,) bool.
+    def robust_to_unbounded(self) -> Tensor:
+        """Is the decision right when nothing bounds the perturbation?  (n,) bool.
 
-        From where the attack ended, the margin of the decision is climbed until it is wrong: with small steps, for
-        sign steps of a tenth leap over the boundary of most networks, then with large ones that cross the pixel range.
+        The margin of the decision is climbed until it is wrong: with small steps, for sign steps of a tenth leap over
+        the boundary of most networks, then with large ones that cross the pixel range.
         """
         model, threat = self.subject.model, self.subject.threat
         if model.fitted.classes_with_rows < 2:
             return torch.zeros_like(self.labels, dtype=torch.bool)  # no decision can be wrong
         low, high = threat.low, threat.high
         objective = margin(model, self.labels)
-        point = start
-        for size in _FULL_SIZES:
+        point = self.images
+        for size in UNBOUNDED_SIZES:
             attack = PGD(Linf(high - low, low, high), step_size=size * (high - low), steps=FULL_STEPS)
             point = attack(self.images, objective, start=point, success=objective.success)
-        return self.right(start) & self.right(point)
+        return self.right(point)
 
     def is_random(self) -> Tensor:
         """Does a second pass over the same images, in reverse order, give other embeddings?  (n,) bool."""

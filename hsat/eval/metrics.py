@@ -42,6 +42,11 @@ class Metrics:
     average_precision: np.ndarray
     class_names: tuple[str, ...] = ()
 
+    @property
+    def chance(self) -> dict[str, float]:
+        """The chance level of each number, by name; see `chance_levels`."""
+        return _chance_of_counts(self.confusion.sum(1))
+
     def as_dict(self) -> dict[str, float]:
         """The five numbers by name, in the order of METRICS."""
         return {name: getattr(self, name) for name in METRICS}
@@ -92,6 +97,40 @@ def metrics(
         average_precision=precision,
         class_names=() if class_names is None else tuple(class_names),
     )
+
+
+def chance_levels(labels: Any) -> dict[str, float]:
+    """What scores reach that know how frequent the classes are, and nothing of the images.
+
+    These are the `metrics` of the classes' shares as the scores of every row.
+
+    Args:
+        labels: (n,) true classes of the rows of one level, as integers.
+
+    Returns:
+        Shares in [0, 1] by the names of METRICS.  accuracy: the share of the largest class (always say that one).  mca:
+        one over the number of classes that occur.  top2, top3: the shares of the two, three largest classes together.
+        map: the mean prevalence of the classes that occur, the average precision of scores without order.
+
+    Raises:
+        ValueError: Without labels, for there is then no chance level.
+
+    Example:
+        >>> chance_levels([0, 0, 0, 1, 2])["accuracy"]
+        0.6
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not len(labels):
+        raise ValueError(f"labels must be (n,) with n >= 1, got shape {labels.shape}; without them there is no chance")
+    return _chance_of_counts(np.unique(labels, return_counts=True)[1])
+
+
+def _chance_of_counts(counts: np.ndarray) -> dict[str, float]:
+    """The chance levels of classes of these sizes; empty classes do not count."""
+    shares = np.sort(counts[counts > 0])[::-1] / counts.sum()
+    top = {name: min(1.0, float(shares[:k].sum())) for name, k in (("accuracy", 1), ("top2", 2), ("top3", 3))}
+    found = top | {"mca": 1 / len(shares), "map": float(shares.mean())}
+    return {name: found[name] for name in METRICS}
 
 
 def rank_of_true_class(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsat.attacks import AttackEnsemble, feature_drift, margin
 from hsat.classifiers import DecisionModel
@@ -97,6 +97,11 @@ class ObjectiveFactory:
         factory = copy.copy(self)
         factory._custom = custom
         return factory
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What has a mode of its own and has to be frozen while it is attacked, beside the encoder: a trained head."""
+        return (self._classifier,) if isinstance(self._classifier, nn.Module) else ()
 
     def labels_of(self, batch: HierarchicalBatch, class_names: Sequence[str]) -> np.ndarray:
         """The labels of a batch as indices of the classifier's classes, (n,); class_names: those of its loader."""

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hsat.eval.tables import Table
 from hsat.types import AttackResult, MemberStats
 
 _SUSPICIOUS_FRACTION = 0.01
+_ROUNDING = 1e-6  # of arithmetic in float32 on pixels; images of less precision have more
 
 
 @dataclass
@@ -25,6 +27,10 @@ class AttackStats:
         zero_gradient: Images whose gradient was exactly zero in some step.
         never_moved: Images that came out as they went in.
         stationary: Images that were given a random start because the clean point was stationary.
+        outside: Images that another library's attack left outside the threat model, by more than rounding.
+        rounded: Those that were outside by no more than that.
+        not_finite: Images that it left with NaN or infinity, for which the clean ones were taken.
+        farthest: The most by which a pixel was outside.
     """
 
     images: int = 0
@@ -33,6 +39,10 @@ class AttackStats:
     zero_gradient: int = 0
     never_moved: int = 0
     stationary: int = 0
+    outside: int = 0
+    rounded: int = 0
+    not_finite: int = 0
+    farthest: float = 0.0
 
     def add(self, result: AttackResult, images: Tensor) -> None:
         """Add what an attack reports about a batch of images."""
@@ -50,13 +60,24 @@ class AttackStats:
         self.zero_gradient += int((result.zero_gradient > 0).sum())
         self.never_moved += int(still.sum())
         self.stationary += 0 if result.stationary is None else int(result.stationary.sum())
+        if result.outside is not None:
+            self._add_outside(result.outside, max(_ROUNDING, torch.finfo(result.x_adv.dtype).eps))
 
-    def merge(self, counts: Mapping[str, int]) -> None:
-        """Add the counts of other batches, by name."""
+    def _add_outside(self, distance: Tensor, rounding: float) -> None:
+        """Add how far images were outside the threat model, (n,)."""
+        finite = distance[distance.isfinite()]
+        self.outside += int((finite > rounding).sum())
+        self.rounded += int(((finite > 0) & (finite <= rounding)).sum())
+        self.not_finite += len(distance) - len(finite)
+        self.farthest = max(self.farthest, float(finite.max()) if len(finite) else 0.0)
+
+    def merge(self, counts: Mapping[str, float]) -> None:
+        """Add the counts of other batches, by name; of `farthest` the larger one stays."""
         for name, value in counts.items():
-            setattr(self, name, getattr(self, name) + value)
+            own = getattr(self, name)
+            setattr(self, name, max(own, value) if name == "farthest" else own + value)
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """The counts by name."""
         return {option.name: getattr(self, option.name) for option in fields(self)}
 
@@ -74,6 +95,29 @@ class AttackStats:
         if (fraction := self.fraction("never_moved")) > _SUSPICIOUS_FRACTION:
             flags.append(f"{fraction:.1%} of the images never moved")
         return tuple(flags)
+
+    def feasibility_flags(self) -> tuple[str, ...]:
+        """What another library's attack did that the threat model forbids; rounding is no flag."""
+        flags = []
+        if self.outside:
+            flags.append(
+                f"{self.outside} of {self.images} images left the threat model by up to {self.farthest:.3g} at a pixel;"
+                " they were projected back and judged there"
+            )
+        if self.not_finite:
+            flags.append(
+                f"{self.not_finite} of {self.images} images came back with NaN or infinity; the clean ones were taken"
+            )
+        return tuple(flags)
+
+    def flags(self, eps: float) -> tuple[str, ...]:
+        """All reasons to distrust a number that these counts give."""
+        return (*self.masking_flags(eps), *self.feasibility_flags())
+
+    def feasibility_settings(self) -> dict[str, float]:
+        """What records say of images outside the threat model; empty where there was none."""
+        shares = {f"{name}_share": self.fraction(name) for name in ("outside", "rounded", "not_finite")}
+        return shares | {"farthest_outside": self.farthest} if any(shares.values()) else {}
 
 
 @dataclass(frozen=True, eq=False)

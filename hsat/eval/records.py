@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from hsat.attacks.threat import eps_text, eps_value
 from hsat.eval.confidence import Interval, bootstrap_intervals
+from hsat.eval.flags import accuracy_flags
 from hsat.eval.metrics import METRICS, Metrics, metrics
 from hsat.eval.options import Scoring
 from hsat.eval.outcomes import AttackStats
 from hsat.eval.pooling import pool_by_level, unreported_levels
-from hsat.files import read_json_lines, write_json_lines
+from hsat.files import STRICT, read_fields, read_json_lines, write_json_lines
 from hsat.types import EmbeddingTable
 
 _STARTS = {"FFGSM": True, "FGSM": False, "RandomNoise": True}  # attacks whose start is not an option
-SCHEMA = 2
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""How values of files are read: no kind is taken for another, and NaN and infinity are no numbers."""
+_WITHOUT_ADVERSARY = ("RandomNoise", "NaturalShift")  # conditions to compare attacks with
+SCHEMA = 3
 
 Count = Annotated[int, Field(ge=0)]
-
-_T = TypeVar("_T")
 
 
 class _MeasuredSettings(BaseModel):
@@ -54,6 +50,7 @@ class Record:
     attack: repr of the attack ("" for clean images); attack_name: its short name, the column of a table.  eps: as text
     ("8/255"); eps_value: the same in units of the pixel range.  target: the layer whose drift the attack maximises.
     value, low, high: the metric and its interval in [0, 1]; low and high are None where there is no interval.
+    chance: what knowing nothing reaches (`chance_levels`); None where that has no meaning, and in older files.
     n: rows at this level.  forwards, backwards: passes per image that the attack spent.
     surrogate: in a transfer, the encoder that was attacked while `model` was measured; "" otherwise.
     flags: reasons to distrust the number.  settings: whatever else decides it.  classifier: what decided; "" in
@@ -71,6 +68,7 @@ class Record:
     value: float
     low: float | None = None
     high: float | None = None
+    chance: float | None = None
     n: Count
     k: Count
     temperature: float
@@ -120,33 +118,6 @@ def _as_record(values: dict[str, Any], where: str) -> Record:
     return record
 
 
-def read_fields(kind: type[_T], values: Any, where: str) -> _T:
-    """Values of a file as an object of some kind, which pydantic checks.
-
-    Args:
-        kind: A dataclass with `STRICT` as its `__pydantic_config__`, or a pydantic model.
-        values: Fields by name.
-        where: The file; error messages begin with it.
-
-    Raises:
-        ValueError: Naming the first field that does not fit.
-    """
-    try:
-        # as JSON: there a list is a tuple, and an object a dataclass, also where nothing else is converted
-        fields: _T = _adapter(kind).validate_json(json.dumps(values))  # type: ignore[arg-type]  # a class is hashable
-        return fields
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name, shown = ".".join(map(str, first["loc"])) or "its value", repr(first["input"])
-        shown = shown if len(shown) <= 40 else shown[:40] + "..."
-        raise ValueError(f"{where}: {name} is {shown}; {first['msg']}") from error
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
 def software_versions() -> dict[str, str]:
     """Versions of what a number depends on; libraries that are not installed are left out."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -191,6 +162,16 @@ class AttackFacts:
     forwards: float | None = None
 
     @property
+    def is_clean(self) -> bool:
+        """Whether these are the queries as they are."""
+        return self.attack is None and not self.text
+
+    def is_attack_on(self, model: str) -> bool:
+        """Whether this is an attack, and no noise or natural shift, on the encoder which is measured."""
+        hostile = self.attack is not None and type(self.attack).__name__ not in _WITHOUT_ADVERSARY
+        return hostile and self.surrogate in ("", model)
+
+    @property
     def eps(self) -> float | torch.Tensor:
         """Size of the ball; 0 without an attack, the attack's own where it moves numbers of another space."""
         if self.attack is None:
@@ -230,6 +211,8 @@ class RecordTemplate:
         class_names: Columns of the scores.
         flags: Reasons to distrust all records.
         settings: Entries of all records' settings.
+        versions: Of the software.
+        clean: Accuracy on clean images by classifier and level, which no attack should leave more of.
     """
 
     target: str
@@ -243,6 +226,12 @@ class RecordTemplate:
     flags: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=software_versions)
+    clean: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    def with_clean(self, records: Iterable[Record]) -> RecordTemplate:
+        """The template that holds attacked accuracies against the clean ones among these records."""
+        clean = [record for record in records if record.metric == "accuracy" and not record.attack]
+        return dataclasses.replace(self, clean={(one.classifier, one.level): one.value for one in clean})
 
     def of_files(self, cohort: str, settings: Mapping[str, Any]) -> RecordTemplate:
         """The template of records that were measured on files of another cohort."""
@@ -258,6 +247,7 @@ class RecordTemplate:
         value: float,
         n: int,
         interval: Interval,
+        chance: float | None = None,
         extra: Mapping[str, Any] | None = None,
         flags: Sequence[str] = (),
     ) -> Record:
@@ -271,6 +261,7 @@ class RecordTemplate:
             value: Its value.
             n: Rows at this level.
             interval: Its interval; where it is missing or unusual the settings say why.
+            chance: Its chance level, where that has a meaning.
             extra: Further settings of this record alone.
             flags: Further flags of this record alone.
         """
@@ -284,6 +275,10 @@ class RecordTemplate:
         }
         if interval.reason:
             settings["no_interval" if interval.low is None else "interval"] = interval.reason
+        beside: tuple[str, ...] = ()
+        if metric == "accuracy":
+            clean = self.clean.get((classifier.name, level)) if facts.is_attack_on(self.model) else None
+            beside = accuracy_flags(value, level=level, chance=chance if facts.is_clean else None, clean=clean)
         return Record(
             model=self.model,
             attack=facts.text if facts.attack is None else repr(facts.attack),
@@ -296,6 +291,7 @@ class RecordTemplate:
             value=value,
             low=interval.low,
             high=interval.high,
+            chance=chance,
             n=n,
             k=classifier.k,
             temperature=classifier.temperature,
@@ -305,7 +301,7 @@ class RecordTemplate:
             split=self.split,
             checkpoint=self.checkpoint,
             surrogate=facts.surrogate,
-            flags=(*self.flags, *stats.masking_flags(eps_value(eps)), *facts.flags, *flags),
+            flags=(*self.flags, *stats.flags(eps_value(eps)), *beside, *facts.flags, *flags),
             forwards=stats.fraction("forwards") if facts.forwards is None else facts.forwards,
             backwards=stats.fraction("backwards"),
             settings=settings,
@@ -342,6 +338,7 @@ class RecordTemplate:
                 value=getattr(measured, metric),
                 n=measured.n,
                 interval=intervals[metric],
+                chance=measured.chance[metric],
                 flags=(*(level_flags or {}).get(level, ()), *(unreported if level == "patch" else ())),
             )
             for level, (measured, intervals) in levels.items()
@@ -370,19 +367,6 @@ def measure_levels(
     }
 
 
-def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
-    """Reasons to distrust every number that a bank gives: shared patients, and a single class that always wins."""
-    flags = []
-    if bank.cohort and bank.cohort == queries.cohort:
-        shared = np.intersect1d(bank.patient, queries.patient)
-        flags += [f"bank and queries share {len(shared)} patients"] if len(shared) else []
-    classes = np.unique(bank.label)
-    if len(classes) == 1:
-        name = bank.class_names[int(classes[0])]
-        flags.append(f"the bank holds one class only ({name}): no attack can change a decision")
-    return tuple(flags)
-
-
 def _attack_settings(facts: AttackFacts) -> dict[str, Any]:
     """What goes into a record's settings about an attack and how it went."""
     attack, stats = facts.attack, facts.stats
@@ -395,4 +379,4 @@ def _attack_settings(facts: AttackFacts) -> dict[str, Any]:
     settings["never_moved_share"] = stats.fraction("never_moved")
     if kind == "BIM" and random_start:
         settings["note"] = "BIM with a random start is PGD"
-    return settings
+    return settings | stats.feasibility_settings()

@@ -208,7 +208,8 @@ class AttackRunner:
                 visit(batch, self._objectives.labels_of(batch, info.class_names))
 
         with ExitStack() as stack:
-            for module in (*self._modules, *frozen):
+            modules: list[EmbeddingFunction] = [*self._modules, *self._objectives.modules, *frozen]
+            for module in modules:
                 stack.enter_context(eval_mode(module))
             results = run_batches(
                 queries,

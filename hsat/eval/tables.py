@@ -1,15 +1,22 @@
-"""One table of text, and its four forms: Markdown, LaTeX, CSV and HTML."""
+"""One table of text, and its five forms: Markdown, LaTeX, CSV, HTML and a DataFrame of pandas."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 ABSENT = "–"
 """What stands in a cell for a number that is not known or was not measured."""
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,28 @@ class Table:
         writer.writerows([str(cell) for cell in row] for row in self.rows)
         return out.getvalue()
 
+    def to_frame(self) -> DataFrame:
+        """Head and rows as a DataFrame of pandas, which the extra `frames` brings.
+
+        The columns are those of `to_csv`.  A column whose cells are numbers, or absent, holds numbers, and NaN where
+        one is absent; the first column, which names the rows, and all others hold the text of the cells.
+
+        Returns:
+            The DataFrame.
+
+        Raises:
+            ImportError: If pandas is not installed; the message names the command that installs it.
+
+        Example:
+            >>> Table(("model", "k", "clean"), [("a", "20", "93.8"), ("b", "20", "–")]).to_frame()["clean"].max()
+            np.float64(93.8)
+        """
+        pandas = import_pandas("to_frame")
+        columns = [[str(row[place]) for row in self.rows] for place in range(len(self.head))]
+        frame = pandas.DataFrame({place: _numbers(cells) if place else cells for place, cells in enumerate(columns)})
+        frame.columns = self._flat_head()  # two columns may have one name
+        return frame
+
     def to_html(self, *, kind: str = "") -> str:
         """The table as HTML, in a box of its own that scrolls; all text is escaped.
 
@@ -114,6 +143,33 @@ class Table:
             return list(self.head)
         groups = [label for label, span in self.groups for _ in range(span)]
         return [self.head[0], *(f"{group} {label}" for group, label in zip(groups, self.head[1:], strict=True))]
+
+
+def import_pandas(what: str) -> Any:
+    """The module pandas.
+
+    Args:
+        what: The function that needs it.
+
+    Raises:
+        ImportError: If it is not installed; the message names the command that installs it.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(f'{what} needs pandas: pip install "hsat[frames]"') from error
+    return pandas
+
+
+def _numbers(cells: Sequence[str]) -> list[str] | list[int] | list[float]:
+    """The cells of a column as numbers, with NaN for absent ones; unchanged if one is a text or none is a number."""
+    texts = [cell.replace("−", "-") for cell in cells]
+    known = [text for text in texts if text not in ("", ABSENT)]
+    if not known or not all(map(_NUMBER.fullmatch, known)):
+        return list(cells)
+    if len(known) == len(texts) and all(text.lstrip("+-").isdigit() for text in known):
+        return [int(text) for text in texts]
+    return [float("nan") if text in ("", ABSENT) else float(text) for text in texts]
 
 
 def latex_tabular(tables: Sequence[Table], *, align: str = "") -> str:

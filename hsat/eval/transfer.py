@@ -30,7 +30,7 @@ from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world, result_of, table_of
 from hsat.eval.transfer_drops import OTHERS, TransferDrop, average_drops, resample_metrics, transfer_drop
 from hsat.eval.whitebox import check_attacks, condition_records
-from hsat.fingerprints import fingerprint_table
+from hsat.fingerprints import fingerprint_classifier, fingerprint_table
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
 
 _GROWING = ("attack.", "bank.", "encoder.")
@@ -279,6 +279,7 @@ def _transfer_records(
             CLEAN, Condition.of(table), None, table, scores, classifiers=classifiers, template=template
         )
         records += before
+        template = template.with_clean(before)
         resampled = resample_metrics(template, scores, table)
         drops: dict[str, dict[str, TransferDrop]] = {}
         for (surrogate, name), condition in conditions.items():
@@ -324,7 +325,7 @@ def _transfer_settings(
     settings = next(iter(evaluations.values())).pass_settings(queries, attacks)
     for name, one in evaluations.items():
         settings |= encoder_settings(f"encoder.{name}", one.encoder, one.provenance)
-    settings["classifier"] = repr(classifier)
+    settings["classifier"] = fingerprint_classifier(classifier)
     if isinstance(banks, Mapping):
         settings |= {f"bank.{name}": fingerprint_table(banks[name]) for name in evaluations if name in banks}
     else:

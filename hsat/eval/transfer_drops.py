@@ -72,9 +72,9 @@ def transfer_drop(
 ) -> TransferDrop:
     """Clean minus attacked for each number of one target under one surrogate's attack, with paired intervals.
 
-    The rest of a drop's record is the attacked one's.
+    The rest of a drop's record is the attacked one's.  A drop whose whole interval lies below 0 is flagged.
     """
-    keys = {repr(classifier.settings): classifier.key for classifier in classifiers}
+    keys = {classifier.text: classifier.key for classifier in classifiers}
     before = {(keys[r.classifier], r.level, r.metric): r.value for r in clean}
     n_patients = len(np.unique(table.patient))
     records, resampled = {}, {}
@@ -83,9 +83,13 @@ def transfer_drop(
             place = (keys[record.classifier], record.level, record.metric)
             if place in clean_resampled:
                 resampled[place] = clean_resampled[place] - attacked_resampled[place]
-            records[place] = _with_interval(
+            drop = _with_interval(
                 record, DROPS[record.metric], before[place] - record.value, resampled.get(place), n_patients
             )
+            if record.surrogate != record.model and drop.high is not None and drop.high < 0:
+                gain = f"{record.level} {record.metric} above that of the clean images, beyond luck"
+                drop = dataclasses.replace(drop, flags=(*drop.flags, gain))
+            records[place] = drop
     return TransferDrop(records, resampled)
 
 
@@ -123,5 +127,5 @@ def _with_interval(record: Record, metric: str, value: float, resampled: np.ndar
     if interval.reason:
         settings["no_interval"] = interval.reason
     return dataclasses.replace(
-        record, metric=metric, value=value, low=interval.low, high=interval.high, settings=settings
+        record, metric=metric, value=value, low=interval.low, high=interval.high, chance=None, settings=settings
     )

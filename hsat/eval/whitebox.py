@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.attacks import AttackEnsemble, RandomNoise
+from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
+from hsat.embedding import eval_mode
 from hsat.eval.confidence import binomial_tail
+from hsat.eval.cost import announce_bank, announce_cost
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
     Bank,
@@ -30,8 +34,15 @@ from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
-from hsat.eval.store import CleanEmbeddings, open_session, open_world
-from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch
+from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
+from hsat.types import (
+    Attack,
+    Classifier,
+    EmbeddingFunction,
+    EmbeddingTable,
+    FittedClassifier,
+    HierarchicalBatch,
+)
 
 _TOLERATED = 0.05  # share of the images robust to every gradient that a search without them may break by luck
 _FALSE_ALARM = 0.01
@@ -61,6 +72,13 @@ class WhiteboxResult:
     examples: dict[str, Tensor]
     class_names: tuple[str, ...]
     outcomes: dict[str, EnsembleOutcome] = field(default_factory=dict)
+
+
+class AttackedQueries(NamedTuple):
+    """The queries under all conditions, and what was found in the attacks, by name."""
+
+    conditions: dict[str, Condition]
+    diagnoses: Mapping[str, Diagnosis]
 
 
 def evaluate_whitebox(
@@ -116,42 +134,89 @@ def evaluate_whitebox(
         TypeError: For attacks that are no mapping of attacks.
     """
     evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
-    check_attacks(attacks)
+    check_attacks(attacks, queries)
     others = dict(surrogates or {})
     chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), others)
     with open_world(run) as (world, cache):
-        table = evaluation.embed_bank(bank, world, cache)
+        table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)
-        fitted = classifiers[0].fitted
         settings = evaluation.settings(queries, chosen) | classifier_settings(classifiers, table)
         for name, other in others.items():
             settings |= encoder_settings(f"encoder.{name}", other, Provenance())
         session = open_session(run, settings, world, cache)
-        objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
-        diagnostics = DiagnosticsCollector(encoder, objectives, chosen, layer=scoring.layer, classifier=fitted, run=run)
-        conditions = AttackRunner(evaluation, objectives).run(
-            queries,
-            chosen,
-            session,
-            evaluation.query_info(queries, fitted.class_names),
-            clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
-            visit=diagnostics.add,
-            frozen=tuple(others.values()),
-        )
-        diagnoses = diagnostics.finish(evaluation.device, session)
-    tables = {name: replace(one.tables[""], encoder=provenance.model) for name, one in conditions.items()}
-    template = evaluation.template(table, tables[CLEAN], fitted.class_names)
+        frozen, fitted = tuple(others.values()), classifiers[0].fitted
+        attacked = attack_queries(evaluation, queries, chosen, session, classifier=fitted, bank=table, frozen=frozen)
+    return measure_attacks(evaluation, attacked, chosen, classifiers, bank=table)
+
+
+def attack_queries(
+    evaluation: Evaluation,
+    queries: Iterable[HierarchicalBatch],
+    attacks: Mapping[str, Attack],
+    session: Session,
+    *,
+    classifier: FittedClassifier,
+    bank: EmbeddingTable | None = None,
+    frozen: Sequence[EmbeddingFunction] = (),
+) -> AttackedQueries:
+    """The one pass over the queries, and the diagnoses of the attacks.
+
+    Args:
+        evaluation: The encoder and the options.
+        queries: See `evaluate_whitebox`.
+        attacks: By name, noise baselines among them.
+        session: World, store and cache.
+        classifier: What is attacked.
+        bank: What it was fitted on, where it was.
+        frozen: Further modules to freeze meanwhile.
+    """
+    encoder, layer, cache = evaluation.encoder, evaluation.layer, session.cache
+    objectives = ObjectiveFactory(encoder, evaluation.target, layer, classifier)
+    run, name = evaluation.run, evaluation.provenance.model
+    diagnostics = DiagnosticsCollector(
+        encoder, objectives, attacks, layer=layer, classifier=classifier, run=run, name=name
+    )
+    if session.shows:
+        announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session)
+    conditions = AttackRunner(evaluation, objectives).run(
+        queries,
+        attacks,
+        session,
+        evaluation.query_info(queries, classifier.class_names),
+        clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
+        visit=diagnostics.add,
+        frozen=frozen,
+    )
+    with ExitStack() as stack:
+        for module in objectives.modules:
+            stack.enter_context(eval_mode(module))
+        return AttackedQueries(conditions, diagnostics.finish(evaluation.device, session))
+
+
+def measure_attacks(
+    evaluation: Evaluation,
+    attacked: AttackedQueries,
+    attacks: Mapping[str, Attack],
+    classifiers: Sequence[ScoredClassifier],
+    *,
+    bank: EmbeddingTable | None,
+) -> WhiteboxResult:
+    """Scores and records of a pass, by every classifier; bank: what they were fitted on, None for a trained one."""
+    conditions, diagnoses = attacked.conditions, attacked.diagnoses
+    names = classifiers[0].fitted.class_names
+    tables = {name: replace(one.tables[""], encoder=evaluation.provenance.model) for name, one in conditions.items()}
+    template = evaluation.template(bank, tables[CLEAN], names)
     scores = {name: score_queries(classifiers, queries_table) for name, queries_table in tables.items()}
     records: list[Record] = []
     for name, condition in conditions.items():
         records += condition_records(
             name,
             condition,
-            chosen.get(name),
+            attacks.get(name),
             tables[name],
             scores[name],
             classifiers=classifiers,
-            template=template,
+            template=template.with_clean(records),  # clean comes first
             diagnosis=diagnoses.get(name),
         )
     return WhiteboxResult(
@@ -159,17 +224,17 @@ def evaluate_whitebox(
         tables=tables,
         scores=scores,
         examples={name: torch.cat(one.examples) for name, one in conditions.items() if one.examples},
-        class_names=fitted.class_names,
+        class_names=names,
         outcomes={name: one.outcome for name, one in conditions.items() if one.outcome is not None},
     )
 
 
-def check_attacks(attacks: Mapping[str, Attack]) -> None:
-    """Raise unless this maps names other than "clean" to attacks.
+def check_attacks(attacks: Mapping[str, Attack], queries: object = None) -> None:
+    """Raise unless this maps names other than "clean" to attacks that fit the queries, where they say what they are.
 
     Raises:
         TypeError: For something else than a mapping of attacks.
-        ValueError: For an attack called "clean".
+        ValueError: For an attack called "clean", and for other stains of SRH patches, which are not stained.
     """
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping such as {{'PGD-8': PGD(...)}}, got {type(attacks).__name__}")
@@ -178,6 +243,13 @@ def check_attacks(attacks: Mapping[str, Attack]) -> None:
             raise TypeError(f"attack {name!r} has no method run, as hsat.types.Attack wants: {attack!r}")
     if CLEAN in attacks:
         raise ValueError(f"an attack cannot be called {CLEAN!r}: that is the name of the queries as they are")
+    kind = getattr(getattr(getattr(queries, "dataset", None), "cohort", None), "kind", None)
+    stains = [name for name, attack in attacks.items() if isinstance(attack, NaturalShift) and attack.kind == "stain"]
+    if stains and kind == "srh":
+        raise ValueError(
+            f"{', '.join(stains)}: SRH patches are not stained, so that no other stain can be measured;"
+            " take NaturalShift.standard(stained=False)"
+        )
 
 
 def condition_records(
@@ -198,14 +270,16 @@ def condition_records(
     first = classifiers[0]
     decides = template.target == "decision" or condition.outcome is not None
     for classifier in classifiers:
-        flags: list[str] = []
+        flags = list(classifier.flags)
         settings: dict[str, Any] = {}
         if decides:
             settings["attacked_classifier"] = repr(first.settings)
             if isinstance(first.key, int):
                 settings["attacked_k"] = first.key
-            if attack is not None and not classifier.attacked and not isinstance(attack, RandomNoise):
+            if attack is not None and not classifier.attacked and not isinstance(attack, RandomNoise | NaturalShift):
                 flags.append(f"the attack was optimised for {first.name}, but this record is for {classifier.name}")
+        if isinstance(attack, NaturalShift):
+            settings["natural_shift"] = {"kind": attack.kind, "strength": attack.strength, "text": attack.text}
         if condition.outcome is not None:
             flags += black_box_flags(condition.outcome)
             settings |= ensemble_settings(condition.outcome)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from hsat.eval import Record
-from hsat.report.panels import COLOURS, LINES, MARKERS, figure_style, finish_figure, open_panels
+from hsat.report.panels import COLOURS, GREY, LINES, MARKERS, draw_chance, figure_style, finish_figure, open_panels
 from hsat.report.summary import AccuracyLine, accuracy_lines, eps_ticks, main_norm, norm_of
 from hsat.types import LEVELS
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY = "#808080"
 MOST_LABELS = 6  # so many lines are named at their ends; more have a legend
 
 
@@ -30,15 +29,14 @@ def plot_accuracy_vs_eps(
     levels: Sequence[str] = LEVELS,
     k: int | None = None,
     kinds: Literal["strongest", "all"] = "strongest",
-    chance: Mapping[str, float] | float | None = None,
     axes: Axes | Sequence[Axes] | None = None,
 ) -> Path | Figure:
     """One panel per level: what each model keeps against eps, under random noise, and what knowing nothing gives.
 
     A line joins the strongest attacks at each eps, which is the ensemble where one was run, from the clean images on;
-    the band is its interval.  Noise and the chance level are grey.  Several records for one point (seeds) give their
-    mean, with a band of one standard deviation.  Where both norms were measured, Linf is drawn.  Records of a transfer
-    are left out; `plot_transfer` shows them.
+    the band is its interval.  Noise is grey, and so is the chance level that the records state.  Several records for
+    one point (seeds) give their mean, with a band of one standard deviation.  Where both norms were measured, Linf is
+    drawn.  Records of a transfer are left out; `plot_transfer` shows them.
 
     Args:
         records: What was measured.
@@ -47,8 +45,6 @@ def plot_accuracy_vs_eps(
         levels: Which levels.
         k: Which of several k to draw; None takes the largest.
         kinds: "strongest", or "all" for a line per kind of attack ("PGD" of "PGD-8") with bars instead of bands.
-        chance: The chance level in [0, 1], one for all levels or one for each.  None takes `settings["chance"]` of the
-            records, if they state it.
         axes: Where to draw instead of a file, one for each level that was measured.
 
     Returns:
@@ -63,6 +59,8 @@ def plot_accuracy_vs_eps(
     chosen = [r for r in records if (r.metric, r.k) == (metric, largest) and r.level in levels and not r.surrogate]
     if not chosen:
         raise ValueError(f"none of the {len(records)} records has metric {metric!r}, k={largest}, a level of {levels}")
+    if not largest:  # one of several classifiers without neighbours
+        chosen = [record for record in chosen if record.classifier == chosen[0].classifier]
     norm = main_norm(chosen)
     chosen = [record for record in chosen if norm_of(record) in (norm, "")]
     drawn = [level for level in levels if any(record.level == level for record in chosen)]
@@ -75,9 +73,8 @@ def plot_accuracy_vs_eps(
             lines = accuracy_lines(here, every_attack=kinds == "all")
             named = _draw_lines(panel, lines, rows, unit=unit, bars=kinds == "all")
             grey = _draw_noise(panel, lines, rows if kinds == "strongest" else (), unit=unit)
-            if (share := _chance_of(here, chance)) is not None:
-                panel.axhline(100 * share, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
-                grey.append(("chance", 100 * share, GREY))
+            for height in draw_chance(panel, here)[:1]:
+                grey.append(("chance", height, GREY))
             _set_accuracy_axes(panel, [unit * record.eps_value for record in here], norm)
             _name_lines(panel, named if len(named) <= MOST_LABELS else [], grey)
             panel.set_title(f"{level} level")
@@ -144,16 +141,6 @@ def _coordinates(line: AccuracyLine, unit: float) -> tuple[np.ndarray, np.ndarra
         low,
         high,
     )
-
-
-def _chance_of(records: Sequence[Record], chance: Mapping[str, float] | float | None) -> float | None:
-    """The chance level of records of one level: what the caller says, or what the records state."""
-    if isinstance(chance, Mapping):
-        return chance.get(records[0].level)
-    if chance is not None:
-        return chance
-    stated = (record.settings.get("chance") for record in records)
-    return next((float(share) for share in stated if isinstance(share, int | float)), None)
 
 
 def _set_accuracy_axes(panel: Any, eps: Sequence[float], norm: str) -> None:

@@ -9,12 +9,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hsat.eval.records import Record
+from hsat.eval.tables import ABSENT, TableCell
 
 CLEAN = "clean"
+TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
+TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
+TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
 _ARITHMETIC = ("how", "absent", "keys")  # of pooling and of the mean class accuracy
 _TARGETS = {
     "decision": "Attacks on the decision of the classifier",
     "knn": "Attacks on the vote of the nearest neighbours",
+    "cross_entropy": "Attacks on the cross-entropy of the true class",
+    "own_decision": "Attacks away from the decision as it is, without labels",
+    "representation": "Attacks on the representation of the slide, without labels",
     "any": "Certificates, which hold for any attack",
 }
 _EXACT = ("flat", "stream", "torch")  # indexes that find the true neighbours, and so the same numbers
@@ -79,8 +86,8 @@ def describe_setting(setting: EvaluationSetting, among: Iterable[EvaluationSetti
     if differs("arithmetic"):
         parts.append(f"arithmetic: {setting.arithmetic or 'not recorded'}")
     if differs("layer"):
-        parts.append(f"kNN on the {setting.layer}")
-    if differs("temperature"):
+        parts.append(f"{'classifier' if setting.classifier else 'kNN'} on the {setting.layer}")
+    if differs("temperature") and not setting.classifier:
         parts.append(f"temperature {setting.temperature:g}")
     if differs("bank_rows") or differs("bank_cohort") or differs("bank_split"):
         bank = f" of {setting.bank_cohort[:12]}" if setting.bank_cohort != setting.cohort else ""
@@ -88,7 +95,7 @@ def describe_setting(setting: EvaluationSetting, among: Iterable[EvaluationSetti
         parts.append(f"bank of {setting.bank_rows} patches{bank}{split}")
     if differs("index"):
         parts.append(f"index {setting.index or 'exact'}")
-    if differs("classifier"):
+    if setting.classifier or differs("classifier"):
         parts.append(f"classifier: {setting.classifier or 'nearest neighbours'}")
     if differs("convention"):
         parts.append(f"convention: {setting.convention or 'not one of a comparison'}")
@@ -213,6 +220,12 @@ def _drop_repetitions(records: Sequence[Record]) -> list[Record]:
     return list(seen.values())
 
 
+def mean_chance(records: Iterable[Record]) -> float | None:
+    """The chance level of records of one number, which runs on other queries differ in: its mean; None if none says."""
+    stated = [record.chance for record in records if record.chance is not None]
+    return statistics.mean(stated) if stated else None
+
+
 def is_transfer(record: Record) -> bool:
     """Whether a record is about attacks made on another encoder."""
     return bool(record.surrogate) or record.metric.endswith("_drop")
@@ -240,3 +253,21 @@ def format_points(share: float, *, digits: int = 1) -> str:
     """A share in points of a percent, without a sign before zero."""
     text = f"{100 * share:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
+
+
+def page_cell(estimate: Estimate | None) -> TableCell:
+    """A cell of a page in percent: with its interval, or with the standard deviation over several runs."""
+    if estimate is None:
+        return TableCell(ABSENT)
+    if estimate.sd is not None:
+        small = f"± {100 * estimate.sd:.1f}, {estimate.runs} runs"
+    elif estimate.low is None or estimate.high is None:
+        small = ""
+    else:
+        small = f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
+    return TableCell(minus_signs(format_points(estimate.value)), minus_signs(small))
+
+
+def minus_signs(text: str) -> str:
+    """Hyphens as minus signs."""
+    return text.replace("-", "−")

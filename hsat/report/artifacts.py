@@ -30,8 +30,7 @@ from torch import Tensor
 from hsat.eval import WhiteboxResult
 from hsat.eval.options import Provenance, Scoring
 from hsat.eval.pooling import pool_by_level
-from hsat.eval.records import STRICT, read_fields
-from hsat.files import load_arrays, parse_json, read_text
+from hsat.files import STRICT, load_arrays, parse_json, read_fields, read_text
 from hsat.types import LEVELS, EmbeddingTable
 from hsat.untrusted import open_regular
 

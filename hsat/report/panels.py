@@ -7,13 +7,14 @@ of its own: pyplot and the settings of matplotlib stay as they are, and no displ
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hsat.eval import Record
 from hsat.files import atomic_path
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
+GREY = "#808080"
 FORMATS = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 """Endings of files, and the metadata that would make each file differ from the last."""
 
@@ -65,6 +67,14 @@ def open_panels(
     if len(panels) != rows * columns:
         raise ValueError(f"the figure has {rows * columns} panels, got {len(panels)} axes")
     return panels[0].figure, panels
+
+
+def draw_chance(panel: Any, records: Iterable[Record]) -> list[float]:
+    """A dotted grey line at each chance level that records of one panel state; returns the heights in percent."""
+    heights = sorted({100 * record.chance for record in records if record.chance is not None}, reverse=True)
+    for height in heights:
+        panel.axhline(height, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
+    return heights
 
 
 def finish_figure(figure: Any, path: str | os.PathLike[str] | None) -> Path | Figure:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from hsat.eval import Record, Table
 from hsat.eval.tables import ABSENT, escape_latex, latex_tabular
-from hsat.report.aggregation import Estimate, aggregate_runs, format_estimate
-from hsat.report.tables import TITLES, join_estimates
+from hsat.report.aggregation import TITLES, Estimate, aggregate_runs, format_estimate
+from hsat.report.tables import join_estimates
 
 Place = tuple[str, str, str]  # level, column, metric
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from hsat.eval import Record
 from hsat.eval.tables import ABSENT
 from hsat.eval.transfer_drops import OTHERS
-from hsat.report.aggregation import format_points
-from hsat.report.panels import COLOURS, LINES, MARKERS, figure_style, finish_figure, open_panels
-from hsat.report.tables import MEAN_OF_OTHERS, TITLES, list_surrogates
+from hsat.report.aggregation import TITLES, format_points
+from hsat.report.panels import COLOURS, GREY, LINES, MARKERS, draw_chance, figure_style, finish_figure, open_panels
+from hsat.report.tables import MEAN_OF_OTHERS, list_surrogates
 from hsat.types import LEVELS
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def plot_certified_accuracy(
 ) -> Path | Figure:
     """One panel per level: the certified accuracy against the L2 radius, one line per model and sigma, with intervals.
 
-    The true curve falls in steps between the radii that were asked for; the line joins them.
+    The true curve falls in steps between the radii that were asked for; the line joins them.  The chance level, what a
+    constant decision keeps at every radius, is a dotted grey line.
 
     Args:
         records: Of `certify`.
@@ -58,6 +59,8 @@ def plot_certified_accuracy(
             _draw_certificates(panel, [record for record in chosen if record.level == level], rows)
             panel.set_title(f"{level} level")
         panels[0].set_ylabel("certified accuracy, %")
+        if any(record.chance is not None for record in chosen):
+            panels[-1].plot([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")
         panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
         return finish_figure(figure, path)
 
@@ -78,6 +81,7 @@ def _draw_certificates(panel: Any, records: Sequence[Record], rows: Sequence[tup
         ends = [(100 * r.low, 100 * r.high) for r in line if r.low is not None and r.high is not None]
         if line and len(ends) == len(line):
             panel.fill_between(radius, *np.array(ends).T, color=colour, alpha=0.15, linewidth=0)
+    draw_chance(panel, records)
     panel.set_xlabel("L2 radius (pixel range 0 to 1)")
     panel.set_ylim(-2, 102)
     panel.grid(alpha=0.3)
@@ -128,6 +132,8 @@ def plot_transfer(
         raise ValueError(
             f"none of the {len(records)} records is a transfer with {metric!r}, k={largest}, attack {name!r}"
         )
+    if not largest:  # one of several classifiers without neighbours
+        chosen = [record for record in chosen if record.classifier == chosen[0].classifier]
     drawn = [level for level in levels if any(record.level == level for record in chosen)]
     targets = list(dict.fromkeys(record.model for record in chosen))
     surrogates = list_surrogates(chosen)
@@ -208,7 +214,7 @@ def plot_patches(
         for i, (name, images) in enumerate(rows):
             for j, image in enumerate(images):
                 panel = panels[i * len(clean) + j]
-                panel.imshow(_picture(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+                panel.imshow(patch_picture(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
                 panel.set_xticks([])
                 panel.set_yticks([])
                 if j == 0:
@@ -218,7 +224,8 @@ def plot_patches(
         return finish_figure(figure, path)
 
 
-def _picture(image: Tensor) -> np.ndarray:
+def patch_picture(image: Tensor) -> np.ndarray:
+    """An image (c, h, w) in [0, 1] as matplotlib shows it: (h, w, 3), or (h, w), the mean of other channels."""
     shown = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
     array: np.ndarray = shown.clamp(0, 1).numpy()
     return array

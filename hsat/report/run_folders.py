@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hsat.eval import Difference, Record, read_records
-from hsat.eval.records import read_fields
-from hsat.files import parse_json, read_text
+from hsat.files import parse_json, read_fields, read_text
 from hsat.report.aggregation import is_transfer, label_branch, label_branches
 from hsat.report.artifacts import Artifacts, read_artifacts
 from hsat.run_folder import read_run_file, read_training_log

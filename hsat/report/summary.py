@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
-
-import numpy as np
 
 from hsat.eval.records import Record
-from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, format_estimate
+from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, format_estimate, format_points, mean_chance
+from hsat.types import LEVELS
 
 _percent = partial(format_estimate, unit=" %")
 
@@ -54,6 +52,7 @@ class RobustnessSummary:
         noise: Under random noise of the largest eps.
         worst: Under the attack that left least at the largest eps.
         attacks: How many attacks there were at that eps.
+        chance: What knowing nothing gives; None where no record states it.
     """
 
     model: str
@@ -61,6 +60,7 @@ class RobustnessSummary:
     noise: AccuracyPoint | None
     worst: AccuracyPoint | None
     attacks: int
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,21 @@ def is_noise(record: Record) -> bool:
     return record.attack.startswith("RandomNoise(") or record.attack_name.startswith("noise-")
 
 
+def is_shift(record: Record) -> bool:
+    """Whether the condition is a natural shift: without an adversary, and without eps."""
+    return record.attack.startswith("NaturalShift(")
+
+
+def is_attack(record: Record) -> bool:
+    """Whether the condition has an adversary."""
+    return bool(record.attack) and not is_noise(record) and not is_shift(record)
+
+
 def accuracy_points(records: Sequence[Record], *, kind: str) -> list[AccuracyPoint]:
-    """The conditions of one kind ("clean", "noise", "attack") of one model, level and metric, by growing eps."""
+    """The conditions of one kind of one model, level and metric, by growing eps.
+
+    kind: "clean", "noise", "attack" or "shift".
+    """
     chosen = [record for record in records if _kind(record) == kind]
     points = []
     for name, attack in dict.fromkeys((record.attack_name, record.attack) for record in chosen):
@@ -150,24 +163,6 @@ def main_norm(records: Sequence[Record]) -> str:
     return "Linf" if "Linf" in norms else next(iter(norms), "")
 
 
-def chance_level(labels: np.ndarray, metric: Literal["accuracy", "mca"] = "accuracy") -> float:
-    """What a classifier that knows nothing reaches, in [0, 1].
-
-    Args:
-        labels: (n,) true classes of the queries.
-        metric: "accuracy" (the share of the largest class) or "mca" (one over the number of classes).
-
-    Raises:
-        ValueError: Without labels, and for another metric.
-    """
-    counts = np.unique(labels, return_counts=True)[1]
-    if not len(counts):
-        raise ValueError("no labels, so there is no chance level")
-    if metric not in ("accuracy", "mca"):
-        raise ValueError(f"the chance level of {metric!r} is not known; there are 'accuracy' and 'mca'")
-    return float(counts.max() / counts.sum()) if metric == "accuracy" else 1 / len(counts)
-
-
 def summarize_model(records: Sequence[Record]) -> RobustnessSummary:
     """The summary of one model from its records of one level, metric and k.
 
@@ -180,13 +175,15 @@ def summarize_model(records: Sequence[Record]) -> RobustnessSummary:
     if len(models) != 1:
         raise ValueError(f"a summary is that of one model, got records of {sorted(models)}")
     norm = main_norm(records)
+    records = [record for record in records if not is_shift(record)]
     mine = [record for record in records if record.attack_name == CLEAN or norm_of(record) == norm]
     attacks = accuracy_points(mine, kind="attack")
     worst = strongest_per_eps(attacks)[-1] if attacks else None
     noise = [point for point in accuracy_points(mine, kind="noise") if worst is None or point.eps == worst.eps]
     clean = accuracy_points(mine, kind=CLEAN)
     count = sum(point.eps == worst.eps for point in attacks) if worst else 0
-    return RobustnessSummary(models.pop(), next(iter(clean), None), noise[-1] if noise else None, worst, count)
+    first, last = next(iter(clean), None), noise[-1] if noise else None
+    return RobustnessSummary(models.pop(), first, last, worst, count, mean_chance(records))
 
 
 def summary_sentence(summaries: Sequence[RobustnessSummary], *, metric: str = "accuracy") -> str:
@@ -209,7 +206,25 @@ def summary_sentence(summaries: Sequence[RobustnessSummary], *, metric: str = "a
         what = " of the patches right" if metric == "accuracy" else f" {metric.upper()}"
         kept = _percent(summary.worst.estimate) + (what if not parts else "")
         parts.append(f"{summary.model} keeps {kept}{under}{before}")
-    return f"{'; '.join(parts)}."
+    return f"{'; '.join(parts)}.{_chance_of(summary.chance for summary in summaries)}"
+
+
+def _chance_of(levels: Iterable[float | None]) -> str:
+    """The chance level as a sentence, "" where it is not known or differs between models."""
+    stated = {format_points(level) for level in levels if level is not None}
+    return f" Chance is {stated.pop()} %." if len(stated) == 1 else ""
+
+
+def chance_line(records: Sequence[Record], *, metrics: Sequence[str] = ("accuracy", "mca")) -> str:
+    """The chance level of records at each level in one line; "" where none states it."""
+    parts = []
+    for level in LEVELS:
+        here = [record for record in records if record.level == level]
+        found = [(name, mean_chance(record for record in here if record.metric == name)) for name in metrics]
+        words = {"mca": "MCA", "map": "mAP", "top2": "top-2", "top3": "top-3"}
+        shown = [f"{words.get(name, name)} {format_points(chance)} %" for name, chance in found if chance is not None]
+        parts += [f"{level} {', '.join(shown)}"] if shown else []
+    return f"Chance level: {'; '.join(parts)}." if parts else ""
 
 
 def certificate_sentence(records: Sequence[Record]) -> str:
@@ -226,7 +241,8 @@ def certificate_sentence(records: Sequence[Record]) -> str:
     for model, attack in dict.fromkeys((record.model, record.attack) for record in at):
         estimate = aggregate_runs([record for record in at if (record.model, record.attack) == (model, attack)])
         parts += [f"{model} keeps {_percent(estimate)}"] if estimate else []
-    return f"Certified against every change of L2 norm below {at[0].eps}, patch level: {'; '.join(parts)}."
+    chance = _chance_of(record.chance for record in at)
+    return f"Certified against every change of L2 norm below {at[0].eps}, patch level: {'; '.join(parts)}.{chance}"
 
 
 def transfer_sentence(records: Sequence[Record]) -> str:
@@ -290,4 +306,6 @@ def cross_attack_flags(records: Sequence[Record]) -> list[Flag]:
 def _kind(record: Record) -> str:
     if record.attack_name == CLEAN:
         return CLEAN
+    if is_shift(record):
+        return "shift"
     return "noise" if is_noise(record) else "attack"

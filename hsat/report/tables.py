@@ -9,26 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from hsat.eval import Difference, Record, Table, TableCell
 from hsat.eval.tables import ABSENT, Row
 from hsat.eval.transfer_drops import OTHERS
 from hsat.report.aggregation import (
     CLEAN,
+    TITLES,
     ConditionColumn,
     Estimate,
     aggregate_runs,
     format_estimate,
     format_points,
     list_conditions,
+    mean_chance,
+    page_cell,
 )
-from hsat.report.artifacts import Artifacts
+from hsat.report.natural_shift import shift_markdown
+from hsat.report.summary import is_shift
 from hsat.types import LEVELS
 
-TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
-TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
-TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
 MEAN_OF_OTHERS = "mean of the others"
 
 
@@ -42,8 +41,9 @@ def accuracy_tables(
     """One table per level: rows are models, columns are clean and then the attacks as they first occur.
 
     A cell holds the metrics in the order given, in %, joined by " / ", each with its interval.  Several records for one
-    cell (seeds, splits) give their mean and standard deviation.  Rows are split by target and k where those differ, and
-    by the classifier where several have no k.  Transfers have a row per pair, "surrogate → model"; see
+    cell (seeds, splits) give their mean and standard deviation.  The last column is the chance level, where records
+    state it.  Rows are split by target and k where those differ, and by the classifier where several have no k.
+    Natural shifts are left out: they have tables of their own.  Transfers have a row per pair, "surrogate → model"; see
     `transfer_markdown` for the matrix.
 
     Args:
@@ -55,17 +55,22 @@ def accuracy_tables(
     Raises:
         ValueError: If no record fits.
     """
-    chosen = [record for record in records if record.level in levels and record.metric in metrics]
+    chosen = [r for r in records if r.level in levels and r.metric in metrics and not is_shift(r)]
     if not chosen:
         raise ValueError(
             f"none of the {len(records)} records is at a level of {list(levels)} with a metric of {list(metrics)}"
         )
     columns = sorted(dict.fromkeys(record.attack_name for record in chosen), key=lambda name: name != CLEAN)
-    several = len({record.classifier for record in chosen if not record.k}) > 1
+    head = ("model", "target", "k", *columns, *(("chance",) if mean_chance(chosen) is not None else ()))
+    several = len({"" if record.k else record.classifier for record in chosen}) > 1
 
     def row_of(record: Record) -> tuple[str, str, str]:
         name = _model_name(record)
-        return (f"{name}, {record.classifier}" if several and not record.k else name), record.target, str(record.k)
+        return (
+            (f"{name}, {record.classifier}" if several and not record.k else name),
+            record.target,
+            str(record.k or ABSENT),
+        )
 
     tables = []
     for level in levels:
@@ -74,11 +79,12 @@ def accuracy_tables(
         for row in dict.fromkeys(map(row_of, here)):
             mine = [record for record in here if row_of(record) == row]
             cells = [[record for record in mine if record.attack_name == name] for name in columns]
-            rows.append((*row, *(_joined_cell(cell, metrics, intervals) for cell in cells)))
+            numbers = [_joined_cell(cell, metrics, intervals) for cell in cells]
+            rows.append((*row, *numbers, _joined_chance(mine, metrics))[: len(head)])
         if rows:
             sizes = f"n = {', '.join(map(str, sorted({record.n for record in here})))}"
             details = f" ({_titles(metrics)}, %; {sizes})"
-            tables.append(Table(("model", "target", "k", *columns), rows, f"{level.capitalize()} level", details))
+            tables.append(Table(head, rows, f"{level.capitalize()} level", details))
     return tuple(tables)
 
 
@@ -89,7 +95,7 @@ def markdown_table(
     metrics: Sequence[str] = ("accuracy", "mca"),
     intervals: bool = True,
 ) -> str:
-    """`accuracy_tables` as Markdown, and below them the notes and flags of the records."""
+    """`accuracy_tables` as Markdown, below them the notes and flags of the records, and tables of natural shifts."""
     tables = accuracy_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [record for record in records if record.level in levels and record.metric in metrics]
     remarks: dict[str, None] = {}
@@ -98,7 +104,8 @@ def markdown_table(
             remarks[f"- {record.attack_name}: {note}"] = None
         for flag in record.flags:
             remarks[f"- {_model_name(record)}, {record.attack_name} ({record.target}): {flag}"] = None
-    return _paragraphs(tables, remarks)
+    shifts = shift_markdown(records, levels=levels, metrics=metrics)
+    return _paragraphs(tables, remarks) + (f"\n{shifts}" if shifts else "")
 
 
 def transfer_tables(
@@ -111,8 +118,8 @@ def transfer_tables(
     """One table per level, attack and k: rows are surrogates, columns are targets.
 
     A cell holds the drops of the target, clean minus attacked, in points of %, in the order given, joined by " / ".
-    The first row has the clean numbers; the last has the mean drop over the surrogates other than the target itself.
-    White-box cells, where the surrogate is the target, are in italics (of Markdown).
+    The first rows have the clean numbers and the chance level; the last has the mean drop over the surrogates other
+    than the target itself.  White-box cells, where the surrogate is the target, are in italics (of Markdown).
 
     Args:
         records: Of a transfer.
@@ -132,10 +139,10 @@ def transfer_tables(
     tables = []
     for level in levels:
         here = [record for record in chosen if record.level == level]
-        for name, k in dict.fromkeys((record.attack_name, record.k) for record in here):
-            clean = [r for r in records if (r.level, r.k, r.surrogate) == (level, k, "")]
-            mine = [record for record in here if (record.attack_name, record.k) == (name, k)]
-            title = f"{level.capitalize()} level, {name}, k = {k}"
+        for name, voters in dict.fromkeys((record.attack_name, name_classifier(record)) for record in here):
+            clean = [r for r in records if (r.level, name_classifier(r), r.surrogate) == (level, voters, "")]
+            mine = [record for record in here if (record.attack_name, name_classifier(record)) == (name, voters)]
+            title = f"{level.capitalize()} level, {name}, {voters}"
             tables.append(_transfer_table(title, mine, clean, metrics, intervals))
     return tuple(tables)
 
@@ -171,6 +178,9 @@ def _transfer_table(
     if plain := [record for record in clean if record.metric in undropped]:
         cells = [_joined_cell([r for r in plain if r.model == name], undropped, intervals) for name in targets]
         rows.append((f"clean {_titles(undropped)}", *cells))
+        if mean_chance(plain) is not None:
+            cells = [_joined_chance([r for r in plain if r.model == name], undropped) for name in targets]
+            rows.append((f"chance {_titles(undropped)}", *cells))
     for surrogate in list_surrogates(records):
         mine = [record for record in records if record.surrogate == surrogate]
         cells = [_joined_cell([r for r in mine if r.model == name], metrics, intervals) for name in targets]
@@ -190,6 +200,13 @@ def _joined_cell(records: Sequence[Record], metrics: Sequence[str], intervals: b
     return join_estimates(estimates, lambda estimate: format_estimate(estimate, interval=intervals))
 
 
+def _joined_chance(records: Sequence[Record], metrics: Sequence[str]) -> str:
+    levels = [mean_chance(record for record in records if record.metric == name) for name in metrics]
+    if not any(level is not None for level in levels):
+        return ABSENT
+    return " / ".join(ABSENT if level is None else format_points(level) for level in levels)
+
+
 def join_estimates(estimates: Sequence[Estimate | None], text: Callable[[Estimate], str]) -> str:
     """Several numbers in one cell, joined by " / "; a single dash where there is none."""
     if not any(estimates):
@@ -199,6 +216,11 @@ def join_estimates(estimates: Sequence[Estimate | None], text: Callable[[Estimat
 
 def _titles(metrics: Iterable[str]) -> str:
     return " / ".join(TITLES.get(name, name) for name in metrics)
+
+
+def name_classifier(record: Record) -> str:
+    """What decided, for a title: "k = 20", or the settings of a classifier without neighbours."""
+    return f"k = {record.k}" if record.k or not record.classifier else record.classifier
 
 
 def _model_name(record: Record) -> str:
@@ -230,14 +252,17 @@ def differences_table(
             interval = ABSENT if absent else f"[{100 * (one.low or 0.0):+.1f}, {100 * (one.high or 0.0):+.1f}]"
             share = ABSENT if one.not_above is None else f"{one.not_above:.3f}"
             numbers = (f"{100 * one.value:.1f}", f"{100 * one.value_against:.1f}", f"{100 * one.difference:+.1f}")
-            names = (one.model, one.against, one.condition, str(one.k), one.level, one.metric)
+            names = (one.model, one.against, one.condition, str(one.k or one.classifier), one.level, one.metric)
             rows.append((*names, *numbers, interval, share, str(one.patients)))
     head = ("model", "against", "condition", "k", "level", "metric", "model, %", "against, %", "difference")
     return Table((*head, "interval", "resamples not above 0", "patients"), rows)
 
 
 def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]) -> Table | None:
-    """One row per condition, one group of columns per model; None without records of that level and these metrics."""
+    """One row per condition, one group of columns per model; None without records of that level and these metrics.
+
+    The last row is the chance level, where records state it.
+    """
     here = [record for record in records if record.level == level and record.metric in metrics]
     if not here:
         return None
@@ -251,6 +276,9 @@ def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]
             mine = [record for record in here if record.model == model and column.matches(record)]
             cells += [page_cell(aggregate_runs([record for record in mine if record.metric == name])) for name in used]
         rows.append((column.label, *cells))
+    if mean_chance(here) is not None:
+        by_model = [[record for record in here if record.model == model] for model in models]
+        rows.append(("chance", *(_chance_cell(of_model, name) for of_model in by_model for name in used)))
     sizes = ", ".join(map(str, sorted({record.n for record in here})))
     notes = _attacks_of_labels(columns)
     if len({record.n for record in here}) > 1:
@@ -264,49 +292,20 @@ def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]
     )
 
 
-def page_cell(estimate: Estimate | None) -> TableCell:
-    """A cell of a page in percent: with its interval, or with the standard deviation over several runs."""
-    if estimate is None:
-        return TableCell(ABSENT)
-    if estimate.sd is not None:
-        small = f"± {100 * estimate.sd:.1f}, {estimate.runs} runs"
-    elif estimate.low is None or estimate.high is None:
-        small = ""
-    else:
-        small = f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
-    return TableCell(_minus(format_points(estimate.value)), _minus(small))
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+def _chance_cell(records: Sequence[Record], metric: str) -> TableCell:
+    chance = mean_chance(record for record in records if record.metric == metric)
+    return TableCell(ABSENT if chance is None else format_points(chance))
 
 
 def _attacks_of_labels(columns: Sequence[ConditionColumn]) -> list[str]:
     return [f"{column.label}: {column.attack}" for column in columns if column.label != column.name]
 
 
-def confusion_table(artifacts: Artifacts, condition: str, k: int, *, level: str = "patch") -> Table | None:
-    """Shares of each true class (rows) by predicted class, in %; None where the artifacts do not hold them."""
-    arrays = artifacts.conditions.get(condition)
-    if arrays is None or (level, k) not in arrays.prediction or level not in arrays.label:
-        return None
-    names, truth = artifacts.class_names, arrays.label[level]
-    counts = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(counts, (truth, arrays.prediction[level, k]), 1)
-    rows: list[Row] = []
-    for name, row in zip(names, counts, strict=True):
-        total = int(row.sum())
-        shares = [float(count) / total if total else 0.0 for count in row]
-        cells = [TableCell(f"{100 * share:.0f}" if total else ABSENT, shade=share) for share in shares]
-        rows.append((f"{name} ({total})", *cells))
-    return Table(head=("true class (n)", *names), rows=rows, caption=f"{artifacts.model}, {condition}")
-
-
 def drop_table(records: Sequence[Record], *, level: str, attack: str) -> Table | None:
     """Rows are surrogates, columns the drops of the encoders that were measured, under one attack.
 
-    The first row has the clean numbers, the last the mean drop over the surrogates other than the target itself.  None
-    without drops at that level.
+    The first rows have the clean numbers and the chance level, the last the mean drop over the surrogates other than
+    the target itself.  None without drops at that level.
     """
     at_level = [record for record in records if record.level == level]
     here = [r for r in at_level if r.attack_name == attack and r.metric.endswith("_drop")]
@@ -325,6 +324,10 @@ def drop_table(records: Sequence[Record], *, level: str, attack: str) -> Table |
 
     clean = [record for record in at_level if not record.attack]
     rows: list[Row] = [("(clean)", *cells(clean, "_drop"))] if clean else []
+    if mean_chance(clean) is not None:
+        by_target = [[r for r in clean if r.model == target] for target, _ in places]
+        pairs = zip(by_target, places, strict=True)
+        rows.append(("(chance)", *(_chance_cell(mine, metric.removesuffix("_drop")) for mine, (_, metric) in pairs)))
     for surrogate in list_surrogates(here):
         label = MEAN_OF_OTHERS if surrogate == OTHERS else surrogate
         rows.append((label, *cells([record for record in here if record.surrogate == surrogate])))
@@ -335,52 +338,6 @@ def drop_table(records: Sequence[Record], *, level: str, attack: str) -> Table |
         caption=f"{attack}, {level} level, points of % (n = {sizes})",
         groups=[(target, len(drops)) for target in targets],
     )
-
-
-def page_differences_table(differences: Sequence[Difference], *, metric: str, k: int) -> Table | None:
-    """What each model has more than the one it is compared with, on the same patients; rows are conditions."""
-    here = [one for one in differences if (one.metric, one.k) == (metric, k)]
-    if not here:
-        return None
-    pairs = list(dict.fromkeys((one.model, one.against) for one in here))
-    levels = [level for level in LEVELS if any(one.level == level for one in here)]
-    rows: list[Row] = []
-    for condition in dict.fromkeys(one.condition for one in here):
-        by_place = {(one.model, one.against, one.level): one for one in here if one.condition == condition}
-        rows.append((condition, *(_difference(by_place.get((*pair, level))) for pair in pairs for level in levels)))
-    return Table(
-        head=("condition", *(level for _ in pairs for level in levels)),
-        rows=rows,
-        caption=f"Differences of {TITLES.get(metric, metric)} on the same patients, points of %, k = {k}",
-        groups=[(f"{model} − {against}", len(levels)) for model, against in pairs],
-    )
-
-
-def _difference(one: Difference | None) -> TableCell:
-    if one is None:
-        return TableCell(ABSENT)
-    small = "" if one.low is None or one.high is None else f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
-    return TableCell(_minus(f"{100 * one.difference:+.1f}"), _minus(small))
-
-
-def effort_table(records: Sequence[Record]) -> Table | None:
-    """Per model and attack: what it spent, and the shares of images on which it may have failed."""
-    shares = ("zero_gradient_share", "never_moved_share", "stationary_share")
-    attacks: dict[tuple[str, ...], Record] = {}
-    for record in records:
-        if record.attack and shares[0] in record.settings:
-            attacked = record.surrogate or record.model
-            attacks.setdefault((attacked, record.target, record.attack_name, record.attack), record)
-    rows: list[Row] = []
-    for (name, target, attack, _), record in attacks.items():
-        start = {"True": "yes", "False": "no"}.get(str(record.settings.get("random_start")), ABSENT)
-        passes = f"{record.forwards:g} / {record.backwards:g}"
-        parts = [f"{100 * float(record.settings.get(share, 0.0)):.1f}" for share in shares]
-        rows.append((f"{name}, {attack} ({target})", start, passes, *parts))
-    if not rows:
-        return None
-    head = ("model, attack", "random start", "passes per image, forward / backward", "zero gradient, %")
-    return Table((*head, "never moved, %", "stationary at the clean image, %"), rows, "How the attacks went")
 
 
 def prefix_caption(table: Table, prefix: str) -> Table:

@@ -264,6 +264,7 @@ LAWS: dict[str, Law] = {
 }
 
 _ABOUT_THE_OBJECTIVE = (CLIMBS, ERRORS, NON_FINITE, SUCCESS)
+_OF_HSAT_ALONE = (IDS, BATCH, START, SUCCESS)  # other libraries know no ids, and may ask for parts of the batch
 
 
 def check_attack(attack: Any, *, threat: ThreatModel | None = None, skip: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -275,7 +276,9 @@ def check_attack(attack: Any, *, threat: ThreatModel | None = None, skip: tuple[
         attack: An hsat attack or your own with the same call, attack(x, objective, *, start, generator, ids, success),
             for images of shape (n, 3, 5, 4).  What it declares about itself decides which laws apply: with
             uses_objective = False (as of RandomNoise) those about objectives do not; with random_start = False no noise
-            is expected, and without either no start.
+            is expected, and without either no start.  With needs_decision = True (as of attacks of other libraries) the
+            objectives are margins of a model of two logits, and the laws about ids, whole batches, start and stopping
+            do not apply.
         threat: Its threat model, when it has no `.threat`; its eps must be above zero and its range [0, 1].
         skip: Names of laws that do not apply.  The two laws about eps need an attack and a threat model that are
             dataclasses.
@@ -291,7 +294,9 @@ def check_attack(attack: Any, *, threat: ThreatModel | None = None, skip: tuple[
     unknown = set(skip) - set(LAWS)
     if unknown:
         raise ValueError(f"unknown laws {sorted(unknown)}; choose from {tuple(LAWS)}")
-    watched = Watched(attack, threat, frozenset(LAWS) - set(skip))
+    needs_decision = bool(getattr(attack, "needs_decision", False))
+    skip = (*skip, *_OF_HSAT_ALONE) if needs_decision else skip
+    watched = Watched(attack, threat, frozenset(LAWS) - set(skip), needs_decision)
     if not watched.uses_objective:
         skip = (*skip, *_ABOUT_THE_OBJECTIVE, *((START,) if watched.draws_nothing else ()))
     names = tuple(name for name in LAWS if name not in skip)

@@ -34,13 +34,15 @@ class WatchedLawBroken(AssertionError):
 class Watched:
     """An attack with a snapshot around every call.
 
-    laws: names of the laws that are watched.  calls: how often the objective was asked in the last call.  earlier:
-    the images and the result of the last call, which a later call must not write into.
+    laws: names of the laws that are watched.  needs_decision: it gets its objectives as the margins of a model.
+    calls: how often the objective was asked in the last call.  earlier: the images and the result of the last call,
+    which a later call must not write into.
     """
 
     attack: Any
     threat: ThreatModel
     laws: frozenset[str]
+    needs_decision: bool = False
     calls: int = 0
     earlier: dict[str, Tensor] = field(default_factory=dict)
 
@@ -60,7 +62,7 @@ class Watched:
         if not (dataclasses.is_dataclass(attack) and dataclasses.is_dataclass(threat) and hasattr(attack, "threat")):
             return None
         resized = _resized(threat, eps)
-        return Watched(dataclasses.replace(attack, threat=resized), resized, self.laws)
+        return Watched(dataclasses.replace(attack, threat=resized), resized, self.laws, self.needs_decision)
 
     def __call__(
         self,
@@ -105,7 +107,7 @@ class Watched:
             value: Tensor = objective(v)
             return value
 
-        return shown
+        return TwoClasses(shown, len(x)) if self.needs_decision else shown
 
     @contextlib.contextmanager
     def _unchanged(self, objective: nn.Module, tensors: dict[str, Tensor], *, seeded: bool) -> Iterator[None]:
@@ -137,6 +139,30 @@ class Watched:
         for name, tensor in tensors.items():
             apart = result.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
             self._watch(RESULT, apart or not result.numel(), f"the result lies in the memory of {name}")
+
+
+class TwoClasses:
+    """An objective as the decision of a model of two logits: zero for the true class, the objective for the other."""
+
+    def __init__(self, objective: Objective, n: int) -> None:
+        self.objective, self.labels = objective, torch.zeros(n, dtype=torch.int64)
+
+    def model(self, images: Tensor) -> Tensor:
+        """Images -> logits (n, 2)."""
+        value = self.objective(images)
+        return torch.stack((torch.zeros_like(value), value), 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The objective: the margin of the decision."""
+        return self.objective(images)
+
+    def success(self, images: Tensor) -> Tensor:
+        """(n,) bool: is the decision wrong?"""
+        return self.objective(images) > 0
+
+    def select(self, index: Tensor) -> TwoClasses:
+        """The same for as many images as `index` has."""
+        return TwoClasses(self.objective, len(index))
 
 
 def _resized(threat: Any, eps: float | Tensor) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
+from hsat.data.augment import default_augmentation
 from hsat.training.resources import parse_memory
 
 Levels = Literal["p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt"]
@@ -63,9 +65,13 @@ class ViewConfig(Section):
     patches: int = Field(2, gt=0, description="patches per slide")
     views: int = Field(2, gt=0, description="augmented views per patch")
     balance_classes: bool = Field(False, description="draw the classes of a slide equally often (labels per patch)")
-    augmentation: Literal["none", "static", "v0", "v1"] = Field("v0", description="augmentation pipeline")
-    strength: float = Field(1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0 and v1)")
-    dynamic: bool = Field(True, description="lower the augmentation's strength over training (v0 and v1)")
+    augmentation: Literal["none", "static", "v0", "v1", "he"] | None = Field(
+        None, description="augmentation pipeline; v0 for SRH, he (haematoxylin and eosin) for RGB patches"
+    )
+    strength: float = Field(
+        1.0, ge=0, le=1, description="strength of the augmentation at the beginning (v0, v1 and he)"
+    )
+    dynamic: bool = Field(True, description="lower the strength of v0, v1 and he over training")
     ids: Literal["true", "slots"] | None = Field(
         None,
         description="what counts as a positive: true ids, or one id per place in the batch; true but for the preset",
@@ -158,6 +164,8 @@ class TrainConfig(OuterConfig):
         attack: The inner maximisation.
         seed: Of draws, augmentation and attacks.
         preset: "paper" draws and augments as the published code does (docs/conventions.md).
+        transform: A function of the caller's in place of `views.augmentation`; it sees torch's CPU generator seeded by
+            the view, and what it returns is resized to `views.image_size`.
 
     Raises:
         pydantic.ValidationError: For unknown names and values out of range; a ValueError.
@@ -181,6 +189,23 @@ class TrainConfig(OuterConfig):
     preset: Literal["paper"] | None = Field(
         None, description="paper: draws and augments as the published code (docs/conventions.md)"
     )
+    transform: Annotated[Callable[..., Any], PlainSerializer(repr, return_type=str)] | None = Field(
+        None, description="a function from a patch (3, h, w) in [0, 1] to an image, in place of the augmentation"
+    )
+
+    def resolve(self, kind: str) -> Self:
+        """The configuration with an augmentation that fits patches of this kind, where none was chosen.
+
+        Args:
+            kind: Of a cohort: "srh" or "rgb".
+
+        Returns:
+            The configuration.
+        """
+        if self.views.augmentation is not None or self.transform is not None:
+            return self
+        views = self.views.model_copy(update={"augmentation": default_augmentation(kind)})
+        return self.model_copy(update={"views": views})
 
     @classmethod
     def hsat(cls, **changes: Any) -> Self:

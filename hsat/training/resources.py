@@ -10,6 +10,19 @@ import time
 
 import torch
 
+from hsat.quantities import memory_text, time_text
+
+__all__ = [
+    "StepClock",
+    "is_out_of_memory",
+    "largest_batch",
+    "memory_report",
+    "memory_text",
+    "parse_memory",
+    "peak_memory",
+    "time_text",
+]
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _CPU_WORDS = ("defaultcpuallocator", "can't allocate memory", "cannot allocate memory")
@@ -25,22 +38,6 @@ def parse_memory(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < math.inf:
         raise ValueError(f"write an amount of memory such as 8GB, 500MB or 7.5GiB; got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def memory_text(size: float) -> str:
-    """Bytes as GB or MB, for people."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds as the two largest units, for people."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def peak_memory(device: torch.device) -> int:

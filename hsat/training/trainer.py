@@ -72,8 +72,7 @@ class Trainer:
         encoder: The network that is trained, in place; moved to `device`.
         cohort: With a split "train".  Patients of a split "tune" are held out to choose the best encoder.
         config: All options.
-        out: The run folder: run.json, train.csv, last.pt, best.safetensors, final.safetensors.  A function opens a
-            folder with other settings in run.json, as the command does.
+        out: The run folder (docs/files.md).  A function opens one with other settings in run.json, as the command does.
         validate: Encoder -> numbers, of which "score" chooses the best encoder; by default `held_out_validation` on the
             split "tune", where the cohort has it.
         device: Where it computes; None is where the encoder is.
@@ -104,6 +103,7 @@ class Trainer:
         resume: bool = False,
         progress: bool = False,
     ) -> None:
+        config = config.resolve(cohort.kind)
         self.encoder, self.cohort, self.config, self.store = encoder, cohort, config, store
         self.device = torch.device(device) if device is not None else next(encoder.parameters()).device
         self.rank, self.ranks, self.progress = world_rank(), world_size(), progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hsat.data import AugmentationPolicy, HierarchicalDataset, PatchStore, PatientBatchSampler, hierarchical_loader
+from hsat.data.augment import default_augmentation
 from hsat.training.config import TrainConfig
 from hsat.training.interrupts import leave_process_group
 from hsat.types import HierarchicalBatch
@@ -28,11 +29,12 @@ def view_loader(
         A loader; the sampler's epoch decides what it draws.
     """
     views, static_epochs = config.views, config.views.static_epochs
+    name = views.augmentation or default_augmentation(sampler.cohort.kind)
     if static_epochs is None:
-        dynamic = views.dynamic and views.augmentation in ("v0", "v1")
+        dynamic = views.dynamic and name in ("v0", "v1")
         static_epochs = plateau if config.preset == "paper" and dynamic else 0
     policy = AugmentationPolicy(
-        views.augmentation,
+        name,
         uncropped=views.uncropped or ("keep" if config.preset == "paper" else "resize"),
         static_epochs=static_epochs,
         batched=views.augment == "items",
@@ -41,7 +43,7 @@ def view_loader(
         sampler.cohort,
         "train",
         image_size=views.image_size,
-        transform=policy,
+        transform=policy if config.transform is None else config.transform,
         slides=views.slides,
         patches=views.patches,
         views=views.views,

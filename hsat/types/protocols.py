@@ -202,6 +202,8 @@ class AttackResult:
         members: Of an ensemble, what each member did, in the order of their turns.
         never_moved: (n,) bool, images that no member with gradients moved; None where comparing x_adv with x tells.
         embedding: (n, d), what the model decides from at x_adv; None where it was not kept.
+        outside: Of another library's attack, (n,) float64, how far a pixel of the library's image lay from x_adv, the
+            nearest image that the threat model allows; infinite where it was NaN.
     """
 
     x_adv: Tensor
@@ -216,6 +218,7 @@ class AttackResult:
     members: tuple[MemberStats, ...] | None = None
     never_moved: Tensor | None = None
     embedding: Tensor | None = None
+    outside: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,8 +192,14 @@ def align_labels(labels: np.ndarray, own_names: Sequence[str], class_names: Sequ
         (n,) int64 indices into `class_names`.
 
     Raises:
-        ValueError: Naming every class that occurs in the labels and is missing from `class_names`.
+        ValueError: Naming every class that occurs in the labels and is missing from `class_names`, or for a label that
+            is no index of `own_names`.
     """
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(own_names):
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}, and there are {len(own_names)} classes:"
+            f" {list(own_names)}"
+        )
     position = {name: index for index, name in enumerate(class_names)}
     used = {own_names[index] for index in np.unique(labels)}
     if unknown := sorted(used - position.keys()):

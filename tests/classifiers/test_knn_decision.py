@@ -233,8 +233,8 @@ def test_blocks_of_the_bank_and_of_the_batch_change_nothing(monkeypatch, loss):
     vote = OBJECTIVES[loss](model_of(bank, k=9), label)
     whole, (grad,) = vote(z), torch.autograd.grad(vote(z).sum(), z)
     monkeypatch.setattr(search, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(search, "_GATHER_BYTES", 1)
-    monkeypatch.setattr("hsat.classifiers.knn_vote._CPU_SLICE_BYTES", 1)
+    monkeypatch.setattr(search, "GATHER_BYTES", 1)
+    monkeypatch.setattr("hsat.classifiers.knn_vote.CPU_SLICE_BYTES", 1)
     assert torch.equal(vote(z), whole)
     torch.testing.assert_close(torch.autograd.grad(vote(z).sum(), z)[0], grad, rtol=1e-12, atol=1e-12)
 

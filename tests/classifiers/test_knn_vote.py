@@ -185,8 +185,8 @@ def test_blocks_of_the_bank_and_of_the_batch_change_nothing(table, monkeypatch, 
     alone = torch.cat([knn.logits(row[None]) for row in z])
     assert torch.equal(alone, whole)
     monkeypatch.setattr(search, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(search, "_GATHER_BYTES", 1)
-    monkeypatch.setattr("hsat.classifiers.knn_vote._CPU_SLICE_BYTES", 1)
+    monkeypatch.setattr(search, "GATHER_BYTES", 1)
+    monkeypatch.setattr("hsat.classifiers.knn_vote.CPU_SLICE_BYTES", 1)
     assert torch.equal(knn.logits(z), whole)
     torch.testing.assert_close(torch.autograd.grad(knn.logits(z).sum(), z)[0], grad, rtol=1e-12, atol=1e-12)
 

@@ -33,7 +33,7 @@ def equal_to_the_definition(found, bank, queries):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(search, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(search, "_GATHER_BYTES", 2048)
+    monkeypatch.setattr(search, "GATHER_BYTES", 2048)
 
 
 @pytest.mark.parametrize("index", ["flat", "stream"])
@@ -125,7 +125,7 @@ def similarities_as_first_written(queries, bank, row):
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (7, 9, 3), (5, 208, 2048), (40, 30, 513), (3, 1, 8192)])
 def test_similarities_keep_their_bits_whatever_is_measured_together(table, monkeypatch, n, m, d, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(search, "_LEAST_PER_THREAD", 1)
+    monkeypatch.setattr(search, "LEAST_PER_THREAD", 1)
     rng = np.random.default_rng(0)
     bank = table(rng.standard_normal((50, d)))
     unit = unit_rows(rng.standard_normal((n, d)))
@@ -221,7 +221,7 @@ def test_predict_is_the_highest_score_in_crowds_of_wide_rows(table, k):
 @pytest.mark.parametrize(("n", "m", "count"), [(1, 1, 1), (5, 40, 7), (6, 40, 40), (3, 9, 20), (4, 1000, 999)])
 def test_the_highest_products_are_those_of_topk(monkeypatch, n, m, count, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(search, "_LEAST_PER_THREAD", 1)
+    monkeypatch.setattr(search, "LEAST_PER_THREAD", 1)
     product = torch.randn(n, m, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
     value, column = search.highest(product, count)
     assert torch.equal(value.sort(dim=1, descending=True).values, product.topk(min(count, m), dim=1).values)

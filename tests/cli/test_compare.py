@@ -62,7 +62,7 @@ def test_one_thing_is_switched_at_a_time(compared):
             changed = [o for o in ("how", "absent", "keys") if record.settings[o] != own[key].settings[o]]
             assert changed == [option] and record.target == own[key].target and record.attack == own[key].attack
     for key, record in found["target"].items():
-        assert (record.target, own[key].target) == ("embedding", "features")
+        assert (record.target, own[key].target) == ("embedding", "decision")
         assert record.attack == own[key].attack and record.settings["how"] == "mean"
     for key, record in found["random start"].items():
         assert (record.attack != own[key].attack) == (key[0] == "BIM-8"), key
@@ -86,6 +86,7 @@ def test_the_table_lists_what_changed_and_nothing_else(compared):
             if metric in titles and abs(difference) >= 5e-3:
                 expected[name, condition, level, titles[metric]] = f"{difference:+.2f} |"
     assert expected and {key: row[-1] for key, row in shown.items()} == expected
+    assert "Chance level: patch accuracy" in table
     assert "Nothing changed by:" in table and "grouping" in table.split("Nothing changed by:")[1].splitlines()[0]
     assert "Not applicable to this encoder and these attacks: dual BatchNorm" in table
     assert "slot ids" in table, "the list of conventions is printed below"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hsat.attacks import NaturalShift
 from hsat.data import read_opensrh
 from hsat.eval import Scoring, compare_models, load_scores, read_records
 from hsat.models import load_encoder
@@ -53,6 +54,8 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
             *QUICK,
             "--k",
             "5",
+            "--attacks",
+            "pgd,bim,mifgsm",
             "--target",
             "embedding",
             "--out",
@@ -64,9 +67,10 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
         "clean",
         "noise-4",
         "noise-8",
-        *(f"{kind}-{eps}" for kind in ("PGD", "BIM", "MIFGSM") for eps in (4, 8)),
+        *(f"{kind}-{eps}" for kind in ("PGD", "MIFGSM") for eps in (4, 8)),
     }
-    assert {record.attack_name for record in records} == conditions
+    shifts = set(NaturalShift.standard(stained=False))
+    assert {record.attack_name for record in records} == conditions | shifts
     assert {record.level for record in records} == {"patch", "slide", "patient"}
     assert {(record.model, record.target, record.k, record.seed) for record in records} == {("run", "embedding", 5, 0)}
     assert {record.checkpoint for record in records} == {hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -74,8 +78,11 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
     attacked = next(record for record in records if record.attack_name == "MIFGSM-8")
     assert attacked.eps == "8/255" and "MIFGSM" in attacked.attack and "steps=2" in attacked.attack
     table = (out / "table.md").read_text()
-    assert all(f" {name} |" in table for name in conditions) and "BIM with a random start is PGD" in table
-    assert table.strip() in capsys.readouterr().out
+    assert all(f" {name} |" in table for name in conditions) and "BIM" not in table
+    assert "**Natural shift, patch level, Acc in %" in table and "| blur |" in table and "stain" not in table
+    shown = capsys.readouterr()
+    assert table.strip() in shown.out and "natural shift without stain: SRH patches are not stained" in shown.err
+    assert not list((out / "evidence").rglob("blur*"))
     for name in ("accuracy_vs_eps.png", "patches_run_PGD-8.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 200
@@ -103,8 +110,34 @@ def test_folders_and_tables_of_colour_patches(layout, trained, colour_root, tmp_
     assert values(tmp_path / "out", "run")["clean", "patch", "accuracy"] == 1.0  # one class is dark, one bright
 
 
+def test_stained_patches_have_other_stains_and_diagnosis_is_sized_by_the_work(trained, colour_root, tmp_path):
+    argv = [
+        "--checkpoint",
+        str(trained / "final.safetensors"),
+        "--data.root",
+        str(colour_root),
+        "--data.layout",
+        "folders",
+    ]
+    argv += [word for word in ONE if word not in ("--diagnose", "0")]
+    evaluate([*argv, "--out", str(tmp_path / "out")])
+    records = read_records(tmp_path / "out" / "records.jsonl")
+    assert set(NaturalShift.standard()) <= {record.attack_name for record in records}
+    looked_at = {record.settings["diagnosis"]["images"] for record in records if "diagnosis" in record.settings}
+    assert looked_at == {min(8, next(r.n for r in records if r.level == "patch"))}
+
+
+def test_the_published_evaluation_has_no_shifts_unless_asked_for():
+    from hsat.cli.evaluate import Evaluate
+
+    assert Evaluate.load([]).natural_shift and not Evaluate.load(["--preset", "paper"]).natural_shift
+    assert Evaluate.load(["--preset", "paper", "--natural_shift"]).natural_shift
+    assert Evaluate.load([]).diagnose is None
+
+
 def test_k_above_the_bank_warns_with_both_numbers(trained, root, tmp_path):
     argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--attacks", "pgd"]
+    argv += ["--k", "200"]
     with pytest.warns(UserWarning, match=r"k=200 is more than the 36 rows of the bank; using k=36"):
         evaluate([*argv, "--out", str(tmp_path / "out")])
     assert {record.k for record in read_records(tmp_path / "out" / "records.jsonl")} == {36}

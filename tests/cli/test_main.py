@@ -104,6 +104,6 @@ def test_some_defaults(capsys):
     shown = {command: " ".join(help_of(command, capsys).split()) for command in ("train", "evaluate", "budget")}
     assert "radius of the l_inf ball (default: 8/255)" in shown["train"]
     assert "size of a step (default: 2/255)" in shown["train"]
-    assert "(default: 4/255,8/255)" in shown["evaluate"] and "(default: pgd,bim,mifgsm)" in shown["evaluate"]
-    assert "--k list[int] neighbours; several with commas between (default: 200)" in shown["evaluate"]
+    assert "(default: 4/255,8/255)" in shown["evaluate"] and "(default: pgd,mifgsm)" in shown["evaluate"]
+    assert "--k list[int] neighbours; several with commas between; if not given, 200 for OpenSRH" in shown["evaluate"]
     assert "(default: 0.05,0.1,0.25,0.5,1)" in shown["budget"] and "(default: runs/budget)" in shown["budget"]

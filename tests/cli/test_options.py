@@ -64,7 +64,11 @@ def test_defaults_are_the_papers():
     assert (found.model.backbone, found.attack.levels, found.train.lr) == ("resnet50", "p_s_pt", 1e-3)
     assert (found.train.epochs, found.train.temperature, found.train.warmup) == (40_000, 0.07, 0.1)
     other = evaluate_settings()
-    assert (other.k, other.steps, other.eps) == ([200], 10, [4 / 255, 8 / 255])
+    assert (other.classifier, other.C, other.attacks, other.target) == (["knn"], 1.0, ["pgd", "mifgsm"], "decision")
+    published = evaluate_settings("--preset", "paper")
+    assert (published.k, published.attacks, published.target) == ([200], ["pgd", "bim", "mifgsm"], "embedding")
+    assert evaluate_settings("--preset", "paper", "--k", "5", "--attacks", "pgd").k == [5]
+    assert (other.k, other.steps, other.eps) == ([], 10, [4 / 255, 8 / 255])
 
 
 @pytest.mark.parametrize("words", [["--k", "20"], ["--k=20"], ["-k", "20"]])

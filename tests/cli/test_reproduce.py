@@ -28,6 +28,7 @@ def test_models_fill_the_rows_of_their_names(run, tmp_path, capsys):
     assert "| HiDisc | ours | 80.00 [70.0, 90.0] / 78.00 [68.0, 88.0] | 60.00 [50.0, 70.0] / 58.00" in text
     assert "| HSAT-R50-ImageNet | ours | – |" in text
     assert "attacks on the features, k = 20" in text and "The paper's is OpenSRH" in text
+    assert "Chance level: patch accuracy 40.0 %, MCA 33.3 %" in text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table1.md", "table1.tex", "table1.csv"}
 
 

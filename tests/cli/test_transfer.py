@@ -104,7 +104,7 @@ def test_a_run_is_not_overwritten_and_others_are_refused(copied, argv, files, st
     assert "--resume" in stops(transfer, [*argv, "--out", str(copied)])
     again = [*argv, "--out", str(copied), "--resume"]
     message = stops(transfer, [*again, "--steps", "3", "--target", "embedding", "--query_patches", "4"])
-    for text in ("attack.PGD-8 was PGD(", "target was features, now embedding", "queries.images was 12, now 4"):
+    for text in ("attack.PGD-8 was PGD(", "target was decision, now embedding", "queries.images was 12, now 4"):
         assert text in message, message
     swapped = f"a={files['b']},b={files['a']},c={files['c']}"
     message = stops(transfer, ["--checkpoint", swapped, *again[2:]])

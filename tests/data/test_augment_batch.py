@@ -13,8 +13,8 @@ import torchvision.transforms.functional as tvf
 from torch import Tensor
 
 from hsat.data import image_operations as do
-from hsat.data.augment import AUGMENTATIONS, build_transform, fork_cpu_rng
-from hsat.data.augment_batch import Jitter, Move, Noise, _add_noise, augment_batch, draw_parameters
+from hsat.data.augment import AUGMENTATIONS, GaussianNoise, build_transform, fork_cpu_rng
+from hsat.data.augment_batch import Jitter, Move, Noise, augment_batch, draw_parameters
 
 STRENGTHS = (1.0, 0.4, 0.0)
 
@@ -127,8 +127,7 @@ def test_several_images_at_once_equal_one_by_one(name, monkeypatch):
     patches, seeds = [*some_patches(2), *some_patches(2, 30, 17)], [*range(30)]
     source = [i % 4 for i in seeds]
     alone = augment_batch(patches, pipeline, seeds, source=source)
-    groups = room._groups
-    monkeypatch.setattr(room, "_groups", lambda shapes, at_once: groups(shapes, 7))
+    monkeypatch.setattr(room, "CPU_AT_ONCE", 7)
     together = augment_batch(patches, pipeline, seeds, source=source)
     assert ((alone - together).abs() > 2e-5).float().mean() < 1e-3
 
@@ -273,8 +272,13 @@ def test_the_comparison_sees_another_strength():
 
 
 def test_noise_of_the_device_is_white_and_of_the_drawn_size():
-    x = torch.full((1, 3, 40, 40), 0.5)
-    noisy = _add_noise(x.repeat(2, 1, 1, 1), [Noise(None, 0.05), Noise(None, 0.02)], [3, 4]) - 0.5
+    plain, grey = build_transform("none", image_size=40), torch.full((3, 40, 40), 0.5)
+
+    def deviation(std: float, seed: int) -> Tensor:
+        pipeline = dataclasses.replace(plain, steps=(GaussianNoise(std, std),))
+        return augment_batch([grey], pipeline, [seed], replay_noise=False) - 0.5
+
+    noisy = torch.cat([deviation(0.05, 3), deviation(0.02, 4)])
     assert noisy[0].std().item() == pytest.approx(0.05, rel=0.05)
     assert noisy[1].std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.corrcoef(noisy.flatten(1)).abs()[0, 1] < 0.05

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -102,10 +103,16 @@ def test_a_patients_pictures_do_not_depend_on_the_others(folder, tmp_path):
 )
 def test_split_is_by_patient_and_every_class_is_on_either_side(counts, fraction):
     chosen = {"patients_per_class": dict(zip(TISSUES, counts, strict=False)), "val_fraction": fraction}
-    patients = list(synthetic._patients(chosen))
-    assert len({patient.name for patient in patients}) == len(patients) == sum(counts)
+    classes = tuple(chosen["patients_per_class"])
+    with TemporaryDirectory() as folder:
+        meta = write_synthetic_cohort(folder, classes=classes, slides=1, patches=1, size=16, **chosen) / "meta"
+        patients = json.loads((meta / "opensrh.json").read_text())
+        split = json.loads((meta / "train_val_split.json").read_text())
+    assert len(patients) == sum(counts)
+    assert sorted(split["train"] + split["val"]) == sorted(patients), "each is on one side"
     for name, count in chosen["patients_per_class"].items():
-        held_out = sum(patient.split == "val" for patient in patients if patient.class_name == name)
+        assert sum(patient["class"] == name for patient in patients.values()) == count
+        held_out = sum(patients[patient]["class"] == name for patient in split["val"])
         assert held_out == 0 if fraction == 0 else 1 <= held_out <= count - 1
         assert abs(held_out - fraction * count) <= 1
 
@@ -156,25 +163,28 @@ def test_an_empty_folder_is_filled(tmp_path):
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
     painted = []
 
-    def fail_later(root, patient, chosen):
-        painted.append(patient)
-        if len(painted) > 2:
+    def fail_later(*args, **options):
+        painted.append(args)
+        if len(painted) > 2 * SMALL["slides"] * SMALL["patches"]:  # two patients are written
+            assert [*tmp_path.rglob("*.tif")]
             raise KeyboardInterrupt
+        return paint_patch(*args, **options)
 
-    monkeypatch.setattr(synthetic, "_paint_patient", fail_later)
+    monkeypatch.setattr(synthetic, "paint_patch", fail_later)
     with pytest.raises(KeyboardInterrupt):
         write_synthetic_cohort(tmp_path / "cohort", **SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_writers_of_the_same_cohort_agree(tmp_path, monkeypatch):
-    write, target = synthetic._write, tmp_path / "cohort"
+    target = tmp_path / "cohort"
 
-    def write_twice(root, chosen):
-        write(target, chosen)  # the other process is done first
-        write(root, chosen)
+    def paint_after_another(*args, **options):
+        monkeypatch.setattr(synthetic, "paint_patch", paint_patch)
+        write_synthetic_cohort(target, **SMALL)  # the other process is done first
+        return paint_patch(*args, **options)
 
-    monkeypatch.setattr(synthetic, "_write", write_twice)
+    monkeypatch.setattr(synthetic, "paint_patch", paint_after_another)
     assert len(read_opensrh(write_synthetic_cohort(target, **SMALL))) == 36
     assert list(tmp_path.iterdir()) == [target]
 

@@ -133,6 +133,12 @@ def test_objectives_of_ones_own_and_attacks_in_other_spaces(toy_encoder, bank, q
     assert (noise.needed >= 1).all() and noise.accuracy(0.5) == 1.0
 
 
+def test_the_chance_level_is_that_of_the_groups(result):
+    """Nine patients, three of each class; the smallest fraction has none."""
+    assert {record.chance for record in result.records if record.metric == "accuracy"} == {1 / 3}
+    assert result.records[-1].chance is None
+
+
 def test_records_say_it_all_and_make_a_table(result, tmp_path):
     names = [(record.attack_name, record.metric) for record in result.records]
     budgets = ["PGD-8@5%", "PGD-8@10%", "PGD-8@25%", "PGD-8@50%", "PGD-8@100%"]

@@ -77,6 +77,7 @@ def test_records_hold_the_curve(certified, tmp_path):
         )
         assert record.attack == "certificate: " + repr(SMOOTHING) and record.attack_name.startswith("certified-")
         assert (record.n, record.forwards, record.target) == (len(found), 420, "any")
+        assert record.chance == 0.5, "half of the images lie on each side; a constant decision holds at every radius"
     curve = [record.value for record in certified.records[:4]]
     assert curve == sorted(curve, reverse=True) and curve[0] > 0.8 > curve[2] > curve[3] == 0
     assert all((r.low is None) == ("no_interval" in r.settings) for r in certified.records)

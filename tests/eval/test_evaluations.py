@@ -1,12 +1,17 @@
-"""The table of five evaluations and of what each of them can do: one pass and one store serve them all.
+"""The table of the evaluations and of what each of them can do: one pass and one store serve them all.
 
-|           | goes on after kill -9 | two ranks | cached embeddings | decision as target | ensemble as attack |
-| --------- | --------------------- | --------- | ----------------- | ------------------ | ------------------ |
-| whitebox  | yes                   | yes       | yes               | yes                | yes                |
-| transfer  | yes                   | yes       | yes               | yes                | yes                |
-| budget    | yes                   | yes       | yes               | yes                | yes                |
-| export    | yes                   | yes       | yes               | yes                | yes                |
-| certify   | yes                   | yes       | yes               | no attack: its check takes both        |
+|            | goes on after kill -9 | two ranks | cached embeddings | decision as target | ensemble or foreign attack |
+| ---------- | --------------------- | --------- | ----------------- | ------------------ | -------------------------- |
+| whitebox   | yes                   | yes       | yes               | yes                | yes                        |
+| transfer   | yes                   | yes       | yes               | yes                | yes                        |
+| budget     | yes                   | yes       | yes               | yes                | yes                        |
+| export     | yes                   | yes       | yes               | yes                | yes                        |
+| linear     | yes                   | yes       | yes               | yes                | yes                        |
+| classifier | yes                   | yes       | yes               | always             | yes                        |
+| slides     | yes                   | yes       | yes               | yes                | yes                        |
+| certify    | yes                   | yes       | yes               | no attack: its check takes all of them          |
+
+The first of them measures natural shifts beside its attack.
 """
 
 from __future__ import annotations
@@ -22,22 +27,26 @@ import pytest
 import torch
 from PIL import Image
 
+from hsat.attacks import Linf, from_torchattacks
+
 SHARED = '''
 import dataclasses, json, os, signal, sys, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from hsat.attacks import L2, PGD, AttackEnsemble, Linf
-from hsat.data import PatchDataset, patch_loader, read_folders
-from hsat.classifiers import KNNClassifier
+from hsat.attacks import L2, PGD, AttackEnsemble, Linf, NaturalShift
+from hsat.data import PatchDataset, patch_loader, read_folders, slide_loader
+from hsat.classifiers import MIL, GatedAttention, KNNClassifier, LinearProbe
 from hsat.eval import *
 
 EPS = 4 / 255
 GRADIENT = PGD(Linf(EPS), step_size=2 / 255, steps=2)
 ENSEMBLE = AttackEnsemble(Linf(EPS), steps=2, decision_steps=2, restarts=1, queries=2)
+SHIFTS = {name: NaturalShift.standard()[name] for name in ("stain 2", "jpeg 3", "brightness 1")}
 COMMON = dict(classifier=KNNClassifier(k=3), provenance=Provenance(model="m"))
-ATTACKING = ("whitebox", "transfer", "budget", "export")
+ATTACKING = ("whitebox", "transfer", "budget", "export", "linear", "classifier", "slides")
 NAMES = (*ATTACKING, "certify")
+TARGETS = {"features": "representation", "decision": "decision"}  # what slides call them
 
 
 class Network(nn.Module):
@@ -70,7 +79,22 @@ def evaluate(name, root, out, network, *, target="features", attack=GRADIENT, ru
     options = dict(COMMON, target=target, run=run)
     scoring = Scoring(bootstrap=10)
     if name == "whitebox":
+        attacks = {"attack": attack, **SHIFTS}
+        result = evaluate_whitebox(network, bank, queries, attacks, scoring=scoring, **options)
+    elif name == "linear":  # attacked, and a kNN beside it
+        options["classifier"] = [LinearProbe(), KNNClassifier(k=3)]
         result = evaluate_whitebox(network, bank, queries, {"attack": attack}, scoring=scoring, **options)
+    elif name == "classifier":
+        torch.manual_seed(1)
+        model = nn.Sequential(network, nn.Linear(6, 2))
+        result = evaluate_classifier(model, queries, {"attack": attack}, scoring=scoring, run=run)
+    elif name == "slides":
+        torch.manual_seed(2)
+        classifier = MIL(GatedAttention(16, 2, hidden=4), cohort.class_names)
+        slides = slide_loader(PatchDataset(cohort, "val"), batch_size=3)
+        options = dict(target=TARGETS[target], scoring=scoring, run=run, provenance=COMMON["provenance"])
+        options |= dict(fractions=(0.5, 1.0))
+        result = evaluate_slides(network, slides, classifier, {"attack": attack}, **options)
     elif name == "budget":
         result = evaluate_budget(network, bank, queries, attack, scoring=scoring, **options)
     elif name == "export":
@@ -161,7 +185,7 @@ def whole(shared, root, tmp_path_factory):
     return answers
 
 
-EVALUATIONS = ("whitebox", "transfer", "budget", "export", "certify")
+EVALUATIONS = ("whitebox", "transfer", "budget", "export", "linear", "classifier", "slides", "certify")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +246,7 @@ def test_two_ranks_say_what_one_process_says(name, whole, ranks):
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_clean_embeddings_are_cached(name, shared, root, whole, tmp_path):
-    """Of bank and queries; certification counts votes on noisy images, and so finds its bank only."""
+    """Of bank and queries; certification counts votes on noisy images, and so finds its bank only; slides need none."""
     said, images = whole[name]
     seen = []
     for number in range(2):
@@ -230,7 +254,8 @@ def test_clean_embeddings_are_cached(name, shared, root, whole, tmp_path):
         assert shared.evaluate(name, root, tmp_path / f"files{number}", network, run=run) == said
         seen.append(network.images)
     assert seen[0] <= images - 8 * (name == "transfer"), "a transfer reads the queries of a surrogate twice"
-    assert images - seen[1] >= (8 if name == "certify" else 16)
+    has_bank = name not in ("certify", "classifier", "slides")  # certification counts votes on noisy queries
+    assert images - seen[1] >= (16 if has_bank else 8)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
@@ -241,8 +266,48 @@ def test_the_decision_may_be_the_target(name, shared, root, tmp_path):
     said = shared.evaluate(name, root, tmp_path / "files", shared.Network(), target="decision")
     records = [json.loads(line) for line in said if line.startswith("{")]
     assert {record["target"] for record in records} == {"decision"}
+    if name == "classifier":  # there is nothing else to attack
+        return
     drift = shared.evaluate(name, root, tmp_path / "drift", shared.Network(), target="features")
     assert values(records) != values([json.loads(line) for line in drift if line.startswith("{")])
+
+
+class OfAnotherLibrary:
+    """An attack as torchattacks has them, that leaves the ball and draws from torch's global generator."""
+
+    def __init__(self, model, eps=8 / 255):
+        self.model, self.eps, self.normalization_used = model, eps, None
+
+    def set_model(self, model):
+        self.model = model
+
+    def set_device(self, device):
+        pass
+
+    def __call__(self, images, labels):
+        start = (images + self.eps * (2 * torch.rand_like(images) - 1)).requires_grad_()
+        torch.nn.functional.cross_entropy(self.model(start), labels).backward()
+        return (images + self.eps * start.grad.sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_attack_may_be_another_librarys(name, shared, root, tmp_path):
+    """The same bytes twice; it left the ball of half the size, and says so."""
+    if name == "certify":
+        theirs = from_torchattacks(OfAnotherLibrary, threat=shared.L2(0.1))
+        assert not check(shared, root, attack=theirs).violated
+        return
+    theirs = from_torchattacks(OfAnotherLibrary, threat=Linf(shared.EPS))
+    said, again = (
+        shared.evaluate(name, root, tmp_path / folder, shared.Network(), target="decision", attack=theirs)
+        for folder in ("first", "second")
+    )
+    assert said == again
+    records = [json.loads(line) for line in said if line.startswith("{")]
+    attacked = [record for record in records if record["attack"] == repr(theirs)]
+    assert attacked and all(record["backwards"] == 1 for record in attacked)
+    flags = {flag for record in attacked for flag in record["flags"] if "left the threat model" in flag}
+    assert flags and all("by up to 0.0157 at a pixel" in flag for flag in flags)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
@@ -255,7 +320,8 @@ def test_the_attack_may_be_an_ensemble(name, shared, root, tmp_path):
     records = [json.loads(line) for line in said if line.startswith("{")]
     attacked = [record for record in records if record["attack"].startswith("AttackEnsemble")]
     assert attacked and all(record["backwards"] > 0 for record in attacked)
-    assert all("Square" in record["settings"]["members"] for record in attacked)
+    if name != "slides":  # where all members climb one number
+        assert all("Square" in record["settings"]["members"] for record in attacked)
 
 
 def check(shared, root, **options):

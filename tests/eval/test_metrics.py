@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.eval import PAPER, Scoring, metrics, metrics_by_level, pool, pool_by_level
+from hsat.eval import PAPER, Scoring, chance_levels, metrics, metrics_by_level, pool, pool_by_level
 from hsat.eval.metrics import METRICS, average_precision
 from hsat.types import align_labels
 
@@ -210,3 +210,24 @@ def test_an_unknown_class(table):
         ValueError, match=r"classes \['sarcoma'\] that the bank does not know; it knows \['hgg', 'lgg'\]"
     ):
         metrics_by_level(np.ones((3, 2)), queries, class_names=("hgg", "lgg"))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
+def test_chance_is_what_the_shares_of_the_classes_reach_as_scores(labels):
+    counts = np.bincount(labels, minlength=5)
+    blind = metrics(np.tile(counts / len(labels), (len(labels), 1)), labels)
+    assert chance_levels(labels) == pytest.approx(blind.as_dict(), abs=1e-12)
+    assert blind.chance == chance_levels(labels)
+
+
+def test_chance_by_counting():
+    assert chance_levels([3, 3, 3, 0, 0, 1]) == pytest.approx(
+        {"accuracy": 1 / 2, "mca": 1 / 3, "map": (3 + 2 + 1) / 18, "top2": 5 / 6, "top3": 1.0}
+    )
+    assert chance_levels(np.zeros(7, dtype=int)) == dict.fromkeys(METRICS, 1.0)
+
+
+@pytest.mark.parametrize("labels", [[], [[0, 1]]])
+def test_chance_of_nothing(labels):
+    with pytest.raises(ValueError, match=r"labels must be \(n,\) with n >= 1"):
+        chance_levels(labels)

@@ -39,7 +39,28 @@ def test_a_result_is_counted_image_by_image():
     stats = AttackStats()
     stats.add(result, x)
     expected = dict(images=4, forwards=20, backwards=16, zero_gradient=2, never_moved=1, stationary=2)
-    assert stats.counts() == expected
+    assert stats.counts() == expected | dict(outside=0, rounded=0, not_finite=0, farthest=0.0)
+
+
+def test_images_outside_are_counted_apart_from_rounding():
+    x = torch.zeros(5, 1, 2, 2)
+    zero, outside = torch.zeros(5), torch.tensor([0.0, 1e-7, 0.25, 0.125, torch.inf], dtype=torch.float64)
+    result = AttackResult(x, zero, zero, zero.long(), None, 1, 1, outside=outside)
+    stats, other = AttackStats(), AttackStats(images=5, outside=1, farthest=0.0625)
+    stats.add(result, x)
+    stats.merge(other.counts())
+    assert (stats.outside, stats.rounded, stats.not_finite, stats.farthest) == (3, 1, 1, 0.25)
+    left, lost = stats.feasibility_flags()
+    assert left.startswith("3 of 10 images left the threat model by up to 0.25 at a pixel") and "1 of 10" in lost
+    assert stats.flags(0.1)[-2:] == (left, lost)
+    shares = {"outside_share": 0.3, "rounded_share": 0.1, "not_finite_share": 0.1, "farthest_outside": 0.25}
+    assert stats.feasibility_settings() == shares
+    assert AttackStats(images=9, rounded=9).feasibility_flags() == () and AttackStats().feasibility_settings() == {}
+    coarse = AttackStats()
+    coarse.add(
+        AttackResult(x.half(), zero, zero, zero.long(), None, 1, 1, outside=torch.full((5,), 5e-4).double()), x.half()
+    )
+    assert (coarse.outside, coarse.rounded) == (0, 5), "float16 rounds by more"
 
 
 @pytest.mark.parametrize(

@@ -7,60 +7,42 @@ import os
 
 import pytest
 
-from hsat.eval import Record, read_records, write_records
+from hsat.eval import read_records, write_records
 from hsat.eval.records import software_versions
 
+NEWER = ("schema", "classifier", "chance")
 
-def record(**changes) -> Record:
-    values = dict(
-        model="hsat",
-        attack="PGD(...)",
-        attack_name="PGD-8",
-        eps="8/255",
-        eps_value=8 / 255,
-        target="features",
-        level="patch",
-        metric="accuracy",
-        value=0.5,
-        low=0.25,
-        high=0.75,
-        n=100,
-        k=200,
-        temperature=0.07,
-        seed=0,
-        versions={"torch": "2"},
-        flags=("doubtful",),
-        settings={"random_start": True, "note": "noted"},
+
+def test_written_and_read_back_the_same(made_record, tmp_path):
+    records = (
+        made_record(),
+        made_record(low=None, high=None, flags=(), model="größer"),
+        made_record(value=1 / 3, forwards=11.0),
     )
-    return Record(**(values | changes))
-
-
-def test_written_and_read_back_the_same(tmp_path):
-    records = (record(), record(low=None, high=None, flags=(), model="größer"), record(value=1 / 3, forwards=11.0))
     path = write_records(tmp_path / "runs" / "records.jsonl", iter(records))
     assert read_records(path) == records
     assert len(path.read_text(encoding="utf-8").splitlines()) == 3
     assert os.listdir(path.parent) == ["records.jsonl"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = write_records(tmp_path / "records.jsonl", [record()])
+def test_a_failed_write_leaves_the_old_file(made_record, tmp_path):
+    path = write_records(tmp_path / "records.jsonl", [made_record()])
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_records(path, [record(value=float("nan"))])
-    assert read_records(path) == (record(),)
+        write_records(path, [made_record(value=float("nan"))])
+    assert read_records(path) == (made_record(),)
     assert os.listdir(tmp_path) == ["records.jsonl"]
 
 
-def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path, monkeypatch):
-    path = write_records(tmp_path / "records.jsonl", [record()])
+def test_a_write_that_fails_halfway_leaves_the_old_file(made_record, tmp_path, monkeypatch):
+    path = write_records(tmp_path / "records.jsonl", [made_record()])
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_records(path, [record(value=0.1)])
-    assert read_records(path) == (record(),)
+        write_records(path, [made_record(value=0.1)])
+    assert read_records(path) == (made_record(),)
     assert os.listdir(tmp_path) == ["records.jsonl"]
 
 
@@ -73,8 +55,8 @@ def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path, monkeypatch):
         (None, r"records.jsonl, line 3: unknown fields \['levle'\]"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, line, message):
-    path = write_records(tmp_path / "records.jsonl", [record()])
+def test_a_broken_line_is_named(made_record, tmp_path, line, message):
+    path = write_records(tmp_path / "records.jsonl", [made_record()])
     good = path.read_text()
     bad = json.dumps(json.loads(good) | {"levle": 1}) if line is None else line
     path.write_text(good + "\n" + bad + "\n")
@@ -86,9 +68,16 @@ def test_versions_are_recorded():
     assert {"python", "torch", "numpy", "hsat"} <= software_versions().keys()
 
 
-def test_records_of_schema_1_are_read(tmp_path):
-    path = write_records(tmp_path / "records.jsonl", [record(schema=2, classifier="KNNClassifier(k=200)")])
-    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("schema", "classifier")}
+def test_records_of_schema_1_are_read(made_record, tmp_path):
+    path = write_records(tmp_path / "records.jsonl", [made_record(schema=2, classifier="KNNClassifier(k=200)")])
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in NEWER}
     path.write_text(json.dumps(old) + "\n")
-    assert read_records(path) == (record(),)
-    assert (record().schema, record().classifier) == (1, "")
+    assert read_records(path) == (made_record(),)
+    assert (made_record().schema, made_record().classifier) == (1, "")
+
+
+def test_records_of_schema_2_are_read(made_record, tmp_path):
+    path = write_records(tmp_path / "records.jsonl", [made_record(schema=2, chance=0.25)])
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name != "chance"}
+    path.write_text(json.dumps(old) + "\n")
+    assert read_records(path) == (made_record(schema=2),) and made_record().chance is None

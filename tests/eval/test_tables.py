@@ -1,9 +1,11 @@
-"""One table in four forms."""
+"""One table in five forms."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
+import sys
 
 import pytest
 
@@ -48,6 +50,29 @@ def test_latex_uses_booktabs_and_escapes():
 def test_csv_comes_back():
     head, first, _ = csv.reader(io.StringIO(TABLE.to_csv()))
     assert head == ["name", "x_1 Acc", "y Acc"] and first == ["a|b\nc", "1 & 2", "50.0 (40.0 to 60.0)"]
+
+
+def test_a_frame_has_numbers_where_cells_are_numbers():
+    rows = [("1", "20", "−3.5", "a", "–", TableCell("9", "8 to 10")), ("2", "200", "–", "", "–", "7")]
+    frame = Table(("name", "k", "Acc", "text", "absent", "Acc"), rows, groups=[("x", 4), ("y", 1)]).to_frame()
+    assert list(frame.columns) == ["name", "x k", "x Acc", "x text", "x absent", "y Acc"]
+    assert frame["name"].tolist() == ["1", "2"], "the first column names the rows"
+    assert frame["x k"].dtype == "int64" and frame["x k"].tolist() == [20, 200]
+    assert frame["x Acc"][0] == -3.5 and math.isnan(frame["x Acc"][1])
+    assert frame["x text"].tolist() == ["a", ""] and frame["x absent"].tolist() == ["–", "–"]
+    assert frame["y Acc"].tolist() == ["9 (8 to 10)", "7"]
+
+
+def test_a_frame_of_columns_of_one_name_or_of_no_rows():
+    assert Table(("a", "b", "b"), [("x", "1", "2.5")]).to_frame().to_numpy().tolist() == [["x", 1, 2.5]]
+    empty = Table(("a", "b"), []).to_frame()
+    assert list(empty.columns) == ["a", "b"] and len(empty) == 0
+
+
+def test_a_frame_without_pandas_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r'^to_frame needs pandas: pip install "hsat\[frames\]"$'):
+        TABLE.to_frame()
 
 
 def test_html_is_escaped_and_says_what_cells_are():

@@ -30,7 +30,9 @@ from hsat.eval import (
     read_records,
     write_records,
 )
+from hsat.eval.evaluation import fit_bank
 from hsat.eval.transfer import load_source
+from hsat.eval.transfer_drops import transfer_drop
 from hsat.models import branch, convert_to_dual, wrap_encoder
 from hsat.report import markdown_table, plot_transfer, transfer_markdown
 from hsat.types import HierarchicalBatch
@@ -218,6 +220,30 @@ def test_intervals_are_paired(level, full, queries):
             reach = gap.std(ddof=1) * np.sqrt(len(people) / (len(people) - 1)) * stats.t.ppf(0.975, len(people) - 1)
             assert record.low == pytest.approx(max(-1, record.value - reach))
             assert record.high == pytest.approx(min(1, record.value + reach))
+
+
+def test_drops_have_no_chance_level_and_the_rest_has_one(full):
+    assert all((record.chance is None) == record.metric.endswith("_drop") for record in full.records)
+
+
+def test_an_attack_from_elsewhere_that_helps_beyond_luck_is_flagged(full, bank, toy_encoder):
+    """Clean and attacked change their parts; the encoder itself is held against its clean numbers elsewhere."""
+    table = embed(toy_encoder, bank)
+    chosen = dict(model="a", level="patch", metric="accuracy")
+    before = one(full.records, surrogate="b", attack_name="PGD-8", **chosen)
+    after = one(full.records, surrogate="", **chosen)
+    place, spread = (15, "patch", "accuracy"), np.linspace(-0.01, 0.01, 40)
+    for surrogate, gain, flagged in (("b", 0.3, True), ("b", 0.001, False), ("a", 0.3, False)):
+        drop = transfer_drop(
+            [before],
+            [dataclasses.replace(after, surrogate=surrogate, value=before.value + gain)],
+            clean_resampled={place: before.value + spread},
+            attacked_resampled={place: before.value + gain - spread},
+            classifiers=fit_bank(FAST["classifier"], table),
+            table=table,
+        ).records[place]
+        assert drop.value == pytest.approx(-gain)
+        assert (drop.flags == (*after.flags, "patch accuracy above that of the clean images, beyond luck")) == flagged
 
 
 def test_without_resamples_or_spread_there_is_no_interval_but_a_reason(bank, queries):
@@ -533,8 +559,9 @@ def test_the_table_holds_the_matrix(full):
     assert [part.partition(",")[0] for part in parts[1:]] == ["PGD-8", "PGD-2"]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in parts[1].splitlines() if "|" in line]
     assert rows[0][1:] == ["a", "b", "c"]
-    assert [row[0] for row in rows[2:]] == ["clean Acc / MCA", "a", "b", "c", "mean of the others"]
-    for row, surrogate in zip(rows[3:], ("a", "b", "c", "others"), strict=True):
+    named = ["clean Acc / MCA", "chance Acc / MCA", "a", "b", "c", "mean of the others"]
+    assert [row[0] for row in rows[2:]] == named and rows[3][1:] == ["33.3 / 33.3"] * 3
+    for row, surrogate in zip(rows[4:], ("a", "b", "c", "others"), strict=True):
         for cell, model in zip(row[1:], "abc", strict=True):
             same = dict(surrogate=surrogate, model=model, level="slide", attack_name="PGD-8")
             shown = " / ".join(

@@ -18,6 +18,7 @@ from hsat.eval import (
     RunOptions,
     Scoring,
     bootstrap_intervals,
+    chance_levels,
     evaluate_whitebox,
     metrics_by_level,
     paper_attacks,
@@ -84,7 +85,7 @@ def test_records_are_what_the_parts_give(toy_encoder, bank, queries, tmp_path):
     )
     assert (record.attack, record.eps, record.eps_value) == (repr(PGD8), "8/255", 8 / 255)
     assert (record.k, record.temperature, record.level, record.metric) == (15, 0.07, "patient", "top3")
-    assert (record.classifier, record.schema) == (repr(KNNClassifier(k=15)), 2)
+    assert (record.classifier, record.schema) == (repr(KNNClassifier(k=15)), 3)
     assert record.backwards == PGD8.steps <= record.forwards
     assert record.settings["random_start"] is True
     assert record.settings["how"] == "mean" and record.settings["bank_rows"] == 90
@@ -238,6 +239,40 @@ def test_images_that_never_move_are_flagged(toy_encoder, bank, queries):
     result = evaluate_whitebox(toy_encoder, bank, queries, {"asleep": Asleep()}, **FAST)
     assert result.records[-1].flags == ("100.0% of the images never moved",)
     assert result.records[0].flags == ()
+
+
+def test_every_record_has_its_chance_level(toy_encoder, bank, queries):
+    result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | dict(run=RunOptions()))
+    table = result.tables["clean"]
+    levels = pool_by_level(result.scores["clean"][15], table, class_names=result.class_names)
+    for record in result.records:
+        assert record.chance == chance_levels(levels[record.level].labels)[record.metric]
+    assert {r.chance for r in result.records if (r.level, r.metric) == ("patch", "accuracy")} == {12 / 36}
+
+
+def test_an_attack_that_helps_is_flagged(toy_encoder, bank, queries):
+    """The labels of the bank are turned, so that clean queries are wrong; an image of another class is then right."""
+    of_class = {int(label): image for batch in bank for label, image in zip(batch.label, batch.images, strict=True)}
+    wanted = {int(i): of_class[(int(c) - 1) % 3] for q in queries for i, c in zip(q.patch, q.label, strict=True)}
+
+    class Helpful:
+        threat = Linf(1.0)
+
+        def run(self, x, objective, *, ids, **_):
+            n = len(x)
+            images = torch.stack([wanted[number] for number in ids.tolist()])
+            return AttackResult(images, torch.zeros(n), torch.ones(n), torch.zeros(n, dtype=torch.int64), None, 1, 0)
+
+    table = embed(toy_encoder, bank)
+    turned = dataclasses.replace(table, label=(table.label + 1) % 3)
+    result = evaluate_whitebox(toy_encoder, turned, queries, {"helpful": Helpful(), "PGD-8": PGD8}, **FAST)
+    flags = {(r.attack_name, r.level, r.metric): r.flags for r in result.records}
+    assert value(result, "clean") == 0.0 and value(result, "helpful") == 1.0
+    for name, reason in (("clean", "below chance: 0.0 %"), ("helpful", "under attack above that of the clean images")):
+        for level in ("patch", "slide", "patient"):
+            assert any(f"{level} accuracy {reason}" in flag for flag in flags[name, level, "accuracy"])
+            assert not any(reason in flag for flag in flags[name, level, "mca"]), "once is enough"
+    assert not any("below chance" in flag for flag in flags["PGD-8", "patch", "accuracy"]), "attacks are for that"
 
 
 def test_a_bank_with_the_queries_patients_is_flagged(toy_encoder, queries):
@@ -445,7 +480,7 @@ def test_a_sound_encoder_gets_no_flag_at_patch_level_and_pools_are_bounds(ensemb
     ours = [record for record in ensemble.records if record.attack_name == "ensemble"]
     assert all(record.flags == () for record in ours if record.level == "patch")
     assert all("an attack on the pool may do more" in record.flags[-1] for record in ours if record.level != "patch")
-    assert all(record.attack == repr(SMALL) and "APGD vote 1" in record.settings["member_attacks"] for record in ours)
+    assert all(record.attack == repr(SMALL) and "APGD margin 1" in record.settings["member_attacks"] for record in ours)
 
 
 @pytest.mark.parametrize(

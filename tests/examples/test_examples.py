@@ -9,10 +9,12 @@ import runpy
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from hsat.classifiers import load_mil
 from hsat.eval import read_records
 from hsat.models import load_encoder
 
@@ -26,6 +28,8 @@ NAMES = {
     "reproduce_paper",
     "own_encoder",
     "own_attack",
+    "other_libraries",
+    "linear_probe_and_mil",
 }
 COMMANDS = {
     "train_hsat": "train",
@@ -34,6 +38,8 @@ COMMANDS = {
     "reproduce_paper": "reproduce",
 }
 ALLOWED = {"hsat", "torch", "numpy", "pathlib", "sys", "dataclasses", "collections", "__future__"}
+OF_LIBRARIES = (".art", ".cache", ".config")  # what ART, matplotlib and Lightning keep in the home folder
+OTHERS = {"other_libraries": {"lightning", "torchattacks", "foolbox", "art", "importlib", "warnings"}}
 
 
 def run(name: str, folder: Path) -> str:
@@ -44,7 +50,7 @@ def run(name: str, folder: Path) -> str:
     environment = os.environ | {
         "HOME": str(home),
         "TMPDIR": str(temporary),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -54,7 +60,8 @@ def run(name: str, folder: Path) -> str:
     assert done.returncode == 0, done.stderr
     assert set((ROOT / "examples").iterdir()) | set(ROOT.iterdir()) == before
     written = [path.name for place in (home, temporary) for path in place.iterdir()]
-    assert not [name for name in written if not name.startswith("torchinductor_")]  # torch makes that one, empty
+    ignored = ("torchinductor_", *OF_LIBRARIES) if name in OTHERS else "torchinductor_"  # torch makes that one, empty
+    assert not [name for name in written if not name.startswith(ignored)]
     assert [path.name for path in here.iterdir()] == ["runs"]
     return done.stdout
 
@@ -67,13 +74,13 @@ def test_the_examples_are_those_of_the_readme():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_short_and_imports_only_hsat_and_torch(name):
-    text = EXAMPLES[name].read_text()
+    text, allowed = EXAMPLES[name].read_text(), ALLOWED | OTHERS.get(name, set())
     assert len(text.splitlines()) <= 82
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            assert {alias.name.partition(".")[0] for alias in node.names} <= ALLOWED
+            assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").partition(".")[0] in ALLOWED
+            assert (node.module or "").partition(".")[0] in allowed
 
 
 def test_train_hsat_leaves_an_encoder(tmp_path):
@@ -112,6 +119,21 @@ def test_reproduce_paper_sets_our_numbers_beside_the_printed_ones(tmp_path):
     assert {name for name, _ in ours} == {"HiDisc", "HSAT"}
 
 
+def test_linear_probe_and_mil_are_attacked(tmp_path):
+    shown = run("linear_probe_and_mil", tmp_path)
+    out = tmp_path / "here/runs/example-slides"
+    left = [float(value) for value in re.findall(r"^PGD-4 through [\d.]+ %: ([\d.]+)$", shown, re.MULTILINE)]
+    (clean,) = re.findall(r"^clean: ([\d.]+)$", shown, re.MULTILINE)
+    assert [float(clean), *left] == sorted([float(clean), *left], reverse=True) and left[-1] < float(clean)
+    (honest,) = re.findall(r"^cross-validated accuracy of slides: ([\d.]+)$", shown, re.MULTILINE)
+    assert float(honest) > 0.5
+    records = read_records(out / "records.jsonl")
+    assert {record.level for record in records} == {"slide", "patient"}
+    assert {record.settings.get("order") for record in records if record.attack} == {"attention"}
+    assert load_mil(out / "mil.safetensors").class_names == ("hgg", "lgg", "mening", "metast", "normal")
+    assert "**Patch level**" in shown
+
+
 def test_own_encoder_trains_and_is_measured(tmp_path):
     shown = run("own_encoder", tmp_path)
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", shown, re.MULTILINE)]
@@ -125,6 +147,16 @@ def test_own_attack_keeps_all_laws_and_is_measured(tmp_path):
     shown = run("own_attack", tmp_path)
     assert f" keeps {len(LAWS)} laws\n" in shown
     assert "| CoarseToFine-8 |" in shown
+
+
+def test_other_libraries_says_what_is_missing_and_uses_the_rest(tmp_path):
+    shown = run("other_libraries", tmp_path)
+    names = {"torchattacks": "torchattacks PGD", "foolbox": "foolbox PGD", "art": "ART FGSM"}
+    for library in ("lightning", *names):
+        there = find_spec(library) is not None
+        assert (f"{library} is missing: pip install " in shown) != there
+        assert (f"| {names.get(library, 'PGD-8')} |" in shown) == (there or library == "lightning")
+    assert shown.count("% of a batch") == sum(find_spec(library) is not None for library in names)
 
 
 @pytest.fixture

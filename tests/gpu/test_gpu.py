@@ -36,8 +36,8 @@ from hsat.attacks import (
     feature_drift,
     hierarchical,
 )
-from hsat.attacks.loop import AttackState, follow_gradients
-from hsat.classifiers import KNNClassifier
+from hsat.attacks.loop import AscentConfig, AttackState, follow_gradients
+from hsat.classifiers import KNNClassifier, LinearProbe, NearestCentroid
 from hsat.data import augment_batch, build_transform
 from hsat.embedding import embed
 from hsat.eval import Provenance, Scoring, evaluate_whitebox
@@ -280,11 +280,12 @@ def test_the_gradient_loop_can_be_captured_and_replayed(threat, decay, device):
     attack = PGD(threat, step_size=step_size, steps=3)
     if decay is not None:
         attack = MIFGSM(threat, step_size=step_size, steps=3, decay=decay)
+    config = AscentConfig(threat=threat, step_size=step_size, steps=3, decay=decay)
     objective = hierarchical(model, LOSS, batch)
     images, start = batch.images.clone(), batch.images.clone()
 
     def loop():
-        state = AttackState(images, objective, attack._config(), generator=None, ids=None, success=None)
+        state = AttackState(images, objective, config, generator=None, ids=None, success=None)
         y, _ = follow_gradients(state, state.project(start), None, 0)
         return state.project(y)
 
@@ -329,6 +330,18 @@ def test_embeddings_and_the_vote_are_those_of_the_cpu(device):
         assert next(encoder.parameters()).device.type == torch.device(place).type
     for here, there in zip(*found, strict=True):
         torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [LinearProbe(C=0.5), NearestCentroid()], ids=["probe", "centroid"])
+def test_classifiers_without_neighbours_decide_as_on_the_cpu(device, settings):
+    bank = embed(encoder_on("cpu"), [batch_on(first=100)], class_names=("a", "b"))
+    fitted = settings.fit(bank)
+    moved, z = fitted.to(device), torch.from_numpy(bank.z)
+    assert moved.device.type == torch.device(device).type and fitted.device.type == "cpu"
+    torch.testing.assert_close(moved.logits(z.to(device)).cpu(), fitted.logits(z), rtol=1e-5, atol=1e-5)
+    assert (moved.predict(bank) == fitted.predict(bank)).all()
+    x = z.to(device).requires_grad_()
+    assert torch.autograd.grad(moved.logits(x).sum(), x)[0].device.type == moved.device.type
 
 
 def test_whitebox_evaluation_is_that_of_the_cpu(device):

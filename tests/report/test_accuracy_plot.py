@@ -9,8 +9,9 @@ import pytest
 from matplotlib.colors import same_color
 
 from hsat.eval import Record
-from hsat.report import chance_level, plot_accuracy_vs_eps
-from hsat.report.accuracy_plot import GREY, spread_heights
+from hsat.report import plot_accuracy_vs_eps
+from hsat.report.accuracy_plot import spread_heights
+from hsat.report.panels import GREY
 
 
 def records() -> list[Record]:
@@ -70,28 +71,20 @@ def test_the_interval_is_a_band():
 
 
 def test_noise_and_chance_are_grey(made_records):
-    panel, *_ = plot_accuracy_vs_eps(made_records("HSAT", 0.8), chance={"patch": 0.3}).axes
+    panel, *_ = plot_accuracy_vs_eps(made_records("HSAT", 0.8, chance=0.3)).axes
     grey = [line for line in panel.lines if same_color(line.get_color(), GREY)]
     np.testing.assert_allclose(grey[0].get_xydata(), [(0, 80), (8, 76)])
     np.testing.assert_allclose(grey[-1].get_ydata(), [30, 30])
     assert texts_of(panel) == pytest.approx({"HSAT": 40, "noise": 76, "chance": 30}, abs=0.01)
 
 
-def test_the_chance_level_that_records_state_is_drawn(made_records):
-    stated = [replace(r, settings=r.settings | {"chance": 0.25}) for r in made_records()]
-    for options, level in (({}, 25), ({"chance": 0.5}, 50)):
-        for panel in plot_accuracy_vs_eps(stated, **options).axes:
-            assert panel.lines[-1].get_ydata()[0] == level
-    assert "chance" not in texts_of(plot_accuracy_vs_eps(made_records()).axes[0])
-
-
-def test_the_chance_level_of_labels():
-    labels = np.array([0, 0, 0, 1, 2])
-    assert chance_level(labels) == 0.6 and chance_level(labels, "mca") == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="'map' is not known"):
-        chance_level(labels, "map")
-    with pytest.raises(ValueError, match="no labels"):
-        chance_level(labels[:0])
+def test_every_chance_level_that_records_state_is_drawn(made_records):
+    """That of the drawn metric; of two cohorts both; none of records that state none."""
+    panel, *_ = plot_accuracy_vs_eps(made_records(), metric="mca").axes
+    assert panel.lines[-1].get_ydata() == pytest.approx([100 / 3, 100 / 3])
+    two = [*made_records("a", chance=0.3), *made_records("b", chance=0.25)]
+    assert [line.get_ydata()[0] for line in plot_accuracy_vs_eps(two).axes[0].lines[-2:]] == [30, 25]
+    assert "chance" not in texts_of(plot_accuracy_vs_eps(made_records(chance=None)).axes[0])
 
 
 def test_all_kinds_of_attacks_have_a_line_and_bars():
@@ -158,7 +151,7 @@ def test_clean_images_alone_are_points():
 
 def test_noise_alone_is_drawn(made_records):
     panel, *_ = plot_accuracy_vs_eps([r for r in made_records() if r.attack_name in ("clean", "noise-8")]).axes
-    assert list(texts_of(panel)) == ["noise"]
+    assert set(texts_of(panel)) == {"chance", "noise"}
 
 
 def test_nothing_to_draw(tmp_path):

@@ -140,6 +140,18 @@ def test_seeds_are_averaged(made_records, tmp_path):
     assert "± 14.1, 2 runs" in page.text
 
 
+def test_the_chance_level_is_beside_every_number(made_records, tmp_path):
+    """In the sentence, on the cards, in figures with their legend, in tables; of older records nowhere."""
+    path = write_report([only_records(tmp_path / "run", made_records())], tmp_path / "report.html")
+    page = read(path)
+    assert "Chance is 40.0 %." in page.text and "chance 40.0 %" in page.text and "chance level" in page.text
+    assert path.read_text().count("; chance: 40 %") == 3, "each figure is described so"
+    assert re.search(r'<th scope="row">chance</th><td>40.0</td><td>33.3</td>', path.read_text())
+    older = write_report([only_records(tmp_path / "older", made_records(chance=None))], tmp_path / "older.html")
+    for text in ("Chance is", "chance level", "; chance: ", ">chance<"):
+        assert text in path.read_text() and text not in older.read_text()
+
+
 def test_flags_are_in_the_summary(made_records, tmp_path):
     records = made_records("a", flags=("10% of the images never moved",))
     page = read(write_report([only_records(tmp_path / "run", records)], tmp_path / "report.html"))

@@ -22,7 +22,7 @@ def plots(made_records):
     drops = [replace(r, metric="accuracy_drop", surrogate="b") for r in records if r.attack and r.metric == "accuracy"]
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     return {
-        "accuracy": (lambda *path, **axes: plot_accuracy_vs_eps(records, *path, chance=0.3, **axes), 3),
+        "accuracy": (lambda *path, **axes: plot_accuracy_vs_eps(records, *path, **axes), 3),
         "certified": (lambda *path, **axes: plot_certified_accuracy(certified, *path, **axes), 3),
         "transfer": (lambda *path, **axes: plot_transfer(drops, *path, **axes), 3),
         "patches": (lambda *path, **axes: plot_patches(images, images / 2, *path, **axes), 6),

@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import same_color
 
 from hsat.report import plot_certified_accuracy, plot_patches, plot_transfer
+from hsat.report.panels import GREY
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
@@ -47,6 +49,10 @@ def test_certified_accuracy_by_radius_in_percent(made_records):
     (panel,) = plot_certified_accuracy(certified).axes
     np.testing.assert_allclose(panel.lines[0].get_xydata(), [(0, 80), (0.25, 60), (0.5, 40)])
     assert panel.lines[0].get_label() == "HSAT (sigma 0.25)" and panel.get_ylabel() == "certified accuracy, %"
+    assert panel.lines[1].get_ydata()[0] == 40 and same_color(panel.lines[1].get_color(), GREY)
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["HSAT (sigma 0.25)", "chance"]
+    (older,) = plot_certified_accuracy([replace(record, chance=None) for record in certified]).axes
+    assert len(older.lines) == len(older.get_legend().get_texts()) == 1
 
 
 def test_a_transfer_is_a_matrix_of_surrogates_and_targets(made_records):

@@ -1,15 +1,16 @@
-"""Any records as a LaTeX table and as CSV."""
+"""Any records as tables, as LaTeX, as CSV and as a DataFrame."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 
-from hsat.report import records_csv, records_latex
+from hsat.report import record_tables, records_csv, records_frame, records_latex
 
 
 def tabulars(text: str) -> list[list[str]]:
@@ -86,6 +87,7 @@ def test_csv_has_a_line_per_number(made_records):
         "sd": "",
         "runs": "1",
         "n": "36",
+        "chance": "0.4",
     }
 
 
@@ -100,3 +102,39 @@ def test_several_runs_are_one_line_of_csv(made_records):
 def test_nothing_to_tabulate(form):
     with pytest.raises(ValueError, match="no records, so there is no table"):
         form([])
+
+
+def test_a_frame_has_the_rows_of_the_csv_as_numbers(made_records):
+    import pandas
+
+    records = [*made_records("HSAT", 0.8, seed=1), *made_records("HSAT", 0.6, seed=2, checkpoint="other", chance=None)]
+    records += made_records("one run", 0.7, low=None, high=None)
+    frame = records_frame(records)
+    pandas.testing.assert_frame_equal(frame, pandas.read_csv(io.StringIO(records_csv(records)), keep_default_na=False,
+        na_values={name: [""] for name in ("value", "low", "high", "sd", "chance")}), check_dtype=False)  # fmt: skip
+    assert frame[["k", "runs", "n"]].dtypes.eq("int64").all() and frame["value"].dtype == "float64"
+    clean = frame.query("attack == 'clean' and level == 'patch' and metric == 'accuracy'").set_index("model")
+    assert clean.loc["HSAT", "value"] == pytest.approx(0.7) and clean.loc["HSAT", "runs"] == 2
+    assert clean.loc["HSAT", "chance"] == pytest.approx(0.4) and clean["low"].isna().all()
+    with pytest.raises(ValueError, match="no records"):
+        records_frame([])
+
+
+def test_a_frame_without_pandas_names_the_extra(made_records, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r'^records_frame needs pandas: pip install "hsat\[frames\]"$'):
+        records_frame(made_records())
+
+
+def test_any_records_are_tables(made_records):
+    """The tables of LaTeX, one by one; several settings stand in the captions."""
+    records = made_records("HSAT", 0.8)
+    tables = record_tables(records, intervals=False)
+    assert [table.caption for table in tables] == [f"{level} level" for level in ("Patch", "Slide", "Patient")] * 2
+    assert tables[0].head[-1] == "chance" and tables[0].rows[0][-1] == "40.0 / 33.3"
+    frame = tables[3].to_frame()  # of mAP alone, so that cells are numbers
+    assert (frame.loc[0, "PGD-8"], frame.loc[0, "chance"]) == (39.0, 33.3)
+    drops = [replace(r, metric="accuracy_drop", surrogate="b") for r in records if r.attack and r.metric == "accuracy"]
+    assert {table.head[0] for table in record_tables([*records, *drops])} == {"surrogate ↓ target →"}
+    several = record_tables([*records, *made_records("HSAT", 0.5, target="decision")])
+    assert several[-1].caption.startswith("Attacks on the decision of the classifier, cohort c0ffee")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hsat.report.summary import (
+    chance_line,
     cross_attack_flags,
     record_flags,
     summarize_model,
@@ -32,9 +33,20 @@ def test_the_sentence_names_the_best_first_with_intervals(made_records):
     summaries = [summarize_model(chosen(made_records(*pair))) for pair in (("HiDisc", 0.6), ("HSAT", 0.8))]
     assert summary_sentence(summaries) == (
         "HSAT keeps 40.0 % [30.0, 50.0] of the patches right under the strongest of 2 attacks at eps 8/255"
-        " (clean 80.0 %); HiDisc keeps 30.0 % [20.0, 40.0] (clean 60.0 %)."
+        " (clean 80.0 %); HiDisc keeps 30.0 % [20.0, 40.0] (clean 60.0 %). Chance is 40.0 %."
     )
+    other = summarize_model(chosen(made_records("of another cohort", chance=0.3)))
+    unknown = summarize_model(chosen(made_records("of older records", chance=None)))
+    assert "Chance" not in summary_sentence([*summaries, other]) + summary_sentence([unknown])
     assert "40.0 % [30.0, 50.0] MCA under" in summary_sentence(summaries, metric="mca")
+
+
+def test_the_chance_level_in_a_line(made_records):
+    assert chance_line(made_records()) == (
+        "Chance level: patch accuracy 40.0 %, MCA 33.3 %; slide accuracy 40.0 %, MCA 33.3 %;"
+        " patient accuracy 40.0 %, MCA 33.3 %."
+    )
+    assert chance_line(made_records(chance=None)) == chance_line([]) == ""
 
 
 def test_without_attacks_the_sentence_says_so(made_records):

@@ -7,50 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hsat.eval import Difference, Record, TableCell
-from hsat.report import markdown_table, read_artifacts
-from hsat.report.aggregation import (
-    list_conditions,
-)
-from hsat.report.summary import (
-    transfer_sentence,
-)
-from hsat.report.tables import confusion_table, drop_table, effort_table, level_table, page_differences_table
+from hsat.eval import Difference, TableCell
+from hsat.report import markdown_table, read_artifacts, transfer_tables
+from hsat.report.aggregation import list_conditions
+from hsat.report.page.tables import confusion_table, effort_table, page_differences_table
+from hsat.report.summary import transfer_sentence
+from hsat.report.tables import drop_table, level_table
 
 
-def record(**changes) -> Record:
-    values = dict(
-        model="hsat",
-        attack="PGD(...)",
-        attack_name="PGD-8",
-        eps="8/255",
-        eps_value=8 / 255,
-        target="features",
-        level="patch",
-        metric="accuracy",
-        value=0.5,
-        low=0.25,
-        high=0.75,
-        n=100,
-        k=200,
-        temperature=0.07,
-        seed=0,
-        versions={"torch": "2"},
-        flags=("doubtful",),
-        settings={"random_start": True, "note": "noted"},
-    )
-    return Record(**(values | changes))
-
-
-def test_markdown_table():
+def test_markdown_table(made_record):
     records = [
-        record(model=model, attack_name=name, metric=metric, level=level, value=value, flags=(), settings={})
+        made_record(model=model, attack_name=name, metric=metric, level=level, value=value, flags=(), settings={})
         for level in ("slide", "patch")
         for model, base in (("hidisc", 0.1), ("hsat", 0.5))
         for name, gain in (("PGD-8", 0.0), ("clean", 0.3))
         for metric, value in (("accuracy", base + gain), ("mca", base), ("map", 0.0))
     ]
-    records[0] = record(model="hidisc", level="slide", value=0.1, low=None, high=None, flags=("doubtful",))
+    records[0] = made_record(model="hidisc", level="slide", value=0.1, low=None, high=None, flags=("doubtful",))
     text = markdown_table(records, levels=("patch", "slide"))
     assert text.splitlines()[:6] == [
         "**Patch level** (Acc / MCA, %; n = 100)",
@@ -64,31 +37,41 @@ def test_markdown_table():
     assert text.endswith("- PGD-8: noted\n- hidisc, PGD-8 (features): doubtful\n")
 
 
-def test_markdown_table_without_intervals_and_with_several_runs():
-    several = [record(seed=seed, value=value, flags=(), settings={}) for seed, value in enumerate((0.4, 0.5, 0.6))]
+def test_markdown_table_without_intervals_and_with_several_runs(made_record):
+    several = [made_record(seed=seed, value=value, flags=(), settings={}) for seed, value in enumerate((0.4, 0.5, 0.6))]
     text = markdown_table(several, levels=("patch",), metrics=("accuracy",))
     assert "| hsat | features | 200 | 50.0 ± 10.0 (3 runs) |" in text
     text = markdown_table(several[:1], levels=("patch",), metrics=("accuracy",), intervals=False)
     assert "| hsat | features | 200 | 40.0 |" in text
 
 
-def test_markdown_table_marks_what_was_not_measured():
-    other = record(model="b", attack_name="BIM-8", target="embedding", k=20)
-    text = markdown_table([record(), other], metrics=("accuracy",), intervals=False)
+def test_markdown_table_marks_what_was_not_measured(made_record):
+    other = made_record(model="b", attack_name="BIM-8", target="embedding", k=20)
+    text = markdown_table([made_record(), other], metrics=("accuracy",), intervals=False)
     assert "| hsat | features | 200 | 50.0 | – |" in text
     assert "| b | embedding | 20 | – | 50.0 |" in text
 
 
-def test_names_do_not_break_the_markdown_table():
-    table = markdown_table([record(model="a|b\nc", attack_name="x|y")], levels=("patch",))
+def test_the_chance_level_is_the_last_column(made_record):
+    """Where any record of the table states it; of runs that differ the mean."""
+    records = [made_record(model="a", seed=seed, chance=chance) for seed, chance in enumerate((0.25, 0.35))]
+    records += [made_record(model="a", metric="smallest_fraction", chance=None), made_record(model="b", level="slide")]
+    text = markdown_table(records, metrics=("accuracy", "smallest_fraction"), intervals=False)
+    assert text.count("| model | target | k | PGD-8 | chance |") == 2
+    assert "| 30.0 / – |" in text and "| b | features | 200 | 50.0 / – | – |" in text
+    assert "chance" not in markdown_table(records[3:])
+
+
+def test_names_do_not_break_the_markdown_table(made_record):
+    table = markdown_table([made_record(model="a|b\nc", attack_name="x|y")], levels=("patch",))
     heads, _, row = (line for line in table.splitlines() if line.startswith("|"))
     assert row.startswith("| a\\|b c | features |") and heads.endswith("| x\\|y |")
     assert len(heads.replace("\\|", "").split("|")) == len(row.replace("\\|", "").split("|"))
 
 
-def test_markdown_table_of_nothing():
+def test_markdown_table_of_nothing(made_record):
     with pytest.raises(ValueError, match=r"none of the 1 records is at a level of \['slide'\]"):
-        markdown_table([record()], levels=("slide",))
+        markdown_table([made_record()], levels=("slide",))
 
 
 def chosen(records, level="patch", metric="accuracy"):
@@ -115,6 +98,9 @@ def test_cells_of_a_level(made_records):
     assert next(iter(rows)) == "clean"
     assert rows["PGD-8"][2] == ("40.0", "30.0 to 50.0")
     assert rows["BIM-8"][2:] == [("–", ""), ("–", "")]
+    assert rows["chance"] == [("40.0", ""), ("33.3", "")] * 2 and list(rows)[-1] == "chance"
+    older = [replace(record, chance=None) for record in records]
+    assert "chance" not in [row[0] for row in level_table(older, level="slide", metrics=("accuracy",)).rows]
     assert level_table(records, level="slide", metrics=("top9",)) is None
 
 
@@ -159,6 +145,7 @@ def test_transfer_matrix(made_records):
     assert table.groups == [("b", 1), ("a", 1)] and table.head == ("attack made on", "Acc-D", "Acc-D")
     assert [(label, [cell.text for cell in cells]) for label, *cells in table.rows] == [
         ("(clean)", ["90.0", "–"]),
+        ("(chance)", ["40.0", "–"]),
         ("a", ["30.0", "40.0"]),
         ("b", ["50.0", "–"]),
         ("mean of the others", ["30.0", "−5.0"]),
@@ -169,6 +156,16 @@ def test_transfer_matrix(made_records):
         " -5.0 [-15.0, 5.0] points from a (BIM-8); 30.0 [20.0, 40.0] points from b (BIM-8)."
     )
     assert transfer_sentence([clean]) == ""
+
+
+def test_a_transfer_has_the_chance_level_below_the_clean_numbers(made_records):
+    records = [r for r in made_records("b") if r.attack_name in ("clean", "PGD-8") and r.level == "patch"]
+    drops = [replace(r, surrogate="a", metric=f"{r.metric}_drop", chance=None) for r in records if r.attack]
+    (table,) = transfer_tables([*(r for r in records if not r.attack), *drops])
+    assert [row[:2] for row in table.rows[:2]] == [
+        ("clean Acc / MCA", "80.0 / 78.0"),
+        ("chance Acc / MCA", "40.0 / 33.3"),
+    ]
 
 
 def test_differences_on_the_same_patients():

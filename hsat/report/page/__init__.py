@@ -16,6 +16,7 @@ from hsat.report.aggregation import EvaluationSetting, describe_setting, drop_du
 from hsat.report.artifacts import Artifacts
 from hsat.report.page.figures import PageFigure, training_figures
 from hsat.report.page.sections import TransferSection, numbers_section, run_provenance, transfer_section
+from hsat.report.page.tables import effort_table, page_differences_table
 from hsat.report.run_folders import RunFolder, open_runs, split_by_branch
 from hsat.report.summary import (
     Flag,
@@ -27,7 +28,6 @@ from hsat.report.summary import (
     summarize_model,
     summary_sentence,
 )
-from hsat.report.tables import effort_table, page_differences_table
 
 _PAGE = Path(__file__).parent
 
@@ -146,6 +146,9 @@ def _chosen_k(records: Sequence[Record], k: int | None) -> int:
 
 def _artifacts_of(folder: RunFolder, setting: EvaluationSetting) -> list[Artifacts]:
     """A folder's artifacts of its own records of this setting; another cohort's have the same model and weights."""
+    first = next((r.classifier for r in folder.records if not r.k), "")
+    if setting.classifier and setting.classifier != first:  # files of artifacts hold one classifier without neighbours
+        return []
     measured = {(r.model, r.target, r.checkpoint) for r in folder.records if EvaluationSetting.of(r) == setting}
     return [one for one in folder.artifacts if (one.model, one.target, one.checkpoint) in measured]
 
@@ -157,6 +160,11 @@ def _notes(records: Sequence[Record]) -> list[str]:
         if note := record.settings.get("note"):
             notes[f"{record.attack_name}: {note}."] = None
         layer = record.settings.get("layer")
+        if record.attack and record.target in LAYERS and not is_noise(record) and "members" not in record.settings:
+            notes[
+                f"Attacks on the {record.target} do not aim at the decision: what they leave is an upper bound, and"
+                " attacks on the decision usually leave far less."
+            ] = None
         if record.attack and record.target in LAYERS and layer and layer != record.target:
             notes[
                 f"Attacks on the {record.target} are measured by a classifier that reads the {layer}:"

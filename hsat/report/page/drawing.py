@@ -24,6 +24,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 40
 _BAR = ((-1, -0.55), (1, -0.55), (1, 0.55), (-1, 0.55))
 _SHAPES: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "h", _BAR)
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 4)), (0, (2, 3)), (0, (8, 3, 2, 3)))
+_DOTS: Any = (0, (1, 2))  # of the baseline
 _COLOURS = tuple(f"#5e00f{index}" for index in range(8))
 _SOFT, _RULE, _BACKGROUND, _PANEL = "#5e00e0", "#5e00e1", "#5e00e2", "#5e00e3"
 _VARIABLES = {colour: f"var(--s{index})" for index, colour in enumerate(_COLOURS)}
@@ -96,18 +97,23 @@ def style_of(index: int) -> tuple[int, int]:
     return (index + index // len(_SHAPES)) % len(_COLOURS), index % len(_SHAPES)
 
 
-def draw_lines(series: Sequence[Series], x: Axis, y: Axis, *, title: str, description: str) -> str:
+def draw_lines(
+    series: Sequence[Series], x: Axis, y: Axis, *, title: str, description: str, baseline: float | None = None
+) -> str:
     """Lines with bars and markers over two axes, as SVG.
 
     Args:
         series: The lines; points that are not finite are left out.
         x, y: The axes.
         title, description: Read aloud in place of the picture.
+        baseline: Where a dotted line goes across, behind the others.
     """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM)
+        if baseline is not None:
+            axes.axhline(baseline, color=_SOFT, linestyle=_DOTS, linewidth=1.6)
         for line in series:
             colour = _COLOURS[style_of(line.style)[0]]
             bars = [
@@ -198,6 +204,18 @@ def swatch(style: int, *, dash: int = 0, hollow: bool = False, line: bool = True
         if line:
             axes.plot([1, 27], [7, 7], color=_COLOURS[style_of(style)[0]], linestyle=_DASHES[dash], linewidth=2)
         _mark(axes, [14], [7], style, size=8, hollow=hollow)
+        return _as_svg(figure)
+
+
+def baseline_swatch() -> str:
+    """The sign of the baseline for a legend."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(28, 14, 0, 0, 0, 0)
+        axes.set(xlim=(0, 28), ylim=(0, 14))
+        axes.axis("off")
+        axes.plot([1, 27], [7, 7], color=_SOFT, linestyle=_DOTS, linewidth=1.6)
         return _as_svg(figure)
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsat.attacks.natural_shift import STRENGTHS
 from hsat.eval import Record
-from hsat.report.aggregation import CLEAN, Estimate
+from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, mean_chance
 from hsat.report.artifacts import Artifacts
-from hsat.report.page.drawing import Axis, Series, draw_lines, draw_map, swatch
-from hsat.report.summary import accuracy_lines, eps_ticks, norm_of
+from hsat.report.natural_shift import shift_place
+from hsat.report.page.drawing import Axis, Series, baseline_swatch, draw_lines, draw_map, swatch
+from hsat.report.summary import accuracy_lines, eps_ticks, is_shift, norm_of
 
 _PERCENT = tuple(range(0, 101, 20))
 _MAX_POINTS = 240
@@ -36,7 +38,7 @@ class PageFigure:
 def accuracy_figure(
     records: Sequence[Record], styles: Mapping[str, int], *, level: str, norm: str, metric: str = "accuracy"
 ) -> PageFigure | None:
-    """A metric against eps at one level: per model the strongest attack at each eps, and noise.
+    """A metric against eps at one level: per model the strongest attack at each eps, noise, and the chance level.
 
     Args:
         records: Of one setting and k.
@@ -79,9 +81,12 @@ def accuracy_figure(
     x_axis = _eps_axis([unit * record.eps_value for record in here], norm)
     y_axis = Axis(f"{metric}, %", (0, 100), _PERCENT)
     title = f"{level} level, {metric} against eps"
-    return PageFigure(
-        draw_lines(series, x_axis, y_axis, title=title, description="; ".join(texts)), f"{level.capitalize()} level"
-    )
+    baseline = None
+    if (chance := mean_chance(here)) is not None:
+        baseline = 100 * chance
+        texts.append(f"chance: {baseline:.0f} %")
+    svg = draw_lines(series, x_axis, y_axis, title=title, description="; ".join(texts), baseline=baseline)
+    return PageFigure(svg, f"{level.capitalize()} level")
 
 
 def _eps_axis(values: Sequence[float], norm: str) -> Axis:
@@ -96,12 +101,56 @@ def _bar_ends(estimate: Estimate) -> tuple[float | None, float | None]:
     return (None, None) if ends is None else (100 * ends[0], 100 * ends[1])
 
 
-def accuracy_legend(models: Mapping[str, int], *, noise: bool) -> tuple[tuple[str, str], ...]:
+def accuracy_legend(models: Mapping[str, int], *, noise: bool, chance: bool) -> tuple[tuple[str, str], ...]:
     """What the lines of `accuracy_figure` mean."""
     items = [(swatch(style), f"{model}, strongest attack at each eps") for model, style in models.items()]
     if noise:
         items += [(swatch(style, dash=2, hollow=True), f"{model}, random noise") for model, style in models.items()]
+    if chance:
+        items.append((baseline_swatch(), "chance level"))
     return tuple(items)
+
+
+def shift_figures(records: Sequence[Record], *, metric: str) -> tuple[PageFigure, ...]:
+    """For each model the metric at patch level against the strength, a line per kind; none without standard shifts.
+
+    Args:
+        records: Of one setting and k.
+        metric: Which metric.
+    """
+    here = [record for record in records if (record.level, record.metric) == ("patch", metric)]
+    figures = []
+    for model in dict.fromkeys(record.model for record in here if is_shift(record)):
+        mine = [record for record in here if record.model == model]
+        clean = aggregate_runs([record for record in mine if record.attack_name == CLEAN])
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for label, strength in dict.fromkeys(map(shift_place, filter(is_shift, mine))):
+            estimate = aggregate_runs([r for r in mine if is_shift(r) and shift_place(r) == (label, strength)])
+            if strength in STRENGTHS and estimate is not None:
+                first = [] if clean is None else [(0, 100 * clean.value)]
+                lines.setdefault(label, first).append((STRENGTHS.index(strength) + 1, 100 * estimate.value))
+        if lines:
+            figures.append(_shift_figure(model, lines, metric))
+    return tuple(figures)
+
+
+def _shift_figure(model: str, lines: Mapping[str, Sequence[tuple[int, float]]], metric: str) -> PageFigure:
+    series = [
+        Series(label=label, x=[x for x, _ in points], y=[y for _, y in points], style=style, dash=style % 4)
+        for style, (label, points) in enumerate(lines.items())
+    ]
+    said = "; ".join(f"{label}: {', '.join(f'{y:.0f} %' for _, y in points)}" for label, points in lines.items())
+    x_axis = Axis("strength (0 clean, 1 mild, 2 medium, 3 strong)", (-0.15, 3.15), (0, 1, 2, 3))
+    name = model or "(unnamed model)"
+    svg = draw_lines(
+        series,
+        x_axis,
+        Axis(f"{metric}, %", (0, 100), _PERCENT),
+        title=f"Natural shift, {name}",
+        description=said,
+    )
+    legend = tuple((swatch(style, dash=style % 4), label) for style, label in enumerate(lines))
+    return PageFigure(svg, name, legend)
 
 
 def training_figures(columns: Mapping[str, Sequence[float]], *, name: str) -> tuple[PageFigure, ...]:

@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from hsat.eval import Record, Table
-from hsat.report.aggregation import CLEAN
+from hsat.report.aggregation import CLEAN, mean_chance
 from hsat.report.artifacts import Artifacts
-from hsat.report.page.figures import PageFigure, accuracy_figure, accuracy_legend, class_legend, map_figures
+from hsat.report.natural_shift import shift_table
+from hsat.report.page.figures import (
+    PageFigure,
+    accuracy_figure,
+    accuracy_legend,
+    class_legend,
+    map_figures,
+    shift_figures,
+)
+from hsat.report.page.tables import confusion_table
 from hsat.report.run_folders import RunFolder
-from hsat.report.summary import is_noise, norm_of, summarize_model, transfer_sentence
-from hsat.report.tables import confusion_table, drop_table, level_table, prefix_caption
+from hsat.report.summary import is_attack, is_noise, is_shift, norm_of, summarize_model, transfer_sentence
+from hsat.report.tables import drop_table, level_table, prefix_caption
 from hsat.types import LEVELS
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -72,6 +81,8 @@ class NumbersSection:
     k: int
     tables: tuple[Table, ...]
     more_tables: tuple[Table, ...]
+    shift_tables: tuple[Table, ...]
+    shift_figures: tuple[PageFigure, ...]
     curves: tuple[CurvePanels, ...]
     confusions: tuple[tuple[Table, Table], ...]
     maps: tuple[EmbeddingMap, ...]
@@ -110,6 +121,8 @@ def numbers_section(
     metric: str,
 ) -> NumbersSection:
     """The block of one setting's records and of the artifacts that belong to them."""
+    shifts = [record for record in records if record.k == k and (is_shift(record) or not record.attack)]
+    records = [record for record in records if not is_shift(record)]
     main = [record for record in records if record.k == k]
     levels = [level for level in LEVELS if any(record.level == level for record in main)]
     others = [name for name in dict.fromkeys(r.metric for r in main) if name not in _MAIN_METRICS]
@@ -136,6 +149,12 @@ def numbers_section(
         k=k,
         tables=tuple(table for table in tables if table),
         more_tables=tuple(table for table in more if table),
+        shift_tables=tuple(
+            t
+            for level in levels
+            if (t := shift_table(shifts, level=level, metric=metric, with_amounts=level == levels[-1]))
+        ),
+        shift_figures=shift_figures(shifts, metric=metric),
         curves=_curves(main, levels, styles, metric),
         confusions=tuple(confusions),
         maps=tuple(maps),
@@ -149,20 +168,22 @@ def _strongest(records: Sequence[Record], artifacts: Artifacts, metric: str) -> 
     worst = summarize_model(mine).worst if mine else None
     if worst is not None and worst.name in artifacts.conditions:
         return worst.name
-    attacks = [r.attack_name for r in mine if r.attack and not is_noise(r) and r.attack_name in artifacts.conditions]
+    attacks = [r.attack_name for r in mine if is_attack(r) and r.attack_name in artifacts.conditions]
     return attacks[-1] if attacks else ""
 
 
 def _curves(
     records: Sequence[Record], levels: Sequence[str], styles: Mapping[str, int], metric: str
 ) -> tuple[CurvePanels, ...]:
-    attacks = [record for record in records if record.attack and not is_noise(record)]
+    attacks = [record for record in records if is_attack(record)]
     panels = []
     for norm in dict.fromkeys(norm_of(record) for record in attacks):
         drawn = [accuracy_figure(records, styles, level=level, norm=norm, metric=metric) for level in levels]
         models = {record.model: styles[record.model] for record in attacks if norm_of(record) == norm}
         noise = any(is_noise(record) and norm_of(record) == norm for record in records)
-        legend = accuracy_legend(dict(sorted(models.items(), key=lambda item: item[1])), noise=noise)
+        ordered = dict(sorted(models.items(), key=lambda item: item[1]))
+        chance = mean_chance(record for record in records if record.metric == metric) is not None
+        legend = accuracy_legend(ordered, noise=noise, chance=chance)
         if any(drawn):
             panels.append(CurvePanels(norm, tuple(figure for figure in drawn if figure), legend))
     return tuple(panels)
