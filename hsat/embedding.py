@@ -24,6 +24,7 @@ from hsat.types import (
     HierarchicalBatch,
     Objective,
 )
+from hsat.types.plain_batches import PlainBatches
 from hsat.types.row_checks import check_rows
 
 __all__ = ["embed", "gather_table"]
@@ -55,8 +56,8 @@ def embed(  # noqa: PLR0913
         encoder: A module whose call gives the projected embedding and whose `.features`, if it has one, gives the
             backbone feature; any other callable serves as both.  A module is frozen meanwhile (evaluation mode, no
             parameter gradients) and restored afterwards.
-        loader: HierarchicalBatches with labels.
-        class_names: Names of the classes; by default those of `loader.dataset`.
+        loader: HierarchicalBatches with labels; or pairs (images, labels), where each image counts as a patient.
+        class_names: Names of the classes; by default those of `loader.dataset` (`class_names` or `classes`).
         layer: Which of the two fills the table; the paper's kNN reads "features".
         attack: Attacks each batch first, maximising the cosine drift of the layer `target` from its clean value, which
             is computed once per batch.
@@ -87,7 +88,7 @@ def embed(  # noqa: PLR0913
 
     info = loader_info(loader, class_names, cohort=cohort, split=split)
     embedder = Embedder(encoder, layer=layer, device=device, name=encoder_name, progress=progress)
-    return embedder.run(loader, info, World(), change=attack_images)
+    return embedder.run(PlainBatches(loader), info, World(), change=attack_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +312,9 @@ def loader_info(
         ValueError: If neither says what the classes are.
     """
     dataset = getattr(loader, "dataset", None)
-    names = class_names if class_names is not None else getattr(dataset, "class_names", None)
+    names = (
+        class_names if class_names is not None else getattr(dataset, "class_names", getattr(dataset, "classes", None))
+    )
     if names is None:
         raise ValueError(
             f"class names are missing and {type(loader).__name__} has no dataset.class_names; pass class_names=(...)"

@@ -297,6 +297,9 @@ def layout_hint(root: Path, asked: Sequence[str] = ()) -> str:
         ("split", *_LEVELS): "images lie four folders deep; if they are split/class/patient/slide/patch, call"
         " read_folders with split_folders=True (layout='folders')",
     }
+    if tuple(asked[:1]) == ("split",):  # the same reader fits, without its option
+        fits[("class",)] += " without split_folders"
+        fits[_LEVELS] += " without split_folders"
     by_depth = {len(levels): text for levels, text in fits.items() if tuple(levels) != tuple(asked)}
     if others[".csv"]:
         table = "or, with the table that lies there, read_csv with columns={...} (layout='csv')"

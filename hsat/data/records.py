@@ -103,7 +103,7 @@ def _check_names(field: str, column: Sequence[str], where: Callable[[int], str])
         if name != name.strip() or "\0" in name:
             at = where(column.index(name))
             raise ValueError(
-                f"{at}: {field} {name!r} has white space around it or a NUL; write {name.strip(chr(0)).strip()!r}"
+                f"{at}: {field} {name!r} has white space around it or a NUL; write {name.replace(chr(0), '').strip()!r}"
             )
 
 
