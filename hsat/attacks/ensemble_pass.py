@@ -28,6 +28,7 @@ from hsat.types import (
     SuccessTest,
     ThreatModel,
 )
+from hsat.types.row_checks import detach_images
 
 CLEAN = "clean"
 MemberObjective = Literal["features", "embedding", "margin", "cross-entropy", "dlr", "target", "scores"]
@@ -125,7 +126,7 @@ class EnsemblePass:
     ) -> None:
         self.objective, self.threat = objective, threat
         self.generator, self.ids, self.success = options.generator, options.ids, options.success
-        self.x = require_images(x.detach(), threat)
+        self.x = require_images(detach_images(x), threat)
         model = objective.model
         self.layers = dict(model.layers()) if isinstance(model, LayeredModel) else dict[str, EmbeddingFunction]()
         self.decides = model if isinstance(model, LayerDecision) else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from hsat.attacks.initialization import check_ids, check_start, random_start, to_device_of
 from hsat.attacks.threat import clamp_images, raise_out_of_range
 from hsat.types import AttackResult, Objective, SuccessTest, ThreatModel
+from hsat.types.row_checks import detach_images
 
 RandomStart = Callable[[], Tensor]
 """Gives a random feasible point for every image: the way out for images that are stationary at step 0."""
@@ -76,9 +77,10 @@ def ascend(
         raise RuntimeError(
             "attacks need gradients, which inference_mode forbids; use torch.no_grad() around them instead"
         )
+    inference, x = getattr(x, "is_inference", bool)(), detach_images(x)
     check_ids(ids, len(x))
     check_start(start, x)
-    x = x.detach().clone() if x.is_inference() else x.detach()
+    x = x.clone() if inference else x
     state = AttackState(x, objective, config, generator=generator, ids=ids, success=success)
     best: RestartResult | None = None
     for restart in range(config.restarts):

@@ -18,6 +18,7 @@ from hsat.attacks.pgd import unguided_result
 from hsat.attacks.threat import Linf, require_images
 from hsat.stains import HAEMATOXYLIN_EOSIN, check_colour, mix_planes, stain_basis, to_stains
 from hsat.types import AttackResult, Objective, SuccessTest
+from hsat.types.row_checks import detach_images
 
 ShiftKind = Literal["stain", "blur", "jpeg", "brightness", "resampling"]
 
@@ -154,7 +155,7 @@ class NaturalShift:
         """
         check_ids(ids, len(x))
         check_start(start, x)
-        inside = require_images(x.detach(), _PIXELS)
+        inside = require_images(detach_images(x), _PIXELS)
         if self.kind == "stain":
             check_colour(inside)
         work = inside.to(torch.promote_types(x.dtype, torch.float32))

@@ -22,6 +22,7 @@ from hsat.attacks.pgd import unguided_result
 from hsat.attacks.threat import L2, Linf, require_images, settings_number, tensor_digest
 from hsat.files import write_file
 from hsat.types import AttackResult, EmbeddingFunction, HierarchicalBatch, Objective, SuccessTest
+from hsat.types.row_checks import detach_images
 from hsat.untrusted import check_regular, strict_json
 
 FORMAT = "hsat universal perturbation 1"
@@ -211,7 +212,7 @@ class FittedUniversal:
                 f"this perturbation is for images of shape (n, {', '.join(map(str, self.delta.shape[1:]))}); got"
                 f" {tuple(x.shape)}. Fit another one at that size, or resize the images"
             )
-        x = x.detach()
+        x = detach_images(x)
         work = torch.promote_types(x.dtype, torch.float32)
         moved = x.to(work) + self.delta.to(x.device, work)
         return self.threat.project(moved.to(x.dtype), x)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hsat.attacks.initialization import check_ids, check_start
 from hsat.attacks.loop import check_value
 from hsat.types import Attack, AttackResult, Objective, SuccessTest, ThreatModel
+from hsat.types.row_checks import detach_images
 
 ObjectiveFactory = Callable[[Tensor], Objective]
 """Images (n, c, h, w) -> the objective that an attack climbs on them."""
@@ -76,7 +77,7 @@ class WorstCase:
         """
         check_ids(ids, len(x))
         check_start(start, x)
-        state = _WorstCaseState(x.detach(), objective, start=start, generator=generator, ids=ids, success=success)
+        state = _WorstCaseState(detach_images(x), objective, start=start, generator=generator, ids=ids, success=success)
         for attack, make in self.parts:
             if state.all_broken():
                 break

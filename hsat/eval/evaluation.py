@@ -26,9 +26,9 @@ from hsat.fingerprints import (
     fingerprint_encoder,
     fingerprint_loader,
     fingerprint_table,
+    normalisation_of,
     numerics_of,
 )
-from hsat.models import normalisation_of
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
 
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]

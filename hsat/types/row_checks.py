@@ -12,11 +12,25 @@ SQUEEZED = (
 
 
 def check_rows(z: Tensor, n: int, giver: str, *, columns: str = "d") -> None:
-    """Raise ValueError unless z is (n, columns), one row per image; giver: who gave it, for the message."""
+    """Raise unless z is a tensor (n, columns), one row per image; giver: who gave it, for the message."""
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"{giver} gave {type(z).__name__} for {n} images; expected a tensor ({n}, {columns}). Pick the entry that"
+            " holds it: lambda x: model(x)[0], or hsat.models.wrap_encoder(model, features=ENTRY)"
+        )
     if z.ndim == 2 and len(z) == n:
         return
     shape = tuple(z.shape)
     raise ValueError(f"{giver} gave shape {shape} for {n} images; expected ({n}, {columns}).{row_advice(shape, n)}")
+
+
+def detach_images(x: Tensor) -> Tensor:
+    """The images cut off from any graph; TypeError for arrays, lists and pictures."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"images must be a tensor (n, c, h, w) of floats, got {type(x).__name__}; write torch.as_tensor(images)"
+        )
+    return x.detach()
 
 
 def check_labels(label: Tensor, *, classes: int | None = None) -> None:
