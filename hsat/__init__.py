@@ -35,8 +35,9 @@ _ROOMS = {
     "hsat.losses": "HiDiscLoss supcon_loss",
     "hsat.classifiers": "ABMIL DecisionModel Head KNNClassifier LinearProbe MIL MeanPooling NearestCentroid",
     "hsat.data": (
-        "BadPatch Cohort HierarchicalDataset PatchDataset collate hierarchical_loader patch_loader read_csv"
-        " read_folders read_opensrh read_patch slide_loader srh_to_rgb write_synthetic_cohort"
+        "BadPatch Cohort HierarchicalDataset PatchDataset collate from_frame hierarchical_loader patch_loader"
+        " read_class_folders read_csv read_folders read_opensrh read_patch slide_loader srh_to_rgb"
+        " write_synthetic_cohort"
     ),
     "hsat.models": "build_encoder frozen load_checkpoint load_encoder save_encoder wrap_encoder",
     "hsat.embedding": "embed",

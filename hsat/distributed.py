@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from hsat.types import HierarchicalBatch
+from hsat.types.batch import require_ids
 
 _TIMEOUT = timedelta(days=7)  # a rank that has finished waits for the slowest attack of all
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -204,9 +205,9 @@ class ShardedLoader:
             self.batches = len(self._index_lists)
             numbers = [number for number in range(self.batches) if self.is_mine(number)]
             batches = _read_batches(self._loader, [self._index_lists[number] for number in numbers])
-            yield from zip(numbers, batches, strict=True)
+            yield from zip(numbers, map(require_ids, batches), strict=True)
             return
-        for number, batch in enumerate(self._loader):
+        for number, batch in enumerate(map(require_ids, self._loader)):
             self.batches = number + 1
             if self._world.size > 1:
                 self._digests[number] = hashlib.sha256(batch.patch.cpu().numpy().tobytes()).hexdigest()

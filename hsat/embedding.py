@@ -15,7 +15,16 @@ from hsat.attacks import FittedUniversal, NaturalShift, RandomNoise, feature_dri
 from hsat.attacks.base import GradientAttack
 from hsat.attacks.library_attack import LibraryAttack
 from hsat.distributed import ShardedLoader, World, gather_objects
-from hsat.types import Attack, AttackResult, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective
+from hsat.types import (
+    GROUP_LABELS,
+    Attack,
+    AttackResult,
+    EmbeddingFunction,
+    EmbeddingTable,
+    HierarchicalBatch,
+    Objective,
+)
+from hsat.types.plain_batches import PlainBatches
 from hsat.types.row_checks import check_rows
 
 __all__ = ["embed", "gather_table"]
@@ -47,8 +56,8 @@ def embed(  # noqa: PLR0913
         encoder: A module whose call gives the projected embedding and whose `.features`, if it has one, gives the
             backbone feature; any other callable serves as both.  A module is frozen meanwhile (evaluation mode, no
             parameter gradients) and restored afterwards.
-        loader: HierarchicalBatches with labels.
-        class_names: Names of the classes; by default those of `loader.dataset`.
+        loader: HierarchicalBatches with labels; or pairs (images, labels), where each image counts as a patient.
+        class_names: Names of the classes; by default those of `loader.dataset` (`class_names` or `classes`).
         layer: Which of the two fills the table; the paper's kNN reads "features".
         attack: Attacks each batch first, maximising the cosine drift of the layer `target` from its clean value, which
             is computed once per batch.
@@ -79,16 +88,21 @@ def embed(  # noqa: PLR0913
 
     info = loader_info(loader, class_names, cohort=cohort, split=split)
     embedder = Embedder(encoder, layer=layer, device=device, name=encoder_name, progress=progress)
-    return embedder.run(loader, info, World(), change=attack_images)
+    return embedder.run(PlainBatches(loader), info, World(), change=attack_images)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderInfo:
-    """What is known of a loader's images as a whole: class names, fingerprint of the cohort, name of the split."""
+    """What is known of a loader's images as a whole: class names, fingerprint of the cohort, name of the split.
+
+    slide_label, patient_label: The class of a slide or patient by its id, where the cohort has a column that says it.
+    """
 
     class_names: tuple[str, ...]
     cohort: str = ""
     split: str = ""
+    slide_label: Mapping[int, int] | None = None
+    patient_label: Mapping[int, int] | None = None
 
 
 class Embedder:
@@ -179,9 +193,15 @@ class EmbeddingBuffer:
         if not self._rows:
             raise ValueError(f"the loader gave no batches (split {info.split!r}): nothing to embed")
         ids = {name: np.concatenate(parts) for name, parts in self._ids.items()}
+        stated = {name: getattr(info, name) for name in GROUP_LABELS if getattr(info, name) is not None}
+        groups: dict[str, np.ndarray] = {
+            name: np.array([labels.get(int(group), -1) for group in ids[name.removesuffix("_label")]], dtype=np.int64)
+            for name, labels in stated.items()
+        }
         return EmbeddingTable(
             z=np.concatenate(self._rows),
             **ids,
+            **groups,
             class_names=info.class_names,
             cohort=info.cohort,
             split=info.split,
@@ -292,18 +312,31 @@ def loader_info(
         ValueError: If neither says what the classes are.
     """
     dataset = getattr(loader, "dataset", None)
-    names = class_names if class_names is not None else getattr(dataset, "class_names", None)
+    names = (
+        class_names if class_names is not None else getattr(dataset, "class_names", getattr(dataset, "classes", None))
+    )
     if names is None:
         raise ValueError(
             f"class names are missing and {type(loader).__name__} has no dataset.class_names; pass class_names=(...)"
         )
-    fingerprint = getattr(getattr(dataset, "cohort", None), "fingerprint", "")
+    source = getattr(dataset, "cohort", None)
+    fingerprint = getattr(source, "fingerprint", "")
     stated = fingerprint() if callable(fingerprint) else fingerprint
     return LoaderInfo(
         class_names=tuple(names),
         cohort=cohort or str(stated or ""),
         split=split or str(getattr(dataset, "split", None) or ""),
+        **{name: label_by_group(source, name) for name in GROUP_LABELS},
     )
+
+
+def label_by_group(cohort: Any, name: str) -> dict[int, int] | None:
+    """The class of each slide or patient by its id, as the cohort's column of that name says it; None without one."""
+    column = getattr(cohort, name, None)
+    if column is None:
+        return None
+    group, first = np.unique(getattr(cohort, name.removesuffix("_label")), return_index=True)
+    return dict(zip(group.tolist(), np.asarray(column)[first].tolist(), strict=True))
 
 
 def show_progress(items: Iterable[Item], description: str, *, shown: bool) -> Iterator[Item]:
@@ -343,7 +376,8 @@ def gather_table(table: EmbeddingTable | None) -> EmbeddingTable:
     if any(part.z.shape[1] != first.z.shape[1] for part in tables):
         raise ValueError(f"tables of the ranks differ in width: {', '.join(str(part.z.shape[1]) for part in tables)}")
     columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in tables]) for name in ("z", *IDS)}
-    norms = [part.norm for part in tables if part.norm is not None]
-    norm = np.concatenate(norms) if len(norms) == len(tables) else None
+    for name in ("norm", *GROUP_LABELS):
+        parts = [getattr(part, name) for part in tables if getattr(part, name) is not None]
+        columns[name] = np.concatenate(parts) if len(parts) == len(tables) else None
     text = {name: getattr(first, name) for name in _TEXT}
-    return EmbeddingTable(**columns, **text, norm=norm)
+    return EmbeddingTable(**columns, **text)

@@ -250,7 +250,9 @@ def accept(words: list[str]) -> Settings:
         return command.load_settings(argv)
     kinds = [each for each in vars(command).values() if isinstance(each, type) and issubclass(each, Settings)]
     (kind,) = [each for each in kinds if each.__module__ == command.__name__]
-    return kind.load(collect_words(argv, "runs") if "runs" in kind.model_fields else argv)
+    positional = {"runs": "runs"} | ({"data": "data.root"} if name == "check" else {})
+    collected = [option for field, option in positional.items() if field in kind.model_fields]
+    return kind.load(collect_words(argv, collected[0]) if collected else argv)
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:80])

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from hsat.attacks import PGD, Linf, feature_drift
+from hsat.classifiers import KNNClassifier
+from hsat.data import PatchDataset, read_opensrh, write_synthetic_cohort
 from hsat.embedding import embed, to_device
+from hsat.eval import evaluate_whitebox
 from hsat.types import HierarchicalBatch
 
 ATTACK = PGD(Linf(8 / 255), step_size=2 / 255, steps=3)
@@ -154,3 +158,27 @@ def test_only_the_way_to_a_gpu_does_not_wait(monkeypatch):
     for name in ("cpu", "cuda:1", "mps"):
         to_device(torch.zeros(1), torch.device(name))
     assert asked == [(kind, {"non_blocking": kind == "cuda"}) for kind in ("cpu", "cuda", "mps")]
+
+
+def test_pairs_of_images_and_labels_are_taken_and_each_image_is_a_patient():
+    images, labels = torch.rand(8, 3, 4, 4), torch.arange(8) % 2
+    loader = DataLoader(TensorDataset(images, labels), batch_size=3)
+    table = embed(lambda x: x.flatten(1), loader, class_names=("a", "b"))
+    assert table.label.tolist() == labels.tolist()
+    assert table.patch.tolist() == table.slide.tolist() == table.patient.tolist() == list(range(8))
+    with pytest.raises(ValueError, match="class names are missing"):
+        embed(lambda x: x.flatten(1), loader)
+    with pytest.raises(TypeError, match=r"pairs of tensors \(images, labels\); got Tensor"):
+        embed(lambda x: x.flatten(1), [images], class_names=("a", "b"))
+    bank = embed(lambda x: x.flatten(1), loader, class_names=("a", "b"))
+    with pytest.raises(
+        TypeError, match=r"needs to know patients and slides, and the loader gives list.*evaluate_classifier"
+    ):
+        evaluate_whitebox(lambda x: x.flatten(1), bank, loader, {"PGD": ATTACK}, classifier=KNNClassifier(k=3))
+
+
+def test_a_loader_without_collate_says_what_to_pass(tmp_path):
+    root = write_synthetic_cohort(tmp_path / "c", classes=("hgg", "normal"), patients_per_class=2, patches=2, size=16)
+    loader = DataLoader(PatchDataset(read_opensrh(root)), batch_size=4)
+    with pytest.raises(TypeError, match=r"got Sample: pass collate_fn=hsat\.collate to the DataLoader"):
+        embed(lambda x: x.flatten(1), loader)

@@ -27,7 +27,7 @@ class SlideBag(NamedTuple):
         rows: (n, d) their embeddings.
         slide: The slide's id.
         patient: The patient's id.
-        label: The class that all its patches have.
+        label: Its class: the table's `slide_label`, else the class that all its patches have.
     """
 
     rows: np.ndarray
@@ -47,16 +47,20 @@ def bags_of(table: EmbeddingTable, *, reads: Literal["unit", "raw"] = "raw") -> 
         One bag per slide.
 
     Raises:
-        ValueError: For a table without lengths where raw rows are asked for, and for a slide whose patches have several
-            labels, naming it.
+        ValueError: For a table without lengths where raw rows are asked for, and for a slide without
+            `slide_label` whose patches have several labels, naming it.
     """
     rows = table.raw() if reads == "raw" else table.z
     for slide in np.unique(table.slide):
         at = np.flatnonzero(table.slide == slide)
-        labels = sorted(set(table.label[at].tolist()))
+        stated = -1 if table.slide_label is None else int(table.slide_label[at[0]])
+        labels = sorted(set(table.label[at].tolist())) if stated < 0 else [stated]
         if len(labels) > 1:
             names = [table.class_names[label] for label in labels]
-            raise ValueError(f"slide {slide} holds patches of the classes {names}; a slide has one class")
+            raise ValueError(
+                f"slide {slide} holds patches of the classes {names}; a slide has one class, which a column slide_label"
+                " of the cohort can say"
+            )
         yield SlideBag(np.asarray(rows[at]), int(slide), int(table.patient[at[0]]), labels[0])
 
 

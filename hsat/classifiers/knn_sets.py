@@ -158,6 +158,8 @@ def concat_tables(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
         label=label,
         **columns,
         class_names=names,
+        slide_label=None,
+        patient_label=None,
         split="+".join(dict.fromkeys(table.split for table in tables)),
     )
 

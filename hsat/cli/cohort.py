@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
-from hsat.cli.options import DataSettings, EvaluationDataSettings
-from hsat.data import Cohort, PatchStore, read_cohort, read_opensrh, write_patch_store, write_synthetic_cohort
+import numpy as np
+
+from hsat.cli.options import DataSettings, SourceSettings
+from hsat.data import (
+    Cohort,
+    PatchStore,
+    read_cohort,
+    read_exclusions,
+    read_opensrh,
+    write_patch_store,
+    write_synthetic_cohort,
+)
 
 SYNTHETIC = Path("runs/synthetic")
 
 
-def open_cohort(data: DataSettings | EvaluationDataSettings, *, seed: int = 0) -> Cohort:
+def open_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
     """The user's cohort, or the synthetic one where no root is given; split by patient if it has no split of its own.
 
     Bad data ends the program with the reason: missing folders, unreadable tables, patients in two splits.
     """
     try:
-        cohort = _read(data, seed)
-        if not cohort.splits:
-            cohort = cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
+        cohort = split_settings_cohort(read_settings_cohort(data, seed=seed), data)
         for split in ("train", "val"):
             cohort.rows(split)
-        cohort.check_files()
+        cohort.file_sizes()
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     for note in cohort.notes:
@@ -30,12 +39,34 @@ def open_cohort(data: DataSettings | EvaluationDataSettings, *, seed: int = 0) -
     return cohort
 
 
-def _read(data: DataSettings | EvaluationDataSettings, seed: int) -> Cohort:
+def read_settings_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
+    """The cohort as it lies in its folder, without excluded patches; the synthetic one where no root is given.
+
+    Args:
+        data: Options.
+        seed: Of the synthetic cohort.
+
+    Returns:
+        The cohort, with its own splits or none.
+
+    Raises:
+        OSError, ValueError: As the reader of the layout does.
+    """
     if data.root is None:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
         print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
         return read_opensrh(root)
-    return read_cohort(data.root, data.layout, manifest=data.manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the cohort's notes say the same, and are printed
+        cohort = read_cohort(data.root, data.layout, options=data.reader_options())
+    return cohort if data.exclude is None else cohort.without(read_exclusions(data.exclude))
+
+
+def split_settings_cohort(cohort: Cohort, data: SourceSettings) -> Cohort:
+    """The cohort, split by patient where it has no splits of its own."""
+    if cohort.splits:
+        return cohort
+    return cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
 
 
 def open_store(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:
@@ -71,10 +102,8 @@ def describe(cohort: Cohort) -> str:
     """Patients, slides and patches of each split, in a line each."""
     lines = []
     for split, classes in cohort.summary().items():
-        counts = {unit: sum(c[unit] for c in classes.values()) for unit in ("patients", "slides", "patches")}
+        rows = cohort.rows(split) if split else [i for i, row in enumerate(cohort.records) if not row.split]
+        patients, slides = (len(np.unique(ids[rows])) for ids in (cohort.patient, cohort.slide))
         per_class = ", ".join(f"{name} {c['patches']}" for name, c in classes.items())
-        lines.append(
-            f"{split or 'no split'}: {counts['patients']} patients, {counts['slides']} slides,"
-            f" {counts['patches']} patches ({per_class})"
-        )
+        lines.append(f"{split or 'no split'}: {patients} patients, {slides} slides, {len(rows)} patches ({per_class})")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "write one HTML page about run folders",
     "reproduce": "set our numbers beside those of the paper's tables",
     "compare": "measure what each convention of the published evaluation changes",
+    "check": "list all bad files of a cohort: unreadable, equal, alike, odd in size, blank",
     "demo": "train and attack two encoders on a synthetic cohort",
 }
 

@@ -7,6 +7,7 @@ names.  A key that does not exist is an error.  Nothing is read from the environ
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import re
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -24,6 +25,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from hsat.data import ReadOptions
+from hsat.data.assembly import Mixed
 from hsat.training.config import Pixels, Section, ViewConfig, parse_pixels
 
 __all__ = ["Counts", "Names", "Pixels", "PixelsList", "Section", "Settings", "parse_pixels", "split_commas"]
@@ -39,29 +42,84 @@ Names = Annotated[list[str], BeforeValidator(split_commas)]
 Counts = Annotated[list[int], BeforeValidator(split_commas)]
 
 
-class DataSettings(ViewConfig):
-    """Where the patches are, and how batches are drawn from them."""
+def split_pairs(value: Any) -> Any:
+    """a=b,c=d as a mapping; mappings stay.
+
+    Args:
+        value: The text or the mapping.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        ValueError: For a part without "=".
+    """
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if wrong := [part for part in parts if "=" not in part]:
+        raise ValueError(f"write class=label,patient=case_id: what a column is, and its name; got {wrong[0]!r}")
+    return {key.strip(): name.strip() for key, _, name in (part.partition("=") for part in parts)}
+
+
+Columns = Annotated[str | dict[str, str], AfterValidator(split_pairs)]
+
+
+class SourceSettings(Section):
+    """Where the patches are, and how they are laid out."""
 
     root: Path | None = Field(None, description="folder of the cohort; without it a synthetic cohort is written")
-    layout: Literal["opensrh", "folders", "csv"] = Field("opensrh", description="how the folder is laid out")
+    layout: Literal["opensrh", "folders", "classes", "csv"] = Field("opensrh", description="how the folder is laid out")
     manifest: str = Field("manifest.csv", description="csv layout: the table, relative to the root")
+    columns: Columns | None = Field(
+        None, description="csv layout: which column is what, path=file,class=label,patient=case_id,slide=slide_id"
+    )
+    path_template: str | None = Field(
+        None, description="csv layout: paths made of cells, patches/{patient}/{slide}_{x_coord}.png"
+    )
+    patient: str | None = Field(None, description="classes layout: regular expression that finds the patient in a path")
+    slide: str | None = Field(None, description="classes layout: regular expression that finds the slide in a path")
+    split_folders: bool = Field(False, description="folders and classes layout: the first level is the split")
+    mixed: Mixed = Field("keep", description="what to do with patients whose patches are of several classes")
+    on_empty: Literal["error", "skip"] = Field("error", description="what to do with folders without a patch")
+    kind: Literal["srh", "rgb"] | None = Field(None, description="what the files hold; found from the first files")
+    allow_links: bool = Field(False, description="read files outside of the root that links lead to")
+    exclude: Path | None = Field(None, description="list of patches to leave out, as hsat check writes it")
     val_fraction: float = Field(0.3, gt=0, lt=1, description="share of patients to validate on, without split files")
     split_seed: int = Field(0, ge=0, description="seed of that split")
+
+    def reader_options(self) -> ReadOptions:
+        """The options of the layout's reader."""
+        names = {one.name for one in dataclasses.fields(ReadOptions)} & type(self).model_fields.keys()
+        return ReadOptions(**{name: getattr(self, name) for name in names})
+
+
+def source_words(data: SourceSettings) -> list[str]:
+    """The words that choose the same patches for another command: the root, the layout, and what is not the default."""
+    words = ["--data.root", str(data.root), "--data.layout", data.layout]
+    for name, field in SourceSettings.model_fields.items():
+        value = getattr(data, name)
+        if name in ("root", "layout") or value == field.default:
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{key}={column}" for key, column in value.items())
+        words += [f"--data.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words
+
+
+class DataSettings(ViewConfig, SourceSettings):
+    """Where the patches are, and how batches are drawn from them."""
+
     tune_fraction: float = Field(0.15, ge=0, lt=1, description="share of training patients held out to choose the best")
     packed: Literal["auto"] | Path | None = Field(
         None, description="folder of packed patches, made where it does not exist; auto puts one beside the run"
     )
 
 
-class EvaluationDataSettings(Section):
+class EvaluationDataSettings(SourceSettings):
     """Where the patches are."""
 
-    root: Path | None = Field(None, description="folder of the cohort; without it a synthetic cohort is written")
-    layout: Literal["opensrh", "folders", "csv"] = Field("opensrh", description="how the folder is laid out")
-    manifest: str = Field("manifest.csv", description="csv layout: the table, relative to the root")
     image_size: int = Field(300, gt=0, description="side of the square the network sees, in pixels")
-    val_fraction: float = Field(0.3, gt=0, lt=1, description="share of patients to validate on, without split files")
-    split_seed: int = Field(0, ge=0, description="seed of that split")
     workers: int = Field(0, ge=0, description="processes that read patches")
 
 

@@ -32,6 +32,7 @@ from hsat.cli.options import (
     Settings,
     find_option,
     say,
+    source_words,
     split_commas,
 )
 from hsat.cli.ranks import Ranks, command_to_resume, first_rank_first, join_ranks, silence_other_ranks
@@ -312,9 +313,8 @@ def main(argv: list[str]) -> None:
 
 def describe_data(settings: Train) -> str:
     """The options that an evaluation of the same patches needs."""
-    data, words = settings.data, []
-    if data.root is not None:
-        words += ["--data.root", str(data.root), "--data.layout", data.layout]
+    data = settings.data
+    words = source_words(data) if data.root is not None else []
     if data.image_size != DataSettings.model_fields["image_size"].default:
         words += ["--data.image_size", str(data.image_size)]
     return "".join(f" {shlex.quote(word)}" for word in words)

@@ -8,18 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
 from hsat.data.paths import check_inside, file_sizes, resolve_root
-from hsat.data.records import PatchRecord, check_records, to_record
+from hsat.data.records import PatchRecord, check_group_labels, check_records, to_record
 from hsat.data.splits import split_by_patient
 from hsat.files import digest_file
+
+if TYPE_CHECKING:
+    from hsat.data.file_check import FileCheck
 
 __all__ = ["Cohort", "PatchKind", "PatchRecord", "patient_digests"]
 
@@ -40,13 +43,17 @@ class Cohort(BaseModel):
         notes: What the reader left out, in words.
         allow_links: A link may lead to a file outside the root; otherwise that is an error where the path is used.
             Pass it only for folders whose links are your own: whatever they point to is read.
+        slide_labels: The class of slides, by (patient, slide), where a table says it.  Without it a slide is of the
+            class that all its patches share, and of none where they differ.
+        patient_labels: The class of patients, by name; likewise.
 
     Raises:
         FileNotFoundError: The root does not exist.
         NotADirectoryError: The root is a file.
         TypeError: A record is no `PatchRecord`.
-        ValueError: Records break a rule of `hsat.data.records.check_records` (unique safe relative paths; one split and
-            one class per patient; known classes; nothing empty).  Files are not opened: see `check_files`.
+        ValueError: Records break a rule of `hsat.data.records.check_records` (unique safe relative paths; one split per
+            patient; known classes; nothing empty), or a label is given for a slide or patient that the cohort lacks,
+            or is no class of it.  Files are not opened: see `check_files`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -57,6 +64,8 @@ class Cohort(BaseModel):
     kind: PatchKind
     notes: tuple[str, ...] = ()
     allow_links: bool = False
+    slide_labels: Annotated[Mapping[tuple[str, str], str], SkipValidation] = {}
+    patient_labels: Annotated[Mapping[str, str], SkipValidation] = {}
 
     def __init__(
         self,
@@ -67,6 +76,8 @@ class Cohort(BaseModel):
         kind: PatchKind,
         notes: Iterable[str] = (),
         allow_links: bool = False,
+        slide_labels: Mapping[tuple[str, str], str] = {},
+        patient_labels: Mapping[str, str] = {},
     ) -> None:
         folder = resolve_root(root)
         if kind not in ("srh", "rgb"):
@@ -74,6 +85,8 @@ class Cohort(BaseModel):
         rows = tuple(map(to_record, records))
         # Before pydantic, so that a caller's mistake is a plain ValueError and not a wrapped one.
         check_records(rows, class_names)
+        check_group_labels("slide", slide_labels, {(row.patient, row.slide) for row in rows}, class_names)
+        check_group_labels("patient", patient_labels, {row.patient for row in rows}, class_names)
         super().__init__(
             root=folder,
             records=rows,
@@ -81,6 +94,8 @@ class Cohort(BaseModel):
             kind=kind,
             notes=tuple(notes),
             allow_links=allow_links,
+            slide_labels=dict(slide_labels),
+            patient_labels=dict(patient_labels),
         )
 
     def __len__(self) -> int:
@@ -136,6 +151,22 @@ class Cohort(BaseModel):
         return self._patients[1]
 
     @cached_property
+    def slide_label(self) -> np.ndarray | None:
+        """(n,) int64, the class of each patch's slide as `slide_labels` says it, -1 where it does not; None without."""
+        return self._group_label(self.slide, [self.slide_labels.get(name) for name in self.slide_names])
+
+    @cached_property
+    def patient_label(self) -> np.ndarray | None:
+        """(n,) int64, the class of each patch's patient as `patient_labels` says it, -1 where it does not."""
+        return self._group_label(self.patient, [self.patient_labels.get(name) for name in self.patient_names])
+
+    def _group_label(self, group: np.ndarray, names: Sequence[str | None]) -> np.ndarray | None:
+        if not any(names):
+            return None
+        index = {name: i for i, name in enumerate(self.class_names)}
+        return _locked(np.array([-1 if name is None else index[name] for name in names], dtype=np.int64)[group])
+
+    @cached_property
     def splits(self) -> tuple[str, ...]:
         """The names of the splits, in order of first appearance; empty when no record has one."""
         return tuple(name for name in self._split_codes[1] if name)
@@ -188,19 +219,71 @@ class Cohort(BaseModel):
             check_inside(self.root, full, name)
         return Path(full)
 
-    def check_files(self) -> None:
-        """Look at every file once.  Raises FileNotFoundError or ValueError naming the first missing or empty ones."""
-        self.file_sizes()
+    def check_files(self, *, workers: int | None = None, progress: Callable[[int], object] | None = None) -> FileCheck:
+        """Read every file once, in parallel, and list all that is wrong; `hsat check` is this as a command.
+
+        Found are files that cannot be read; equal files (by content), also with contradicting classes; files that look
+        like one of another split, or of another patient where there are no splits (64-bit difference hash, at most 3
+        bits apart, and thumbnails that agree); files of another size than most; and blank ones.
+
+        Args:
+            workers: Threads that read; None takes one per processor.
+            progress: Is called with 1 after each file.
+
+        Returns:
+            The problems; `without(check.paths())` is the cohort without the files that should not be used.
+        """
+        from hsat.data.file_check import check_patches
+
+        return check_patches(
+            self.records, self.path, kind=self.kind, workers=workers, progress=progress or (lambda _: None)
+        )
+
+    def without(self, paths: Iterable[str]) -> Cohort:
+        """The cohort without some patches; ids are numbered anew, and the notes say how many were left out.
+
+        Args:
+            paths: Relative paths, as `FileCheck.paths` and `read_exclusions` give them.
+
+        Returns:
+            A cohort with the same classes.
+
+        Raises:
+            ValueError: None of the paths is in the cohort, or all patches are.
+        """
+        excluded = set(paths)
+        records = [row for row in self.records if row.path not in excluded]
+        count = len(self) - len(records)
+        if excluded and not count:
+            raise ValueError(
+                f"none of the {len(excluded)} excluded paths, such as {sorted(excluded)[0]!r}, is in the cohort at"
+                f" {self.root}; paths are relative to the root, as in {self.records[0].path!r}"
+            )
+        if not records:
+            raise ValueError(f"all {count} patches of the cohort at {self.root} are excluded")
+        slides, patients = {(row.patient, row.slide) for row in records}, {row.patient for row in records}
+        changed = {
+            "records": records,
+            "notes": (*self.notes, *([f"left out: {count} excluded patches"] if count else [])),
+            "slide_labels": {key: name for key, name in self.slide_labels.items() if key in slides},
+            "patient_labels": {key: name for key, name in self.patient_labels.items() if key in patients},
+        }
+        return Cohort(**{name: getattr(self, name) for name in type(self).model_fields} | changed)
 
     def file_sizes(self) -> list[int]:
-        """Size in bytes of every file, in cohort order; raises as `check_files` does."""
+        """Size in bytes of every file, in cohort order, without opening it; see `check_files` for their contents.
+
+        Raises:
+            FileNotFoundError: Files are missing; the first ones are named.
+            ValueError: Files are empty, not regular, or lead out of the root.
+        """
         return file_sizes(self.root, (row.path for row in self.records), map(self.path, range(len(self))))
 
     def fingerprint(self, *, verify: bool = False) -> str:
         """SHA-256 (64 hex digits) of what the cohort is; where the root lies plays no part.
 
         It covers, in order of path: path, size in bytes, class, patient, slide, split and the numeric ids; and the
-        class list and the kind.
+        class list, the kind, and the labels of slides and patients where there are any.
 
         Args:
             verify: Read every file and cover its contents too; the result then differs from the one without.
@@ -213,6 +296,9 @@ class Cohort(BaseModel):
         digest = hashlib.sha256()
         head = {"format": 1, "kind": self.kind, "class_names": list(self.class_names), "contents": verify}
         digest.update(json.dumps(head, sort_keys=True).encode() + b"\n")
+        if self.slide_labels or self.patient_labels:
+            groups: list[object] = [sorted(self.slide_labels.items()), sorted(self.patient_labels.items())]
+            digest.update(json.dumps(groups).encode() + b"\n")
         for i in sorted(range(len(self)), key=lambda i: self.records[i].path):
             # One JSON list per line keeps neighbouring fields apart whatever characters they hold.
             fields: list[object] = [*self.records[i], sizes[i], i, int(self.slide[i]), int(self.patient[i])]
@@ -234,6 +320,11 @@ class Cohort(BaseModel):
         Of each class, round(val_fraction * patients) go to names[1], but at least one and at most all but one; the
         draw depends on the seed, the class's name and its patients' names only.  A class with a single patient stays
         in names[0], with a warning.
+
+        Where patches of one patient are of several classes, patients are stratified by their set of classes instead
+        (sets that one patient alone has form a stratum together).  Of 100 such draws the one is taken that leaves the
+        fewest classes without a patient in one of the splits and then comes nearest to val_fraction of each class's
+        patches.
 
         Args:
             val_fraction: The share of each class's patients that is held out.

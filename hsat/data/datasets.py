@@ -140,7 +140,7 @@ class HierarchicalDataset(Dataset[Sample]):
     occurrence 0, strength 1.  Slides and patches are drawn without replacement while there are any left, then again;
     ids stay true, so a patch drawn twice has one id.  Each file is read once per item and each view augmented by
     itself; the draws depend on (seed, epoch, patient's name, occurrence) and each view's augmentation on these and its
-    slot.
+    slot.  `balance_classes` draws the classes of a slide equally often.
 
     Args:
         cohort: The table of patches.
@@ -197,18 +197,33 @@ class HierarchicalDataset(Dataset[Sample]):
         self.seed, self.on_bad, self.store = seed, on_bad, store
         self._rows_of = _rows_by_patient(cohort, cohort.rows(split))
         self.patients = tuple(self._rows_of)
+        self._drawn_by: np.ndarray | None = None
         self._counts = torch.zeros(_PROCESSES, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._reported: set[int] = set()
 
     def __repr__(self) -> str:
         names = ("split", "image_size", "transform", "slides", "patches", "views", "seed", "on_bad")
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"HierarchicalDataset({len(self)} patients, {options})"
+        balanced = "" if self._drawn_by is None else ".balance_classes()"
+        return f"HierarchicalDataset({len(self)} patients, {options}){balanced}"
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class i of the labels is class_names[i]; the same for every split of the cohort."""
         return self.cohort.class_names
+
+    def balance_classes(self) -> HierarchicalDataset:
+        """The same dataset, whose draws take the classes of a slide in turn; for labels that belong to patches.
+
+        Of a slide with 5 tumour and 500 normal patches, tumour and normal then come equally often.  Slides and patients
+        are drawn as before; for patients see `PatientBatchSampler`.
+
+        Returns:
+            A copy; this dataset stays as it is.
+        """
+        balanced = copy.copy(self)
+        balanced._drawn_by = self.cohort.label
+        return balanced
 
     @property
     def replaced(self) -> int:
@@ -223,7 +238,7 @@ class HierarchicalDataset(Dataset[Sample]):
         key = (self.seed, draw.epoch, self.cohort.patient_names[draw.patient], draw.occurrence)
         rng = np.random.default_rng(slot_seed(*key, -1))
         slides = self._rows_of[draw.patient]
-        rows = draw_images(slides, slides_drawn=self.slides, patches_drawn=self.patches, rng=rng)
+        rows = draw_images(slides, slides_drawn=self.slides, patches_drawn=self.patches, rng=rng, labels=self._drawn_by)
         rows, patches = self._read(rows, rng)
         seeds = [slot_seed(*key, slot) for slot in range(len(rows) * self.views)]
         shown = [row for row in rows for _ in range(self.views)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,8 +52,7 @@ class _SlotIds:
         batch = collate(samples)
         grid = (len(samples), self.slides, self.patches, self.views)
         images = batch.images.reshape(*grid, *batch.images.shape[1:])
-        label = None if batch.label is None else batch.label.view(len(samples), -1)[:, 0]
-        return HierarchicalBatch.from_grid(images, label)
+        return dataclasses.replace(HierarchicalBatch.from_grid(images), label=batch.label)
 
 
 def patch_loader(

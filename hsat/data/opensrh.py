@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsat.data.cohort import Cohort
+from hsat.data.folders import layout_hint
 from hsat.data.paths import resolve_root, shorten_names
 from hsat.data.records import PatchRecord, check_records, sorted_classes
 
@@ -82,10 +83,11 @@ class _Meta:
 
     def __post_init__(self) -> None:
         if not self.path.is_file():
+            hint = layout_hint(self.path.parents[1], ("opensrh",))
             raise FileNotFoundError(
                 f"{self.path} is missing; an OpenSRH folder has {PATIENTS_FILE} and {SPLITS_FILE}."
                 " For class/patient/slide folders call read_folders (layout='folders'), for a manifest read_csv"
-                " (layout='csv')"
+                " (layout='csv')" + (f". Here {hint}" if hint else "")
             )
         try:
             content = json.loads(self.path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.data.paths import check_inside
 from hsat.data.srh import RAW_RANGE, srh_to_rgb
 
 MAX_PIXELS = 4096 * 4096
@@ -55,15 +56,42 @@ def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> 
     Args:
         path: The file.
         kind: "srh": a TIFF of two 16-bit planes, through `read_raw` and `srh_to_rgb`.  "rgb": PNG, JPEG or TIFF with
-            three 8-bit channels, divided by 255; a fourth, alpha channel is dropped when it is opaque throughout.
-            Grey, palette, CMYK and 16-bit images are refused, not converted: what their values mean is the owner's to
-            say.  Colour profiles and EXIF orientation are not applied.
+            three 8-bit channels, divided by 255, by one rule for the three formats.  Transparency: a fourth, alpha
+            channel is dropped when it is opaque throughout, and a transparent colour passed over when no pixel has it;
+            else the file is refused.  Orientation (EXIF and TIFF tag): applied.  Colour modes (grey, palette, CMYK,
+            YCbCr) and depths other than 8 bits: refused, not converted, for what their values mean is the owner's to
+            say.  Several pages or frames: refused.  Colour profiles: not applied.
 
     Raises:
         BadPatch: The file cannot be read as that.
         ValueError: Another kind.
     """
     return as_image(torch.from_numpy(read_stored(path, kind=kind)), kind=kind)
+
+
+def probe_kind(root: Path, name: str, *, allow_links: bool = False) -> Literal["srh", "rgb"] | None:
+    """What a TIFF file holds, from its header: two 16-bit planes are "srh", anything else that opens is "rgb".
+
+    Args:
+        root: A folder.
+        name: The file, relative to it.
+        allow_links: Look at a file outside of the root, too.
+
+    Returns:
+        The kind; None for a file that is not there, is no TIFF or lies outside of the root.
+    """
+    import tifffile
+
+    try:
+        if not allow_links:
+            check_inside(root, f"{root}/{name}", name)
+        _check_file(root / name)
+        with tifffile.TiffFile(root / name) as file:
+            image = file.series[0]
+            shape, values = tuple(image.shape), np.dtype(image.dtype)
+    except Exception:  # the parser of a damaged file raises anything; reading the patch says what is wrong
+        return None
+    return "srh" if len(shape) == 3 and 2 in (shape[0], shape[2]) and values.itemsize == 2 else "rgb"
 
 
 def read_stored(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> np.ndarray:
@@ -82,7 +110,7 @@ def read_stored(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) ->
     except BadPatch:
         raise
     except Exception as error:
-        raise BadPatch(path, f"not a readable PNG, JPEG or TIFF ({type(error).__name__}: {error})") from error
+        raise BadPatch(path, _why_unreadable(path, "PNG, JPEG or TIFF", error)) from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -110,8 +138,19 @@ def _raw_counts(path: str | os.PathLike[str]) -> np.ndarray:
     except BadPatch:
         raise
     except Exception as error:
-        raise BadPatch(path, f"not a readable TIFF ({type(error).__name__}: {error})") from error
+        raise BadPatch(path, _why_unreadable(path, "TIFF", error)) from error
     return np.ascontiguousarray(counts, dtype=np.uint16)
+
+
+def _why_unreadable(path: str | os.PathLike[str], formats: str, error: Exception) -> str:
+    """What a decoder says, or what downloads often leave in place of an image."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not an image; run `git lfs pull` beside it"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "it is a web page, not an image: the server answered the download with it; fetch the file itself"
+    return f"not a readable {formats} ({type(error).__name__}: {error})"
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
@@ -178,7 +217,7 @@ def _check_complete(path: str | os.PathLike[str], image: Any) -> None:
 
 
 def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(path, formats=_FORMATS) as image:
         _check_size(path, image.height, image.width)
@@ -186,7 +225,11 @@ def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
         if frames != 1:
             raise BadPatch(path, f"it holds {frames} images; wanted one")
         _check_colour(path, image)
+        transparent = image.info.get("transparency")
+        ImageOps.exif_transpose(image, in_place=True)  # Pillow has done so for TIFF only, and removed the tag
         pixels = np.array(image)
+    if transparent is not None and pixels.shape[2] == 3 and (pixels == np.array(transparent)).all(2).any():
+        raise BadPatch(path, f"its colour {transparent} is transparent; flatten it onto a background first")
     if pixels.shape[2] == 4:
         if pixels[..., 3].min() != 255:
             raise BadPatch(path, "its alpha channel is not opaque; flatten it onto a background first")

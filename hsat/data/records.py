@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -61,8 +61,9 @@ def check_records(
     """Raise TypeError or ValueError, naming the culprit, unless the rows form a cohort.
 
     Rules: at least one row; all fields strings, names not empty and without white space around them; safe relative
-    paths, each once; one split and one class per patient; classes taken from class_names, which has no repeats.
-    The checks pass over whole columns, so that a million rows take seconds.
+    paths, each once; one split per patient; classes taken from class_names, which has no repeats.  Patches of one slide
+    or patient may be of different classes: a label belongs to a patch.  The checks pass over whole columns, so that a
+    million rows take seconds.
 
     Args:
         records: The rows.
@@ -84,8 +85,7 @@ def check_records(
         _check_names(name, columns[name], where)
     _check_paths(columns["path"], where)
     _check_known(columns["class_name"], class_names, where)
-    _check_one_each(columns["patient"], columns["split"], "splits", "a patient belongs to one split only", where)
-    _check_one_each(columns["patient"], columns["class_name"], "classes", "a patient has one class", where)
+    _check_one_split(columns["patient"], columns["split"], where)
 
 
 def _check_classes(class_names: Sequence[str]) -> None:
@@ -103,7 +103,7 @@ def _check_names(field: str, column: Sequence[str], where: Callable[[int], str])
         if name != name.strip() or "\0" in name:
             at = where(column.index(name))
             raise ValueError(
-                f"{at}: {field} {name!r} has white space around it or a NUL; write {name.strip(chr(0)).strip()!r}"
+                f"{at}: {field} {name!r} has white space around it or a NUL; write {name.replace(chr(0), '').strip()!r}"
             )
 
 
@@ -124,21 +124,31 @@ def _check_known(column: Sequence[str], class_names: Sequence[str], where: Calla
         raise ValueError(f"{where(at)}: unknown class {column[at]!r}; class_names are {tuple(class_names)}")
 
 
-def _check_one_each(
-    patients: Sequence[str], values: Sequence[str], plural: str, rule: str, where: Callable[[int], str]
-) -> None:
-    if len(set(zip(patients, values, strict=True))) == len(set(patients)):
+def _check_one_split(patients: Sequence[str], splits: Sequence[str], where: Callable[[int], str]) -> None:
+    if len(set(zip(patients, splits, strict=True))) == len(set(patients)):
         return
     first: dict[str, int] = {}
-    for i, (patient, value) in enumerate(zip(patients, values, strict=True)):
+    for i, (patient, split) in enumerate(zip(patients, splits, strict=True)):
         before = first.setdefault(patient, i)
-        if values[before] != value:
+        if splits[before] != split:
             raise ValueError(
-                f"patient {patient!r} is in two {plural}, {values[before]!r} ({where(before)})"
-                f" and {value!r} ({where(i)}); {rule}"
+                f"patient {patient!r} is in two splits, {splits[before]!r} ({where(before)})"
+                f" and {split!r} ({where(i)}); a patient belongs to one split only"
             )
 
 
 def sorted_classes(records: Iterable[PatchRecord]) -> tuple[str, ...]:
     """The classes that occur, in alphabetical order: one list for all splits."""
     return tuple(sorted({row.class_name for row in records}))
+
+
+def check_group_labels(level: str, labels: Mapping[Any, str], groups: set[Any], class_names: Sequence[str]) -> None:
+    """Raise ValueError for the label of a slide or patient that is not there, and for one that is no class."""
+    for group, name in labels.items():
+        if group not in groups:
+            raise ValueError(f"{level} {group!r} has a label and no patch in this cohort")
+        if name not in class_names:
+            raise ValueError(
+                f"{level} {group!r} has the label {name!r}, which is none of the classes of patches"
+                f" {tuple(class_names)}; patches' scores are pooled, so that slides and patients need the same classes"
+            )

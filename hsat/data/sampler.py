@@ -146,8 +146,33 @@ def _repeat_permutations(items: int, count: int, rng: np.random.Generator) -> li
     return order[:count]
 
 
+def _most_frequent(member_of: np.ndarray, labels: np.ndarray, groups: int) -> np.ndarray:
+    """The label that most members of each group have, (groups,)."""
+    counts = np.zeros((groups, int(labels.max(initial=0)) + 1), dtype=np.int64)
+    np.add.at(counts, (member_of, labels), 1)
+    most: np.ndarray = counts.argmax(1)
+    return most
+
+
+def _take_turns(labels: Sequence[int] | np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
+    """`count` places: the classes come in turn, in a random order, each with its own members as they come anew."""
+    classes, members = np.unique(labels), np.asarray(labels)
+    if len(classes) == 1:
+        return _repeat_permutations(len(members), count, rng)
+    order = rng.permutation(classes)
+    own = [np.flatnonzero(members == name) for name in order]
+    share = -(-count // len(own))
+    drawn = [[int(rows[i]) for i in _repeat_permutations(len(rows), share, rng)] for rows in own]
+    return [place for turn in zip(*drawn, strict=True) for place in turn][:count]
+
+
 def draw_images(
-    slides: Sequence[Sequence[int] | np.ndarray], *, slides_drawn: int, patches_drawn: int, rng: np.random.Generator
+    slides: Sequence[Sequence[int] | np.ndarray],
+    *,
+    slides_drawn: int,
+    patches_drawn: int,
+    rng: np.random.Generator,
+    labels: np.ndarray | None = None,
 ) -> list[int]:
     """Rows of slides_drawn x patches_drawn images of one patient, slide by slide.
 
@@ -160,6 +185,8 @@ def draw_images(
         slides_drawn: Slides to draw.
         patches_drawn: Patches to draw of each of them.
         rng: The source of randomness.
+        labels: (n,) the class of every row; the classes of a slide then come in turn, in a random order, so that each
+            is drawn equally often.  None draws patches alike, whatever their class.
 
     Raises:
         ValueError: No slide, an empty slide, or a count below 1.
@@ -174,7 +201,11 @@ def draw_images(
     chosen = _repeat_permutations(len(slides), slides_drawn, rng)
     times = Counter(chosen)
     orders = {
-        slide: iter(_repeat_permutations(len(slides[slide]), patches_drawn * times[slide], rng))
+        slide: iter(
+            _repeat_permutations(len(slides[slide]), patches_drawn * times[slide], rng)
+            if labels is None
+            else _take_turns(labels[np.asarray(slides[slide])], patches_drawn * times[slide], rng)
+        )
         for slide in dict.fromkeys(chosen)
     }
     return [int(slides[slide][next(orders[slide])]) for slide in chosen for _ in range(patches_drawn)]
@@ -193,7 +224,8 @@ class PatientBatchSampler:
         split: Whose patients are drawn; None for all.
         batch_patients: Patients per batch on each rank.
         seed: Of all orders.
-        balance: See `order_patients`.
+        balance: See `order_patients`.  A patient with patches of several classes counts to the one that most of them
+            have (of equals, the first).
         drop_last: Leave an incomplete last batch out.
         order: See `order_patients`; None is "spread", or "plain" under compat="paper".
         compat: "paper" for the published order.
@@ -229,8 +261,8 @@ class PatientBatchSampler:
             raise ValueError(f"compat must be None or 'paper', got {compat!r}")
         self.order: Order = order or ("plain" if compat == "paper" else "spread")
         rows = cohort.rows(split)
-        self.patients, first = np.unique(cohort.patient[rows], return_index=True)
-        self.labels = cohort.label[rows][first]
+        self.patients, member_of = np.unique(cohort.patient[rows], return_inverse=True)
+        self.labels = _most_frequent(member_of, cohort.label[rows], len(self.patients))
         self.cohort, self.split, self.batch_patients, self.seed = cohort, split, batch_patients, seed
         self.balance, self.drop_last, self.rank, self.world_size = balance, drop_last, rank, world_size
         self.epoch, self.strength, self.start_batch = 0, 1.0, 0

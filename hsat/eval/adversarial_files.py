@@ -52,6 +52,7 @@ class AdversarialFiles:
             raise ValueError(f"{self.root} lies inside the cohort's own folder {base}; write the files elsewhere")
         self.kind = cohort.kind
         self.records = [cohort.records[row] for row in rows]
+        self._cohort = cohort
         self.paths = _new_paths([record.path for record in self.records], ".png" if self.kind == "rgb" else ".tif")
         self._place = {int(row): place for place, row in enumerate(rows)}
         self._resumable = resumable
@@ -106,9 +107,17 @@ class AdversarialFiles:
         """Add the manifest, the meta files and an account of the attack."""
         with open(self.folder / MANIFEST, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(("path", "class", "patient", "slide", "split"))
-            writer.writerows((path, *record[1:]) for path, record in zip(self.paths, self.records, strict=True))
-        if self.kind == "srh":
+            slides, patients = self._cohort.slide_labels, self._cohort.patient_labels
+            added = [name for name, labels in (("slide_label", slides), ("patient_label", patients)) if labels]
+            writer.writerow(("path", "class", "patient", "slide", "split", *added))
+            for path, record in zip(self.paths, self.records, strict=True):
+                labels = {
+                    "slide_label": slides.get((record.patient, record.slide), ""),
+                    "patient_label": patients.get(record.patient, ""),
+                }
+                writer.writerow((path, *record[1:], *(labels[name] for name in added)))
+        one_class = len({record[1:3] for record in self.records}) == len({record.patient for record in self.records})
+        if self.kind == "srh" and one_class:  # the tables of OpenSRH hold one class per patient
             for name, content in _opensrh_tables(self.records, self.paths).items():
                 (self.folder / name).parent.mkdir(exist_ok=True)
                 (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")

@@ -23,7 +23,7 @@ from hsat.eval.metrics import chance_levels
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
-from hsat.eval.pooling import pool
+from hsat.eval.pooling import own_labels, pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
@@ -180,7 +180,10 @@ def _flips(
 ) -> BudgetResult:
     """How many patches every group needs, without records."""
     pooling = template.scoring.pooling
-    labels, ids = align_labels(clean.label, clean.class_names, template.class_names), getattr(clean, budget.level)
+    own, reason = own_labels(clean, budget.level)
+    if own is None:
+        raise ValueError(f"{reason}; there is no decision to change. Give that column, or choose another level")
+    labels, ids = align_labels(own, clean.class_names, template.class_names), getattr(clean, budget.level)
     pooled = pool(scores[0], ids, labels, pooling=pooling)
     assert pooled.labels is not None  # labels were given
     return BudgetResult(

@@ -19,6 +19,7 @@ from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifi
 from hsat.eval.flags import bank_flags
 from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
+from hsat.eval.pooling import own_labels, unreported_levels
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
@@ -69,7 +70,7 @@ class CertificateResult:
     """The result of `certify`.
 
     Attributes:
-        levels: `Certificates` by "patch", "slide" and "patient".
+        levels: `Certificates` by "patch", "slide" and "patient"; without a level at which groups have no own label.
         selected, counts: (n, classes) votes under noise of each patch, in the order of the queries; columns as in
             `class_names`.
         classifier: What voted.
@@ -149,8 +150,8 @@ def certify(
     votes = {name: np.concatenate([result.arrays[name] for result in results]) for name in results[0].arrays}
     if len(np.unique(votes["patch"])) < len(votes["patch"]):
         raise ValueError("the queries repeat patch ids; noise is drawn by id, so that each patch must come once")
-    levels = _levels(votes, smoothing, options.pooling)
     seen = _ids_table(votes, info, fitted.class_names)
+    levels = _levels(votes, seen, smoothing, options.pooling)
     template = _template(table, seen, smoothing=smoothing, options=options, scoring=scoring, provenance=provenance)
     records = _certificate_records(template, levels, classifiers[0], queries=seen, smoothing=smoothing, options=options)
     return CertificateResult(
@@ -169,8 +170,12 @@ def _check_classes(bank: EmbeddingTable) -> None:
 
 
 def _ids_table(votes: Mapping[str, np.ndarray], info: LoaderInfo, class_names: tuple[str, ...]) -> EmbeddingTable:
-    """Ids and labels of the patches, without embeddings."""
+    """Ids and labels of the patches, and what slides and patients are, without embeddings."""
     ids: dict[str, Any] = {name: votes[name] for name in ("label", *LEVELS)}
+    for level in LEVELS[1:]:
+        if (stated := getattr(info, f"{level}_label")) is not None:
+            place = {i: class_names.index(name) for i, name in enumerate(info.class_names) if name in class_names}
+            ids[f"{level}_label"] = np.array([place.get(stated.get(group, -1), -1) for group in votes[level].tolist()])
     no_rows = np.zeros((len(votes["label"]), 1), dtype=np.float32)
     return EmbeddingTable(no_rows, **ids, class_names=class_names, cohort=info.cohort, split=info.split)
 
@@ -213,21 +218,25 @@ def _vote_batch(
     return arrays
 
 
-def _levels(votes: Mapping[str, np.ndarray], smoothing: Smoothing, pooling: GroupPooling) -> dict[str, Certificates]:
+def _levels(
+    votes: Mapping[str, np.ndarray], seen: EmbeddingTable, smoothing: Smoothing, pooling: GroupPooling
+) -> dict[str, Certificates]:
+    """Certificates at each level at which every group has a label of its own."""
     label, patient, sigma, alpha = votes["label"], votes["patient"], smoothing.sigma, smoothing.alpha
     selected, counts = votes["selected"], votes["counts"]
     prediction, radius = patch_radius(selected, counts, sigma=sigma, alpha=alpha)
     levels = {"patch": Certificates(votes["patch"], prediction, radius, label, patient)}
     for level in LEVELS[1:]:
+        own, _ = own_labels(seen, level)
+        if own is None:
+            continue
         groups, first, member_of = np.unique(votes[level], return_index=True, return_inverse=True)
-        if len(wrong := np.flatnonzero(label != label[first][member_of])):
-            raise ValueError(f"{level} {groups[member_of[wrong[0]]]} holds patches with different labels; it has one")
         certificates = [
             group_radius(selected[rows], counts[rows], sigma=sigma, alpha=alpha, pooling=pooling)
             for rows in (np.flatnonzero(member_of == group) for group in range(len(groups)))
         ]
         answer, reach = (np.array(column) for column in zip(*certificates, strict=True))
-        levels[level] = Certificates(groups, answer, reach, label[first], patient[first])
+        levels[level] = Certificates(groups, answer, reach, own[first], patient[first])
     return levels
 
 
@@ -272,6 +281,7 @@ def _certificate_records(
     options: CertifyOptions,
 ) -> Iterator[Record]:
     facts_of_classifier = classifier.facts(queries, seed=template.seed)
+    unreported = unreported_levels(queries)
     for level, certificates in levels.items():
         extra = {"abstained": float((certificates.prediction == ABSTAIN).mean())}
         chance = chance_levels(certificates.label)["accuracy"]  # a constant decision holds at every radius
@@ -302,4 +312,5 @@ def _certificate_records(
                 interval=interval,
                 chance=chance,
                 extra=extra,
+                flags=unreported if level == "patch" else (),
             )

@@ -19,7 +19,8 @@ from hsat.eval.store import open_session, open_world
 from hsat.eval.whitebox import WhiteboxResult, attack_queries, check_attacks, measure_attacks
 from hsat.fingerprints import fingerprint_weights
 from hsat.types import Attack, HierarchicalBatch
-from hsat.types.row_checks import check_labels, check_rows
+from hsat.types.plain_batches import PlainBatches, pair_of
+from hsat.types.row_checks import check_rows
 
 LogitFunction = Callable[[Tensor], Tensor]
 """Images (n, c, h, w) in [0, 1] -> logits (n, classes); normalisation of the pixels happens inside."""
@@ -95,7 +96,7 @@ def evaluate_classifier(
             evaluation, batches, chosen, open_session(run, settings, world, cache), classifier=head
         )
     result = measure_attacks(evaluation, attacked, chosen, classifiers, bank=None)
-    if not isinstance(batches, _PlainBatches):
+    if not isinstance(batches, PlainBatches):
         return result
     records = (record for record in result.records if record.level == "patch")
     return replace(result, records=tuple(replace(record, flags=(*record.flags, PATCH_ONLY)) for record in records))
@@ -165,37 +166,6 @@ def check_logits(logits: Any, n: int, class_names: Sequence[str] | None = None) 
     return logits
 
 
-class _PlainBatches:
-    """Batches of (images, labels) as batches with ids: each image is a patch, a slide and a patient of its own."""
-
-    def __init__(self, loader: Iterable[Sequence[Tensor]]) -> None:
-        self._loader = loader
-        self.dataset = getattr(loader, "dataset", None)
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # TypeError for loaders that do not know it
-
-    def __iter__(self) -> Iterator[HierarchicalBatch]:
-        start = 0
-        for item in self._loader:
-            images, labels = _pair(item)
-            ids = torch.arange(start, start + len(images))
-            start += len(images)
-            yield HierarchicalBatch(images, ids, ids, ids, labels)
-
-
-def _pair(item: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels of a plain batch."""
-    pair = isinstance(item, Sequence) and not isinstance(item, str) and len(item) >= 2
-    if not pair or not all(isinstance(part, Tensor) for part in item[:2]):
-        raise TypeError(
-            "the loader must give batches with ids (hsat.data.patch_loader) or pairs of tensors (images, labels); got"
-            f" {type(item).__name__}"
-        )
-    check_labels(item[1])
-    return item[0], item[1]
-
-
 def _open_batches(loader: Batches) -> tuple[Iterable[HierarchicalBatch], Any]:
     """Batches with ids, and the first item; a loader that can be read once is not read ahead."""
     source: Any = loader
@@ -206,7 +176,7 @@ def _open_batches(loader: Batches) -> tuple[Iterable[HierarchicalBatch], Any]:
         raise ValueError("the loader gave no batches: nothing to evaluate")
     if isinstance(source, Iterator):
         source = itertools.chain((first,), source)
-    return (source if isinstance(first, HierarchicalBatch) else _PlainBatches(source)), first
+    return (source if isinstance(first, HierarchicalBatch) else PlainBatches(source)), first
 
 
 def _names_of_labels(loader: object, names: Sequence[str]) -> tuple[str, ...]:
@@ -230,7 +200,7 @@ def _class_names(
     )
     if names is not None:
         return tuple(map(str, names))
-    images = first.images if isinstance(first, HierarchicalBatch) else _pair(first)[0]
+    images = first.images if isinstance(first, HierarchicalBatch) else pair_of(first)[0]
     with eval_mode(model), torch.no_grad():
         logits = check_logits(model(to_device(images[:1], resolve_device(model, run.device))), 1)
     return tuple(map(str, range(logits.shape[1])))

@@ -33,7 +33,7 @@ from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
 from hsat.eval.records import Count
 from hsat.eval.whitebox import WhiteboxResult
 from hsat.files import STRICT, atomic_path, load_arrays
-from hsat.types import LEVELS, align_labels
+from hsat.types import GROUP_LABELS, LEVELS, align_labels
 from hsat.untrusted import open_regular
 
 _IDS = ("label", "patch", "slide", "patient")
@@ -53,6 +53,7 @@ class ScoreTable:
         condition: "clean" or an attack's name.
         k: Neighbours; 0 for a classifier without.
         classifier: Its settings as text, for one without neighbours.
+        slide_label, patient_label: (n,) indices into class_names, -1 for unknown; see `EmbeddingTable`.
 
     Raises:
         ValueError: Naming the column that does not fit.
@@ -71,6 +72,8 @@ class ScoreTable:
     condition: str = "clean"
     k: int = 0
     classifier: str = ""
+    slide_label: np.ndarray | None = None
+    patient_label: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         scores = check_scores(self.scores)
@@ -158,7 +161,7 @@ def paired_difference(
         a, b: The two models' scores.
         generator: Draws the patients.
         names: Which metrics.
-        levels: Which of patch, slide and patient.
+        levels: Which of patch, slide and patient; those at which the groups have no label of their own are left out.
         scoring: The arithmetic and the number of resamples; its layer does not apply.
         confidence: In (0, 1).
         method: See `bootstrap_intervals`; "t" works on the plain scale here.
@@ -181,7 +184,7 @@ def paired_difference(
         pool_by_level(table.scores, table, pooling=scoring.pooling, group_by=scoring.group_by) for table in (a, b)
     ]
     differences = []
-    for level in levels:
+    for level in (level for level in levels if level in pooled[0]):
         of_a, of_b = (_values(rows[level], patient_ids, weights, names, scoring) for rows in pooled)
         for name in names:
             values = [first[name] - second[name] for first, second in zip(of_a, of_b, strict=True)]
@@ -256,7 +259,8 @@ def _align(a: ScoreTable, b: ScoreTable) -> ScoreTable:
                 f"patch {a.patch[at]} has {name} {first[at]} in the first table and {second[at]} in the second;"
                 f" {different.sum()} patches differ so"
             )
-    columns = {name: getattr(b, name)[rows] for name in ("scores", "label", "patch", "slide", "patient")}
+    given = [name for name in GROUP_LABELS if getattr(b, name) is not None]
+    columns = {name: getattr(b, name)[rows] for name in ("scores", *_IDS, *given)}
     return replace(b, **columns)
 
 
@@ -326,10 +330,19 @@ def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
             condition=condition,
             k=key if isinstance(key, int) else 0,
             classifier="" if isinstance(key, int) else key,
+            **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
         )
         for condition, table in result.tables.items()
         for key, scores in result.scores[condition].items()
     )
+
+
+def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:
+    """Labels of groups in other classes; -1 stays, and for a class that is not among them."""
+    if labels is None:
+        return None
+    places = np.array([names.index(name) if name in names else -1 for name in own] + [-1])
+    return np.asarray(places[labels])
 
 
 def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> Path:
@@ -338,7 +351,8 @@ def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> P
     arrays: dict[str, Any] = {}
     headers: list[dict[str, Any]] = []
     for number, table in enumerate(tables):
-        arrays |= {f"{number}/{name}": getattr(table, name) for name in ("scores", *_IDS)}
+        given = [name for name in GROUP_LABELS if getattr(table, name) is not None]
+        arrays |= {f"{number}/{name}": getattr(table, name) for name in ("scores", *_IDS, *given)}
         text: dict[str, Any] = {name: getattr(table, name) for name in _TEXT}
         headers.append(text | {"k": int(table.k), "class_names": list(table.class_names)})
     with atomic_path(path) as working, working.open("wb") as file:
@@ -364,7 +378,8 @@ def load_scores(path: str | os.PathLike[str]) -> tuple[ScoreTable, ...]:
 
 
 def _score_table(arrays: Any, number: int, text: dict[str, Any]) -> ScoreTable:
-    columns = {name: arrays[f"{number}/{name}"] for name in ("scores", *_IDS)}
+    given = [name for name in GROUP_LABELS if f"{number}/{name}" in arrays]
+    columns = {name: arrays[f"{number}/{name}"] for name in ("scores", *_IDS, *given)}
     names = tuple(str(name) for name in text["class_names"])
     text = {"classifier": "", **text}  # which older files lack
     words: dict[str, Any] = {name: str(text[name]) for name in _TEXT}

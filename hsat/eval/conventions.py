@@ -196,7 +196,7 @@ def rescore(result: WhiteboxResult, scoring: Scoring) -> WhiteboxResult:
             seed=first.seed,
         )
         for level, (measured, intervals) in levels.items():
-            head = by_level[level]
+            head = by_level.get(level, dataclasses.replace(first, level=level))
             rest = {key: value for key, value in head.settings.items() if key not in ("interval", "no_interval")}
             for metric in METRICS:
                 interval = intervals[metric]

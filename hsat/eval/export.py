@@ -17,7 +17,7 @@ from hsat.attacks import RawChannels, Reparametrized
 from hsat.attacks.srh_space import CHANNELS
 from hsat.classifiers import KNNClassifier
 from hsat.distributed import World
-from hsat.embedding import LoaderInfo
+from hsat.embedding import LoaderInfo, label_by_group
 from hsat.eval.adversarial_files import MANIFEST, AdversarialFiles
 from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank, score_queries
 from hsat.eval.objectives import ObjectiveFactory
@@ -28,6 +28,7 @@ from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
 from hsat.types import (
+    GROUP_LABELS,
     Attack,
     AttackResult,
     Classifier,
@@ -183,7 +184,7 @@ def save_adversarial(
                 queries,
                 {name: attack},
                 session,
-                LoaderInfo(class_names=cohort.class_names, cohort=cohort.fingerprint(), split=options.split or ""),
+                _cohort_info(cohort, options.split, cohort=cohort.fingerprint()),
                 clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
             )
             written = conditions[name].inspected
@@ -243,6 +244,11 @@ def _write_batch(
     }
 
 
+def _cohort_info(data: Cohort, split: str | None, *, cohort: str = "") -> LoaderInfo:
+    groups = {name: label_by_group(data, name) for name in GROUP_LABELS}
+    return LoaderInfo(class_names=data.class_names, split=split or "", cohort=cohort, **groups)
+
+
 def _embed_files(
     evaluation: Evaluation,
     files: AdversarialFiles,
@@ -264,7 +270,7 @@ def _embed_files(
                 raise RuntimeError(f"{data.cohort.path(row)} does not read as it was written")
         return images
 
-    info = LoaderInfo(class_names=cohort.class_names, split=options.split or "")
+    info = _cohort_info(cohort, options.split)
     return evaluation.embedder("").run(ShapeBatches(data, options.batch_size), info, world, change=verify)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from hsat.eval.options import AbsentClasses, Scoring, check_choice
 from hsat.eval.pooling import LabelledRows, check_scores, pool_by_level
 
+_SHARES_SUM = 1e-6
 METRICS = ("accuracy", "mca", "map", "top2", "top3")
 
 
@@ -22,7 +23,8 @@ class Metrics:
         accuracy: Share of rows whose highest score is at the label.
         mca: Mean recall over the classes that occur in the truth.
         map: Mean over the same classes of the average precision.
-        top2, top3: Share of rows whose label is among the two, three highest scores.
+        top2, top3: Share of rows whose label is among the two, three highest scores; a class without any vote (share 0
+            of a row of shares) is not.
         n: Number of rows.
         confusion: (classes, classes) int64, rows are the truth.
         recall, average_precision: (classes,), NaN for classes that do not occur.
@@ -132,10 +134,16 @@ def _chance_of_counts(counts: np.ndarray) -> dict[str, float]:
 
 
 def rank_of_true_class(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the true one, (n,): higher score, or equal score and lower index."""
+    """How many classes come before the true one, (n,): higher score, or equal score and lower index.
+
+    In a row of shares (none below 0, sum 1), as a kNN's vote is, all classes come before a true class with the share 0:
+    it has no vote, and no place among the first ones.
+    """
     own = scores[np.arange(len(scores)), labels][:, None]
     before = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < labels[:, None]))
     count: np.ndarray = before.sum(1)
+    shares = (scores >= 0).all(1) & (np.abs(scores.sum(1) - 1) <= _SHARES_SUM)
+    count[shares & (own[:, 0] == 0)] = scores.shape[1]
     return count
 
 

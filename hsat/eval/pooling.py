@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hsat.eval.options import GroupBy, Pooling, check_choice
-from hsat.types import align_labels
+from hsat.types import LEVELS, align_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,9 @@ def pool_by_level(
         pooling, group_by: See `pool`.
 
     Returns:
-        {"patch": ..., "slide": ..., "patient": ...}.  The patch level has one row per row of the table.  With
+        {"patch": ..., "slide": ..., "patient": ...}; a level at which some group has no label of its own is left out
+        (see `own_labels`; with group_by="id_and_label" there is none).  The patch level has one row per row of the
+        table.  With
         pooling="paper" its scores are softmaxed as in the published code, which moves the mean average precision and
         nothing else.
 
@@ -135,19 +137,55 @@ def pool_by_level(
             f"{len(scores)} rows of scores for a table of {len(table.label)} embeddings; give one per embedding"
         )
     labels = align_labels(table.label, table.class_names, table.class_names if class_names is None else class_names)
-    slides, first = np.unique(table.slide, return_index=True)
-    by_slide = pool(scores, table.slide, labels, pooling=pooling, group_by=group_by)
-    by_patient = pool(scores, table.patient, labels, pooling=pooling, group_by=group_by)
-    return {
-        "patch": LevelRows(softmax_rows(scores) if pooling == "paper" else scores, labels, table.patient),
-        "slide": _level_rows(by_slide, table.patient[first][np.searchsorted(slides, by_slide.groups)]),
-        "patient": _level_rows(by_patient, by_patient.groups),
-    }
+    names = table.class_names if class_names is None else class_names
+    levels = {"patch": LevelRows(softmax_rows(scores) if pooling == "paper" else scores, labels, table.patient)}
+    for level in LEVELS[1:]:
+        ids, own = getattr(table, level), labels
+        if group_by == "id":
+            stated, _ = own_labels(table, level)
+            if stated is None:
+                continue
+            own = align_labels(stated, table.class_names, names)
+        pooled = pool(scores, ids, own, pooling=pooling, group_by=group_by)
+        assert pooled.labels is not None  # labels were given
+        groups, first = np.unique(ids, return_index=True)
+        patients = table.patient[first][np.searchsorted(groups, pooled.groups)]
+        levels[level] = LevelRows(pooled.scores, pooled.labels, patients)
+    return levels
 
 
-def _level_rows(pooled: PooledScores, patients: np.ndarray) -> LevelRows:
-    assert pooled.labels is not None  # labels were given
-    return LevelRows(pooled.scores, pooled.labels, patients)
+def own_labels(table: LabelledRows, level: str) -> tuple[np.ndarray | None, str]:
+    """What the slides or patients of a table are.
+
+    A group's own label is that of the table's column `slide_label` or `patient_label`, else the one that all its
+    patches share.
+
+    Args:
+        table: Labels and ids of the patches.
+        level: "slide" or "patient".
+
+    Returns:
+        (n,) the label of the group that each row belongs to, in the table's classes, and ""; or None and why, where
+        the patches of a group disagree and no column says what it is.
+    """
+    groups, first, member_of = np.unique(getattr(table, level), return_index=True, return_inverse=True)
+    common, column = table.label[first], getattr(table, f"{level}_label", None)
+    stated = np.full(len(groups), -1) if column is None else column[first]
+    mixed = np.zeros(len(groups), dtype=bool)
+    mixed[member_of[table.label != common[member_of]]] = True
+    unknown = int((mixed & (stated < 0)).sum())
+    if unknown:
+        return None, (
+            f"no {level} level: patches of {unknown} of {len(groups)} {level}s are of several classes and no"
+            f" {level}_label says what the {level} is"
+        )
+    return np.where(stated < 0, common, stated)[member_of], ""
+
+
+def unreported_levels(table: LabelledRows, *, group_by: GroupBy = "id") -> tuple[str, ...]:
+    """Why levels are left out of `pool_by_level`, a text for each."""
+    reasons = (own_labels(table, level)[1] for level in LEVELS[1:] if group_by == "id")
+    return tuple(reason for reason in reasons if reason)
 
 
 def softmax_rows(scores: np.ndarray) -> np.ndarray:
@@ -186,6 +224,7 @@ def _check_agreement(names: np.ndarray, labels: np.ndarray, shared: np.ndarray, 
         group = member_of[wrong[0]]
         mixed = sorted({int(label) for label in labels[member_of == group]})
         raise ValueError(
-            f"group {names[group]} holds patches with labels {mixed}; a slide or patient has one label."
-            " Check the ids: they must be unique over the cohort"
+            f"group {names[group]} holds patches with labels {mixed}; a group of patches that is pooled has"
+            " one label. Check that ids are unique over the cohort; where patches of a slide or patient do differ, give"
+            " the slide's or patient's own label for each patch"
         )

@@ -21,7 +21,7 @@ from hsat.eval.flags import accuracy_flags
 from hsat.eval.metrics import METRICS, Metrics, metrics
 from hsat.eval.options import Scoring
 from hsat.eval.outcomes import AttackStats
-from hsat.eval.pooling import pool_by_level
+from hsat.eval.pooling import pool_by_level, unreported_levels
 from hsat.files import STRICT, read_fields, read_json_lines, write_json_lines
 from hsat.types import EmbeddingTable
 
@@ -106,12 +106,9 @@ def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
 
 
 def _as_record(values: dict[str, Any], where: str) -> Record:
-    known = {option.name for option in dataclasses.fields(Record)}
-    needed = {
-        option.name
-        for option in dataclasses.fields(Record)
-        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
-    }
+    fields = dataclasses.fields(Record)
+    known = {one.name for one in fields}
+    needed = {one.name for one in fields if one.default is one.default_factory is dataclasses.MISSING}
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{where}: fields {missing} are missing; every record needs {sorted(needed)}")
     if unknown := sorted(values.keys() - known):
@@ -330,6 +327,7 @@ class RecordTemplate:
             queries: Ids and labels of the queries.
             level_flags: Flags of the records of a level.
         """
+        unreported = () if facts.attack else unreported_levels(queries, group_by=self.scoring.group_by)
         levels = measure_levels(scores, queries, class_names=self.class_names, scoring=self.scoring, seed=self.seed)
         return [
             self.build(
@@ -341,7 +339,7 @@ class RecordTemplate:
                 n=measured.n,
                 interval=intervals[metric],
                 chance=measured.chance[metric],
-                flags=(level_flags or {}).get(level, ()),
+                flags=(*(level_flags or {}).get(level, ()), *(unreported if level == "patch" else ())),
             )
             for level, (measured, intervals) in levels.items()
             for metric in METRICS

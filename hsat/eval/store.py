@@ -32,7 +32,7 @@ from hsat.files import (
     write_file,
 )
 from hsat.fingerprints import fingerprint_batch, fingerprint_settings
-from hsat.types import EmbeddingTable, HierarchicalBatch
+from hsat.types import GROUP_LABELS, EmbeddingTable, HierarchicalBatch
 
 Settings = Mapping[str, Any]
 _FORMAT = 3  # of what the files hold
@@ -317,8 +317,9 @@ def result_of(table: EmbeddingTable) -> StoredResult:
     """A table as a result that can be stored."""
     header = {"class_names": list(table.class_names), "cohort": table.cohort, "split": table.split}
     arrays = {name: np.asarray(getattr(table, name)) for name in ("z", *IDS)}
-    if table.norm is not None:
-        arrays["norm"] = table.norm
+    for name in ("norm", *GROUP_LABELS):
+        if getattr(table, name) is not None:
+            arrays[name] = getattr(table, name)
     return StoredResult(header | {"encoder": table.encoder}, arrays)
 
 

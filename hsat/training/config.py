@@ -64,6 +64,7 @@ class ViewConfig(Section):
     slides: int = Field(2, gt=0, description="slides per patient")
     patches: int = Field(2, gt=0, description="patches per slide")
     views: int = Field(2, gt=0, description="augmented views per patch")
+    balance_classes: bool = Field(False, description="draw the classes of a slide equally often (labels per patch)")
     augmentation: Literal["none", "static", "v0", "v1", "he"] | None = Field(
         None, description="augmentation pipeline; v0 for SRH, he (haematoxylin and eosin) for RGB patches"
     )

@@ -37,9 +37,7 @@ from hsat.training.checkpoint import (
 )
 from hsat.training.config import TrainConfig
 from hsat.training.folder import FolderFactory, TrainingFolder
-from hsat.training.gradients import (
-    check_state,
-)
+from hsat.training.gradients import check_state
 from hsat.training.inner_attack import check_groups
 from hsat.training.interrupts import StopRequest, TrainingInterrupted, stop_on_signals
 from hsat.training.optimization import Optimization
@@ -170,6 +168,7 @@ class Trainer:
             robust=config.attack.name != "none",
             workers=config.views.workers,
             store=self.store,
+            on_bad=config.views.on_bad,
         )
 
     # --- the loop -----------------------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Literal
 
 import numpy as np
 from torch import nn
 
 from hsat.attacks import PGD, Linf
 from hsat.classifiers import KNNClassifier
-from hsat.data import Cohort, PatchDataset, PatchStore, patch_loader
+from hsat.data import BadPatch, Cohort, PatchDataset, PatchStore, patch_loader
 from hsat.distributed import row_share
 from hsat.embedding import embed, gather_table
 from hsat.models import branch, is_dual, trained_branch
@@ -34,6 +38,7 @@ def held_out_validation(
     robust: bool = True,
     workers: int = 0,
     store: PatchStore | None = None,
+    on_bad: Literal["raise", "replace"] = "raise",
 ) -> Validation:
     """A function that measures an encoder by kNN on held-out patients; the bank is the training split.
 
@@ -50,16 +55,27 @@ def held_out_validation(
         robust: The score is the mean of accuracy and mean class accuracy under attack; if False, on clean patches.
         workers: Processes that read patches.
         store: The cohort's patch store.
+        on_bad: What to do with patches of the bank that cannot be read: "replace" leaves them out, with a warning.
+            Held-out patches are never replaced, for the numbers would not be those of the split.
 
     Returns:
         encoder -> tune_clean_accuracy, tune_clean_mca, tune_robust_accuracy, tune_robust_mca and score.
+
+    Raises:
+        ValueError: Patches that it would look at cannot be read; all are named, before anything is trained.
     """
     attack = PGD(Linf(eps), step_size=eps / 2, steps=5)
     datasets = {}
     for name, count in (("train", 4 * patches), (split, patches)):
         dataset = PatchDataset(cohort, name, image_size=image_size, store=store)
         chosen = np.random.default_rng(0).permutation(len(dataset))[:count]
-        datasets[name] = dataset.subset(np.sort(chosen))
+        chosen = np.sort(chosen)
+        bad = _unreadable(dataset, chosen)
+        if bad and (name == split or on_bad == "raise"):
+            raise ValueError(_bad_files(cohort, name, bad, len(chosen)))
+        if bad:
+            warnings.warn(f"{_bad_files(cohort, name, bad, len(chosen))}; the bank is without them", stacklevel=2)
+        datasets[name] = dataset.subset(np.array([item for item in chosen if int(item) not in bad], dtype=np.int64))
 
     def embed_shared(encoder: nn.Module, name: str, attack: Attack | None) -> EmbeddingTable:
         dataset = datasets[name]
@@ -84,6 +100,30 @@ def held_out_validation(
         return values
 
     return validate
+
+
+def _unreadable(dataset: PatchDataset, items: np.ndarray) -> dict[int, BadPatch]:
+    """The items that cannot be read, and why."""
+
+    def read(item: int) -> BadPatch | None:
+        try:
+            dataset[item]
+        except BadPatch as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        errors = pool.map(read, items.tolist())
+        return {int(item): error for item, error in zip(items, errors, strict=True) if error is not None}
+
+
+def _bad_files(cohort: Cohort, split: str, bad: Mapping[int, BadPatch], count: int) -> str:
+    named = "; ".join(str(error) for error in list(bad.values())[:20]) + ("; ..." if len(bad) > 20 else "")
+    return (
+        f"{len(bad)} of the {count} patches of split {split!r} that held-out evaluations look at cannot be read:"
+        f" {named}. Mend them or leave them out: hsat check {cohort.root} lists all bad files for --data.exclude"
+        " (in Python: cohort.without(cohort.check_files().paths()))"
+    )
 
 
 def score_predictions(predicted: np.ndarray, label: np.ndarray) -> tuple[float, float]:

@@ -51,6 +51,8 @@ def view_loader(
         on_bad=views.on_bad,
         store=store,
     )
+    if views.balance_classes:
+        dataset = dataset.balance_classes()
     loader = hierarchical_loader(
         dataset, sampler, workers=views.workers, pin_memory=pin_memory, ids=views.ids, compat=config.preset
     )

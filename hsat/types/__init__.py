@@ -17,9 +17,10 @@ from hsat.types.protocols import (
     ThreatModel,
 )
 from hsat.types.slides import SlideClassifier
-from hsat.types.table import EmbeddingTable, align_labels
+from hsat.types.table import GROUP_LABELS, EmbeddingTable, align_labels
 
 __all__ = [
+    "GROUP_LABELS",
     "LEVELS",
     "Attack",
     "AttackResult",

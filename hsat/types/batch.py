@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -231,3 +232,25 @@ class HierarchicalBatch:
             raise ValueError(f"labels must have shape ({p},), one per patient; got {tuple(labels.shape)}")
         label = None if labels is None else labels.repeat_interleave(s * k * v)
         return cls(images.flatten(0, 3), patch, slide, patient, label)
+
+
+def require_ids(item: Any) -> HierarchicalBatch:
+    """The batch; TypeError that says what to write where it has no ids of slides and patients."""
+    if isinstance(item, HierarchicalBatch) or not (isinstance(item, list | tuple) and isinstance(item[0], Tensor)):
+        batch: HierarchicalBatch = item  # what is no batch at all fails where it is used
+        return batch
+    raise TypeError(
+        f"this evaluation needs to know patients and slides, and the loader gives {type(item).__name__}"
+        f"{collate_hint(item)}."
+        " Give patch_loader(PatchDataset(cohort, ...), batch_size=...), or batches"
+        " HierarchicalBatch(images, patch, slide, patient, labels) with ids of your own; for single images without"
+        " patients evaluate_classifier(DecisionModel(encoder, classifier.fit(embed(encoder, bank))), loader, attacks)"
+        " takes pairs (images, labels)"
+    )
+
+
+def collate_hint(item: Any) -> str:
+    """What to pass to a DataLoader whose batches are stacked samples; "" for other batches."""
+    if hasattr(item, "paths"):  # samples of hsat's datasets that torch has stacked
+        return ": pass collate_fn=hsat.collate to the DataLoader, or use hsat.patch_loader"
+    return ""

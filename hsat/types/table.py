@@ -14,6 +14,7 @@ import numpy as np
 from hsat.files import atomic_folder, load_array
 
 _TABLE_IDS = ("label", "patch", "slide", "patient")
+GROUP_LABELS = ("slide_label", "patient_label")
 _TABLE_TEXT = ("cohort", "split", "encoder")
 
 
@@ -35,6 +36,9 @@ class EmbeddingTable:
         encoder: Fingerprint or name.
         norm: (n,) float32, the length of each row before normalisation, which `raw` gives back; None where it is not
             known.  It is taken from z where z holds rows of other lengths and no norm is given.
+        slide_label: (n,) int64, the class of each row's slide where the cohort has a column that says it, -1 where the
+            column says nothing; None without.  Without it a slide is of the class that all its patches share.
+        patient_label: (n,) int64; likewise.
 
     Raises:
         ValueError: When lengths differ, a label has no class name or a name comes twice, or z is not finite; it names
@@ -58,6 +62,8 @@ class EmbeddingTable:
     split: str = ""
     encoder: str = ""
     norm: np.ndarray | None = None
+    slide_label: np.ndarray | None = None
+    patient_label: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.z, np.memmap):
@@ -72,13 +78,9 @@ class EmbeddingTable:
         if self.z.ndim != 2:
             raise ValueError(f"z must be (n, d), got shape {self.z.shape}")
         n = len(self.z)
-        for name in _TABLE_IDS:
-            ids = np.asarray(getattr(self, name))
-            if ids.shape != (n,):
-                raise ValueError(f"{n} embeddings but {name} has shape {ids.shape}; expected ({n},)")
-            if not np.issubdtype(ids.dtype, np.integer):
-                raise TypeError(f"{name} must hold integers, got {ids.dtype}")
-            object.__setattr__(self, name, ids.astype(np.int64, copy=False))
+        for name in (*_TABLE_IDS, *GROUP_LABELS):
+            if getattr(self, name) is not None or name in _TABLE_IDS:
+                object.__setattr__(self, name, _checked_integers(name, getattr(self, name), n))
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if not all(isinstance(name, str) for name in self.class_names):
             raise TypeError(f"class_names must be names, got {self.class_names!r}")
@@ -89,6 +91,7 @@ class EmbeddingTable:
                 f"labels run from {self.label.min()} to {self.label.max()} but there are {len(self.class_names)}"
                 f" class names: {self.class_names}"
             )
+        _check_group_labels(self)
         lengths = self.norm
         if not isinstance(self.z, np.memmap):
             z, own_lengths = _unit_rows(self.z)
@@ -135,8 +138,9 @@ class EmbeddingTable:
             np.save(folder / "z.npy", np.asarray(self.z, dtype=dtype), allow_pickle=False)
             for name in _TABLE_IDS:
                 np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
-            if self.norm is not None:
-                np.save(folder / "norm.npy", self.norm, allow_pickle=False)
+            for name in ("norm", *GROUP_LABELS):
+                if getattr(self, name) is not None:
+                    np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
             text: dict[str, Any] = {name: getattr(self, name) for name in _TABLE_TEXT}
             text["class_names"] = list(self.class_names)
             (folder / "table.json").write_text(json.dumps(text, indent=1))
@@ -166,8 +170,9 @@ class EmbeddingTable:
         arrays: dict[str, Any] = {}
         for name in ("z", *_TABLE_IDS):
             arrays[name] = load_array(path / f"{name}.npy", memory_map=memory_map and name == "z")
-        if (path / "norm.npy").exists():
-            arrays["norm"] = load_array(path / "norm.npy")
+        for name in ("norm", *GROUP_LABELS):
+            if (path / f"{name}.npy").exists():
+                arrays[name] = load_array(path / f"{name}.npy")
         names = {name: text[name] for name in _TABLE_TEXT}
         try:
             return cls(**arrays, class_names=tuple(text["class_names"]), **names)
@@ -235,6 +240,25 @@ def _unit_rows(z: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return np.ascontiguousarray(z, dtype=np.float32), None
     unit = z / np.where(lengths > 0, lengths, 1.0)[:, None]
     return np.ascontiguousarray(unit, dtype=np.float32), lengths.astype(np.float32)
+
+
+def _checked_integers(name: str, values: object, n: int) -> np.ndarray:
+    ids = np.asarray(values)
+    if ids.shape != (n,):
+        raise ValueError(f"{n} embeddings but {name} has shape {ids.shape}; expected ({n},)")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"{name} must hold integers, got {ids.dtype}")
+    return ids.astype(np.int64, copy=False)
+
+
+def _check_group_labels(table: EmbeddingTable) -> None:
+    for name in GROUP_LABELS:
+        stated = getattr(table, name)
+        if stated is not None and len(stated) and not -1 <= stated.min() <= stated.max() < len(table.class_names):
+            raise ValueError(
+                f"{name} runs from {stated.min()} to {stated.max()}; wanted -1 (not known) or a number below"
+                f" {len(table.class_names)}, of the classes {table.class_names}"
+            )
 
 
 def _checked_norm(norm: np.ndarray, n: int) -> np.ndarray:

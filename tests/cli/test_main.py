@@ -22,6 +22,7 @@ OWN = {  # options that only this command has, and one of another that it must n
     "report": ("title", "seed"),
     "reproduce": ("table", "seed"),
     "compare": ("metrics", "resume"),
+    "check": ("exclude", "seed"),
     "demo": ("targets", "data.root"),
 }
 

@@ -128,11 +128,6 @@ def test_accepted_paths_stay_inside_any_root(path: str) -> None:
     [
         ({"path": ROWS[0].path}, ValueError, "path 'b/p2/s1/1.tif' is listed twice: record 0 and record 4"),
         ({"patient": "p1"}, ValueError, r"'p1' is in two splits, 'train' \(record 1\) and 'val' \(record 4\)"),
-        (
-            {"patient": "p2", "split": "train"},
-            ValueError,
-            r"'p2' is in two classes, 'b' \(record 0\) and 'a' \(record 4\)",
-        ),
         ({"class_name": "c"}, ValueError, r"record 4: unknown class 'c'; class_names are \('a', 'b'\)"),
         ({"slide": ""}, ValueError, "record 4: slide is empty"),
         ({"patient": ""}, ValueError, "record 4: patient is empty"),
@@ -164,7 +159,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         Cohort(root=tmp_path, records=ROWS, class_names=("a", "b"), kind="grey")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rooot"):
         Cohort(rooot=tmp_path, records=ROWS, class_names=("a", "b"), kind="srh")  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="layout must be one of 'opensrh', 'folders', 'csv'; got 'zip'"):
+    with pytest.raises(ValueError, match="layout must be one of 'opensrh', 'folders', 'classes', 'csv'; got 'zip'"):
         read_cohort(tmp_path, "zip")  # type: ignore[arg-type]
 
 
@@ -197,24 +192,24 @@ def test_path_is_absolute_and_links_may_not_leave_the_root(tmp_path: Path) -> No
         cohort.path(-1)
 
 
-def test_check_files_names_missing_empty_and_odd_files(tmp_path: Path) -> None:
+def test_file_sizes_names_missing_empty_and_odd_files(tmp_path: Path) -> None:
     cohort = cohort_of(ROWS, write_files(tmp_path))
-    cohort.check_files()
+    cohort.file_sizes()
     file = tmp_path / ROWS[2].path
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty files in the cohort at .*: 'b/p2/s2/1\.tif'$"):
-        cohort.check_files()
+        cohort.file_sizes()
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"files missing from the cohort at .*: 'b/p2/s2/1\.tif'$"):
-        cohort.check_files()
+        cohort.file_sizes()
     file.mkdir()
     with pytest.raises(ValueError, match=r"'b/p2/s2/1\.tif' .* is not a regular file"):
-        cohort.check_files()
+        cohort.file_sizes()
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
     many = [ROWS[0]._replace(path=f"{i}.tif") for i in range(9)]
     with pytest.raises(FileNotFoundError, match=r"'4\.tif', \.\.\. \(9 in all\)$"):
-        cohort_of(many, tmp_path).check_files()
+        cohort_of(many, tmp_path).file_sizes()
 
 
 def test_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:

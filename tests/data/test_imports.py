@@ -32,8 +32,10 @@ def test_no_file_imports_one_that_imports_it():
     assert order[-1] == "__init__"
 
 
-def test_a_cohort_knows_no_reader():
-    assert imports_of(FOLDER / "cohort.py") == {"paths", "records", "splits"}
+def test_a_cohort_knows_no_reader_of_layouts():
+    assert imports_of(FOLDER / "cohort.py") == {"file_check", "paths", "records", "splits"}
+    layouts = {"assembly", "cohort", "folders", "layouts", "opensrh", "tables"}
+    assert not imports_of(FOLDER / "file_check.py") & layouts
 
 
 def test_importing_the_room_loads_nothing_heavy():

@@ -136,7 +136,7 @@ def test_opensrh_options(opensrh_root: Path) -> None:
     seven = ("hgg", "lgg", "mening", "metast", "normal", "pituitary", "schwannoma")
     cohort = read_opensrh(opensrh_root, class_names=seven)
     assert cohort.class_names == seven and set(cohort.label.tolist()) == {0, 1, 4}
-    cohort.check_files()
+    cohort.file_sizes()
     with pytest.raises(ValueError, match="patient 'NIO_002': unknown class 'lgg'"):
         read_opensrh(opensrh_root, class_names=("hgg", "normal"))
     with pytest.raises(ValueError, match="on_empty must be 'error' or 'skip', got 'drop'"):
@@ -159,7 +159,7 @@ def test_folders_in_order_of_name(folders_root: Path) -> None:
     assert cohort.kind == "rgb" and cohort.class_names == ("adenoma", "polyp") and cohort.splits == ()
     assert cohort.slide_names == (("a1", "s1"), ("a1", "s2"), ("a2", "s1"), ("p1", "s1"))
     assert cohort.notes == ()
-    cohort.check_files()
+    cohort.file_sizes()
 
 
 def test_folders_with_splits(folders_root: Path, tmp_path: Path) -> None:
@@ -208,7 +208,13 @@ def test_folders_a_patient_under_two_classes(folders_root: Path, write_png: Call
         match=r"patient 'a1' is in several classes, 'adenoma' \(adenoma/a1/s1/1\.png\)"
         r" and 'polyp' \(polyp/a1/s7/1\.png\); 1 patients are\. .*mixed='drop_minority'",
     ):
-        read_folders(folders_root)
+        read_folders(folders_root, mixed="error")
+    with pytest.warns(
+        UserWarning, match="1 of 3 patients have folders under several classes: 'a1'; each counts as one"
+    ):
+        cohort = read_folders(folders_root)
+    assert [row.class_name for row in cohort.records if row.patient == "a1"] == ["adenoma"] * 3 + ["polyp"]
+    assert any("labels belong to patches" in note for note in cohort.notes)
     with pytest.warns(UserWarning, match="1 patches of 1 patients with several classes: 'a1'"):
         cohort = read_folders(folders_root, mixed="drop_minority")
     assert [row.path for row in cohort.records if row.patient == "a1"] == [
@@ -216,7 +222,7 @@ def test_folders_a_patient_under_two_classes(folders_root: Path, write_png: Call
         "adenoma/a1/s1/2.png",
         "adenoma/a1/s2/1.png",
     ]
-    with pytest.raises(ValueError, match="mixed must be 'error' or 'drop_minority', got 'majority'"):
+    with pytest.raises(ValueError, match="mixed must be one of 'keep', 'error', 'drop_minority'; got 'majority'"):
         read_folders(folders_root, mixed="majority")
 
 
@@ -286,7 +292,7 @@ def test_csv_keeps_order_and_ignores_other_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,class,patient\n", r"manifest .* has no column 'slide'; it has 'path', 'class', 'patient'$"),
+        ("path,class,patient\n", r"manifest .* has no column 'slide'; it has 'path', 'class', 'patient'; say which"),
         ("path;class;patient;slide\n", "separate columns with commas"),
         ("", "has no column 'path', 'class', 'patient', 'slide'; it has nothing"),
         ("path,class,patient,slide,path\n", "has the column 'path' twice"),
@@ -301,10 +307,6 @@ def test_csv_keeps_order_and_ignores_other_columns(tmp_path: Path) -> None:
         (
             HEADER + "a.png,a,p,s,train,x\nb.png,a,p,s,val,x\n",
             r"'p' is in two splits, 'train' \(manifest.csv, line 2\)",
-        ),
-        (
-            HEADER + "a.png,a,p,s,train,x\nb.png,b,p,s,train,x\n",
-            r"'a' \(manifest.csv, line 2\) and 'b' \(manifest.csv, line 3\)",
         ),
         (
             HEADER + "a.png,a,p,s,train,x\na.png,a,p,s,train,x\n",

@@ -27,9 +27,9 @@ def linked_root(tmp_path: Path) -> Path:
 
 def test_links_out_of_the_root_are_followed_on_request_only(linked_root: Path) -> None:
     with pytest.raises(ValueError, match=r"'a/p1/s/1\.png' leads out .* pass allow_links=True"):
-        read_folders(linked_root).check_files()
+        read_folders(linked_root).file_sizes()
     cohort = read_folders(linked_root, allow_links=True)
-    cohort.check_files()
+    cohort.file_sizes()
     split = cohort.with_split(val_fraction=0.5)
     assert split.allow_links and len(split) == 5
     assert [len(PatchDataset(split, name)) for name in ("train", "val")] == [
@@ -56,16 +56,16 @@ def test_allowed_links_do_not_open_paths_or_circles(linked_root: Path) -> None:
     (linked_root / "a/p0/up").unlink()
     (linked_root / "a/p0/s/2.png").symlink_to(linked_root / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"files missing .*'a/p0/s/2\.png'"):
-        read_folders(linked_root, allow_links=True).check_files()
+        read_folders(linked_root, allow_links=True).file_sizes()
 
 
 def test_links_in_a_manifest_and_an_opensrh_folder(linked_root: Path, write_opensrh, tmp_path: Path) -> None:
     with open(linked_root / "manifest.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "class", "patient", "slide"), ("a/p1/s/1.png", "a", "p1", "s")])
-    read_csv(linked_root, allow_links=True).check_files()
+    read_csv(linked_root, allow_links=True).file_sizes()
     root = write_opensrh(tmp_path / "srh")
     (root / "studies").rename(tmp_path / "elsewhere")
     (root / "studies").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads out of the cohort's root"):
-        read_opensrh(root).check_files()
-    read_opensrh(root, allow_links=True).check_files()
+        read_opensrh(root).file_sizes()
+    read_opensrh(root, allow_links=True).file_sizes()

@@ -87,6 +87,73 @@ def test_opaque_alpha_is_dropped_and_other_alpha_refused(tmp_path: Path) -> None
     assert "alpha channel is not opaque" in refused(path, "rgb").reason
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_orientation_is_applied_in_every_format(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path = tmp_path / f"patch.{suffix}"
+    pixels = np.zeros((16, 8, 3), np.uint8)
+    pixels[:8] = 200  # the upper half
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    turned = {1: pixels, 3: pixels[::-1, ::-1], 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}[orientation]
+    expected = torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
+    found = read_patch(path, kind="rgb") * 255
+    assert found.shape == expected.shape and (found - expected).abs().max() < 12  # JPEG is not exact
+
+
+def test_a_transparent_colour_is_refused_where_a_pixel_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "patch.png"
+    Image.fromarray(COLOURS).save(path, transparency=tuple(map(int, COLOURS[0, 0])))
+    assert "is transparent; flatten it" in refused(path, "rgb").reason
+    unused = next(c for c in range(256) if not (COLOURS == c).all(2).any())
+    Image.fromarray(COLOURS).save(path, transparency=(unused,) * 3)
+    assert torch.equal(read_patch(path, kind="rgb") * 255, torch.from_numpy(COLOURS).permute(2, 0, 1).float())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [("jpg", "L"), ("jpg", "CMYK"), ("tif", "L"), ("tif", "CMYK"), ("tif", "P")]
+)
+def test_colour_modes_are_refused_in_every_format(tmp_path: Path, suffix: str, mode: str) -> None:
+    path = tmp_path / f"patch.{suffix}"
+    Image.fromarray(COLOURS).convert(mode).save(path)
+    assert f"mode is {mode}" in refused(path, "rgb").reason
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_alpha_follows_one_rule_in_every_format(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"patch.{suffix}"
+    for least in (255, 254):
+        alpha = np.full((*COLOURS.shape[:2], 1), 255, np.uint8)
+        alpha[0, 0] = least
+        Image.fromarray(np.concatenate([COLOURS, alpha], 2)).save(path)
+        if least == 255:
+            assert read_patch(path, kind="rgb").shape[0] == 3
+        else:
+            assert "alpha channel is not opaque" in refused(path, "rgb").reason
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_several_frames_are_refused_in_every_format(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"patch.{suffix}"
+    Image.fromarray(COLOURS).save(path, save_all=True, append_images=[Image.fromarray(COLOURS[::-1])])
+    assert "it holds 2 images; wanted one" in refused(path, "rgb").reason
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["rgb", "srh"])
+def test_pointers_and_web_pages_are_named(tmp_path: Path, content: bytes, words: str, kind: str) -> None:
+    path = tmp_path / "patch.png"
+    path.write_bytes(content)
+    assert words in refused(path, kind).reason
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "I;16"])
 def test_other_colour_modes_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "patch.png"

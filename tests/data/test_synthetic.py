@@ -34,7 +34,7 @@ def test_it_is_an_opensrh_folder(folder):
     assert cohort.class_names == ("hgg", "normal")
     assert (len(cohort), len(cohort.patient_names), len(cohort.slide_names)) == (2 * 3 * 2 * 3, 6, 12)
     assert set(cohort.splits) == {"train", "val"}
-    cohort.check_files()
+    cohort.file_sizes()
     assert not cohort.notes
 
 

@@ -137,8 +137,9 @@ def test_bad_calls(half_space):
     two[0] = HierarchicalBatch(
         *(getattr(two[0], n) for n in ("images", "patch")), *[torch.zeros(40).long()] * 2, two[0].label
     )
-    with pytest.raises(ValueError, match="slide 0 holds patches with different labels"):
-        run(queries=two)
+    records = run(queries=two).records  # a slide of two classes: no level but that of the patches
+    assert {record.level for record in records} == {"patch"}
+    assert all("no slide level: patches of 1 of" in " ".join(record.flags) for record in records)
 
 
 def test_the_picture_of_the_curve(certified, tmp_path):

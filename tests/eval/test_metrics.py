@@ -29,7 +29,10 @@ def loop_metrics(scores, labels, *, absent_classes="skip"):
             area += (hits - found) / len(rows) * hits / len(taken)
             found = hits
         precision.append(area)
-    top = [sum(labels[i] in ranked[i][:k] for i in range(n)) / n for k in (1, 2, 3)]
+    without_vote = [
+        (scores[i] >= 0).all() and abs(scores[i].sum() - 1) < 1e-9 and scores[i][labels[i]] == 0 for i in range(n)
+    ]
+    top = [sum(labels[i] in ranked[i][:k] and not without_vote[i] for i in range(n)) / n for k in (1, 2, 3)]
     return dict(accuracy=top[0], mca=np.mean(recall), map=np.mean(precision), top2=top[1], top3=top[2])
 
 
@@ -95,7 +98,10 @@ def test_laws(seed, n, classes, grid, absent_classes):
     assert metrics(scores[order], labels[order], absent_classes=absent_classes).as_dict() == pytest.approx(
         found.as_dict()
     )
-    assert metrics(scores * 3 + 1, labels, absent_classes=absent_classes).as_dict() == pytest.approx(found.as_dict())
+    moved = scores + 0.5  # no share is 0 here, so that scores mean their order alone
+    assert metrics(moved * 3 + 1, labels, absent_classes=absent_classes).as_dict() == pytest.approx(
+        metrics(moved, labels, absent_classes=absent_classes).as_dict()
+    )
 
 
 def test_agrees_with_scikit_learn():
@@ -111,6 +117,17 @@ def test_agrees_with_scikit_learn():
     untied = scores + 1e-6 * rng.random(scores.shape)
     for k, ours in ((2, metrics(untied, labels).top2), (3, metrics(untied, labels).top3)):
         assert ours == pytest.approx(peer.top_k_accuracy_score(labels, untied, k=k))
+
+
+def test_a_class_without_a_vote_is_among_no_first_ones():
+    """With k = 1 one class has the whole vote; the others, of equal share 0, must not follow by their index."""
+    votes, labels = np.eye(5)[[4] * 5], np.arange(5)
+    found = metrics(votes, labels)
+    assert (found.accuracy, found.top2, found.top3) == (0.2, 0.2, 0.2)
+    halves = metrics(np.array([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]), np.array([1, 2]))
+    assert (halves.top2, halves.top3) == (0.5, 0.5)
+    logits = metrics(np.array([[0.0, 1.0, 2.0]]), np.array([0]))
+    assert (logits.top2, logits.top3) == (0.0, 1.0), "scores that are no shares have no votes, only an order"
 
 
 def test_perfect_and_hopeless():

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.eval import pool
+from hsat.eval import pool, pool_by_level
+from hsat.eval.pooling import own_labels, unreported_levels
+from hsat.types import EmbeddingTable
 
 
 def loop_pool(scores, groups, pooling):
@@ -43,7 +45,7 @@ def test_the_published_case_with_two_labels_in_one_patient_is_refused(golden):
     patients = [path.split("/")[-4] for path in golden["specs/mixed_patient/paths"]]
     scores, labels = golden["specs/mixed_patient/logits"], golden["specs/mixed_patient/labels"]
     with pytest.raises(
-        ValueError, match=r"group NIO_002 holds patches with labels \[1, 2\]; a slide or patient has one"
+        ValueError, match=r"group NIO_002 holds patches with labels \[1, 2\]; a group of patches that is pooled has one"
     ):
         pool(scores, patients, labels, pooling="paper")
     assert len(pool(scores, patients)) == len(set(patients))  # labels never take part in the grouping
@@ -136,3 +138,42 @@ def test_keys_that_are_none():
         pool(np.eye(2), [0, 1], [0, 1], group_by="label")
     with pytest.raises(ValueError, match="group_by='id_and_label' needs labels"):
         pool(np.eye(2), [0, 1], group_by="id_and_label")
+
+
+def mixed_table(**columns):
+    """Two patients of two slides each; the patches of slide 1, and so of patient 0, disagree."""
+    ids = np.arange(8)
+    return EmbeddingTable(
+        np.eye(8), [0, 0, 0, 1, 1, 1, 1, 1], ids, ids // 2, ids // 4, class_names=("normal", "tumour"), **columns
+    )
+
+
+def test_levels_at_which_patches_disagree_are_left_out_and_said():
+    scores = np.full((8, 2), 0.5)
+    assert list(pool_by_level(scores, mixed_table())) == ["patch"]
+    reasons = unreported_levels(mixed_table())
+    assert reasons[0].startswith("no slide level: patches of 1 of 4 slides are of several classes and no slide_label")
+    assert reasons[1].startswith("no patient level: patches of 1 of 2 patients")
+    assert unreported_levels(mixed_table(), group_by="id_and_label") == ()
+    assert len(pool_by_level(scores, mixed_table(), group_by="id_and_label")["patient"].labels) == 3
+
+
+def test_a_column_says_what_slides_and_patients_are():
+    scores = np.full((8, 2), 0.5)
+    table = mixed_table(slide_label=[-1, -1, 1, 1, -1, -1, 0, 0])
+    levels = pool_by_level(scores, table, class_names=("tumour", "normal"))
+    assert list(levels) == ["patch", "slide"]
+    assert levels["slide"].labels.tolist() == [1, 0, 0, 1] and levels["slide"].patients.tolist() == [0, 0, 1, 1]
+    whole = mixed_table(slide_label=[1] * 8, patient_label=[1] * 8)
+    assert pool_by_level(scores, whole)["patient"].labels.tolist() == [1, 1] and unreported_levels(whole) == ()
+    assert own_labels(mixed_table(patient_label=[-1] * 8), "patient")[0] is None
+
+
+def test_columns_are_checked_and_kept_in_files(tmp_path):
+    table = mixed_table(slide_label=[-1, -1, 1, 1, -1, -1, 0, 0])
+    read = EmbeddingTable.load(table.save(tmp_path / "table"))
+    assert read.slide_label.tolist() == table.slide_label.tolist() and read.patient_label is None
+    with pytest.raises(ValueError, match="slide_label runs from 0 to 2; wanted -1 "):
+        mixed_table(slide_label=[0, 2] * 4)
+    with pytest.raises(ValueError, match=r"8 embeddings but patient_label has shape \(2,\)"):
+        mixed_table(patient_label=[0, 1])
