@@ -83,6 +83,7 @@ ABOUT_SEVERAL = {  # test files that belong to no single module, and what they a
     "docstrings": "the sections of public docstrings",
     "eval/natural_shift": "natural shifts through an evaluation",
     "eval/slides_page": "the numbers of docs/slides.md",
+    "data/labels_per_patch": "patients whose patches bear different labels, from reader to records",
 }
 PACKAGES = {"recipes", "report/page", "types"}  # tested as a whole, through what the package offers
 REPORT_PAGE = {"report/page_figures"}  # of the package report/page
@@ -132,6 +133,9 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "quantities": "training/resources",
     "report/page/tables": "report/page",
     "types/slides": "classifiers/mil",
+    "data/assembly": "data/readers",
+    "data/values": "data/readers",
+    "types/plain_batches": "embedding",
 }
 TESTED = {
     (path.relative_to(ROOT / "tests").parent / path.stem.removeprefix("test_")).as_posix()
