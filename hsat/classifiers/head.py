@@ -50,6 +50,12 @@ class Head(LogitClassifier, nn.Module):
     def fit(self, bank: EmbeddingTable) -> Head:
         """The head itself; it was trained elsewhere, and the bank only has to be of its classes.
 
+        Args:
+            bank: Embeddings with labels.
+
+        Returns:
+            This object.
+
         Raises:
             ValueError: If the bank's classes are other ones.
         """
@@ -93,5 +99,12 @@ class Head(LogitClassifier, nn.Module):
         return logits.to(logits_dtype(z))
 
     def forward(self, z: Tensor) -> Tensor:
-        """The logits; see `logits`."""
+        """The logits; see `logits`.
+
+        Args:
+            z: (n, d) embeddings.
+
+        Returns:
+            (n, classes).
+        """
         return self.logits(z)

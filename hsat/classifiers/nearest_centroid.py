@@ -40,6 +40,12 @@ class NearestCentroid:
 
         A class without rows is never decided for: it has the lowest logit there is, -1 / temperature.
 
+        Args:
+            bank: Embeddings with labels.
+
+        Returns:
+            The classifier.
+
         Raises:
             ValueError: For an empty table.
             TypeError: For what is no table.
@@ -116,7 +122,14 @@ class FittedNearestCentroid(LogitClassifier):
             return raise_winner(value.to(logits_dtype(z)), lowest.argmax(1))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same classifier with its centroids on a device."""
+        """The same classifier with its centroids on a device.
+
+        Args:
+            device: Where embeddings will be.
+
+        Returns:
+            A copy; the centroids are float64, and float32 on devices without it.
+        """
         dtype = widest_dtype(torch.device(device))
         return dataclasses.replace(self, centroid=self.centroid.to(device, dtype), has_rows=self.has_rows.to(device))
 
