@@ -327,6 +327,9 @@ def gather_table(table: EmbeddingTable | None) -> EmbeddingTable:
     Args:
         table: This rank's rows; None if it has none.
 
+    Returns:
+        The rows of all ranks.
+
     Raises:
         ValueError: If no rank has rows, or if the ranks' tables differ in width, classes, cohort, split or encoder.
     """

@@ -66,6 +66,9 @@ def metrics(
         absent_classes: "zero" repeats the published mca, in which a class that is predicted but never true counts as
             recall 0.
 
+    Returns:
+        The metrics of all rows.
+
     Raises:
         ValueError: For lengths that differ, labels outside the classes, scores that are not finite, class_names of
             another length and an unknown `absent_classes`.
@@ -179,6 +182,9 @@ def metrics_by_level(
         class_names: What the columns of the scores are (the bank's classes); the table's labels are matched to them by
             name.  None means the table's own.
         scoring: Pooling, grouping and what absent classes count; `PAPER.scoring` is the published arithmetic.
+
+    Returns:
+        Metrics by "patch", "slide" and "patient".
 
     Raises:
         ValueError: As `pool_by_level` and `metrics` do.

@@ -53,7 +53,13 @@ class LabelledRows(Protocol):
 
 
 class LevelRows(NamedTuple):
-    """The rows of one level: scores (g, classes), labels (g,) as columns of the scores, patients (g,) ids."""
+    """The rows of one level.
+
+    Attributes:
+        scores: (g, classes).
+        labels: (g,) columns of the scores.
+        patients: (g,) ids.
+    """
 
     scores: np.ndarray
     labels: np.ndarray
@@ -73,6 +79,9 @@ def pool(
             takes scores that sum to one for logits: softmax of each row, sum over the group, division by the row sum.
         group_by: "id": rows of one id are a group, and their labels must agree.  "id_and_label": the published
             grouping, in which a patient with two labels is two groups; it needs labels.
+
+    Returns:
+        One row per group, in ascending order of the ids.
 
     Raises:
         ValueError: For lengths that differ, scores that are not finite, an unknown `pooling` or `group_by`, no rows at
