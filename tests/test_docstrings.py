@@ -10,7 +10,7 @@ from typing import Protocol
 import pytest
 from pydantic import BaseModel
 
-ROOMS = ("classifiers", "embedding", "eval", "losses", "models", "report", "testing", "training", "types")
+ROOMS = ("attacks", "classifiers", "embedding", "eval", "losses", "models", "report", "testing", "training", "types")
 
 
 def public_objects(room: str) -> Iterator[tuple[str, object]]:

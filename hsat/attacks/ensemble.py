@@ -93,7 +93,14 @@ class AttackEnsemble:
         return True
 
     def members(self, layers: Sequence[str] = LAYERS) -> tuple[EnsembleMember, ...]:
-        """The members in the order of their turns; layers: those of the model that differ."""
+        """The members in the order of their turns.
+
+        Args:
+            layers: Those of the model that differ; drift members are made for each.
+
+        Returns:
+            Attacks with what each climbs.
+        """
         size = eps_value(self.threat.eps) / 4 if self.step_size is None else self.step_size
         pgd = PGD(self.threat, step_size=size, steps=self.steps)
         momentum = MIFGSM(self.threat, step_size=size, steps=self.steps, random_start=True)

@@ -243,6 +243,9 @@ def aggregate_margin(
             decision is that of the patches it holds.
         labels: (n,) the class of each image, as an index of the model's classes; one class per group.
 
+    Returns:
+        The objective, a scalar for the batch.
+
     Raises:
         TypeError: For labels that are no integers.
         ValueError: For groups of another shape, labels that are no classes of the model, and for a group with two

@@ -151,5 +151,8 @@ def objective_from(model: Callable[[Tensor], Any], loss_fn: Callable[..., Tensor
         loss_fn: (what the model gives, *args) -> a scalar, or (n,), which promises that entry i depends on image i
             alone.
         args: Further arguments of the loss.
+
+    Returns:
+        The objective, to be maximised.
     """
     return lambda images: loss_fn(model(images), *args)
