@@ -67,6 +67,14 @@ def embed(  # noqa: PLR0913
     Raises:
         ValueError: For an unknown layer, an empty loader, batches without labels, missing class names, and embeddings
             that are not finite, naming the patch ids.
+
+    Example:
+        >>> batch = HierarchicalBatch(
+        ...     torch.rand(2, 3, 4, 4), torch.arange(2), torch.zeros(2).long(), torch.zeros(2).long(), torch.arange(2)
+        ... )
+        >>> table = embed(nn.Flatten(), [batch], class_names=("hgg", "normal"))
+        >>> table.z.shape, table.label.tolist()
+        ((2, 48), [0, 1])
     """
     attacked = select_layer(encoder, target)
     seeded = torch.Generator().manual_seed(0) if generator is None else generator

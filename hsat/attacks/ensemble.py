@@ -63,6 +63,14 @@ class AttackEnsemble:
 
     Raises:
         ValueError: For counts below 1, and as these attacks do.
+
+    Example:
+        >>> from hsat.attacks import Linf, margin
+        >>> ensemble = AttackEnsemble(Linf(0.25), steps=2, decision_steps=2, restarts=1, queries=5)
+        >>> x = torch.tensor([0.6, 0.4]).reshape(1, 1, 1, 2)
+        >>> objective = margin(lambda images: images.flatten(1), torch.tensor([0]))
+        >>> bool(objective(ensemble(x, objective)) > 0)
+        True
     """
 
     threat: ThreatModel

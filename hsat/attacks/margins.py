@@ -59,6 +59,11 @@ def margin(model: Callable[[Tensor], Tensor], labels: Tensor) -> Margin:
 
     Raises:
         ValueError: For labels of another form here; for logits of another form when it is called.
+
+    Example:
+        >>> objective = margin(lambda images: images.flatten(1), torch.tensor([0]))
+        >>> objective(torch.tensor([0.5, 0.25]).reshape(1, 1, 1, 2))
+        tensor([-0.2500])
     """
     _check_class_numbers(labels, "labels")
     return Margin(model, labels)
@@ -113,6 +118,11 @@ def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | N
     Raises:
         ValueError: For labels or targets of another form here; for fewer classes and logits of another form when it is
             called.
+
+    Example:
+        >>> objective = dlr(lambda images: images.flatten(1), torch.tensor([0]))
+        >>> objective(torch.tensor([0.75, 0.5, 0.25]).reshape(1, 1, 1, 3))
+        tensor([-0.5000])
     """
     _check_class_numbers(labels, "labels")
     if target is not None:

@@ -38,6 +38,11 @@ class DecisionModel(nn.Module):
     float32 rows, so that the decisions stay.  A module starts in the mode of the encoder: call `.eval()`, as for any
     model that is attacked, or wrap it in `hsat.models.frozen`.
 
+    Attributes:
+        encoder: The encoder.
+        layer: The layer that the classifier reads.
+        wide: Whether logits are float64.
+
     Args:
         encoder: Images (n, c, h, w) in [0, 1] -> embeddings (n, d); a module or any function.
         fitted: The classifier; what its bank was embedded with is what `encoder` and `layer` have to be.
@@ -47,10 +52,11 @@ class DecisionModel(nn.Module):
             the dtype that other libraries expect, that of the encoder or float32, in which margins lose what is below
             1e-6: a search that compares margins (Auto-PGD, Square) may end at other images.
 
-    Attributes:
-        encoder: The encoder.
-        layer: The layer that the classifier reads.
-        wide: Whether logits are float64.
+    Example:
+        >>> from hsat.classifiers import Head
+        >>> head = Head(nn.Linear(12, 2), class_names=("hgg", "normal"))
+        >>> DecisionModel(nn.Flatten(), head).eval()(torch.rand(4, 3, 2, 2)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(

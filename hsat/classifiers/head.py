@@ -27,6 +27,11 @@ class Head(LogitClassifier, nn.Module):
 
     Raises:
         ValueError: If names are missing or come twice.
+
+    Example:
+        >>> head = Head(nn.Identity(), class_names=("hgg", "normal"))
+        >>> head.predict(torch.tensor([[0.0, 1.0], [3.0, 2.0]]))
+        array([1, 0])
     """
 
     def __init__(self, module: nn.Module, class_names: Sequence[str]) -> None:

@@ -27,6 +27,13 @@ class NearestCentroid:
 
     Attributes:
         temperature: Of the logits; does not change the decision.  0.07 as kNN has.
+
+    Example:
+        >>> ids = np.arange(3)
+        >>> z = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+        >>> bank = EmbeddingTable(z, [0, 1, 1], ids, ids, ids, class_names=("hgg", "normal"))
+        >>> NearestCentroid().fit(bank).predict(np.array([[2.0, 0.5]]))
+        array([0])
     """
 
     temperature: float = 0.07

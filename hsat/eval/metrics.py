@@ -73,6 +73,11 @@ def metrics(
         ValueError: For lengths that differ, labels outside the classes, scores that are not finite, class_names of
             another length and an unknown `absent_classes`.
         TypeError: For labels that are no integers.
+
+    Example:
+        >>> result = metrics([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 1, 1])
+        >>> round(result.accuracy, 4), result.mca, result.confusion.tolist()
+        (0.6667, 0.75, [[1, 0], [1, 1]])
     """
     check_choice("absent_classes", absent_classes, AbsentClasses)
     scores, labels = check_scores(scores), np.asarray(labels)

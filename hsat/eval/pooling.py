@@ -86,6 +86,11 @@ def pool(
     Raises:
         ValueError: For lengths that differ, scores that are not finite, an unknown `pooling` or `group_by`, no rows at
             all, and with group_by="id" for a group whose members disagree about the label, naming the group.
+
+    Example:
+        >>> patients = pool([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], groups=[7, 7, 9], labels=[0, 0, 1])
+        >>> patients.groups.tolist(), patients.scores.tolist(), patients.labels.tolist()
+        ([7, 9], [[0.75, 0.25], [0.0, 1.0]], [0, 1])
     """
     scores = check_scores(scores)
     groups = _column("groups", groups, len(scores))
