@@ -76,6 +76,14 @@ def embed(  # noqa: PLR0913
     Raises:
         ValueError: For an unknown layer, an empty loader, batches without labels, missing class names, and embeddings
             that are not finite, naming the patch ids.
+
+    Example:
+        >>> batch = HierarchicalBatch(
+        ...     torch.rand(2, 3, 4, 4), torch.arange(2), torch.zeros(2).long(), torch.zeros(2).long(), torch.arange(2)
+        ... )
+        >>> table = embed(nn.Flatten(), [batch], class_names=("hgg", "normal"))
+        >>> table.z.shape, table.label.tolist()
+        ((2, 48), [0, 1])
     """
     attacked = select_layer(encoder, target)
     seeded = torch.Generator().manual_seed(0) if generator is None else generator
@@ -359,6 +367,9 @@ def gather_table(table: EmbeddingTable | None) -> EmbeddingTable:
 
     Args:
         table: This rank's rows; None if it has none.
+
+    Returns:
+        The rows of all ranks.
 
     Raises:
         ValueError: If no rank has rows, or if the ranks' tables differ in width, classes, cohort, split or encoder.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import pytest
 from pydantic import BaseModel
 
-ROOMS = ("losses", "models", "testing", "training", "types")
+ROOMS = ("attacks", "classifiers", "embedding", "eval", "losses", "models", "report", "testing", "training", "types")
 
 
 def public_objects(room: str) -> Iterator[tuple[str, object]]:
@@ -39,7 +40,7 @@ def missing_sections(value: object) -> list[str]:
     """The sections that a docstring should have and has not."""
     text = inspect.getdoc(value) or ""
     if inspect.isclass(value):
-        described = issubclass(value, BaseModel) or getattr(value, "_is_protocol", False) or not parameters(value)
+        described = issubclass(value, BaseModel) or Protocol in value.__bases__ or not parameters(value)
         return [] if described or "Args:" in text or "Attributes:" in text else ["Attributes"]
     assert callable(value)
     wanted = []

@@ -95,6 +95,7 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "attacks/srh_space": "attacks/reparametrized",
     "attacks/stain_space": "attacks/reparametrized",
     "classifiers/base": "classifiers/knn",
+    "classifiers/knn_folder": "classifiers/knn",
     "cli/cohort": "cli/train",
     "cli/failures": "cli/evaluation",
     "data/image_operations": "data/augment_batch",

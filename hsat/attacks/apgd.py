@@ -18,21 +18,40 @@ MOMENTUM = 0.75
 
 @dataclass(frozen=True, repr=False)
 class APGD(GradientAttack):
-    """Auto-PGD, algorithm 1 of Croce and Hein, arXiv:2003.01690: nothing to set but the number of steps.
+    """Auto-PGD: nothing to set but the number of steps.
 
-    The step size of each image begins at 2 eps.  One step is z = project(x + step * ascent(gradient)), then
-    x <- project(x + 0.75 (z - x) + 0.25 (x - x_before)).  At the checkpoints ceil(p_j * steps), p = 0.22, 0.41, 0.57,
-    0.70, ..., the step size of an image is halved and the image goes back to its best point, if its value rose in fewer
-    than rho of the steps since the last checkpoint, or if neither its step size nor its best value changed since.
-    The result is the best point of each image: its value is never below that of its start.
+    The step size of each image begins at 2 eps.  One step is z = project(x + step * ascent(gradient)), then x <-
+    project(x + 0.75 (z - x) + 0.25 (x - x_before)).  At the checkpoints ceil(p_j * steps), p = 0.22, 0.41, 0.57, 0.70,
+    ..., the step size of an image is halved and the image goes back to its best point, if its value rose in fewer than
+    rho of the steps since the last checkpoint, or if neither its step size nor its best value changed since.  The
+    result is the best point of each image: its value is never below that of its start.
 
     Any objective will do.  With values per image all of this happens image by image.  With a scalar (`hierarchical`)
     the batch is one image: it has one step size and one best point.  Images that `success` stops stay where they
     succeeded.  One restart costs steps + 1 forward and `steps` backward passes.
+
     Deviations: random starts are the threat model's (the published code scales its noise to the border of the ball);
-    conditions are asked for at the checkpoint itself, as in the published code and not one step later; an image
-    without a gradient stays in place for that step, momentum or not.
-    steps, restarts >= 1; rho in [0, 1].  Restarts after the first begin at random points.
+    conditions are asked for at the checkpoint itself, as in the published code and not one step later; an image without
+    a gradient stays in place for that step, momentum or not.
+
+    Attributes:
+        threat: What the attack may change, such as Linf(8/255).
+        steps: At least 1.
+        random_start: Begin at a random feasible point instead of at the images.
+        restarts: At least 1; those after the first begin at random points, and each image keeps its best run.
+        rho: Share of the steps between two checkpoints that have to raise the value, in [0, 1].
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    References:
+        Croce and Hein, Reliable Evaluation of Adversarial Robustness, arXiv:2003.01690, algorithm 1.
+
+    Example:
+        >>> from hsat.attacks import Linf
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> APGD(Linf(0.25), steps=5)(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
     """
 
     threat: ThreatModel

@@ -154,6 +154,9 @@ class AttackEnsemble:
         Args:
             layers: Those of the model that differ.
             classes: How many the model has; None for members that an objective without classes has as well.
+
+        Returns:
+            Attacks with what each climbs.
         """
         member = EnsembleMember
         apgd = APGD(self.threat, steps=self.decision_steps)

@@ -55,6 +55,11 @@ def match_features(encoder: EmbeddingFunction, targets: Tensor) -> FeatureMatch:
 
     Raises:
         ValueError: For targets of another shape, not finite, or of length zero.
+
+    Example:
+        >>> objective = match_features(lambda images: images.flatten(1), torch.tensor([[0.0, 2.0]]))
+        >>> objective(torch.tensor([0.6, 0.8]).reshape(1, 1, 1, 2))
+        tensor([0.8000])
     """
     if not isinstance(targets, Tensor) or targets.ndim != 2 or not targets.dtype.is_floating_point:
         form = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__

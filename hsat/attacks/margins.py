@@ -67,6 +67,11 @@ def margin(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor 
 
     Raises:
         ValueError: For labels or targets of another form here; for logits of another form when it is called.
+
+    Example:
+        >>> objective = margin(lambda images: images.flatten(1), torch.tensor([0]))
+        >>> objective(torch.tensor([0.5, 0.25]).reshape(1, 1, 1, 2))
+        tensor([-0.2500])
     """
     _check_class_numbers(labels, "labels")
     _check_target(target, labels)
@@ -122,6 +127,11 @@ def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | N
     Raises:
         ValueError: For labels or targets of another form here; for fewer classes and logits of another form when it is
             called.
+
+    Example:
+        >>> objective = dlr(lambda images: images.flatten(1), torch.tensor([0]))
+        >>> objective(torch.tensor([0.75, 0.5, 0.25]).reshape(1, 1, 1, 3))
+        tensor([-0.5000])
     """
     _check_class_numbers(labels, "labels")
     _check_target(target, labels)
@@ -246,6 +256,9 @@ def aggregate_margin(
         groups: (n,) ids, `batch.slide` or `batch.patient`.  The batch must hold every patch of its groups, for the
             decision is that of the patches it holds.
         labels: (n,) the class of each image, as an index of the model's classes; one class per group.
+
+    Returns:
+        The objective, a scalar for the batch.
 
     Raises:
         TypeError: For labels that are no integers.

@@ -30,16 +30,22 @@ def _convert_mask(mask: Tensor) -> Tensor:
 class Masked(ThreatModel):
     """Only the pixels where the mask is true may change; those follow another threat model.
 
-    threat: Linf, L2, or any threat model whose feasible set does not grow when a pixel moves away from the image.
-    mask: bools (or 0 and 1), True where the attacker may write: (h, w) or (1, 1, h, w) for all images, (n, 1, h, w) one
-    per image; a second axis of c gives each channel its own.  It is copied, compared and hashed by value.
-
     The feasible set is that of `threat`, met with "unmasked pixels are those of x"; the projection is its nearest
     point, as exact as that of `threat`: for Linf pixels do not know of each other, and for L2 the nearest point of the
     ball with some coordinates fixed is the ball's projection of the point whose fixed coordinates are already in place.
     `steepest_ascent` is the steepest direction among those that the mask allows.  A random start draws from `threat`
     and puts the unmasked pixels back (for L2 it is then not uniform in the smaller ball).
-    Raises ValueError for a mask of another shape than the images, naming both, TypeError for a threat that is none.
+
+    Attributes:
+        threat: Linf, L2, or any threat model whose feasible set does not grow when a pixel moves away from the
+            image.
+        mask: Bools (or 0 and 1), True where the attacker may write: (h, w) or (1, 1, h, w) for all images, (n, 1,
+            h, w) one per image; a second axis of c gives each channel its own.  It is copied, compared and hashed
+            by value.
+
+    Raises:
+        ValueError: For a mask of another shape than the images, naming both.
+        TypeError: For a threat that is none.
     """
 
     threat: ThreatModel
@@ -64,29 +70,73 @@ class Masked(ThreatModel):
         return self.threat.high
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A random point of `threat` with the unmasked pixels put back; dtype of x."""
+        """A random point of `threat` with the unmasked pixels put back.
+
+        Args:
+            x: (n, c, h, w) images in the pixel range.
+            generator: Source of noise; None is torch's global generator.
+
+        Returns:
+            (n, c, h, w) feasible points; dtype of x.
+        """
         return torch.where(self._mask_for(x), self.threat.random_start(x, generator), self.clamp(x)[0])
 
     def steepest_ascent(self, grad: Tensor) -> Tensor:
-        """The direction of `threat` for the gradient inside the mask; zero elsewhere."""
+        """The direction of `threat` for the gradient inside the mask; zero elsewhere.
+
+        Args:
+            grad: (n, c, h, w), the gradient of the objective.
+
+        Returns:
+            (n, c, h, w), zero outside the mask.
+        """
         allowed = self._mask_for(grad)
         return torch.where(allowed, self.threat.steepest_ascent(torch.where(allowed, grad, 0.0)), 0.0)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Nearest point to x_adv that `threat` allows and that differs from x inside the mask only."""
+        """Nearest point to x_adv that `threat` allows and that differs from x inside the mask only.
+
+        Args:
+            x_adv: (n, c, h, w), anywhere.
+            x: (n, c, h, w) clean images in the pixel range.
+
+        Returns:
+            (n, c, h, w), in x_adv's dtype.
+        """
         return self._restrict(x_adv, self.clamp(x)[0], lambda y: self.threat.project(y, x))
 
     def projection_at(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """`project` for a fixed x that is already inside the pixel range."""
+        """`project` for a fixed x.
+
+        Args:
+            x: (n, c, h, w) clean images in the pixel range.
+
+        Returns:
+            x_adv -> `project(x_adv, x)`.
+        """
         project = self.threat.projection_at(x)
         return lambda x_adv: self._restrict(x_adv, x, project)
 
     def clamp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `threat`: x clamped to the pixel range, and whether it must be refused."""
+        """As in `threat`.
+
+        Args:
+            x: (n, c, h, w) images.
+
+        Returns:
+            x clamped to the pixel range, and a 0-d bool: must the images be refused?
+        """
         return self.threat.clamp(x)
 
     def select(self, index: Tensor) -> Masked:
-        """The threat model of the images `index` of a batch."""
+        """The threat model of the images `index` of a batch.
+
+        Args:
+            index: (m,) int64, places in the batch.
+
+        Returns:
+            The threat model of these images, in this order.
+        """
         mask = kept(self, "mask")
         return Masked(self.threat.select(index), mask[index.to(mask.device)] if len(mask) > 1 else mask)
 

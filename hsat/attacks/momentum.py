@@ -40,11 +40,28 @@ def _check(attack: NIFGSM | DIFGSM | TIFGSM | VMIFGSM) -> None:
 class NIFGSM(GradientAttack):
     """MI-FGSM with gradients at the Nesterov point x + decay * step_size * m.
 
-    Lin et al., arXiv:1908.06281, section 3.2, eq. 6 to 8.  scales > 1 adds scale invariance: the gradient is the mean
-    over the copies x / 2^i, i = 0 ... scales - 1 (SI-NI-FGSM, algorithm 1; the paper takes 5), at `scales` passes per
-    step.  m is MI-FGSM's sum of gradients of mean size 1, which the paper's step follows by its sign only.
+    With scales > 1 the gradient is the mean over the copies x / 2^i, i = 0 ... scales - 1, at `scales` passes per step
+    (SI-NI-FGSM, algorithm 1).  m is MI-FGSM's sum of gradients of mean size 1, which the paper's step follows by its
+    sign only.
+
     Deviations: the point ahead is clamped to the pixel range (not to the ball; the published code does neither); under
     threat models other than Linf it is x + decay * step_size * ascent(m), since m has no length to speak of there.
+
+    Attributes:
+        threat, step_size, steps, random_start, restarts: As in `BIM`.
+        decay: As in `MIFGSM`.
+        scales: Copies whose gradients are averaged, at least 1; 5 in the paper.
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    References:
+        Lin et al., Nesterov Accelerated Gradient and Scale Invariance, arXiv:1908.06281, section 3.2, eq. 6 to 8.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> NIFGSM(Linf(0.25), step_size=0.25, steps=2)(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
     """
 
     threat: ThreatModel
@@ -71,12 +88,28 @@ class NIFGSM(GradientAttack):
 class DIFGSM(GradientAttack):
     """MI-FGSM with input diversity: gradients through randomly resized and padded images (M-DI2-FGSM).
 
-    Xie et al., arXiv:1803.06978, section 3.3, eq. 5 to 7.  At each step, with this probability, an image is resized
-    (bilinear) to int(resize h), ..., h - 1 rows, and as large a share of its columns, and put at a random place on a
-    black image of the old size.  Every image has its own draws.  decay=0 is the paper's DI2-FGSM without momentum.
+    At each step, with this probability, an image is resized (bilinear) to int(resize h), ..., h - 1 rows, and as large
+    a share of its columns, and put at a random place on a black image of the old size.  Every image has its own draws.
     The defaults are those of common implementations; the paper resizes 299 pixels to 299 ... 329 on a canvas of 330,
     which only models without a fixed input size can take, and it uses probability 0.5.
-    probability in [0, 1], resize in (0, 1]; resize=1 leaves the images as they are.
+
+    Attributes:
+        threat, step_size, steps, random_start, restarts: As in `BIM`.
+        decay: As in `MIFGSM`; 0 is the paper's DI2-FGSM without momentum.
+        probability: That an image is resized at a step, in [0, 1].
+        resize: Least share of the side, in (0, 1]; 1 leaves the images as they are.
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    References:
+        Xie et al., Improving Transferability with Input Diversity, arXiv:1803.06978, section 3.3, eq. 5 to 7.
+
+    Example:
+        >>> x = torch.full((1, 1, 8, 8), 0.5)
+        >>> x_adv = DIFGSM(Linf(0.25), step_size=0.25, steps=2)(x, lambda images: images.sum((1, 2, 3)))
+        >>> x_adv.max()
+        tensor(0.7500)
     """
 
     threat: ThreatModel
@@ -105,10 +138,25 @@ class DIFGSM(GradientAttack):
 class TIFGSM(GradientAttack):
     """MI-FGSM with gradients that are blurred by a Gaussian kernel: translation invariance.
 
-    Dong et al., arXiv:1904.02884, section 3.2, eq. 7 and 8 (TI-MI-FGSM, with the paper's 15 x 15 kernel).
-    size: odd number of pixels of the kernel's side; on small images take a smaller one.  sigma: how many standard
-    deviations the kernel reaches to each side.  probability > 0 adds the input diversity of DIFGSM, with `resize`
-    (TI-DIM in the paper).
+    Attributes:
+        threat, step_size, steps, random_start, restarts: As in `BIM`.
+        decay: As in `MIFGSM`.
+        size: Odd number of pixels of the kernel's side, 15 in the paper; on small images take a smaller one.
+        sigma: How many standard deviations the kernel reaches to each side.
+        probability: Above 0 it adds the input diversity of DIFGSM (TI-DIM in the paper); in [0, 1].
+        resize: As in DIFGSM.
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    References:
+        Dong et al., Evading Defenses by Translation-Invariant Attacks, arXiv:1904.02884, section 3.2, eq. 7 and 8
+        (TI-MI-FGSM).
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> TIFGSM(Linf(0.25), step_size=0.25, steps=2, size=3)(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
     """
 
     threat: ThreatModel
@@ -146,11 +194,27 @@ class TIFGSM(GradientAttack):
 class VMIFGSM(GradientAttack):
     """MI-FGSM with variance tuning: each gradient is corrected by how those around the last iterate differed from it.
 
-    Wang and He, arXiv:2103.15571, algorithm 1: m <- decay * m + (g + v) / mean|g + v| (the paper divides by the sum),
-    then v <- mean over `samples` points around x of their gradients, minus g.  The points are the threat model's random
-    starts around x with `beta` times its radius, inside the pixel range (for Linf uniform in [-beta eps, beta eps]).
-    The paper takes 20 samples and beta 1.5.  Each step but the last costs `samples` more passes.
-    samples >= 1, beta >= 0.
+    m <- decay * m + (g + v) / mean|g + v| (the paper divides by the sum), then v <- mean over `samples` points around x
+    of their gradients, minus g.  The points are the threat model's random starts around x with `beta` times its radius,
+    inside the pixel range (for Linf uniform in [-beta eps, beta eps]).  Each step but the last costs `samples` more
+    passes.
+
+    Attributes:
+        threat, step_size, steps, random_start, restarts: As in `BIM`.
+        decay: As in `MIFGSM`.
+        samples: Points around the iterate, at least 1; 20 in the paper.
+        beta: Their radius as a multiple of eps, at least 0; 1.5 in the paper.
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    References:
+        Wang and He, Enhancing Transferability through Variance Tuning, arXiv:2103.15571, algorithm 1.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> VMIFGSM(Linf(0.25), step_size=0.25, steps=2, samples=2)(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
     """
 
     threat: ThreatModel

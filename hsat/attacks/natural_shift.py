@@ -102,10 +102,13 @@ class NaturalShift:
 
     @classmethod
     def standard(cls, *, stained: bool = True) -> dict[str, NaturalShift]:
-        """{"stain 1": ..., "stain 2": ..., "stain 3": ..., "blur 1": ...}: every kind, mild (1), medium and strong (3).
+        """Every kind of shift, mild (1), medium and strong (3).
 
         Args:
             stained: Whether the images are of stained tissue; without it, as for SRH, there is no "stain".
+
+        Returns:
+            The conditions by name: {"stain 1": ..., "stain 2": ..., "stain 3": ..., "blur 1": ...}.
         """
         return {
             f"{kind} {number}": cls(kind, amount)

@@ -70,6 +70,12 @@ def feature_drift(
 
     Raises:
         ValueError: For an unknown distance or a reference of the wrong shape.
+
+    Example:
+        >>> x = torch.tensor([0.6, 0.8]).reshape(1, 1, 1, 2)
+        >>> drift = feature_drift(lambda images: images.flatten(1), x)
+        >>> drift(x.flip(3))  # 1 - 0.96
+        tensor([0.0400])
     """
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}; choose one of {DISTANCES}")
@@ -96,6 +102,13 @@ def hierarchical(
 
     Returns:
         Images -> a scalar, because every image takes part in every other image's loss.
+
+    Example:
+        >>> from hsat.losses import HiDiscLoss
+        >>> batch = HierarchicalBatch.from_grid(torch.rand(2, 1, 1, 2, 3, 4, 4))
+        >>> objective = hierarchical(lambda images: images.flatten(1), HiDiscLoss(), batch)
+        >>> objective(batch.images).shape
+        torch.Size([])
     """
 
     def objective(images: Tensor) -> Tensor:
@@ -139,6 +152,11 @@ def classification(model: Callable[[Tensor], Tensor], labels: Tensor) -> Classif
 
     Returns:
         A `DecisionObjective`: images -> cross-entropies (n,), float32 or wider.
+
+    Example:
+        >>> objective = classification(lambda images: images.flatten(1), torch.tensor([0]))
+        >>> objective(torch.zeros(1, 1, 1, 2))  # log 2
+        tensor([0.6931])
     """
     return Classification(model, labels)
 
@@ -151,5 +169,14 @@ def objective_from(model: Callable[[Tensor], Any], loss_fn: Callable[..., Tensor
         loss_fn: (what the model gives, *args) -> a scalar, or (n,), which promises that entry i depends on image i
             alone.
         args: Further arguments of the loss.
+
+    Returns:
+        The objective, to be maximised.
+
+    Example:
+        >>> from torch.nn.functional import mse_loss
+        >>> objective = objective_from(lambda images: images.mean((1, 2, 3)), mse_loss, torch.zeros(2))
+        >>> objective(torch.ones(2, 3, 4, 4))
+        tensor(1.)
     """
     return lambda images: loss_fn(model(images), *args)

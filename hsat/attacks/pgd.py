@@ -70,10 +70,27 @@ class PGD(GradientAttack):
 
 @dataclass(frozen=True, repr=False)
 class BIM(GradientAttack):
-    """Basic iterative method: PGD that starts at the images themselves (Kurakin et al., arXiv:1607.02533, eq. 2).
+    """Basic iterative method: PGD that starts at the images themselves.
 
-    With random_start=True it is PGD, which is what the published HSAT evaluation runs under this name.  Restarts after
-    the first begin at random points.
+    With random_start=True it is PGD, which is what the published HSAT evaluation runs under this name.
+
+    Attributes:
+        threat: What the attack may change, such as Linf(8/255).
+        step_size: In units of the threat model's norm.
+        steps: At least 1.
+        random_start: Begin at a random feasible point instead of at the images.
+        restarts: At least 1; those after the first begin at random points, and each image keeps its best run.
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    References:
+        Kurakin et al., Adversarial Examples in the Physical World, arXiv:1607.02533, eq. 2.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> BIM(Linf(0.25), step_size=0.25, steps=2)(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
     """
 
     threat: ThreatModel
@@ -94,9 +111,23 @@ class BIM(GradientAttack):
 class MIFGSM(GradientAttack):
     """Momentum iterative method: m <- decay * m + g / mean|g| per image, then a step along ascent(m).
 
-    Dong et al., arXiv:1710.06081, algorithm 1 (there with the sum |g|; a positive factor per image and step, and with
-    it the published code's trajectories).  A zero gradient leaves the image in place for that step; the published
-    code divides by zero there and never moves the image again.
+    The paper divides by the sum |g|, which changes no step.  A zero gradient leaves the image in place for that step;
+    the published code divides by zero there and never moves the image again.
+
+    Attributes:
+        threat, step_size, steps, random_start, restarts: As in `BIM`.
+        decay: Share of the old momentum that is kept, at least 0.
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    References:
+        Dong et al., Boosting Adversarial Attacks with Momentum, arXiv:1710.06081, algorithm 1.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> MIFGSM(Linf(0.25), step_size=0.25, steps=2)(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
     """
 
     threat: ThreatModel
@@ -117,7 +148,19 @@ class MIFGSM(GradientAttack):
 
 @dataclass(frozen=True, repr=False)
 class FGSM(GradientAttack):
-    """One step of size eps from the images (Goodfellow et al., arXiv:1412.6572, section 4)."""
+    """One step of size eps from the images.
+
+    Attributes:
+        threat: What the attack may change, such as Linf(8/255).
+
+    References:
+        Goodfellow et al., Explaining and Harnessing Adversarial Examples, arXiv:1412.6572, section 4.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> FGSM(Linf(0.25))(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
+    """
 
     threat: ThreatModel
 
@@ -132,8 +175,22 @@ class FGSM(GradientAttack):
 class FFGSM(GradientAttack):
     """One step from a random start, project(start + step_size * ascent(gradient)).
 
-    Wong et al., arXiv:2001.03994, algorithm 3.  step_size=None is their 1.25 eps; the published HSAT code uses 10/255
-    whatever eps is.
+    Attributes:
+        threat: What the attack may change, such as Linf(8/255).
+        step_size: In units of the threat model's norm; None is the paper's 1.25 eps.  The published HSAT code uses
+            10/255 whatever eps is.
+
+    Raises:
+        ValueError: For a step size that is not above 0.
+
+    References:
+        Wong et al., Fast is Better than Free, arXiv:2001.03994, algorithm 3.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> x_adv = FFGSM(Linf(0.25))(x, lambda images: images.sum((1, 2, 3)))
+        >>> bool((x_adv - x).abs().max() <= 0.25)
+        True
     """
 
     threat: ThreatModel
@@ -154,11 +211,21 @@ class FFGSM(GradientAttack):
 class NFGSM:
     """One step from strong noise that is not clipped afterwards: x + noise + step_size * sign(gradient there).
 
-    de Jorge et al., arXiv:2202.01181, section 4.  noise: the start is uniform in noise * eps around the images, theirs
-    is 2.  step_size: None is their eps.  threat: the ball to defend against; the images that come out leave it on
-    purpose: they stay in the pixel range and inside `reach`, of radius noise * eps + step_size.  So it is an attack to
-    train with, which prevents catastrophic overfitting; its result is no measure of robustness.
-    Raises TypeError for a threat model that is not Linf, ValueError for numbers out of range.
+    An attack to train with, which prevents catastrophic overfitting.  Its images leave the ball on purpose: they stay
+    in the pixel range and inside `reach`, of radius noise * eps + step_size.  So its result is no measure of
+    robustness.
+
+    Attributes:
+        threat: The ball to defend against.
+        noise: The start is uniform in noise * eps around the images; 2 in the paper.
+        step_size: In units of the pixel range; None is eps, as in the paper.
+
+    Raises:
+        TypeError: For a threat model that is not Linf.
+        ValueError: For numbers out of range.
+
+    References:
+        de Jorge et al., Make Some Noise, arXiv:2202.01181, section 4.
     """
 
     threat: Linf
@@ -207,7 +274,16 @@ class NFGSM:
         ids: Tensor | None = None,
         success: SuccessTest | None = None,
     ) -> AttackResult:
-        """The same with its record; `start` replaces the noise."""
+        """The same with its record.
+
+        Args:
+            x: (n, c, h, w) images in the threat model's range.
+            objective: What is maximised.
+            start, generator, ids, success: As in every attack's `run`; `start` replaces the noise.
+
+        Returns:
+            The images, the objective's values, and what the run cost.
+        """
         first = self._first(x, generator, ids) if start is None else start
         return self._step_attack().run(x, objective, start=first, success=success)
 
@@ -233,7 +309,17 @@ class NFGSM:
 
 @dataclass(frozen=True)
 class RandomNoise:
-    """No attack at all: one random point of the feasible set.  The baseline every attack has to beat."""
+    """No attack at all: one random point of the feasible set.  The baseline every attack has to beat.
+
+    Attributes:
+        threat: What the attack may change, such as Linf(8/255).
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> noisy = RandomNoise(Linf(0.25))(x, lambda images: images.sum((1, 2, 3)))
+        >>> bool((noisy - x).abs().max() <= 0.25)
+        True
+    """
 
     threat: ThreatModel
 
@@ -274,7 +360,17 @@ class RandomNoise:
         success: SuccessTest | None = None,
         score: bool = True,
     ) -> AttackResult:
-        """The same with the objective's value at the images and at the noisy images; see `unguided_result`."""
+        """The same with the objective's value at the images and at the noisy images; see `unguided_result`.
+
+        Args:
+            x: (n, c, h, w) images in the threat model's range.
+            objective: Its values at both images are reported; it decides nothing.
+            start, generator, ids, success: As in every attack's `run`; `start` replaces the noise.
+            score: False leaves the objective alone; its values are then 0.
+
+        Returns:
+            The images with noise, and the objective's values.
+        """
         x_adv = self(x, objective, start=start, generator=generator, ids=ids)
         return unguided_result(x_adv, x, objective, success=success, score=score)
 

@@ -41,9 +41,16 @@ class ComposedObjective:
 def compose_objective(transform: Callable[[Tensor], Tensor], objective: Objective) -> ComposedObjective:
     """The objective variable -> objective(transform(variable)): the attack moves what the images are made from.
 
-    transform: a differentiable function of (n, ...) that treats every row by itself, such as `srh_to_rgb` from the two
-    recorded channels to the three that encoders see.  One that knows its batch offers `.select(index)`.
     Per-image values stay per image, and `.select` and `stationary_at_clean` are those of the objective.
+
+    Args:
+        transform: A differentiable function of (n, ...) that treats every row by itself, such as `srh_to_rgb` from
+            the two recorded channels to the three that encoders see.  One that knows its batch offers
+            `.select(index)`.
+        objective: A function of images, to be maximised.
+
+    Returns:
+        The objective of the variable.
     """
     return ComposedObjective(transform, objective)
 
@@ -53,13 +60,36 @@ class Parametrization(Protocol):
     """Another description of images, next to clean ones: what an attacker moves in place of pixels."""
 
     def encode(self, y: Tensor, x: Tensor) -> Tensor:
-        """The variable (n, ...) that describes images y next to clean images x, both (n, c, h, w) in [0, 1]."""
+        """The variable that describes images y next to clean images x.
+
+        Args:
+            y: (n, c, h, w) images in [0, 1].
+            x: (n, c, h, w) clean images in [0, 1].
+
+        Returns:
+            (n, ...).
+        """
 
     def decode(self, variable: Tensor, x: Tensor) -> Tensor:
-        """Images in [0, 1] from the variable that describes them; that of x next to x gives x bit for bit."""
+        """Images from the variable that describes them; that of x next to x gives x bit for bit.
+
+        Args:
+            variable: (n, ...), what `encode` gives, moved by an attack.
+            x: (n, c, h, w) clean images in [0, 1].
+
+        Returns:
+            (n, c, h, w) images in [0, 1], differentiable in the variable.
+        """
 
     def check(self, threat: ThreatModel | None) -> None:
-        """Raise ValueError for a threat model that makes no sense for the variable; None: the attack names none."""
+        """Refuse a threat model that makes no sense for the variable.
+
+        Args:
+            threat: Of the attack; None where the attack names none.
+
+        Raises:
+            ValueError: For such a threat model.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +110,19 @@ class _Decoding:
 class Reparametrized:
     """An attack that moves another description of the images: the recorded channels, the stains.
 
-    space: `RawChannels`, `Stains`, or a `Parametrization` of yours.  attack: any attack; its threat model holds for the
-    variable of that space, not for pixels: its eps and step size are in the variable's units.
-
     It is an attack on images like any other: the images are described in the space, attacked there with the objective
     composed with the decoding, and turned back into images.  eps = 0 gives back x bit for bit.  `start` is encoded;
     `success` is asked about images.  `eps` is that of the attack; there is no `.threat`, since there is no ball of
-    pixels.  Raises ValueError for images outside [0, 1] and for a threat model that does not fit the space.
+    pixels.
+
+    Attributes:
+        space: `RawChannels`, `Stains`, or a `Parametrization` of yours.
+        attack: Any attack; its threat model holds for the variable of that space, not for pixels: its eps and step
+            size are in the variable's units.
+
+    Raises:
+        TypeError: For what is no space or no attack.
+        ValueError: For images outside [0, 1] and for a threat model that does not fit the space.
     """
 
     space: Parametrization
@@ -152,7 +188,19 @@ class Reparametrized:
         ids: Tensor | None = None,
         success: SuccessTest | None = None,
     ) -> AttackResult:
-        """The same with the record of the attack; arguments as in every attack's `run`, in terms of images."""
+        """The same with the record of the attack.
+
+        Args:
+            x: (n, c, h, w) images in [0, 1].
+            objective: What is maximised, a function of images.
+            start: (n, c, h, w) images, which are encoded.
+            generator: Source of noise; None is torch's global generator.
+            ids: (n,) ints, by which an image's noise is drawn.
+            success: (x_adv) -> (n,) bool, asked about images.
+
+        Returns:
+            The attack's result, with images in place of the variable.
+        """
         decode = self._decoding(x)
         result = self.attack.run(
             self.space.encode(decode.x, decode.x),

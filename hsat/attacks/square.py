@@ -27,20 +27,36 @@ BLOCK = 64
 class Square(GradientAttack):
     """Square attack: random squares on the perturbation, kept image by image where the value rises.
 
-    Andriushchenko et al., arXiv:1912.00049, algorithm 1, with the proposals of algorithm 2 for Linf (from vertical
-    stripes of +-eps) and of algorithm 3 for L2 (from a grid of bumps).  Other threat models get those of Linf,
-    projected; Masked gets those of the threat model that it confines.
-    The objective is asked for values only: it may be a remote service, or not differentiable.  The natural one is
-    `margin`, which needs nothing but scores.
-    queries: how often it is asked per restart, counted in `forwards` (`success`, where given, asks on its own).
-    area: share of the image that a square covers at first, p of the paper, halved after 10, 50, 200, 500, 1000, 2000,
-    4000, 6000 and 8000 of 10,000 queries, in proportion for other numbers; the paper's 0.05 is for 224 x 224 pixels,
-    small images want more (AutoAttack takes 0.8).
-    Each image has squares of its own, with `ids` from its own id; the published code draws one square per batch.  In
-    L2 windows hand on their norm over all channels, as in AutoAttack; by the paper, channel by channel, it is weaker.
+    Proposals are those of algorithm 2 for Linf (from vertical stripes of +-eps) and of algorithm 3 for L2 (from a grid
+    of bumps).  Other threat models get those of Linf, projected; Masked gets those of the threat model that it
+    confines.  The objective is asked for values only: it may be a remote service, or not differentiable.  The natural
+    one is `margin`, which needs nothing but scores.
+
+    Each image has squares of its own, with `ids` from its own id; the published code draws one square per batch.  In L2
+    windows hand on their norm over all channels, as in AutoAttack; by the paper, channel by channel, it is weaker.
     `start` replaces the first restart's stripes or grid.  A scalar objective is one value for the batch: a proposal is
     then kept or dropped for all images together.  `stationary` and `zero_gradient` of the result are zero.
-    Raises FloatingPointError, naming the images, for values that are not finite.
+
+    Attributes:
+        threat: What the attack may change, such as Linf(8/255).
+        queries: How often the objective is asked per restart, counted in `forwards` (`success`, where given, asks
+            on its own).
+        area: Share of the image that a square covers at first, p of the paper, in [0, 1]; halved after 10, 50, 200,
+            500, 1000, 2000, 4000, 6000 and 8000 of 10,000 queries, in proportion for other numbers.  The paper's
+            0.05 is for 224 x 224 pixels, small images want more (AutoAttack takes 0.8).
+        restarts: At least 1; each image keeps its best run.
+
+    Raises:
+        FloatingPointError: Naming the images, for values that are not finite.
+
+    References:
+        Andriushchenko et al., Square Attack, arXiv:1912.00049, algorithms 1 to 3.
+
+    Example:
+        >>> from hsat.attacks import Linf
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> Square(Linf(0.25), queries=30)(x, lambda images: images.sum((1, 2, 3)))
+        tensor([[[[0.7500, 0.7500]]]])
     """
 
     threat: ThreatModel

@@ -284,7 +284,14 @@ class Linf(_Ball):
         check_eps(self.eps, largest=self.high - self.low, reason="the pixel range of the images", hint=hint)
 
     def steepest_ascent(self, grad: Tensor) -> Tensor:
-        """sign(grad)."""
+        """sign(grad).
+
+        Args:
+            grad: (n, c, h, w), the gradient of the objective.
+
+        Returns:
+            (n, c, h, w) of -1, 0 and 1.
+        """
         return grad.sign()
 
     def _noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -307,12 +314,23 @@ class Linf(_Ball):
 class L2(_Ball):
     """The whole image may move by at most eps in Euclidean norm and stays inside [low, high].
 
-    eps: a float, or (n,), one per image (or (n, 1, 1, 1)); at most (high - low) sqrt(c h w).
-    Projection gives the nearest point of ball and box together, z = clip(x + t (x_adv - x)) with the largest
-    feasible t in [0, 1] (the published form z = clip((x_adv + mu x) / (1 + mu)) with t = 1 / (1 + mu)); shrinking
-    first and clipping after would stop short of it.  It is exact in all four float types: the float64 norm of
-    x_adv - x is at most eps and low <= x_adv <= high, without tolerance; feasible points stay as they are.
-    Raises ValueError as Linf does.
+    Projection gives the nearest point of ball and box together, z = clip(x + t (x_adv - x)) with the largest feasible t
+    in [0, 1] (the published form z = clip((x_adv + mu x) / (1 + mu)) with t = 1 / (1 + mu)); shrinking first and
+    clipping after would stop short of it.  It is exact in all four float types: the float64 norm of x_adv - x is at
+    most eps and low <= x_adv <= high, without tolerance; feasible points stay as they are.
+
+    Attributes:
+        eps: A float, or (n,), one per image (or (n, 1, 1, 1)); at most (high - low) sqrt(c h w).
+        low: Lower end of the pixel range.
+        high: Upper end of the pixel range.
+
+    Raises:
+        ValueError: As for `Linf`.
+
+    Example:
+        >>> x = torch.zeros(1, 1, 1, 2)
+        >>> L2(0.5).project(torch.tensor([0.6, 0.8]).reshape(x.shape), x)
+        tensor([[[[0.3000, 0.4000]]]])
     """
 
     eps: float | Tensor
@@ -324,7 +342,14 @@ class L2(_Ball):
         check_eps(self.eps, largest=math.inf, reason="a Euclidean norm of images")
 
     def steepest_ascent(self, grad: Tensor) -> Tensor:
-        """grad / |grad| per image; zero stays zero, and tiny gradients do not underflow."""
+        """grad / |grad| per image; zero stays zero, and tiny gradients do not underflow.
+
+        Args:
+            grad: (n, c, h, w), the gradient of the objective.
+
+        Returns:
+            (n, c, h, w), each image of Euclidean norm 1 or 0.
+        """
         largest = grad.abs().amax((1, 2, 3), keepdim=True)
         grad = grad / torch.where(largest > 0, largest, 1.0)
         length = l2_norm(grad)

@@ -86,6 +86,9 @@ class UniversalPerturbation:
             device: Where the images go; None leaves them where they are.
             note: Kept with the result, to say what it was made on.
 
+        Returns:
+            An attack that adds the perturbation to any image of that size.
+
         Raises:
             ValueError: For an empty loader, a loader that gives nothing the second time, and images of other sizes or
                 outside the range.
@@ -227,12 +230,30 @@ class FittedUniversal:
         success: SuccessTest | None = None,
         score: bool = True,
     ) -> AttackResult:
-        """The same with the objective's value at the images and at the perturbed images; see `unguided_result`."""
+        """The same with the objective's value at the images and at the perturbed images; see `unguided_result`.
+
+        Args:
+            x: (n, c, h, w) images in the threat model's range.
+            objective: Its values at both images are reported; it decides nothing.
+            start, generator, ids: Change nothing, since nothing is drawn.
+            success: (x_adv) -> (n,) bool, asked about the result.
+            score: False leaves the objective alone; its values are then 0.
+
+        Returns:
+            The perturbed images, and the objective's values.
+        """
         x_adv = self(x, objective, start=start, ids=ids)
         return unguided_result(x_adv, x, objective, success=success, score=score)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write delta and everything about it as safetensors; the file appears whole or not at all."""
+        """Write delta and everything about it as safetensors; the file appears whole or not at all.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The file.
+        """
         from safetensors.torch import save
 
         eps = self.threat.eps
@@ -250,7 +271,18 @@ class FittedUniversal:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FittedUniversal:
-        """Read what `save` wrote.  Raises FileNotFoundError, or ValueError naming the file for anything else."""
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The attack.
+
+        Raises:
+            FileNotFoundError: Where no file is.
+            ValueError: Naming the file, for anything else.
+        """
         from safetensors import SafetensorError, safe_open
 
         check_regular(path, kind="universal perturbation")

@@ -178,6 +178,9 @@ def worst_case(*parts: Attack | tuple[Attack, ObjectiveFactory]) -> WorstCase:
             objective that this attack climbs on the images x (n, c, h, w), such as
             `lambda x: feature_drift(encoder, x)`.
 
+    Returns:
+        The attack.
+
     Raises:
         TypeError: For parts that are not attacks with a threat model.
         ValueError: For no part, and where threat models differ.

@@ -20,7 +20,8 @@ Example:
 from hsat.classifiers.bags import MeanPooling, SlideBag, bag_scores, bags_of, predict_slides
 from hsat.classifiers.decision_model import DecisionModel
 from hsat.classifiers.head import Head
-from hsat.classifiers.knn import FittedKNN, KNNClassifier, load_knn
+from hsat.classifiers.knn import FittedKNN, KNNClassifier
+from hsat.classifiers.knn_folder import load_knn
 from hsat.classifiers.knn_sets import ShardedKNN, concat_tables, fit_classifiers, fit_shards, predict_scores
 from hsat.classifiers.linear_probe import FittedLinearProbe, LinearProbe, load_linear_probe
 from hsat.classifiers.mil import ABMIL, MIL, GatedAttention, load_mil

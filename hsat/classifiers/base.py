@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -131,6 +132,13 @@ def row_products(subscripts: str, rows: np.ndarray, others: np.ndarray) -> np.nd
     for part in list(chunks(rows.shape[-1], _EINSUM_BUFFER))[1:]:
         products = products + np.einsum(subscripts, rows[..., part], others[..., part])
     return products
+
+
+def clip_k(k: int, rows: int) -> int:
+    """k, or the number of rows with a UserWarning where k is more."""
+    if rows < k:
+        warnings.warn(f"k={k} is more than the {rows} rows of the bank; using k={rows}", stacklevel=3)
+    return int(min(k, rows))
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:

@@ -38,6 +38,11 @@ class DecisionModel(nn.Module):
     float32 rows, so that the decisions stay.  A module starts in the mode of the encoder: call `.eval()`, as for any
     model that is attacked, or wrap it in `hsat.models.frozen`.
 
+    Attributes:
+        encoder: The encoder.
+        layer: The layer that the classifier reads.
+        wide: Whether logits are float64.
+
     Args:
         encoder: Images (n, c, h, w) in [0, 1] -> embeddings (n, d); a module or any function.
         fitted: The classifier; what its bank was embedded with is what `encoder` and `layer` have to be.
@@ -47,10 +52,11 @@ class DecisionModel(nn.Module):
             the dtype that other libraries expect, that of the encoder or float32, in which margins lose what is below
             1e-6: a search that compares margins (Auto-PGD, Square) may end at other images.
 
-    Attributes:
-        encoder: The encoder.
-        layer: The layer that the classifier reads.
-        wide: Whether logits are float64.
+    Example:
+        >>> from hsat.classifiers import Head
+        >>> head = Head(nn.Linear(12, 2), class_names=("hgg", "normal"))
+        >>> DecisionModel(nn.Flatten(), head).eval()(torch.rand(4, 3, 2, 2)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(
@@ -103,7 +109,14 @@ class DecisionModel(nn.Module):
         return digest.hexdigest()
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> the layer's embeddings (n, d), as the encoder gives them."""
+        """The layer's embeddings, as the encoder gives them.
+
+        Args:
+            images: (n, c, h, w), in the range that the encoder takes.
+
+        Returns:
+            (n, d), differentiable.
+        """
         z = self.layers()[self.layer](images)
         check_rows(z, len(images), "the encoder")
         return z
@@ -116,9 +129,15 @@ class DecisionModel(nn.Module):
         return {"features": self.encoder} if self.layer == "features" else {"embedding": self.encoder}
 
     def classify(self, z: Tensor) -> Tensor:
-        """Embeddings (n, d) of the layer, as the encoder gives them -> logits (n, classes).
+        """Logits of embeddings of the layer.
 
         A classifier of one class gets a second logit, -1000 or less and below its own, so that margins exist.
+
+        Args:
+            z: (n, d), as the encoder gives them.
+
+        Returns:
+            (n, classes), at least two columns, differentiable.
         """
         logits = self.fitted.logits(z.to(widest_dtype(z.device)) if self.wide else z)
         if logits.shape[1] > 1:
@@ -126,10 +145,24 @@ class DecisionModel(nn.Module):
         return torch.cat((logits, (logits.detach() - 1.0).clamp(max=_ABSENT_CLASS)), 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> logits (n, classes), those of `classify`."""
+        """The logits of images, those of `classify`.
+
+        Args:
+            images: (n, c, h, w), in the range that the encoder takes.
+
+        Returns:
+            (n, classes), differentiable.
+        """
         return self.classify(self.embed(images))
 
     def scores(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> class scores (n, classes); rows sum to one; zero for the second class of one."""
+        """Class scores of images; zero for the second class of a classifier that has one.
+
+        Args:
+            images: (n, c, h, w), in the range that the encoder takes.
+
+        Returns:
+            (n, classes) in [0, 1]; rows sum to one.
+        """
         scores = self.fitted.scores(self.embed(images))
         return scores if scores.shape[1] > 1 else F.pad(scores, (0, 1))

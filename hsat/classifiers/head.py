@@ -27,6 +27,11 @@ class Head(LogitClassifier, nn.Module):
 
     Raises:
         ValueError: If names are missing or come twice.
+
+    Example:
+        >>> head = Head(nn.Identity(), class_names=("hgg", "normal"))
+        >>> head.predict(torch.tensor([[0.0, 1.0], [3.0, 2.0]]))
+        array([1, 0])
     """
 
     def __init__(self, module: nn.Module, class_names: Sequence[str]) -> None:
@@ -49,6 +54,12 @@ class Head(LogitClassifier, nn.Module):
 
     def fit(self, bank: EmbeddingTable) -> Head:
         """The head itself; it was trained elsewhere, and the bank only has to be of its classes.
+
+        Args:
+            bank: Embeddings with labels.
+
+        Returns:
+            This object.
 
         Raises:
             ValueError: If the bank's classes are other ones.
@@ -93,5 +104,12 @@ class Head(LogitClassifier, nn.Module):
         return logits.to(logits_dtype(z))
 
     def forward(self, z: Tensor) -> Tensor:
-        """The logits; see `logits`."""
+        """The logits; see `logits`.
+
+        Args:
+            z: (n, d) embeddings.
+
+        Returns:
+            (n, classes).
+        """
         return self.logits(z)

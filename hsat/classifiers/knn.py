@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.classifiers.base import Queries, check_bank, chunks, query_rows, unit_rows
+from hsat.classifiers.base import Queries, check_bank, chunks, clip_k, query_rows, unit_rows
 from hsat.classifiers.faiss_index import EXACT, build_index, load_faiss, split_factory
 from hsat.classifiers.knn_vote import NeighbourVote, VoteRows
 from hsat.classifiers.search import BLOCK_BYTES, BankRows, Neighbours, rerank_exact, rounding_bound, row_slack
@@ -25,7 +25,7 @@ from hsat.types import EmbeddingTable
 
 _MARGIN = 8  # rows beyond k that are proposed, so that float32 rounding at the k-th place is mended afterwards
 _QUALITY_QUERIES = 256
-_SETTINGS_FILE, _INDEX_FILE = "knn.json", "index.faiss"
+SETTINGS_FILE, INDEX_FILE = "knn.json", "index.faiss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,12 @@ class KNNClassifier:
 
     def fit(self, table: EmbeddingTable) -> FittedKNN:
         """A classifier with this table as its bank.
+
+        Args:
+            table: The bank; it is not copied.
+
+        Returns:
+            The classifier, whose k is at most the number of rows.
 
         Raises:
             ValueError: For an empty table or a bad factory string.
@@ -162,6 +168,12 @@ class FittedKNN(NeighbourVote):
     def neighbours(self, z: Queries) -> Neighbours:
         """The k nearest bank rows of each query, measured in float64.
 
+        Args:
+            z: (n, d) queries of any length, or a table of them.
+
+        Returns:
+            (n, k) similarities and rows.
+
         Raises:
             ValueError: If an approximate index finds no neighbour at all of some queries.
         """
@@ -174,10 +186,16 @@ class FittedKNN(NeighbourVote):
         return Neighbours(similarity, row)
 
     def predict(self, z: Queries) -> np.ndarray:
-        """Index of the highest score among `class_names`, (n,) int64; ties go to the lower index.
+        """The class with the highest score; ties go to the lower index.
 
         The products that propose neighbours decide where no rounding could change the winner; the others are decided by
         `predict_proba`.  Both give the same classes.
+
+        Args:
+            z: (n, d) queries of any length, or a table of them.
+
+        Returns:
+            (n,) int64, places in `class_names`.
         """
         if self._index is not None:
             return super().predict(z)
@@ -195,10 +213,16 @@ class FittedKNN(NeighbourVote):
         return winner
 
     def vote_rows(self, unit: np.ndarray) -> VoteRows:
-        """Neighbours and the nearest row of each class, of float64 unit rows (n, d).
+        """Neighbours and the nearest row of each class.
 
         A bank on a device is measured there.  Queries whose decision could depend on the last digits are measured again
         with numpy, as `predict_proba` measures, so that both decide alike.
+
+        Args:
+            unit: (n, d) float64 queries of length one.
+
+        Returns:
+            Rows and similarities, from which logits are made.
         """
         bank, on_device = self._bank, self.device.type != "cpu"
         one_pass = self._index is None and bank.in_memory
@@ -219,7 +243,14 @@ class FittedKNN(NeighbourVote):
         return VoteRows(neighbours, class_row, class_similarity)
 
     def gather(self, row: Tensor) -> Tensor:
-        """Bank rows (..., d) float32 with these indices, on the device of `row`."""
+        """The rows of the bank with these indices.
+
+        Args:
+            row: (...) int64 indices.
+
+        Returns:
+            (..., d) float32, on the device of `row`.
+        """
         rows: Tensor = self._bank.gather(row)
         return rows
 
@@ -227,12 +258,25 @@ class FittedKNN(NeighbourVote):
         """Share of the true k nearest neighbours that the index finds: 1.0 for the exact indexes.
 
         A row as similar as the true k-th neighbour counts as found, so that ties cost nothing.
+
+        Args:
+            z: (n, d) queries of any length, or a table of them.
+
+        Returns:
+            A share in [0, 1].
         """
         last = self.with_exact_index().neighbours(z).similarity[:, -1:]
         return float((self.neighbours(z).similarity >= last - 1e-9).mean())
 
     def agreement(self, z: Queries) -> float:
-        """Share of the queries that the index and an exact search give the same class: 1.0 for the exact indexes."""
+        """Share of the queries that the index and an exact search give the same class: 1.0 for the exact indexes.
+
+        Args:
+            z: (n, d) queries of any length, or a table of them.
+
+        Returns:
+            A share in [0, 1].
+        """
         return float((self.predict(z) == self.with_exact_index().predict(z)).mean())
 
     def index_quality(self, queries: EmbeddingTable, *, seed: int) -> dict[str, float | int]:
@@ -264,6 +308,12 @@ class FittedKNN(NeighbourVote):
         """The same classifier with its bank on a device; a bank on disk is read in blocks that travel there.
 
         An approximate index stays where FAISS built it.
+
+        Args:
+            device: Where embeddings will be.
+
+        Returns:
+            A copy, or this object where it is there already.
         """
         if torch.empty(0, device=device).device == self.device:
             return self
@@ -284,17 +334,23 @@ class FittedKNN(NeighbourVote):
         The bank itself is not in the folder: save it with `EmbeddingTable.save`, and give it to `load_knn`.  An older
         classifier at `path` is replaced.
 
+        Args:
+            path: The folder.
+
+        Returns:
+            The folder.
+
         Raises:
             FileExistsError: If something else is at `path`.
         """
         path = Path(path)
-        with atomic_folder(path, marker=_SETTINGS_FILE, what="a saved classifier") as folder:
+        with atomic_folder(path, marker=SETTINGS_FILE, what="a saved classifier") as folder:
             content: dict[str, Any] = {"settings": dataclasses.asdict(self.settings), "k": self.k, "slack": self.slack}
             content |= {"rows": len(self.table), "bank": fingerprint_table(self.table), "index_sha256": ""}
             if self._index is not None:
-                load_faiss(self.settings.index).write_index(self._index, str(folder / _INDEX_FILE))
-                content["index_sha256"] = digest_file(folder / _INDEX_FILE)
-            (folder / _SETTINGS_FILE).write_text(json.dumps(content, indent=1))
+                load_faiss(self.settings.index).write_index(self._index, str(folder / INDEX_FILE))
+                content["index_sha256"] = digest_file(folder / INDEX_FILE)
+            (folder / SETTINGS_FILE).write_text(json.dumps(content, indent=1))
         return path
 
     @property
@@ -339,59 +395,3 @@ class FittedKNN(NeighbourVote):
                 f"index {self.settings.index!r} found no neighbour for {missing} of {len(similarity)} queries;"
                 " search wider, for instance index_parameters='nprobe=8', or use index='flat'"
             )
-
-
-def clip_k(k: int, rows: int) -> int:
-    """k, or the number of rows with a UserWarning where k is more."""
-    if rows < k:
-        warnings.warn(f"k={k} is more than the {rows} rows of the bank; using k={rows}", stacklevel=3)
-    return int(min(k, rows))
-
-
-def load_knn(path: str | os.PathLike[str], table: EmbeddingTable) -> FittedKNN:
-    """The classifier that was saved to a folder, with the bank that it was fitted on.
-
-    The bank's rows, labels and class names, and the bytes of the index, are checked against SHA-256 sums in the folder.
-    That finds stale and damaged files, not malice: whoever can write the folder can write the sums, and FAISS reads its
-    files in C++ without guarding against crafted ones.  Load only what you or people you trust have written.
-
-    Raises:
-        FileNotFoundError: If no classifier is there.
-        ValueError: For another bank, an index that was changed, or settings that cannot be used.
-        TypeError: For a bank that is no table.
-    """
-    check_bank(table)
-    path = Path(path)
-    if not (path / _SETTINGS_FILE).is_file():
-        raise FileNotFoundError(f"{path} is not a saved classifier: {path / _SETTINGS_FILE} is missing")
-    settings, content = _read_settings(path / _SETTINGS_FILE)
-    if len(table) != content["rows"] or fingerprint_table(table) != content["bank"]:
-        raise ValueError(
-            f"{path} was fitted on another bank of {content['rows']} rows; this one has {len(table)} rows and other"
-            " contents.  Fit again: KNNClassifier(...).fit(table)"
-        )
-    if content["k"] > len(table):
-        raise ValueError(f"{path / _SETTINGS_FILE} is damaged: k is {content['k']} in a bank of {len(table)} rows")
-    index = None
-    if not settings.exact:
-        if not (path / _INDEX_FILE).is_file() or digest_file(path / _INDEX_FILE) != content["index_sha256"]:
-            raise ValueError(
-                f"{path / _INDEX_FILE} is missing or was changed after it was saved; fit the classifier again"
-            )
-        index = load_faiss(settings.index).read_index(str(path / _INDEX_FILE))
-    return FittedKNN(settings=settings, table=table, k=content["k"], slack=content["slack"], _index=index)
-
-
-def _read_settings(path: Path) -> tuple[KNNClassifier, dict[str, Any]]:
-    """The settings and the rest of what `FittedKNN.save` wrote, of the kinds that it writes."""
-    try:
-        content = json.loads(path.read_text())
-        settings = KNNClassifier(**content["settings"])
-        k, slack = content["k"], content["slack"]
-        if type(k) is not int or k < 1 or type(slack) is not float or not 0 <= slack < 1:
-            raise ValueError(f"k is {k!r} and slack {slack!r}")
-        if not {"rows", "bank", "index_sha256"} <= content.keys() or settings.exact != (content["index_sha256"] == ""):
-            raise ValueError("an entry is missing, or not of this index")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or of no classifier ({type(error).__name__}: {error})") from error
-    return settings, dict(content)

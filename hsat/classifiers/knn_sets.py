@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.classifiers.base import Queries, check_bank, query_rows
-from hsat.classifiers.knn import FittedKNN, KNNClassifier, clip_k
+from hsat.classifiers.base import Queries, check_bank, clip_k, query_rows
+from hsat.classifiers.knn import FittedKNN, KNNClassifier
 from hsat.classifiers.knn_vote import NeighbourVote, VoteRows
 from hsat.classifiers.search import Neighbours, topk
 from hsat.types import Classifier, EmbeddingTable, FittedClassifier, align_labels
@@ -67,12 +67,26 @@ class ShardedKNN(NeighbourVote):
         return self.shards[0].device
 
     def neighbours(self, z: Queries) -> Neighbours:
-        """The k nearest rows of all shards for each query."""
+        """The k nearest rows of all shards for each query.
+
+        Args:
+            z: (n, d) queries of any length, or a table of them.
+
+        Returns:
+            (n, k) similarities and rows; rows count through the shards in their order.
+        """
         rows = query_rows(z, self.class_names, width=self.width)
         return self._merge(len(rows), [shard.neighbours(rows) for shard in self.shards])
 
     def vote_rows(self, unit: np.ndarray) -> VoteRows:
-        """Neighbours and the nearest row of each class in all shards, of float64 unit rows (n, d)."""
+        """Neighbours and the nearest row of each class in all shards.
+
+        Args:
+            unit: (n, d) float64 queries of length one.
+
+        Returns:
+            Rows and similarities, from which logits are made; rows count through the shards in their order.
+        """
         parts = [shard.vote_rows(unit) for shard in self.shards]
         class_row = np.full((len(unit), len(self.class_names)), -1)
         class_similarity = np.full(class_row.shape, -np.inf)
@@ -86,7 +100,14 @@ class ShardedKNN(NeighbourVote):
         return VoteRows(neighbours, class_row, np.where(class_row < 0, -1.0, class_similarity))
 
     def gather(self, row: Tensor) -> Tensor:
-        """Bank rows (..., d) float32 with these indices, on the device of `row`."""
+        """The rows of the bank with these indices.
+
+        Args:
+            row: (...) int64 indices, which count through the shards in their order.
+
+        Returns:
+            (..., d) float32, on the device of `row`.
+        """
         rows = torch.zeros(*row.shape, self.width, device=row.device)
         for shard, start in zip(self.shards, self._starts, strict=True):
             inside = (row >= start) & (row < start + len(shard.table))
@@ -94,7 +115,14 @@ class ShardedKNN(NeighbourVote):
         return rows
 
     def to(self, device: torch.device | str) -> Self:
-        """The same classifier with its banks on a device."""
+        """The same classifier with its banks on a device.
+
+        Args:
+            device: Where embeddings will be.
+
+        Returns:
+            A copy.
+        """
         return replace(self, shards=tuple(shard.to(device) for shard in self.shards))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -124,6 +152,13 @@ def fit_shards(settings: KNNClassifier, tables: Sequence[EmbeddingTable]) -> Sha
     Classes are matched by name.  k is cut to the rows of all tables, with a UserWarning.  An index from a factory
     string is built for each table.
 
+    Args:
+        settings: Of the classifier.
+        tables: The shards, in the order in which rows of the bank are counted.
+
+    Returns:
+        The classifier of all rows.
+
     Raises:
         ValueError: For no table, an empty one, and widths or encoders that differ, naming the table by its number.
     """
@@ -138,6 +173,12 @@ def concat_tables(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
     """All rows as one table in memory; a classifier of it answers as that of `fit_shards`.
 
     Its split is the names of the splits with "+" between.
+
+    Args:
+        tables: Of one width, one encoder and one cohort; classes are matched by name.
+
+    Returns:
+        The rows of all tables in their order; `norm` is kept where every table has it.
 
     Raises:
         ValueError: As `fit_shards` does, and for tables of different cohorts, whose ids cannot be told apart.
@@ -184,6 +225,13 @@ def fit_classifiers(classifiers: Sequence[Classifier], bank: EmbeddingTable) -> 
 
     kNN classifiers whose settings differ in k and temperature only share one index, which is built once, and one
     search, for the largest k.
+
+    Args:
+        classifiers: Settings, of any kinds.
+        bank: Embeddings with labels.
+
+    Returns:
+        One fitted classifier for each.
     """
     fitted: list[FittedClassifier | None] = [None] * len(classifiers)
 
@@ -204,9 +252,16 @@ def fit_classifiers(classifiers: Sequence[Classifier], bank: EmbeddingTable) -> 
 
 
 def predict_scores(fitted: Sequence[FittedClassifier], z: Queries) -> list[np.ndarray]:
-    """Class scores of each classifier, (n, classes) float64 in their order: what its `predict_proba` gives.
+    """Class scores of each classifier, as its `predict_proba` gives them.
 
     kNN classifiers that share a bank, an index and a search are answered from one search.
+
+    Args:
+        fitted: Classifiers of embeddings of one width.
+        z: (n, d) queries, or a table of them.
+
+    Returns:
+        (n, classes) float64 for each, in their order; rows sum to one.
     """
     scores: list[np.ndarray | None] = [None] * len(fitted)
 

@@ -27,6 +27,13 @@ class NearestCentroid:
 
     Attributes:
         temperature: Of the logits; does not change the decision.  0.07 as kNN has.
+
+    Example:
+        >>> ids = np.arange(3)
+        >>> z = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+        >>> bank = EmbeddingTable(z, [0, 1, 1], ids, ids, ids, class_names=("hgg", "normal"))
+        >>> NearestCentroid().fit(bank).predict(np.array([[2.0, 0.5]]))
+        array([0])
     """
 
     temperature: float = 0.07
@@ -39,6 +46,12 @@ class NearestCentroid:
         """A classifier with one centroid for each class of this table.
 
         A class without rows is never decided for: it has the lowest logit there is, -1 / temperature.
+
+        Args:
+            bank: Embeddings with labels.
+
+        Returns:
+            The classifier.
 
         Raises:
             ValueError: For an empty table.
@@ -116,7 +129,14 @@ class FittedNearestCentroid(LogitClassifier):
             return raise_winner(value.to(logits_dtype(z)), lowest.argmax(1))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same classifier with its centroids on a device."""
+        """The same classifier with its centroids on a device.
+
+        Args:
+            device: Where embeddings will be.
+
+        Returns:
+            A copy; the centroids are float64, and float32 on devices without it.
+        """
         dtype = widest_dtype(torch.device(device))
         return dataclasses.replace(self, centroid=self.centroid.to(device, dtype), has_rows=self.has_rows.to(device))
 

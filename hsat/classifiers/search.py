@@ -27,9 +27,11 @@ _SAMPLE_BYTES = 128 * 2**20
 
 
 class Neighbours(NamedTuple):
-    """Nearest bank rows of each query, nearest first: cosine similarity (n, k) float64 and bank row (n, k) int64.
+    """Nearest bank rows of each query, nearest first.
 
-    Where an approximate index found fewer than k, the similarity is -inf and the row 0.
+    Attributes:
+        similarity: (n, k) float64 cosine; -inf where an approximate index found fewer than k.
+        row: (n, k) int64 rows of the bank; 0 where the similarity is -inf.
     """
 
     similarity: np.ndarray

@@ -1,4 +1,42 @@
-"""Evaluation: embeddings, nearest neighbours, metrics at three levels, attacks, records and comparisons."""
+"""Evaluation: embeddings, nearest neighbours, metrics at three levels, attacks, records and comparisons.
+
+Example:
+    The image itself is the embedding here; four patches of two classes are the bank, four more the queries:
+
+    >>> import torch
+    >>> from hsat import PGD, HierarchicalBatch, KNNClassifier, Linf
+    >>> def loader(first):
+    ...     images = torch.tensor([[0.8, 0.2], [0.7, 0.3], [0.2, 0.8], [0.3, 0.7]]).reshape(4, 1, 1, 2)
+    ...     ids, label = torch.arange(first, first + 4), torch.tensor([0, 0, 1, 1])
+    ...     return [HierarchicalBatch(images, patch=ids, slide=ids, patient=ids, label=label)]
+    >>> encoder = torch.nn.Flatten()
+    >>> bank, queries, attack = loader(0), loader(4), PGD(Linf(0.4), step_size=0.1, steps=10)
+    >>> options = {
+    ...     "classifier": KNNClassifier(k=1),
+    ...     "scoring": Scoring(bootstrap=0),
+    ...     "run": RunOptions(noise=False),
+    ... }
+    >>> names = Provenance(class_names=("dark", "bright"))
+    >>> result = evaluate_whitebox(encoder, bank, queries, {"PGD": attack}, **options, provenance=names)
+    >>> [(r.attack_name, r.value) for r in result.records if (r.level, r.metric) == ("patient", "accuracy")]
+    [('clean', 1.0), ('PGD', 0.0)]
+
+    The share of a patient's patches that has to be altered, each patient with one patch:
+
+    >>> budget = PatchBudget(fractions=(0.5, 1.0))
+    >>> evaluate_budget(encoder, bank, queries, attack, budget=budget, **options, provenance=names).needed.tolist()
+    [1.0, 1.0, 1.0, 1.0]
+
+    What was made on encoder "a", measured on encoder "b":
+
+    >>> encoders = {"a": encoder, "b": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity())}
+    >>> known = dict.fromkeys(encoders, names)
+    >>> moved = evaluate_transfer(
+    ...     encoders, bank, queries, {"PGD": attack}, pairs=[("a", "b")], target="decision", **options, provenance=known
+    ... )
+    >>> {r.metric: r.value for r in moved.records if (r.level, r.surrogate) == ("patient", "a")}["accuracy_drop"]
+    1.0
+"""
 
 from __future__ import annotations
 

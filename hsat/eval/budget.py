@@ -69,10 +69,16 @@ class PatchBudget:
 class BudgetResult:
     """The result of `evaluate_budget`, one entry per slide or patient in ascending order of its id.
 
-    groups, labels, patients: (g,) ids, true classes (columns of the scores) and patients.  sizes: (g,) patches.
-    needed: (g,) float64, the smallest number of altered patches that makes the decision wrong; 0 where it is wrong as
-    it is, inf where altering all of them would not do.  clean, attacked: embeddings of all patches.
-    records: accuracy at each budget, and the mean smallest fraction.
+    Attributes:
+        records: Accuracy at each budget, and the mean smallest fraction.
+        level: "slide" or "patient".
+        groups: (g,) ids.
+        labels: (g,) true classes, columns of the scores.
+        patients: (g,) ids.
+        sizes: (g,) numbers of patches.
+        needed: (g,) float64, the smallest number of altered patches that makes the decision wrong; 0 where it is
+            wrong as it is, inf where altering all of them would not do.
+        clean, attacked: Embeddings of all patches.
     """
 
     records: tuple[Record, ...]
@@ -92,18 +98,42 @@ class BudgetResult:
         return fraction
 
     def robust_at(self, fraction: float) -> np.ndarray:
-        """(g,) bool: is the decision right whatever floor(fraction * size) patches are altered?"""
+        """Whether the decision is right whatever floor(fraction * size) patches are altered.
+
+        Args:
+            fraction: In [0, 1].
+
+        Returns:
+            (g,) bool.
+
+        Raises:
+            ValueError: For a fraction outside [0, 1].
+        """
         if not 0 <= fraction <= 1:
             raise ValueError(f"a fraction of the patches lies in [0, 1]; got {fraction}")
         right: np.ndarray = self.needed > np.floor(fraction * self.sizes + 1e-9)
         return right
 
     def accuracy(self, fraction: float) -> float:
-        """Share of groups that are right although that fraction of their patches is altered; never rises with it."""
+        """Share of groups that are right although that fraction of their patches is altered; never rises with it.
+
+        Args:
+            fraction: In [0, 1].
+
+        Returns:
+            A share in [0, 1].
+        """
         return float(self.robust_at(fraction).mean())
 
     def flipped(self, fraction: float) -> float:
-        """Share of the groups that were right and are wrong once that fraction may be altered; NaN if none was."""
+        """Share of the groups that were right and are wrong once that fraction may be altered.
+
+        Args:
+            fraction: In [0, 1].
+
+        Returns:
+            A share in [0, 1]; NaN if no group was right.
+        """
         right = self.needed > 0
         return float((~self.robust_at(fraction))[right].mean()) if right.any() else float("nan")
 
@@ -132,6 +162,9 @@ def evaluate_budget(
             diagnosis and examples do not apply.
         attack: The attack on each patch.
         budget: Level, fractions, order, name.
+
+    Returns:
+        Smallest numbers of patches, embeddings and records.
 
     Raises:
         ValueError: For unknown options, and what `embed` and the classifier raise.

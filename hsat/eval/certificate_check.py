@@ -132,6 +132,9 @@ def check_certificates(
             PGD.
         run: Device and progress.
 
+    Returns:
+        How many patches were tested and how many decisions changed, with a p-value.
+
     Raises:
         ValueError: If no patch is certified, and for queries other than the certified ones.
     """

@@ -45,14 +45,31 @@ class Certificates:
         return len(self.groups)
 
     def holds(self, radius: float) -> np.ndarray:
-        """(g,) bool: the decision is right, and certified against every attack of L2 norm at most `radius`."""
+        """Whether the decision is right, and certified against every attack of L2 norm at most `radius`.
+
+        Args:
+            radius: At least 0, in units of the pixel range.
+
+        Returns:
+            (g,) bool.
+
+        Raises:
+            ValueError: For a radius below 0.
+        """
         if not radius >= 0:
             raise ValueError(f"a radius is at least 0, got {radius}")
         right: np.ndarray = (self.prediction == self.label) & (self.radius > radius)
         return right
 
     def accuracy(self, radius: float) -> float:
-        """Certified accuracy: the share of rows for which the certificate `holds`."""
+        """Certified accuracy: the share of rows for which the certificate `holds`.
+
+        Args:
+            radius: At least 0, in units of the pixel range.
+
+        Returns:
+            A share in [0, 1].
+        """
         return float(self.holds(radius).mean())
 
 

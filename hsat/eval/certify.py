@@ -120,6 +120,9 @@ def certify(
         options: Radii, pooling, bank.
         scoring: Only layer and bootstrap apply.
 
+    Returns:
+        Certificates of each level, votes and records.
+
     Raises:
         ValueError: For bad settings, repeated patch ids, a noisy bank that is a table, a bank of one class, and as
             `embed` does.

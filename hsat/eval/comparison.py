@@ -166,6 +166,9 @@ def paired_difference(
         confidence: In (0, 1).
         method: See `bootstrap_intervals`; "t" works on the plain scale here.
 
+    Returns:
+        One difference per level and metric.
+
     Raises:
         ValueError: For tables that do not match, naming what differs, and for unknown options.
     """
@@ -284,6 +287,9 @@ def compare_models(
         seed: The resamples depend on it and the number of patients only.
         names, levels, scoring, confidence, method: See `paired_difference`.
 
+    Returns:
+        One difference per model, condition, classifier, level and metric.
+
     Raises:
         ValueError: For fewer than two models, an unknown `against`, and a table that comes twice.
     """
@@ -315,7 +321,14 @@ def compare_models(
 
 
 def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
-    """A WhiteboxResult as score tables, one per condition and classifier; `model` is what the evaluation was given."""
+    """The scores of an evaluation as tables, one per condition and classifier.
+
+    Args:
+        result: What `evaluate_whitebox` gave.
+
+    Returns:
+        The tables; `model` is what the evaluation was given.
+    """
     return tuple(
         ScoreTable(
             scores=scores,
@@ -346,7 +359,15 @@ def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, 
 
 
 def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> Path:
-    """Write score tables into one compressed .npz file; it appears whole or not at all."""
+    """Write score tables into one compressed .npz file; it appears whole or not at all.
+
+    Args:
+        path: The file.
+        tables: Of one or several models.
+
+    Returns:
+        The file.
+    """
     path = Path(path)
     arrays: dict[str, Any] = {}
     headers: list[dict[str, Any]] = []
@@ -363,8 +384,15 @@ def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> P
 def load_scores(path: str | os.PathLike[str]) -> tuple[ScoreTable, ...]:
     """Read what `save_scores` wrote; never unpickles.
 
+    Args:
+        path: The file.
+
+    Returns:
+        The tables in their order.
+
     Raises:
         ValueError: For any other or damaged file.
+        FileNotFoundError: Where no file is.
     """
     try:
         with open_regular(path, kind="file of scores") as file:

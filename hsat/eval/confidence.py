@@ -75,6 +75,9 @@ def bootstrap_intervals(
             percentile method too seldom with fewer than 60 patients; docs/conventions.md has the figures.
         absent_classes: See `metrics`.
 
+    Returns:
+        The interval of each metric, by its name.
+
     Raises:
         ValueError: For an unknown name, method or `absent_classes`, resamples below zero, a confidence outside (0, 1)
             and lengths that differ.

@@ -178,6 +178,9 @@ def rescore(result: WhiteboxResult, scoring: Scoring) -> WhiteboxResult:
     Args:
         result: What `evaluate_whitebox` gave.
         scoring: The arithmetic; its layer and bootstrap do not apply.
+
+    Returns:
+        A new result.
     """
     arithmetic = arithmetic_settings(scoring)
     records: list[Record] = []

@@ -80,6 +80,9 @@ def diagnose(
         run: `run.diagnose` queries are looked at, chosen by a hash of (seed, patch id).
         surrogates: Other encoders, whose adversarial images are tried as well.
 
+    Returns:
+        Flags, and what was measured for them.
+
     Raises:
         ValueError: For an attack without a threat model or with eps 0, for one that follows no gradient (RandomNoise,
             Square, a universal perturbation, an ensemble), no queries, `run.diagnose` of 0, and as `embed` does.

@@ -21,9 +21,9 @@ from hsat.embedding import LoaderInfo, label_by_group
 from hsat.eval.adversarial_files import MANIFEST, AdversarialFiles
 from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank, score_queries
 from hsat.eval.objectives import ObjectiveFactory
-from hsat.eval.options import Provenance, RunOptions, Scoring, Target
+from hsat.eval.options import Provenance, RunOptions, Scoring, Target, software_versions
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
-from hsat.eval.records import Record, software_versions
+from hsat.eval.records import Record
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
@@ -150,6 +150,9 @@ def save_adversarial(
         cohort: Where the patches are.
         attack: The attack.
         options: Split, batch size, name.
+
+    Returns:
+        The folder, its cohort, records and embeddings.
 
     Raises:
         FileExistsError: If the root exists.

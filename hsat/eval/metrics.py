@@ -68,10 +68,18 @@ def metrics(
         absent_classes: "zero" repeats the published mca, in which a class that is predicted but never true counts as
             recall 0.
 
+    Returns:
+        The metrics of all rows.
+
     Raises:
         ValueError: For lengths that differ, labels outside the classes, scores that are not finite, class_names of
             another length and an unknown `absent_classes`.
         TypeError: For labels that are no integers.
+
+    Example:
+        >>> result = metrics([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 1, 1])
+        >>> round(result.accuracy, 4), result.mca, result.confusion.tolist()
+        (0.6667, 0.75, [[1, 0], [1, 1]])
     """
     check_choice("absent_classes", absent_classes, AbsentClasses)
     scores, labels = check_scores(scores), np.asarray(labels)
@@ -187,6 +195,9 @@ def metrics_by_level(
         class_names: What the columns of the scores are (the bank's classes); the table's labels are matched to them by
             name.  None means the table's own.
         scoring: Pooling, grouping and what absent classes count; `PAPER.scoring` is the published arithmetic.
+
+    Returns:
+        Metrics by "patch", "slide" and "patient".
 
     Raises:
         ValueError: As `pool_by_level` and `metrics` do.

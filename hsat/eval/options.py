@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -133,11 +135,25 @@ class Target:
 
     @classmethod
     def of(cls, target: Target | str) -> Target:
-        """A target, also from its name alone."""
+        """A target, also from its name alone.
+
+        Args:
+            target: A target, which is given back, or the name of an objective.
+
+        Returns:
+            The target.
+        """
         return target if isinstance(target, Target) else cls(target)  # type: ignore[arg-type]  # checked there
 
     def branch_of(self, encoder: EmbeddingFunction) -> str | None:
-        """The branch of this encoder that attacks go through; None is the one that is active."""
+        """The branch of this encoder that attacks go through; None is the one that is active.
+
+        Args:
+            encoder: The encoder that is attacked.
+
+        Returns:
+            Name of the branch; None is the one that is active.
+        """
         if self.branch != PAPER_BRANCH:
             return self.branch
         from hsat.models import is_dual
@@ -158,3 +174,20 @@ PAPER = Preset(
     scoring=Scoring(pooling="paper", absent_classes="zero", group_by="id_and_label"),
 )
 """The published evaluation: attacks move the projected embedding, and the published arithmetic makes the numbers."""
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what a number depends on; libraries that are not installed are left out."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for name, package in (
+        ("hsat", "hsat"),
+        ("scipy", "scipy"),
+        ("faiss", "faiss-cpu"),
+        ("timm", "timm"),
+        ("torchvision", "torchvision"),
+    ):
+        try:
+            versions[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

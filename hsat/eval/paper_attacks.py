@@ -39,12 +39,23 @@ def paper_attacks(
 ) -> dict[str, Attack]:
     """Linf attacks as the published evaluation runs them, {"PGD-4": ..., "BIM-4": ...}, all with a random start.
 
-    eps_values: fractions of the pixel range; a column's name carries eps in grey levels.  names: of the paper, its
-    README or its code, in either case (pgd_r, bimr_knn, mifgsn_r, ...).  BIM with a random start is PGD, kept because
-    the paper's tables have both rows.  FFGSM takes the published step of 10/255 whatever eps is; FGSM has no start.
+    BIM with a random start is PGD, kept because the paper's tables have both rows.  FFGSM takes the published step of
+    10/255 whatever eps is; FGSM has no start.
 
-    random_start: of PGD, BIM and MI-FGSM; None lets each begin as its own paper says (PGD at a random point, the others
-    at the images).  ffgsm_step: None is 1.25 eps, as in FFGSM's own paper.  Raises ValueError for an unknown name.
+    Args:
+        eps_values: Fractions of the pixel range; a column's name carries eps in grey levels.
+        steps: Of PGD, BIM and MI-FGSM.
+        step_size: Of the same, in units of the pixel range.
+        names: Of the paper, its README or its code, in either case (pgd_r, bimr_knn, mifgsn_r, ...).
+        random_start: Of PGD, BIM and MI-FGSM; None lets each begin as its own paper says (PGD at a random point,
+            the others at the images).
+        ffgsm_step: Step of FFGSM; None is 1.25 eps, as in FFGSM's own paper.
+
+    Returns:
+        The attacks, by name and eps.
+
+    Raises:
+        ValueError: For an unknown name.
     """
     kinds = list(dict.fromkeys(_kind(name) for name in names))
     attacks: dict[str, Attack] = {}
@@ -68,7 +79,14 @@ def ensemble_attacks(
 ) -> dict[str, AttackEnsemble]:
     """Linf ensembles {"ensemble-4": ..., "ensemble-8": ...}: `AttackEnsemble.standard` but for the drift members.
 
-    Their steps and step_size are those of `paper_attacks`, so that attacks of the same call count as members.
+    Args:
+        eps_values: Fractions of the pixel range.
+        steps, step_size: As in `paper_attacks`, so that attacks of the same call count as members; step_size=None is
+            eps / 4.
+        decision_steps, restarts, targets, queries: See `AttackEnsemble`.
+
+    Returns:
+        An ensemble for each eps, by name.
     """
     return {
         f"ensemble-{eps_text(eps).removesuffix('/255')}": AttackEnsemble(
@@ -108,6 +126,12 @@ def add_noise_baselines(attacks: Mapping[str, Attack]) -> dict[str, Attack]:
 
     Noise is called "noise-8" after its eps, "noise-L2-0.5" where that name is taken, and numbered where that one is.
     An attack `Reparametrized` gets noise in that space.  Attacks without a threat model get none.
+
+    Args:
+        attacks: By name.
+
+    Returns:
+        Noise first, then the attacks.
     """
     chosen: dict[str, Attack] = {}
     for attack in attacks.values():

@@ -53,7 +53,13 @@ class LabelledRows(Protocol):
 
 
 class LevelRows(NamedTuple):
-    """The rows of one level: scores (g, classes), labels (g,) as columns of the scores, patients (g,) ids."""
+    """The rows of one level.
+
+    Attributes:
+        scores: (g, classes).
+        labels: (g,) columns of the scores.
+        patients: (g,) ids.
+    """
 
     scores: np.ndarray
     labels: np.ndarray
@@ -74,9 +80,17 @@ def pool(
         group_by: "id": rows of one id are a group, and their labels must agree.  "id_and_label": the published
             grouping, in which a patient with two labels is two groups; it needs labels.
 
+    Returns:
+        One row per group, in ascending order of the ids.
+
     Raises:
         ValueError: For lengths that differ, scores that are not finite, an unknown `pooling` or `group_by`, no rows at
             all, and with group_by="id" for a group whose members disagree about the label, naming the group.
+
+    Example:
+        >>> patients = pool([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], groups=[7, 7, 9], labels=[0, 0, 1])
+        >>> patients.groups.tolist(), patients.scores.tolist(), patients.labels.tolist()
+        ([7, 9], [[0.75, 0.25], [0.0, 1.0]], [0, 1])
     """
     scores = check_scores(scores)
     groups = _column("groups", groups, len(scores))

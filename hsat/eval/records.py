@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -19,7 +17,7 @@ from hsat.attacks.threat import eps_text, eps_value
 from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.flags import accuracy_flags
 from hsat.eval.metrics import METRICS, Metrics, metrics
-from hsat.eval.options import Scoring
+from hsat.eval.options import Scoring, software_versions
 from hsat.eval.outcomes import AttackStats
 from hsat.eval.pooling import pool_by_level, unreported_levels
 from hsat.files import STRICT, read_fields, read_json_lines, write_json_lines
@@ -47,14 +45,24 @@ class _MeasuredSettings(BaseModel):
 class Record:
     """One number: what was measured, of what, under which attack, and how certain it is.
 
-    attack: repr of the attack ("" for clean images); attack_name: its short name, the column of a table.  eps: as text
-    ("8/255"); eps_value: the same in units of the pixel range.  target: the layer whose drift the attack maximises.
-    value, low, high: the metric and its interval in [0, 1]; low and high are None where there is no interval.
-    chance: what knowing nothing reaches (`chance_levels`); None where that has no meaning, and in older files.
-    n: rows at this level.  forwards, backwards: passes per image that the attack spent.
-    surrogate: in a transfer, the encoder that was attacked while `model` was measured; "" otherwise.
-    flags: reasons to distrust the number.  settings: whatever else decides it.  classifier: what decided; "" in
-    files of schema 1.  schema: the version of these fields; records that are made now have SCHEMA.
+    Attributes:
+        model, checkpoint: Name of the encoder that is measured, and what identifies its weights.
+        attack, attack_name: repr of the attack ("" for clean images), and its short name, the column of a table.
+        eps, eps_value: Size of the threat model as text ("8/255"), and the same in units of the pixel range.
+        target: The layer whose drift the attack maximises, or "decision".
+        level, metric: Such as "patient" and "accuracy".
+        value, low, high: The metric and its interval, in [0, 1]; low and high are None where there is no interval.
+        chance: What knowing nothing reaches (`chance_levels`); None where that has no meaning, and in older files.
+        n: Rows at this level.
+        k, temperature: Of the neighbours' vote; 0 for classifiers without.
+        seed, versions: Of noise and resamples; of the software.
+        cohort, split: Of the queries.
+        surrogate: In a transfer, the encoder that was attacked while `model` was measured; "" otherwise.
+        flags: Reasons to distrust the number.
+        forwards, backwards: Passes per image that the attack spent.
+        settings: Whatever else decides the number.
+        classifier: What decided; "" in files of schema 1.
+        schema: Version of these fields; records that are made now have SCHEMA.
     """
 
     model: str
@@ -92,15 +100,33 @@ class Record:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Path:
-    """Write one JSON object per line; the file appears whole or not at all.  ValueError for NaN or infinity."""
+    """Write one JSON object per line; the file appears whole or not at all.
+
+    Args:
+        path: The file.
+        records: Of any evaluation.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: For NaN or infinity.
+    """
     return write_json_lines(path, map(dataclasses.asdict, records))
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
     """Read what `write_records` wrote; empty lines are skipped.
 
-    Raises ValueError naming the line for text that is not a JSON object, for missing or unknown fields, and for values
-    of another kind, NaN and infinity among them.
+    Args:
+        path: The file, one JSON object per line.
+
+    Returns:
+        The records in their order.
+
+    Raises:
+        ValueError: Naming the line, for text that is not a JSON object, for missing or unknown fields, and for
+            values of another kind, NaN and infinity among them.
     """
     return tuple(_as_record(values, where) for where, values in read_json_lines(path))
 
@@ -116,23 +142,6 @@ def _as_record(values: dict[str, Any], where: str) -> Record:
     record = read_fields(Record, values, where)
     read_fields(_MeasuredSettings, record.settings, f"{where}, settings")
     return record
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of what a number depends on; libraries that are not installed are left out."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    for name, package in (
-        ("hsat", "hsat"),
-        ("scipy", "scipy"),
-        ("faiss", "faiss-cpu"),
-        ("timm", "timm"),
-        ("torchvision", "torchvision"),
-    ):
-        try:
-            versions[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 @dataclass(frozen=True, kw_only=True)

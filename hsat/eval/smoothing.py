@@ -22,10 +22,18 @@ Vote = Callable[[Tensor], np.ndarray]
 class Smoothing:
     """Settings of randomised smoothing (Cohen, Rosenfeld and Kolter, arXiv:1902.02918, CERTIFY).
 
-    The smoothed classifier answers what the base classifier answers most often under Gaussian noise of standard
-    deviation sigma, in units of the pixel range.  selection: draws that choose the class (n0 of the paper).  samples:
-    fresh draws that bound its probability (n).  alpha: probability with which a certificate may be wrong.  seed: of the
-    noise, together with the patch id and the number of the draw.  chunk: noisy images per pass.
+    The smoothed classifier answers what the base classifier answers most often under Gaussian noise.
+
+    Attributes:
+        sigma: Standard deviation of the noise, above 0, in units of the pixel range.
+        selection: Draws that choose the class (n0 of the paper), at least 1.
+        samples: Fresh draws that bound its probability (n), at least 1.
+        alpha: Probability with which a certificate may be wrong, in (0, 0.5).
+        seed: Of the noise, together with the patch id and the number of the draw.
+        chunk: Noisy images per pass.
+
+    Raises:
+        ValueError: For values outside these ranges.
     """
 
     sigma: float

@@ -171,7 +171,14 @@ class EmbeddingCache:
         self.hits = self.misses = 0
 
     def get(self, key: Settings) -> StoredResult | None:
-        """What was kept under a key, or None."""
+        """What was kept under a key; a damaged file is a UserWarning.
+
+        Args:
+            key: All that decides the result.
+
+        Returns:
+            The result, or None.
+        """
         path = self._path(key)
         try:
             header, arrays = read_arrays(path)
@@ -188,19 +195,36 @@ class EmbeddingCache:
         return StoredResult(header, arrays)
 
     def put(self, key: Settings, result: StoredResult) -> None:
-        """Keep a result under a key.  A disk that is full or may not be written is a UserWarning, not an error."""
+        """Keep a result under a key.  A disk that is full or may not be written is a UserWarning, not an error.
+
+        Args:
+            key: All that decides the result.
+            result: What `get` shall give.
+        """
         try:
             write_arrays(self._path(key), {**result.header, "key": dict(key)}, result.arrays)
         except OSError as error:
             warnings.warn(f"embeddings could not be kept in {self.folder}: {error}", stacklevel=3)
 
     def get_table(self, key: Settings) -> EmbeddingTable | None:
-        """The table that was kept under a key, or None."""
+        """As `get`, for a table.
+
+        Args:
+            key: All that decides the table.
+
+        Returns:
+            The table, or None.
+        """
         stored = self.get(key)
         return None if stored is None else table_of(stored)
 
     def put_table(self, key: Settings, table: EmbeddingTable) -> None:
-        """Keep a table under a key."""
+        """As `put`, for a table.
+
+        Args:
+            key: All that decides the table.
+            table: What `get_table` shall give.
+        """
         self.put(key, result_of(table))
 
     def _path(self, key: Settings) -> Path:

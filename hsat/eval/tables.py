@@ -120,6 +120,9 @@ class Table:
 
         Args:
             kind: A class of the style sheet.
+
+        Returns:
+            HTML text.
         """
         caption = escape(self.caption + self.details)
         parts = [f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">']

@@ -103,6 +103,9 @@ def evaluate_transfer(
         run: Seed, device, folders; noise, diagnosis and examples do not apply.
         provenance: What records say of each encoder.
 
+    Returns:
+        Records and scores of every pair.
+
     Raises:
         ValueError: For unknown or doubled pairs, names that are taken ("", "others"), a folder of other settings
             (naming them), queries that differ between readings, and what `evaluate_whitebox` refuses.

@@ -1,4 +1,18 @@
-"""Encoders: backbones with their pixel normalisation and projection head, and what is done to whole models."""
+"""Encoders: backbones with their pixel normalisation and projection head, and what is done to whole models.
+
+Example:
+    >>> import torch
+    >>> from tempfile import TemporaryDirectory
+    >>> encoder = build_encoder("resnet10t", head=8, norm="none", seed=0)
+    >>> encoder(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 8])
+    >>> with TemporaryDirectory() as folder:
+    ...     path = save_encoder(encoder, f"{folder}/encoder.safetensors")
+    ...     again = load_encoder(path)  # builds it, in evaluation mode
+    ...     report = load_checkpoint(encoder, path)  # into an encoder that is there
+    >>> all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))
+    True
+"""
 
 from __future__ import annotations
 

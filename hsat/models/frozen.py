@@ -35,6 +35,14 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: For what is not a torch.nn.Module, before anything is changed.
         ValueError: For a module that was made under `torch.inference_mode`, likewise: it can never be restored.
+
+    Example:
+        >>> network = nn.Linear(2, 1)
+        >>> with frozen(network):
+        ...     network.training, network.weight.requires_grad
+        (False, False)
+        >>> network.training, network.weight.requires_grad
+        (True, True)
     """
     for module in modules:
         _check_is_module(module)

@@ -52,6 +52,12 @@ def wrap_encoder(
     Raises:
         TypeError: For what is no module, and options of another kind.
         ValueError: Where the pixel normalisation is not stated, and naming options that do not fit.
+
+    Example:
+        >>> import torch
+        >>> encoder = wrap_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), norm="none")
+        >>> encoder(torch.rand(2, 3, 2, 2)).norm(dim=1)
+        tensor([1.0000, 1.0000], grad_fn=...)
     """
     if not isinstance(module, nn.Module):
         hint = "; for a function pass the module it calls, and the function as features=" if callable(module) else ""

@@ -133,6 +133,9 @@ def write_artifacts(
         map_rows: So many patches, evenly spread, are placed on the map; its axes are the first two principal axes of
             all clean queries.
 
+    Returns:
+        The folder of the model.
+
     Raises:
         ValueError: Without clean queries, and for tables whose patches differ from the clean ones.
     """
@@ -177,6 +180,12 @@ def read_artifacts(folder: str | os.PathLike[str]) -> tuple[Artifacts, ...]:
     """Everything that `write_artifacts` put into a folder, by the name of the model; nothing where there is no folder.
 
     Nothing is unpickled, and links that lead out of the folder are refused.
+
+    Args:
+        folder: "evidence" in the folder of a run.
+
+    Returns:
+        One entry per model.
 
     Raises:
         ValueError: Naming a damaged file.

@@ -32,7 +32,14 @@ class PaperRow:
     place: str = ""
 
     def is_called(self, name: str) -> bool:
-        """Whether a name means this row; case does not matter, and spaces, _ and - are one."""
+        """Whether a name means this row; case does not matter, and spaces, _ and - are one.
+
+        Args:
+            name: What a user calls the row.
+
+        Returns:
+            True if it is this row's name, or one of its other names.
+        """
         return _plain(name) in {_plain(own) for own in (self.name, *self.also)}
 
 
@@ -61,7 +68,14 @@ class PaperTable:
     notes: tuple[str, ...] = ()
 
     def row(self, name: str) -> PaperRow | None:
-        """The row of that name, if there is one."""
+        """The row of that name, if there is one.
+
+        Args:
+            name: As `PaperRow.is_called` takes it.
+
+        Returns:
+            The row, or None.
+        """
         return next((row for row in self.rows if row.is_called(name)), None)
 
 
@@ -82,6 +96,9 @@ def paper_lines(table: PaperTable, runs: Mapping[str, Sequence[Record]]) -> tupl
         table: The table.
         runs: Records by the name of the row that they stand for, of one target, k and arithmetic; several records for
             one number are runs of it and give mean and standard deviation.
+
+    Returns:
+        The lines, level by level.
 
     Raises:
         ValueError: For a row that the table lacks.
@@ -110,7 +127,16 @@ def paper_lines(table: PaperTable, runs: Mapping[str, Sequence[Record]]) -> tupl
 
 
 def paper_markdown(table: PaperTable, lines: Sequence[PaperLine], remarks: Sequence[str] = ()) -> str:
-    """The table for people: two rows each, the paper's and ours, one table per level and group."""
+    """The table for people: two rows each, the paper's and ours, one table per level and group.
+
+    Args:
+        table: The table.
+        lines: What `paper_lines` gave.
+        remarks: Further notes.
+
+    Returns:
+        Markdown text.
+    """
     parts = [
         f"# Table {table.number}: {table.title}",
         f"{_metrics(table)}, %. {ABSENT} is a number that is not known, or was not measured.",
@@ -122,7 +148,16 @@ def paper_markdown(table: PaperTable, lines: Sequence[PaperLine], remarks: Seque
 
 
 def paper_latex(table: PaperTable, lines: Sequence[PaperLine], remarks: Sequence[str] = ()) -> str:
-    """The same as one `tabular` with the rules of booktabs; notes stand below."""
+    """The table as one `tabular` with the rules of booktabs; notes stand below.
+
+    Args:
+        table: The table.
+        lines: What `paper_lines` gave.
+        remarks: Further notes.
+
+    Returns:
+        LaTeX text.
+    """
     sections = [
         replace(section, details=f"{section.details} ({_metrics(table)}, %)")
         for section in _sections(table, lines, ("Method", "Source"))
@@ -133,7 +168,15 @@ def paper_latex(table: PaperTable, lines: Sequence[PaperLine], remarks: Sequence
 
 
 def paper_csv(table: PaperTable, lines: Sequence[PaperLine]) -> str:
-    """The same with one line per number: shares in percent, empty where there is none."""
+    """The table as CSV, one line per number: shares in percent, empty where there is none.
+
+    Args:
+        table: The table.
+        lines: What `paper_lines` gave.
+
+    Returns:
+        CSV text.
+    """
     rows = []
     for line in lines:
         for column, metric in _places(table):

@@ -65,6 +65,9 @@ def records_latex(records: Iterable[Record], *, intervals: bool = True) -> str:
         records: Of any evaluation, also of several.
         intervals: Whether to show the intervals.
 
+    Returns:
+        LaTeX text.
+
     Raises:
         ValueError: Without records.
     """
@@ -99,6 +102,9 @@ def records_csv(records: Iterable[Record]) -> str:
 
     Args:
         records: Of any evaluation, also of several.
+
+    Returns:
+        CSV text.
 
     Raises:
         ValueError: Without records.

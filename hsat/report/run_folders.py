@@ -49,6 +49,12 @@ def open_runs(paths: Iterable[str | Path]) -> tuple[RunFolder, ...]:
 
     A run folder holds records.jsonl, run.json or train.csv.  Links that lead out of a run folder are refused.
 
+    Args:
+        paths: Run folders, or folders of those.
+
+    Returns:
+        The runs, each folder once.
+
     Raises:
         ValueError: Naming a path that is no run folder, or a file that is damaged.
     """

@@ -52,6 +52,9 @@ def accuracy_tables(
         metrics: Which metrics.
         intervals: Whether to show the intervals.
 
+    Returns:
+        The tables, in the order of the levels.
+
     Raises:
         ValueError: If no record fits.
     """
@@ -95,7 +98,17 @@ def markdown_table(
     metrics: Sequence[str] = ("accuracy", "mca"),
     intervals: bool = True,
 ) -> str:
-    """`accuracy_tables` as Markdown, below them the notes and flags of the records, and tables of natural shifts."""
+    """`accuracy_tables` as Markdown, below them the notes and flags of the records, and tables of natural shifts.
+
+    Args:
+        records, levels, metrics, intervals: See `accuracy_tables`.
+
+    Returns:
+        Markdown text.
+
+    Raises:
+        ValueError: If no record fits.
+    """
     tables = accuracy_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [record for record in records if record.level in levels and record.metric in metrics]
     remarks: dict[str, None] = {}
@@ -127,6 +140,9 @@ def transfer_tables(
         metrics: Which drops.
         intervals: Whether to show the 95 % intervals.
 
+    Returns:
+        The tables, level by level.
+
     Raises:
         ValueError: If no record fits.
     """
@@ -154,7 +170,17 @@ def transfer_markdown(
     metrics: Sequence[str] = ("accuracy_drop", "mca_drop"),
     intervals: bool = False,
 ) -> str:
-    """`transfer_tables` as Markdown, and below them the notes and flags of the records."""
+    """`transfer_tables` as Markdown, and below them the notes and flags of the records.
+
+    Args:
+        records, levels, metrics, intervals: See `transfer_tables`.
+
+    Returns:
+        Markdown text.
+
+    Raises:
+        ValueError: If no record fits.
+    """
     tables = transfer_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [r for r in records if r.level in levels and r.metric in metrics and r.surrogate]
     remarks = dict.fromkeys(f"- {r.attack_name}: {r.settings['note']}" for r in shown if r.settings.get("note"))
@@ -244,6 +270,9 @@ def differences_table(
         differences: What `compare_models` gave.
         levels: Which levels.
         metrics: Which metrics.
+
+    Returns:
+        The table.
     """
     rows: list[Row] = []
     for one in differences:

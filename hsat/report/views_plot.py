@@ -47,9 +47,11 @@ def plot_views(
 
     Example:
         >>> from hsat.data import read_opensrh, write_synthetic_cohort
-        >>> folder = write_synthetic_cohort("cohort", seed=0)
-        >>> dataset = HierarchicalDataset(read_opensrh(folder), "train", image_size=48)
-        >>> plot_views(dataset, "views.png").name
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     cohort = read_opensrh(write_synthetic_cohort(f"{folder}/cohort", seed=0))
+        ...     dataset = HierarchicalDataset(cohort, "train", image_size=48)
+        ...     plot_views(dataset, f"{folder}/views.png").name
         'views.png'
     """
     if min(patients, views) < 1:

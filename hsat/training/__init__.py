@@ -1,4 +1,21 @@
-"""Training: the adversarial step, its schedules, and checkpoints from which a run resumes bit for bit."""
+"""Training: the adversarial step, its schedules, and checkpoints from which a run resumes bit for bit.
+
+Example:
+    One step on a synthetic cohort, with an encoder of a few weights, and what it is worth on other patients:
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from torch import nn
+    >>> from hsat.data import read_opensrh, write_synthetic_cohort
+    >>> from hsat.models import wrap_encoder
+    >>> encoder = wrap_encoder(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4)), norm="none")
+    >>> config = TrainConfig(steps=1, batch_patients=2, eval_patches=8, views={"image_size": 48}, attack={"steps": 1})
+    >>> with TemporaryDirectory() as folder:
+    ...     cohort = read_opensrh(write_synthetic_cohort(f"{folder}/cohort", seed=0))
+    ...     best = Trainer(encoder, cohort, config, out=f"{folder}/run").fit()
+    ...     measured = held_out_validation(cohort, image_size=48, split="val", patches=8)(encoder)
+    >>> best.name, 0 <= measured["tune_clean_accuracy"] <= 1
+    ('final.safetensors', True)
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from hsat.eval import read_records, write_records
-from hsat.eval.records import software_versions
+from hsat.eval.options import software_versions
 
 NEWER = ("schema", "classifier", "chance")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hsat.embedding import LAYERS
 from hsat.eval import Record, Table
-from hsat.eval.records import software_versions
+from hsat.eval.options import software_versions
 from hsat.files import write_file
 from hsat.report.aggregation import EvaluationSetting, describe_setting, drop_duplicates, group_by_setting
 from hsat.report.artifacts import Artifacts
@@ -63,6 +63,9 @@ def write_report(
         title: Its title.
         k: The number of neighbours that summary and figures speak of; None is the first in the records.
         metric: "accuracy" or "mca", for summary, curves and doubts.
+
+    Returns:
+        The page.
 
     Raises:
         ValueError: For a path that is no run folder, damaged files, an unknown metric and a k that no record has.
