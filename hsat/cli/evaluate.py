@@ -119,7 +119,7 @@ class Evaluate(ClassifierOptions, PatchSettings):
     )
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
-    gallery: int = Field(6, ge=0, description="patches in the picture of perturbations")
+    gallery: int = Field(6, ge=0, description="most patches in the pictures of perturbations, of each class alike")
     compute: Annotated[list[Compute], BeforeValidator(split_commas)] = Field(
         [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
     )
@@ -327,6 +327,7 @@ def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scori
                 scores={name: result.scores[name] for name in names},
                 class_names=result.class_names,
                 examples={name: result.examples[name] for name in names if name in result.examples},
+                example_rows=result.example_rows,
             ),
             target=settings.target,
             provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
@@ -344,8 +345,19 @@ def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxR
         if attacks and settings.gallery:
             name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
             clean, x_adv = result.examples["clean"], result.examples[name]
-            heads = [f"patch {i + 1}" for i in range(len(clean))]
-            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
+            path = settings.out / f"patches_{title}_{name}.png"
+            plot_patches(clean, x_adv, path, titles=_patch_titles(result, name))
+
+
+def _patch_titles(result: WhiteboxResult, attack: str) -> list[str]:
+    """For each example its class, and what the first classifier takes it for, clean and attacked."""
+    rows, names, classes = list(result.example_rows), result.class_names, result.tables["clean"].class_names
+    before, after = (next(iter(result.scores[name].values()))[rows].argmax(1) for name in ("clean", attack))
+    labels = result.tables["clean"].label[rows]
+    return [
+        f"{classes[label]}\n{names[clean]} → {names[attacked]}"
+        for label, clean, attacked in zip(labels, before, after, strict=True)
+    ]
 
 
 def write_ensembles(out: Path, outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:

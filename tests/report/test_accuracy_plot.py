@@ -10,7 +10,7 @@ from matplotlib.colors import same_color
 
 from hsat.eval import Record
 from hsat.report import plot_accuracy_vs_eps
-from hsat.report.accuracy_plot import spread_heights
+from hsat.report.line_labels import spread_heights
 from hsat.report.panels import GREY
 
 
