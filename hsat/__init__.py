@@ -20,6 +20,7 @@ from hsat.types import (
     HierarchicalBatch,
     Levels,
     Objective,
+    SlideClassifier,
     ThreatModel,
 )
 
@@ -32,10 +33,10 @@ _ROOMS = {
         " match_features"
     ),
     "hsat.losses": "HiDiscLoss supcon_loss",
-    "hsat.classifiers": "DecisionModel Head KNNClassifier LinearProbe NearestCentroid",
+    "hsat.classifiers": "ABMIL DecisionModel Head KNNClassifier LinearProbe MIL MeanPooling NearestCentroid",
     "hsat.data": (
         "BadPatch Cohort HierarchicalDataset PatchDataset collate hierarchical_loader patch_loader read_csv"
-        " read_folders read_opensrh read_patch srh_to_rgb write_synthetic_cohort"
+        " read_folders read_opensrh read_patch slide_loader srh_to_rgb write_synthetic_cohort"
     ),
     "hsat.models": "build_encoder frozen load_checkpoint load_encoder save_encoder wrap_encoder",
     "hsat.embedding": "embed",
@@ -44,8 +45,8 @@ _ROOMS = {
         " paper_clean_weight"
     ),
     "hsat.eval": (
-        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_transfer"
-        " evaluate_whitebox metrics pool"
+        "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_slides"
+        " evaluate_transfer evaluate_whitebox metrics pool"
     ),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
@@ -60,6 +61,7 @@ __all__ = [  # noqa: PLE0604
     "HierarchicalBatch",
     "Levels",
     "Objective",
+    "SlideClassifier",
     "ThreatModel",
     "__version__",
     *_HOME,

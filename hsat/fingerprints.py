@@ -212,3 +212,18 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def normalisation_of(encoder: object) -> dict[str, Any]:
+    """What records say of an encoder's pixel normalisation: mean, std and who states them.
+
+    Args:
+        encoder: An `hsat.models.Encoder`, or any other callable, of which nothing is known.
+
+    Returns:
+        Plain values by name.
+    """
+    if not hasattr(encoder, "pixels_stated_by"):
+        return {"mean": None, "std": None, "stated_by": "", "note": "whatever the encoder itself does to pixels"}
+    mean, std = (None if values is None else list(values) for values in (encoder.mean, encoder.std))  # type: ignore[attr-defined]
+    return {"mean": mean, "std": std, "stated_by": encoder.pixels_stated_by}

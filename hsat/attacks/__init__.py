@@ -1,6 +1,7 @@
 """Attacks: frozen settings that are called on images and any function of images."""
 
 from hsat.attacks.apgd import APGD
+from hsat.attacks.bags import slide_objective
 from hsat.attacks.ensemble import AttackEnsemble
 from hsat.attacks.ensemble_pass import EnsembleMember
 from hsat.attacks.feature_matching import choose_guide_images, match_features
@@ -58,5 +59,6 @@ __all__ = [
     "margin",
     "match_features",
     "objective_from",
+    "slide_objective",
     "worst_case",
 ]

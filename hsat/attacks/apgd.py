@@ -61,18 +61,18 @@ class APGD(GradientAttack):
         self, state: AttackState, y: Tensor, fallback: RandomStart | None, restart: int
     ) -> tuple[Tensor, Tensor | None]:
         """One restart: the best points, and their values where all are known."""
-        if state.stop_early(y):
-            return y, None
         y, value, grad = _first_gradient(state, y, fallback)
+        if state.stop_early(y):  # asked after the pass: who remembers its logits needs no other one
+            return y, None
         search, checkpoints = _Search(state, y, value, grad), checkpoint_steps(self.steps)
         for step in range(1, self.steps + 1):
             search.move(first=step == 1)
-            if state.stop_early(search.y):
-                break
             if step == self.steps:
                 search.update(state.value(search.y), None)
             else:
                 search.update(*state.evaluate(search.y))
+            if state.stop_early(search.y):
+                break
             if step in checkpoints:
                 search.check(self.rho * (step - checkpoints[step]))
         best = torch.where(per_image(state.done), search.y, search.best)

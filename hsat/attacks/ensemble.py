@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,15 +41,22 @@ class AttackEnsemble:
     and labels, and each sees the images whose decision is still right:
 
     1. the paper's attacks, PGD and MI-FGSM from random points on the cosine drift of the features and of the embedding,
-       where the model gives its embeddings (BIM with a random start is PGD);
-    2. Auto-PGD on the decision: `restarts` times on its margin, once on its cross-entropy;
-    3. transfer: MI-FGSM on the drift of the features of every surrogate;
-    4. Square, which sees class scores only.
+       where the model gives its embeddings (BIM with a random start is PGD): cheap, since ten steps break most of what
+       is not robust;
+    2. Auto-PGD on the decision: on its margin, `restarts` times, and on its cross-entropy; with three classes or more a
+       quarter of the steps on its logit ratio;
+    3. with three classes or more Auto-PGD on the margin of each of the `targets` nearest wrong classes, a quarter of
+       the steps each, and then all steps on that of the class which any member came nearest to: an untargeted search
+       follows the class that is nearest at the moment, which need not be the one that can be reached;
+    4. transfer: MI-FGSM on the drift of the features of every surrogate;
+    5. Square, which sees class scores only.
 
-    Any other objective is climbed by all members, and the highest value per image is kept.
+    Members on the decision stop an image where it breaks.  Any other objective is climbed by PGD, MI-FGSM, Auto-PGD
+    and Square, and the highest value per image is kept.
 
-    The idea of an ensemble with a per-image worst case is that of Croce and Hein, arXiv:2003.01690, section 4.  Noise
-    depends on (seed, member's name, id, restart) only, not on which images are still robust.
+    The idea of an ensemble with a per-image worst case is that of Croce and Hein, arXiv:2003.01690, section 4, and so
+    is the targeted search (section 5 there, on the logit ratio).  Noise depends on (seed, member's name, id, restart)
+    only, not on which images are still robust.  The defaults are those of `standard`.
 
     Attributes:
         threat: A ball of pixels.
@@ -56,33 +64,81 @@ class AttackEnsemble:
         step_size: Of the drift members; None is eps / 4.
         decision_steps: Of Auto-PGD.
         restarts: Of Auto-PGD on the margin.
+        targets: How many wrong classes are aimed at, at most; 0 for none.
         queries: Of Square.
         area: Of Square, the share of pixels of its first proposals.
         surrogates: Other encoders by name, whose `.features` are moved where there are any; the caller keeps them
             frozen.
 
     Raises:
-        ValueError: For counts below 1, and as these attacks do.
+        ValueError: For counts below 1, negative targets, and as these attacks do.
+
+    Example:
+        >>> from hsat.attacks import Linf, margin
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)).eval()
+        >>> x = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        >>> ensemble = AttackEnsemble.standard(Linf(8 / 255), steps=5, queries=5)
+        >>> result = ensemble.run(x, margin(model, model(x).argmax(1)), generator=torch.Generator().manual_seed(0))
+        >>> [member.name for member in result.members][-2:]
+        ['APGD best target', 'Square']
     """
 
     threat: ThreatModel
     _: KW_ONLY
     steps: int = 10
     step_size: float | None = None
-    decision_steps: int = 20
-    restarts: int = 3
-    queries: int = 200
-    area: float = 0.3
+    decision_steps: int = 100
+    restarts: int = 1
+    targets: int = 9
+    queries: int = 1000
+    area: float = 0.8
     surrogates: Mapping[str, EmbeddingFunction] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         check_threat(self.threat)
         check_counts(steps=self.steps, decision_steps=self.decision_steps, restarts=self.restarts, queries=self.queries)
+        if isinstance(self.targets, bool) or not isinstance(self.targets, int) or self.targets < 0:
+            raise ValueError(f"targets must be a whole number >= 0, got {self.targets!r}")
         check_number("area", self.area, high=1.0)
         if self.step_size is not None:
             check_number("step_size", self.step_size)
         if wrong := [name for name, other in self.surrogates.items() if not callable(other)]:
             raise TypeError(f"surrogates must map names to encoders; those of {wrong} cannot be called")
+
+    @classmethod
+    def standard(
+        cls,
+        threat: ThreatModel,
+        *,
+        steps: int = 100,
+        targets: int = 9,
+        queries: int = 1000,
+        surrogates: Mapping[str, EmbeddingFunction] | None = None,
+    ) -> Self:
+        """The ensemble that is measured against AutoAttack: `benchmarks/ensemble_strength.py`.
+
+        Args:
+            threat: A ball of pixels.
+            steps: Of Auto-PGD; the drift members take at most 10.
+            targets: How many wrong classes are aimed at, at most.
+            queries: Of Square.
+            surrogates: Other encoders by name.
+
+        Returns:
+            The ensemble.
+
+        Raises:
+            ValueError: For counts below 1.
+        """
+        check_counts(steps=steps)
+        return cls(
+            threat,
+            steps=min(10, steps),
+            decision_steps=steps,
+            targets=targets,
+            queries=queries,
+            surrogates=surrogates or {},
+        )
 
     def __repr__(self) -> str:
         return settings_text(self, leave_out=("surrogates",))
@@ -92,31 +148,47 @@ class AttackEnsemble:
         """Members begin at random points."""
         return True
 
-    def members(self, layers: Sequence[str] = LAYERS) -> tuple[EnsembleMember, ...]:
-        """The members in the order of their turns; layers: those of the model that differ."""
-        size = eps_value(self.threat.eps) / 4 if self.step_size is None else self.step_size
+    def members(self, layers: Sequence[str] = LAYERS, classes: int | None = None) -> tuple[EnsembleMember, ...]:
+        """The members in the order of their turns.
+
+        Args:
+            layers: Those of the model that differ.
+            classes: How many the model has; None for members that an objective without classes has as well.
+        """
+        member = EnsembleMember
+        apgd = APGD(self.threat, steps=self.decision_steps)
+        found = [*self._drift_members(layers)]
+        found += [member(name=f"APGD margin {n + 1}", attack=apgd, objective="margin") for n in range(self.restarts)]
+        if classes is not None:
+            found.append(member(name="APGD cross-entropy", attack=apgd, objective="cross-entropy"))
+        if classes is not None and classes > 2:  # with two classes the margin is all there is
+            short = APGD(self.threat, steps=-(-self.decision_steps // 4))  # enough to see which class can be reached
+            found.append(member(name="APGD dlr", attack=short, objective="dlr"))
+            found += [
+                member(name=f"APGD target {rank}", attack=short, objective="target", target=rank)
+                for rank in range(1, min(self.targets, classes - 1) + 1)
+            ]
+            if self.targets:
+                found.append(member(name="APGD best target", attack=apgd, objective="target", target=0))
+        for name, other in self.surrogates.items():
+            momentum = MIFGSM(self.threat, step_size=self._step_size(), steps=self.steps, random_start=True)
+            title = f"transfer from {name}"
+            found.append(member(name=title, attack=momentum, objective="features", surrogate=_features(other)))
+        square = Square(self.threat, queries=self.queries, area=self.area)
+        return (*found, member(name="Square", attack=square, objective="scores"))
+
+    def _drift_members(self, layers: Sequence[str]) -> list[EnsembleMember]:
+        size = self._step_size()
         pgd = PGD(self.threat, step_size=size, steps=self.steps)
         momentum = MIFGSM(self.threat, step_size=size, steps=self.steps, random_start=True)
-        apgd = APGD(self.threat, steps=self.decision_steps)
-        square = Square(self.threat, queries=self.queries, area=self.area)
-        member = EnsembleMember
-        return (
-            *(
-                member(name=f"{kind} {layer}", attack=attack, objective=layer, common_start=True)  # type: ignore[arg-type]
-                for kind, attack in (("PGD", pgd), ("MIFGSM", momentum))
-                for layer in layers
-            ),
-            *(
-                member(name=f"APGD vote {number + 1}", attack=apgd, objective="margin")
-                for number in range(self.restarts)
-            ),
-            member(name="APGD vote-ce", attack=apgd, objective="cross-entropy"),
-            *(
-                member(name=f"transfer from {name}", attack=momentum, objective="features", surrogate=_features(other))
-                for name, other in self.surrogates.items()
-            ),
-            member(name="Square", attack=square, objective="scores"),
-        )
+        return [
+            EnsembleMember(name=f"{kind} {layer}", attack=attack, objective=layer, common_start=True)  # type: ignore[arg-type]
+            for kind, attack in (("PGD", pgd), ("MIFGSM", momentum))
+            for layer in layers
+        ]
+
+    def _step_size(self) -> float:
+        return eps_value(self.threat.eps) / 4 if self.step_size is None else self.step_size
 
     def __call__(
         self,
@@ -162,7 +234,7 @@ class AttackEnsemble:
         if not isinstance(objective, DecisionObjective):
             return self._maximise(x, objective, start=start, options=options)
         judged = EnsemblePass(x, objective, self.threat, options, clean=clean)
-        return judged.attack(self.members(tuple(judged.layers)), start, candidates or {})
+        return judged.attack(self.members(tuple(judged.layers), judged.classes), start, candidates or {})
 
     def _maximise(
         self, x: Tensor, objective: Objective, *, start: Tensor | None, options: EnsembleOptions

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hsat.attacks.decision_memory import DecisionTest, QueryTest, RememberedModel, gaps
 from hsat.attacks.initialization import image_seed
-from hsat.attacks.margins import EmbeddingDecision, margin
+from hsat.attacks.margins import EmbeddingDecision, dlr, margin
 from hsat.attacks.objectives import classification, feature_drift
-from hsat.attacks.threat import require_images
+from hsat.attacks.square import Square
+from hsat.attacks.threat import detach_images, require_images
 from hsat.attacks.worst_case import with_threat
 from hsat.types import (
     Attack,
@@ -28,7 +30,7 @@ from hsat.types import (
 )
 
 CLEAN = "clean"
-MemberObjective = Literal["features", "embedding", "margin", "cross-entropy", "scores"]
+MemberObjective = Literal["features", "embedding", "margin", "cross-entropy", "dlr", "target", "scores"]
 LAYERS = ("features", "embedding")
 
 
@@ -59,8 +61,11 @@ class EnsembleMember:
     Attributes:
         name: Names the member in results; its noise depends on it.
         attack: The attack.
-        objective: What it maximises: the cosine drift of a layer, the margin or cross-entropy of the decision, or the
-            margin of the class scores, of which it sees nothing but the numbers.
+        objective: What it maximises: the cosine drift of a layer; the margin, cross-entropy or logit ratio of the
+            decision; the margin of a wrong class ("target"); or the margin of the class scores, of which it sees
+            nothing but the numbers.
+        target: Which wrong class "target" aims at: 1 is the one of the highest logit at the clean image, 0 the one
+            that the members before came nearest to.
         surrogate: The encoder on which it is made; None is the model that is attacked.
         common_start: Its noise is that of a single attack with the same generator; others have noise of their own.
     """
@@ -68,6 +73,7 @@ class EnsembleMember:
     name: str
     attack: Attack
     objective: MemberObjective
+    target: int = 1
     surrogate: EmbeddingFunction | None = None
     common_start: bool = False
 
@@ -119,12 +125,17 @@ class EnsemblePass:
     ) -> None:
         self.objective, self.threat = objective, threat
         self.generator, self.ids, self.success = options.generator, options.ids, options.success
-        self.x = require_images(x.detach(), threat)
+        self.x = require_images(detach_images(x), threat)
         model = objective.model
         self.layers = dict(model.layers()) if isinstance(model, LayeredModel) else dict[str, EmbeddingFunction]()
         self.decides = model if isinstance(model, LayerDecision) else None
         self.everything = torch.arange(len(x), device=x.device)
-        self.broken, self.margin, self.z = self._judge(self.x, self.everything, clean)
+        self.broken, self.margin, logits, self.z = self._judge(self.x, self.everything, clean)
+        self.classes = logits.shape[1]
+        self.reached = gaps(logits, objective.labels)  # (n, classes), the highest so far
+        self.nearest = torch.sort(self.reached, dim=1, descending=True, stable=True).indices[
+            :, :-1
+        ]  # wrong classes, nearest first
         self.references: dict[str, Tensor] = {}
         if self.decides is not None and self.z is not None:
             self.references[self.decides.layer], self.z = self.z, self.z.clone()
@@ -184,7 +195,14 @@ class EnsemblePass:
         keep = (~self.broken).nonzero().flatten()
         if len(keep):
             x, ids = self.x[keep], None if self.ids is None else self.ids[keep.to(self.ids.device)]
-            objective, extra = self._member_objective(member, x, keep)
+            if member.surrogate is not None or member.objective in LAYERS:
+                model, success = None, None
+                objective, extra = self._drift(member, x, keep)
+            else:
+                model, extra = RememberedModel(self._model_of(member)), 0
+                labels = self.objective.labels[keep]
+                objective = self._decision(member, model, labels, keep)
+                success = self._test(member, model, labels, keep) if self.success is None else None
             attack = with_threat(member.attack, self.threat.select(keep))
             result: AttackResult = attack.run(
                 x,
@@ -192,41 +210,63 @@ class EnsemblePass:
                 start=None if start is None else start[keep],
                 generator=member_generator(member, self.generator, self.ids),
                 ids=ids,
+                success=success,
                 score=False,  # the judge sees the images anyway
             )
             newly = self._update_best(member.name, keep, result.x_adv)
             self.zero[keep] += result.zero_gradient
             if result.backwards and member.surrogate is None:
                 self._count_moved(keep, result.x_adv)
-            n, forwards = len(keep), result.forwards + 1  # the last one is the judge's
-            self.forwards += forwards + (extra > 0)
+            n = len(keep)
+            forwards, backwards = n * result.forwards, n * result.backwards
+            if model is not None:  # images that are done leave the batch, so counting passes would count too many
+                forwards, backwards = model.forwards, model.backwards
+            self.forwards += result.forwards + 1 + (extra > 0)  # the one is the judge's
             self.backwards += result.backwards
             stats = dataclasses.replace(
-                stats, seen=n, newly_broken=newly, forwards=extra + n * forwards, backwards=n * result.backwards
+                stats, seen=n, newly_broken=newly, forwards=extra + forwards + n, backwards=backwards
             )
         self.stats.append(stats)
 
-    def _member_objective(self, member: EnsembleMember, x: Tensor, keep: Tensor) -> tuple[Objective, int]:
-        """The member's objective, and how many images had to be encoded to make it."""
-        model, labels = self.objective.model, self.objective.labels[keep]
+    def _drift(self, member: EnsembleMember, x: Tensor, keep: Tensor) -> tuple[Objective, int]:
+        """The drift of a layer or a surrogate, and how many images had to be encoded to make it."""
         if member.surrogate is not None:
             return feature_drift(member.surrogate, x), len(x)
-        if member.objective in LAYERS:
-            layer, fresh = self.layers[member.objective], member.objective not in self.references
-            if fresh:  # of the whole batch, as an evaluation of single attacks has it
-                with torch.no_grad():
-                    self.references[member.objective] = layer(self.x)
-            return feature_drift(layer, x, reference=self.references[member.objective][keep]), len(self.x) * fresh
-        if member.objective == "scores":
-            scores: Callable[[Tensor], Tensor] = (
-                model.scores if isinstance(model, LayeredModel) else lambda images: F.softmax(model(images), dim=1)
-            )
-            return margin(scores, labels), 0
-        return (classification if member.objective == "cross-entropy" else margin)(model, labels), 0
+        layer, fresh = self.layers[member.objective], member.objective not in self.references
+        if fresh:  # of the whole batch, as an evaluation of single attacks has it
+            with torch.no_grad():
+                self.references[member.objective] = layer(self.x)
+        return feature_drift(layer, x, reference=self.references[member.objective][keep]), len(self.x) * fresh
+
+    def _model_of(self, member: EnsembleMember) -> Callable[[Tensor], Tensor]:
+        """What a member on the decision sees: logits, or nothing but class scores."""
+        model = self.objective.model
+        if member.objective != "scores":
+            return model
+        return model.scores if isinstance(model, LayeredModel) else lambda images: F.softmax(model(images), dim=1)
+
+    def _decision(
+        self, member: EnsembleMember, model: RememberedModel, labels: Tensor, keep: Tensor
+    ) -> DecisionObjective:
+        """The objective of a member on the decision."""
+        if member.objective == "target":
+            best = self.reached[keep].argmax(1)
+            return margin(model, labels, target=self.nearest[keep, member.target - 1] if member.target else best)
+        if member.objective == "cross-entropy":
+            return classification(model, labels)
+        return (dlr if member.objective == "dlr" else margin)(model, labels)
+
+    def _test(self, member: EnsembleMember, model: RememberedModel, labels: Tensor, keep: Tensor) -> DecisionTest:
+        """What stops the images of a member: a wrong decision, and for Square the sight of better gradients."""
+        if not isinstance(member.attack, Square):
+            return DecisionTest(model, labels)
+        known = {"clean": self.start_value[keep], "reached": self.margin[keep]}
+        return QueryTest(model, labels, self.objective.model, **known, queries=member.attack.queries)
 
     def _update_best(self, name: str, keep: Tensor, x_adv: Tensor, z: Tensor | None = None) -> int:
         """Keep what is stronger: a success first, then the higher margin; how many images are newly broken."""
-        wrong, value, seen = self._judge(x_adv, keep, z)
+        wrong, value, logits, seen = self._judge(x_adv, keep, z)
+        self.reached[keep] = torch.maximum(self.reached[keep], gaps(logits, self.objective.labels[keep]))
         before, higher = self.broken[keep], value > self.margin[keep]
         better = torch.where(before, wrong & higher, wrong | higher)
         at = keep[better]
@@ -244,19 +284,20 @@ class EnsemblePass:
         self.climbed[keep] = True
         self.moved[keep] |= (x_adv != self.x[keep]).flatten(1).any(1)
 
-    def _judge(self, x_adv: Tensor, keep: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(wrong, margin, what the model decides from) of images, each (n, ...); z: the last, where it is known."""
+    def _judge(self, x_adv: Tensor, keep: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(wrong, margin, logits, what the model decides from) of images; z: the last, where it is known."""
         labels, model = self.objective.labels[keep], self.objective.model
         with torch.no_grad():
             if self.decides is None:
-                value, z = margin(model, labels)(x_adv), None
+                logits, z = model(x_adv), None
             else:
                 z = self.layers[self.decides.layer](x_adv) if z is None else z
-                value = margin(self.decides.classify, labels)(z)
+                logits = self.decides.classify(z)
+            value = margin(lambda images: logits, labels)(x_adv)
             if self.success is None:
-                return value > 0, value, z
+                return value > 0, value, logits, z
             everything = x_adv if len(keep) == len(self.x) else self.best.index_copy(0, keep, x_adv)
-            return self.success(everything)[keep], value, z
+            return self.success(everything)[keep], value, logits, z
 
 
 def member_generator(

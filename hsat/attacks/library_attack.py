@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hsat.attacks.initialization import check_ids, check_start
-from hsat.attacks.threat import check_threat, require_images
+from hsat.attacks.threat import check_threat, detach_images, require_images
 from hsat.types import AttackResult, DecisionObjective, Objective, SuccessTest, ThreatModel
 
 
@@ -222,7 +222,7 @@ class LibraryAttack:
         check_ids(ids, len(x))
         check_start(start, x)
         self._check_call(objective, start)
-        inside = require_images(x.detach().clone(), self.threat)
+        inside = require_images(detach_images(x).clone(), self.threat)
         labels, n = objective.labels.to(inside.device), len(inside)  # type: ignore[attr-defined]  # checked above
         with torch.no_grad():
             start_value = objective(inside).detach()

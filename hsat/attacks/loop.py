@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hsat.attacks.initialization import check_ids, check_start, random_start, to_device_of
-from hsat.attacks.threat import clamp_images, raise_out_of_range
+from hsat.attacks.threat import clamp_images, detach_images, raise_out_of_range
 from hsat.types import AttackResult, Objective, SuccessTest, ThreatModel
 
 RandomStart = Callable[[], Tensor]
@@ -76,9 +76,10 @@ def ascend(
         raise RuntimeError(
             "attacks need gradients, which inference_mode forbids; use torch.no_grad() around them instead"
         )
+    inference, x = getattr(x, "is_inference", bool)(), detach_images(x)
     check_ids(ids, len(x))
     check_start(start, x)
-    x = x.detach().clone() if x.is_inference() else x.detach()
+    x = x.clone() if inference else x
     state = AttackState(x, objective, config, generator=generator, ids=ids, success=success)
     best: RestartResult | None = None
     for restart in range(config.restarts):

@@ -24,15 +24,19 @@ _LOST_TIE = 1e-12  # the margin of a decision that is lost on a tie
 
 @dataclass(frozen=True, eq=False)
 class Margin:
-    """The best wrong logit minus the true one; see `margin`."""
+    """The best wrong logit, or that of a target, minus the true one; see `margin`."""
 
     model: Callable[[Tensor], Tensor]
     labels: Tensor
+    target: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) -> margins (n,); above 0 where the image is misclassified."""
         logits = _logits(self.model(images), self.labels, least=2, name="margin")
-        return _best_wrong(logits, self.labels) - _of(logits, self.labels)
+        if self.target is None:
+            return _best_wrong(logits, self.labels) - _of(logits, self.labels)
+        _check_classes(self.target, logits.shape[1], "target")
+        return _of(logits, self.target) - _of(logits, self.labels)
 
     def success(self, images: Tensor) -> Tensor:
         """(n,) bool: is the decision, the highest logit with ties to the lower class, wrong?"""
@@ -40,28 +44,33 @@ class Margin:
 
     def select(self, index: Tensor) -> Margin:
         """The same for the images `index` of the batch."""
-        return Margin(self.model, self.labels[index])
+        return Margin(self.model, self.labels[index], None if self.target is None else self.target[index])
 
 
-def margin(model: Callable[[Tensor], Tensor], labels: Tensor) -> Margin:
+def margin(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | None = None) -> Margin:
     """max over the wrong classes of their logit, minus the logit of the true class, one value per image.
 
     Carlini and Wagner, arXiv:1608.04644, section V-A (f_6 there, with the sign turned and without its clip); called CW
     loss in arXiv:2003.01690.  Above 0 means misclassified, so `success` and value agree: the objective of Square.
+    With a target the value is the target's logit minus the true one: its gradient leads to one class however far that
+    is, where the untargeted one may change its mind, or lead to the nearest class alone.  Above 0 then still means
+    misclassified, but an image may be misclassified as a third class before.
 
     Args:
         model: Images (n, c, h, w) -> logits (n, classes), at least 2 classes; for a classifier of embeddings a
             `hsat.classifiers.DecisionModel`.
         labels: (n,) int64, the true classes.
+        target: (n,) int64, classes to reach, or None.
 
     Returns:
         A `DecisionObjective`: images -> margins (n,), float32 or wider.
 
     Raises:
-        ValueError: For labels of another form here; for logits of another form when it is called.
+        ValueError: For labels or targets of another form here; for logits of another form when it is called.
     """
     _check_class_numbers(labels, "labels")
-    return Margin(model, labels)
+    _check_target(target, labels)
+    return Margin(model, labels, target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +124,7 @@ def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | N
             called.
     """
     _check_class_numbers(labels, "labels")
-    if target is not None:
-        _check_class_numbers(target, "target")
-        if target.shape != labels.shape:
-            raise ValueError(f"target must have the shape of labels, {tuple(labels.shape)}; got {tuple(target.shape)}")
-        if labels.device.type == "cpu" and bool((target == labels).any()):
-            raise ValueError("target holds the true class of some images; an attack must aim at another class")
+    _check_target(target, labels)
     return LogitRatio(model, labels, target)
 
 
@@ -274,6 +278,16 @@ def _check_class_numbers(labels: Tensor, name: str) -> None:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"{name} must be (n,) int64 class numbers, got {got}")
+
+
+def _check_target(target: Tensor | None, labels: Tensor) -> None:
+    if target is None:
+        return
+    _check_class_numbers(target, "target")
+    if target.shape != labels.shape:
+        raise ValueError(f"target must have the shape of labels, {tuple(labels.shape)}; got {tuple(target.shape)}")
+    if labels.device.type == "cpu" and bool((target == labels).any()):
+        raise ValueError("target holds the true class of some images; an attack must aim at another class")
 
 
 def _logits(logits: Tensor, labels: Tensor, *, least: int, name: str) -> Tensor:

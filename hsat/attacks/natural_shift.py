@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hsat.attacks.initialization import NoiseSource, check_ids, check_start
 from hsat.attacks.pgd import unguided_result
-from hsat.attacks.threat import Linf, require_images
+from hsat.attacks.threat import Linf, detach_images, require_images
 from hsat.stains import HAEMATOXYLIN_EOSIN, check_colour, mix_planes, stain_basis, to_stains
 from hsat.types import AttackResult, Objective, SuccessTest
 
@@ -154,7 +154,7 @@ class NaturalShift:
         """
         check_ids(ids, len(x))
         check_start(start, x)
-        inside = require_images(x.detach(), _PIXELS)
+        inside = require_images(detach_images(x), _PIXELS)
         if self.kind == "stain":
             check_colour(inside)
         work = inside.to(torch.promote_types(x.dtype, torch.float32))

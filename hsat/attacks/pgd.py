@@ -11,7 +11,7 @@ from torch import Tensor
 from hsat.attacks.base import GradientAttack, check_number, check_steps, settings_text
 from hsat.attacks.initialization import check_ids, check_start, random_start
 from hsat.attacks.loop import AscentConfig, check_value
-from hsat.attacks.threat import Linf, check_threat, clamp_images, require_images
+from hsat.attacks.threat import Linf, check_threat, clamp_images, detach_images, require_images
 from hsat.types import AttackResult, Objective, SuccessTest, ThreatModel
 
 
@@ -226,7 +226,7 @@ class NFGSM:
         return PGD(self.reach, step_size=self._step, steps=1)
 
     def _first(self, x: Tensor, generator: torch.Generator | None, ids: Tensor | None) -> Tensor:
-        inside, _ = clamp_images(x.detach(), self.threat)  # the attack itself refuses images out of range
+        inside, _ = clamp_images(detach_images(x), self.threat)  # the attack itself refuses images out of range
         ball = self._ball(self.noise * self._eps)
         return random_start(inside, ball, generator=generator, ids=ids, restart=0)
 
@@ -260,7 +260,7 @@ class RandomNoise:
         check_start(start, x)
         if start is not None:
             return self.threat.project(start.detach().to(x), x.detach())
-        inside = require_images(x.detach(), self.threat)
+        inside = require_images(detach_images(x), self.threat)
         return random_start(inside, self.threat, generator=generator, ids=ids, restart=0)
 
     def run(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOST_WIDE = 1 << 24
+"""So many pixels are in float64 at a time: a batch of 100 patches of 224 x 224."""
+
 FARTHEST = 1e140
 """Beyond this the square of a distance would overflow; an infinite pixel then counts as one this far away."""
 
@@ -60,6 +63,14 @@ def linf_bounds(
     Returns:
         (lower, upper), each of the shape of x: the outermost floats of `dtype` within eps of x, checked in float64.
     """
+    if len(x) > 1 and x.numel() > MOST_WIDE:  # the numbers in float64 would take several times the memory of the images
+        size = max(1, MOST_WIDE // x[0].numel())
+        own = isinstance(eps, Tensor) and len(eps) == len(x)
+        parts = [
+            linf_bounds(part, eps[at * size : at * size + size] if own else eps, low, high, dtype=dtype)  # type: ignore[index]
+            for at, part in enumerate(torch.split(x, size))
+        ]
+        return torch.cat([lower for lower, _ in parts]), torch.cat([upper for _, upper in parts])
     exact = x.double()
 
     def edge(*, up: bool) -> Tensor:

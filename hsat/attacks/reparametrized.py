@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hsat.attacks.threat import check_threat, require_range
+from hsat.attacks.threat import check_threat, detach_images, require_range
 from hsat.types import Attack, AttackResult, Objective, SuccessTest, ThreatModel
 
 
@@ -165,4 +165,4 @@ class Reparametrized:
         return dataclasses.replace(result, x_adv=decode(result.x_adv).detach())
 
     def _decoding(self, x: Tensor) -> _Decoding:
-        return _Decoding(self.space, require_range(x.detach(), 0.0, 1.0))
+        return _Decoding(self.space, require_range(detach_images(x), 0.0, 1.0))

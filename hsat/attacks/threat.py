@@ -142,6 +142,15 @@ def require_range(x: Tensor, low: float, high: float) -> Tensor:
     return clamped
 
 
+def detach_images(x: Tensor) -> Tensor:
+    """The images cut off from any graph; TypeError for arrays, lists and pictures."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"images must be a tensor (n, c, h, w) of floats, got {type(x).__name__}; write torch.as_tensor(images)"
+        )
+    return x.detach()
+
+
 def clamp_images(x: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
     """Images clamped to the threat model's range, and the flag of `clamp`; refused here on the CPU only."""
     if x.ndim != 4 or not x.dtype.is_floating_point:

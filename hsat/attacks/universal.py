@@ -19,7 +19,7 @@ from hsat.attacks.initialization import check_ids, check_start
 from hsat.attacks.loop import ImageGradient, check_finite
 from hsat.attacks.objectives import DISTANCES, Distance, feature_drift
 from hsat.attacks.pgd import unguided_result
-from hsat.attacks.threat import L2, Linf, require_images, settings_number, tensor_digest
+from hsat.attacks.threat import L2, Linf, detach_images, require_images, settings_number, tensor_digest
 from hsat.files import write_file
 from hsat.types import AttackResult, EmbeddingFunction, HierarchicalBatch, Objective, SuccessTest
 from hsat.untrusted import check_regular, strict_json
@@ -211,7 +211,7 @@ class FittedUniversal:
                 f"this perturbation is for images of shape (n, {', '.join(map(str, self.delta.shape[1:]))}); got"
                 f" {tuple(x.shape)}. Fit another one at that size, or resize the images"
             )
-        x = x.detach()
+        x = detach_images(x)
         work = torch.promote_types(x.dtype, torch.float32)
         moved = x.to(work) + self.delta.to(x.device, work)
         return self.threat.project(moved.to(x.dtype), x)

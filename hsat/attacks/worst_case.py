@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hsat.attacks.initialization import check_ids, check_start
 from hsat.attacks.loop import check_value
+from hsat.attacks.threat import detach_images
 from hsat.types import Attack, AttackResult, Objective, SuccessTest, ThreatModel
 
 ObjectiveFactory = Callable[[Tensor], Objective]
@@ -76,7 +77,7 @@ class WorstCase:
         """
         check_ids(ids, len(x))
         check_start(start, x)
-        state = _WorstCaseState(x.detach(), objective, start=start, generator=generator, ids=ids, success=success)
+        state = _WorstCaseState(detach_images(x), objective, start=start, generator=generator, ids=ids, success=success)
         for attack, make in self.parts:
             if state.all_broken():
                 break

@@ -78,7 +78,7 @@ def settle_threads(
     if kept.is_file():
         count = max(1, int(json.loads(kept.read_text())["threads"]))
     else:
-        count = 1 if _one_is_faster(encoder, image_size, default) else default
+        count = 1 if one_is_faster(encoder, image_size, default) else default
         state.mkdir(parents=True, exist_ok=True)
         write_json(kept, {"threads": count})
     if count == default:
@@ -88,7 +88,7 @@ def settle_threads(
     return count
 
 
-def _one_is_faster(encoder: Encoder, image_size: int, default: int) -> bool:
+def one_is_faster(encoder: Encoder, image_size: int, default: int) -> bool:
     """Whether one thread is clearly faster than torch's own number, each timed twice in turn after a warm-up."""
     images = torch.rand(_IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     seconds: dict[int, list[float]] = {default: [], 1: []}

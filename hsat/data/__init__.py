@@ -8,7 +8,7 @@ from hsat.data.augment_batch import augment_batch
 from hsat.data.cohort import Cohort, PatchRecord
 from hsat.data.datasets import HierarchicalDataset, PatchDataset, Sample
 from hsat.data.layouts import read_cohort, read_csv, read_folders
-from hsat.data.loaders import collate, hierarchical_loader, patch_loader
+from hsat.data.loaders import SlideLoader, collate, hierarchical_loader, patch_loader, slide_loader
 from hsat.data.opensrh import read_opensrh
 from hsat.data.patch_store import PatchStore, write_patch_store
 from hsat.data.readers import BadPatch, read_patch
@@ -30,6 +30,7 @@ __all__ = [
     "PatientBatchSampler",
     "PatientDraw",
     "Sample",
+    "SlideLoader",
     "augment_batch",
     "build_transform",
     "collate",
@@ -40,6 +41,7 @@ __all__ = [
     "read_folders",
     "read_opensrh",
     "read_patch",
+    "slide_loader",
     "srh_to_rgb",
     "write_patch_store",
     "write_synthetic_cohort",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from hsat.data.datasets import HierarchicalDataset, PatchDataset, Sample
 from hsat.data.sampler import PatientBatchSampler
@@ -78,6 +80,71 @@ def patch_loader(
         persistent_workers=workers > 0,
         generator=torch.Generator(),
     )
+
+
+class SlideLoader:
+    """One slide after another, each in batches of its own; see `slide_loader`.
+
+    Attributes:
+        dataset: The patches, slide after slide.
+        batch_size: Most images of a batch.
+        sampler: The order of the patches, that of `dataset`.
+    """
+
+    def __init__(self, dataset: PatchDataset, batch_size: int, workers: int, pin_memory: bool) -> None:
+        slides = dataset.cohort.slide[dataset.rows]
+        self.dataset = dataset.subset(np.argsort(slides, kind="stable"))
+        self.batch_size = batch_size
+        self.sampler = SequentialSampler(self.dataset)
+        edges = [0, *(np.flatnonzero(np.diff(np.sort(slides))) + 1).tolist(), len(self.dataset)]
+        self._batches = [
+            list(range(start, min(start + batch_size, end)))
+            for first, end in pairwise(edges)
+            for start in range(first, end, batch_size)
+        ]
+        self._loader: DataLoader[Sample] = DataLoader(
+            self.dataset,
+            batch_sampler=self._batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[HierarchicalBatch]:
+        return iter(self._loader)
+
+
+def slide_loader(
+    dataset: PatchDataset, *, batch_size: int = 64, workers: int = 0, pin_memory: bool = False
+) -> SlideLoader:
+    """A loader that yields the slides of a dataset one after another, each in batches of up to batch_size images.
+
+    For `hsat.eval.evaluate_slides`, which reads one slide at a time and takes the batch size for the number of images
+    that go through the encoder at a time.
+
+    Args:
+        dataset: The patches, in any order; slides come in ascending order of their ids.
+        batch_size: Most images of a batch; a batch never holds patches of two slides.
+        workers: Reading processes; 0 reads in this one.  The batches are the same for any number.
+        pin_memory: Page-lock the batches, so that a GPU copies them while it computes.
+
+    Returns:
+        The loader, which can be read again and again.
+
+    Raises:
+        ValueError: batch_size is below 1, or there are no patches.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not len(dataset):
+        raise ValueError(f"{dataset!r} holds no patches, and so no slide")
+    return SlideLoader(dataset, batch_size, workers, pin_memory)
 
 
 def hierarchical_loader(

@@ -26,6 +26,8 @@ from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines, ensemble_attacks, paper_attacks
 from hsat.eval.pooling import LevelRows, PooledScores, pool, pool_by_level
 from hsat.eval.records import Record, read_records, write_records
+from hsat.eval.slide_cross_validation import SlideCrossValidation, cross_validate_slides
+from hsat.eval.slides import SlidesResult, evaluate_slides
 from hsat.eval.smoothing import Smoothing
 from hsat.eval.store import EmbeddingCache
 from hsat.eval.tables import Table, TableCell
@@ -58,6 +60,8 @@ __all__ = [
     "RunOptions",
     "ScoreTable",
     "Scoring",
+    "SlideCrossValidation",
+    "SlidesResult",
     "Smoothing",
     "Table",
     "TableCell",
@@ -71,10 +75,12 @@ __all__ = [
     "check_certificates",
     "compare_models",
     "conventions_table",
+    "cross_validate_slides",
     "diagnose",
     "ensemble_attacks",
     "evaluate_budget",
     "evaluate_classifier",
+    "evaluate_slides",
     "evaluate_transfer",
     "evaluate_whitebox",
     "load_scores",

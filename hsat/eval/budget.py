@@ -238,12 +238,12 @@ def _budget_records(
         metric="smallest_fraction",
         value=float(finite.mean()),
         n=n,
-        interval=_mean_interval(finite, result.patients, seed=template.seed, resamples=template.scoring.bootstrap),
+        interval=mean_interval(finite, result.patients, seed=template.seed, resamples=template.scoring.bootstrap),
     )
     return [*records, mean]
 
 
-def _mean_interval(values: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
+def mean_interval(values: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
     """The interval of the mean of values in [0, 1], one per group, over resampled patients."""
     people, member_of = np.unique(patients, return_inverse=True)
     if reason := missing_interval_reason(len(people), resamples):

@@ -31,7 +31,7 @@ _BACKWARD = 2  # forward passes that a backward pass costs, where nothing was me
 _STAND_IN_SIDE = 16  # pixels of the images on which passes are counted
 _TIMED_IMAGES = 8  # on a CPU; a GPU is timed with a whole batch
 _LARGE_BANK = 100e6  # bytes, or seconds below: a bank that is announced
-_LONG_BANK = 30.0
+LONG_BANK = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def announce_bank(evaluation: Evaluation, ranks: int, loader: Iterable[Hierarchi
         width = encode(layer, images[:1]).shape[1]
         seconds = rows / ranks * _time(lambda: encode(layer, images), device) / len(images)
     size = 4 * rows * width
-    if size >= _LARGE_BANK or seconds >= _LONG_BANK:
+    if size >= _LARGE_BANK or seconds >= LONG_BANK:
         _log.info("bank of %s patches: about %s to embed, %s", f"{rows:,}", time_text(seconds), memory_text(size))
 
 

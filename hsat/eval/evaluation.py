@@ -26,9 +26,9 @@ from hsat.fingerprints import (
     fingerprint_encoder,
     fingerprint_loader,
     fingerprint_table,
+    normalisation_of,
     numerics_of,
 )
-from hsat.models import normalisation_of
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
 
 Bank = Iterable[HierarchicalBatch] | EmbeddingTable | Sequence[EmbeddingTable]
@@ -152,22 +152,28 @@ class Evaluation:
     def template(
         self,
         bank: EmbeddingTable | None,
-        queries: EmbeddingTable,
+        queries: EmbeddingTable | LoaderInfo,
         class_names: Sequence[str],
         *,
         target: str | None = None,
     ) -> RecordTemplate:
-        """What all records of these queries by classifiers of this bank have in common.
+        """What all records of these queries have in common.
 
-        bank: None for a classifier that decides by its own logits.  target: For other texts.
+        Args:
+            bank: What the classifiers were fitted on; None for classifiers without one.
+            queries: Their table (of logits, where there is no bank), or the facts of their loader where slides are
+                scored.
+            class_names: Columns of the scores.
+            target: What the attacks maximise, where that is something else than the target.
         """
-        scoring = self.scoring
+        scoring, flags = self.scoring, tuple[str, ...]()
         settings = arithmetic_settings(scoring) | {"layer": self.layer, "bootstrap": scoring.bootstrap}
         settings["pixel_normalisation"] = normalisation_of(self.encoder)
-        if bank is None:
-            settings["layer"] = LOGITS
-        else:
+        if bank is not None and isinstance(queries, EmbeddingTable):
             settings |= {"bank_rows": len(bank), "bank_cohort": bank.cohort, "bank_split": bank.split}
+            flags = bank_flags(bank, queries)
+        elif isinstance(queries, EmbeddingTable):
+            settings["layer"] = LOGITS
         if target is None and (branch := self.target.branch_of(self.encoder)):
             settings["attack_branch"] = branch
         if numerics := numerics_of(self.encoder):
@@ -181,7 +187,7 @@ class Evaluation:
             cohort=queries.cohort,
             split=queries.split,
             class_names=tuple(class_names),
-            flags=() if bank is None else bank_flags(bank, queries),
+            flags=flags,
             settings=settings,
         )
 

@@ -61,11 +61,15 @@ def ensemble_attacks(
     *,
     steps: int = 10,
     step_size: float | None = 2 / 255,
-    decision_steps: int = 20,
-    restarts: int = 3,
-    queries: int = 200,
+    decision_steps: int = 100,
+    restarts: int = 1,
+    targets: int = 9,
+    queries: int = 1000,
 ) -> dict[str, AttackEnsemble]:
-    """Linf ensembles {"ensemble-4": ..., "ensemble-8": ...}; steps and step_size are those of `paper_attacks`."""
+    """Linf ensembles {"ensemble-4": ..., "ensemble-8": ...}: `AttackEnsemble.standard` but for the drift members.
+
+    Their steps and step_size are those of `paper_attacks`, so that attacks of the same call count as members.
+    """
     return {
         f"ensemble-{eps_text(eps).removesuffix('/255')}": AttackEnsemble(
             Linf(eps),
@@ -73,6 +77,7 @@ def ensemble_attacks(
             step_size=step_size,
             decision_steps=decision_steps,
             restarts=restarts,
+            targets=targets,
             queries=queries,
         )
         for eps in eps_values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hsat.fingerprints import normalisation_of
 from hsat.models.checkpoints import checkpoint_hash, load_checkpoint, save_encoder
 from hsat.models.dual_norm import (
     DualBatchNorm,
@@ -19,7 +20,7 @@ from hsat.models.folding import fold_batchnorm
 from hsat.models.frozen import frozen
 from hsat.models.heads import HeadSpec, ProjectionHead, projection_head
 from hsat.models.metadata import LoadReport
-from hsat.models.pixel_normalisation import PixelNormalisation, normalisation_of
+from hsat.models.pixel_normalisation import PixelNormalisation
 from hsat.models.wrapper import wrap_encoder
 from hsat.models.zoo import PAPER_NAMES
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -98,22 +97,6 @@ def _parse_values(text: str) -> tuple[list[float], list[float]]:
             f" got {text!r}"
         ) from None
     return mean, std
-
-
-def normalisation_of(encoder: object) -> dict[str, Any]:
-    """What records say of an encoder's pixel normalisation: mean, std and who states them.
-
-    Args:
-        encoder: An `Encoder`, or any other callable, of which nothing is known.
-
-    Returns:
-        Plain values by name.
-    """
-    pixels = getattr(encoder, "pixels", None)
-    if not isinstance(pixels, PixelNormalisation):
-        return {"mean": None, "std": None, "stated_by": "", "note": "whatever the encoder itself does to pixels"}
-    mean, std = (None if values is None else list(values) for values in pixels.values)
-    return {"mean": mean, "std": std, "stated_by": pixels.stated_by}
 
 
 def check_normalisation(

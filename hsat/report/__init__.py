@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from hsat.report.accuracy_plot import plot_accuracy_vs_eps
 from hsat.report.artifacts import Artifacts, ArtifactSource, ConditionArrays, read_artifacts, write_artifacts
+from hsat.report.fraction_plot import plot_accuracy_vs_fraction
 from hsat.report.page import write_report
 from hsat.report.paper import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
 from hsat.report.plots import plot_certified_accuracy, plot_patches, plot_transfer
@@ -31,6 +32,7 @@ __all__ = [
     "paper_lines",
     "paper_markdown",
     "plot_accuracy_vs_eps",
+    "plot_accuracy_vs_fraction",
     "plot_certified_accuracy",
     "plot_patches",
     "plot_transfer",

@@ -19,6 +19,9 @@ _ARITHMETIC = ("how", "absent", "keys")  # of pooling and of the mean class accu
 _TARGETS = {
     "decision": "Attacks on the decision of the classifier",
     "knn": "Attacks on the vote of the nearest neighbours",
+    "cross_entropy": "Attacks on the cross-entropy of the true class",
+    "own_decision": "Attacks away from the decision as it is, without labels",
+    "representation": "Attacks on the representation of the slide, without labels",
     "any": "Certificates, which hold for any attack",
 }
 _EXACT = ("flat", "stream", "torch")  # indexes that find the true neighbours, and so the same numbers

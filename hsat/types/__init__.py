@@ -16,6 +16,7 @@ from hsat.types.protocols import (
     SuccessTest,
     ThreatModel,
 )
+from hsat.types.slides import SlideClassifier
 from hsat.types.table import EmbeddingTable, align_labels
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Levels",
     "MemberStats",
     "Objective",
+    "SlideClassifier",
     "SuccessTest",
     "ThreatModel",
     "align_labels",

@@ -12,7 +12,12 @@ SQUEEZED = (
 
 
 def check_rows(z: Tensor, n: int, giver: str, *, columns: str = "d") -> None:
-    """Raise ValueError unless z is (n, columns), one row per image; giver: who gave it, for the message."""
+    """Raise unless z is a tensor (n, columns), one row per image; giver: who gave it, for the message."""
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"{giver} gave {type(z).__name__} for {n} images; expected a tensor ({n}, {columns}). Pick the entry that"
+            " holds it: lambda x: model(x)[0], or hsat.models.wrap_encoder(model, features=ENTRY)"
+        )
     if z.ndim == 2 and len(z) == n:
         return
     shape = tuple(z.shape)

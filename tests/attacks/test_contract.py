@@ -72,6 +72,7 @@ def ensembles_of(threat):
         worst_case(RandomNoise(threat), pgd),
         worst_case(FGSM(threat), APGD(threat, steps=3)),
         AttackEnsemble(threat, steps=3, decision_steps=4, restarts=2, queries=5),
+        AttackEnsemble.standard(threat, steps=5, targets=2, queries=6),
     ]
 
 

@@ -13,12 +13,14 @@ from torch import nn
 from hsat.attacks import L2, MIFGSM, PGD, AttackEnsemble, EnsembleMember, Linf, feature_drift, margin
 from hsat.attacks.ensemble_pass import Candidate
 from hsat.classifiers import DecisionModel, KNNClassifier
-from hsat.testing import check_feasible
+from hsat.testing import DTYPES, check_feasible
 from hsat.types import AttackResult, EmbeddingTable
 
 EPS = 2.2 / 255
 QUICK = dict(steps=4, step_size=1 / 255, decision_steps=5, restarts=2, queries=6)
 SMALL = AttackEnsemble(Linf(EPS), **QUICK)
+TARGETS = ["APGD target 1", "APGD target 2", "APGD best target"]
+ON_DECISION = ["APGD margin 1", "APGD margin 2", "APGD cross-entropy", "APGD dlr", *TARGETS]
 TINT = torch.tensor([[-4.0, 2.0, 2.0], [-2.0, 4.0, -2.0], [4.0, -2.0, -2.0]]) / 255
 
 
@@ -103,7 +105,7 @@ def test_what_is_reported_is_who_was_broken(encoder, result):
     torch.testing.assert_close(objective(result.x_adv).detach(), result.value)
     names = [member.name for member in result.members]
     drifts = ["PGD features", "PGD embedding", "MIFGSM features", "MIFGSM embedding"]
-    assert names == ["clean", *drifts, "APGD vote 1", "APGD vote 2", "APGD vote-ce", "Square"]
+    assert names == ["clean", *drifts, *ON_DECISION, "Square"]
     robust = len(X)
     for member in result.members:
         assert member.seen == robust and member.newly_broken == (by == member.name).sum()
@@ -128,7 +130,8 @@ def test_robust_images_only_are_attacked_and_every_pass_is_counted(encoder, know
     assert encoder.images == sum(member.forwards for member in result.members)
     assert result.members[0].forwards == (0 if known else len(X))
     passes = {member.name: member.backwards / max(1, member.seen) for member in result.members}
-    assert passes["PGD features"] == 4 and passes["APGD vote 1"] == 5 and passes["Square"] == 0
+    assert passes["PGD features"] == 4 and 0 < passes["APGD margin 1"] < 5 and passes["Square"] == 0
+    assert passes["APGD margin 2"] == 5  # none breaks there, so none stops before
 
 
 def test_neither_batches_nor_the_broken_matter(encoder, result):
@@ -190,8 +193,7 @@ def test_success_and_start_of_the_caller(encoder):
 def test_a_model_without_layers_is_attacked_on_its_decision(encoder):
     model = decision(encoder).model
     result = SMALL.run(X, margin(model.forward, LABEL), generator=seeded(), ids=IDS)
-    names = [member.name for member in result.members]
-    assert names == ["clean", "APGD vote 1", "APGD vote 2", "APGD vote-ce", "Square"]
+    assert [member.name for member in result.members] == ["clean", *ON_DECISION, "Square"]
     assert result.embedding is None and result.success.sum() > decision(encoder).success(X).sum()
 
 
@@ -210,19 +212,23 @@ class Shift:
     by: float
     backwards: int = 1
 
-    def run(self, x, objective, *, start, generator, ids, score):
+    def run(self, x, objective, *, start, generator, ids, success, score):
         x_adv, none = (x + self.by).clamp(0, 1), torch.zeros(len(x))
         return AttackResult(x_adv, none, none, none.long(), none.bool(), 1, self.backwards)
 
 
 @dataclass(frozen=True, repr=False)
 class Chosen(AttackEnsemble):
-    """An ensemble of given members."""
+    """An ensemble of given members: attacks on the margin, or (attack, objective, target)."""
 
     given: tuple = ()
 
-    def members(self, layers=()):
-        return tuple(EnsembleMember(name=str(i), attack=one, objective="margin") for i, one in enumerate(self.given))
+    def members(self, layers=(), classes=None):
+        given = (one if isinstance(one, tuple) else (one, "margin", 1) for one in self.given)
+        return tuple(
+            EnsembleMember(name=str(i), attack=attack, objective=objective, target=target)
+            for i, (attack, objective, target) in enumerate(given)
+        )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +256,93 @@ def test_a_candidate_that_moved_counts(encoder):
         assert bool(result.never_moved.all()) == unmoved and bool(result.never_moved.any()) == unmoved
 
 
+@dataclass(frozen=True)
+class Spy(Shift):
+    """The same, and it keeps the objectives that it was given."""
+
+    kept: list = dataclasses.field(default_factory=list, compare=False)
+
+    def run(self, x, objective, **options):
+        self.kept.append(objective)
+        return super().run(x, objective, **options)
+
+
+def test_targeted_members_aim_at_the_nearest_wrong_classes(encoder):
+    objective, spy = decision(encoder), Spy(Linf(EPS), 0.0)
+    aims = [(spy, "target", rank) for rank in (1, 2)]
+    Chosen(Linf(EPS), given=tuple(aims)).run(X, objective, generator=seeded(), ids=IDS)
+    first, second = (kept.target for kept in spy.kept)
+    right = ~objective.success(X)
+    logits = objective.model(X)[right].detach().scatter(1, LABEL[right][:, None], -torch.inf)
+    assert torch.equal(first, logits.argmax(1)) and not (first == second).any() and not (second == LABEL[right]).any()
+
+
+def test_the_best_target_is_the_class_that_was_come_nearest_to(encoder):
+    objective, spy = decision(encoder), Spy(Linf(1.0), 0.0)
+    moved = PGD(Linf(1.0), step_size=1 / 255, steps=3)  # without .success, so that images stay right while they can
+    clean, right = objective.model(X).detach(), ~objective.success(X)
+    result = Chosen(Linf(1.0), given=((moved, "target", 2), (spy, "target", 0))).run(
+        X, objective, generator=seeded(), ids=IDS
+    )
+    (kept,) = spy.kept
+    still = torch.tensor([by in ("", "1") for by in result.broken_by])
+    assert still.any() and (still <= right).all()
+    reached = torch.maximum(_gap(clean, LABEL), _gap(objective.model(result.x_adv).detach(), LABEL))[still]
+    assert torch.equal(kept.target, reached.argmax(1))
+
+
+def _gap(logits, labels):
+    return (logits - logits.gather(1, labels[:, None])).scatter(1, labels[:, None], -torch.inf)
+
+
+def blind_alley(images):
+    """Class 1 is nearest and never wins; class 2 wins where all pixels go up, and seems far away."""
+    share = (images.mean((1, 2, 3)) - 0.5) / EPS
+    return 20 * torch.stack((0 * share, -0.1 - 0.05 * share, -1.5 + 1.6 * share), 1)
+
+
+def test_a_targeted_member_breaks_what_the_margin_does_not():
+    x, labels = torch.full((4, 3, 6, 6), 0.5), torch.zeros(4, dtype=torch.int64)
+    ensemble = AttackEnsemble.standard(Linf(EPS), steps=12, queries=8)
+    found = ensemble.run(x, margin(blind_alley, labels), generator=seeded(), ids=IDS[:4])
+    assert set(found.broken_by) == {"APGD target 2"}
+    without = dataclasses.replace(ensemble, targets=0).run(x, margin(blind_alley, labels), generator=seeded())
+    assert set(without.broken_by) == {""}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threat", [Linf(EPS), L2(0.1)])
+def test_images_lie_in_the_ball_in_every_dtype(threat, dtype):
+    x = X[:6].to(dtype)
+    objective = margin(lambda images: blind_alley(images.float()), torch.zeros(6, dtype=torch.int64))
+    result = AttackEnsemble.standard(threat, steps=5, queries=6).run(x, objective, generator=seeded(), ids=IDS[:6])
+    assert result.x_adv.dtype == dtype and (result.x_adv != x).any()
+    check_feasible(result.x_adv, x, threat)
+    assert torch.equal(objective.success(result.x_adv), result.success)
+
+
+def test_with_two_classes_there_is_one_margin_and_no_target():
+    two = margin(lambda images: blind_alley(images)[:, ::2], torch.zeros(2, dtype=torch.int64))
+    result = SMALL.run(torch.full((2, 3, 6, 6), 0.5), two, generator=seeded())
+    names = [member.name for member in result.members]
+    assert names == ["clean", "APGD margin 1", "APGD margin 2", "APGD cross-entropy", "Square"]
+
+
+def test_standard_is_what_the_constructor_gives():
+    threat = Linf(EPS)
+    assert AttackEnsemble.standard(threat) == AttackEnsemble(threat)
+    helped = AttackEnsemble.standard(threat, steps=5, targets=2, queries=7, surrogates={"other": Colours()})
+    assert helped == AttackEnsemble(threat, steps=5, decision_steps=5, targets=2, queries=7)
+    assert list(helped.surrogates) == ["other"]
+    names = [member.name for member in AttackEnsemble(threat).members(classes=12)]
+    assert names[-1] == "Square" and "APGD target 9" in names and "APGD target 10" not in names
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match="targets must be a whole number >= 0, got -1"):
+        AttackEnsemble(Linf(EPS), targets=-1)
+    with pytest.raises(ValueError, match="steps must be a whole number >= 1, got 0"):
+        AttackEnsemble.standard(Linf(EPS), steps=0)
     with pytest.raises(ValueError, match="restarts must be a whole number >= 1, got 0"):
         AttackEnsemble(Linf(EPS), restarts=0)
     with pytest.raises(TypeError, match="threat must be a threat model"):

@@ -33,6 +33,7 @@ def test_exact_values():
     assert margin(given_logits, labels)(x).tolist() == [-2.0, 2.0, 4.0]
     torch.testing.assert_close(dlr(given_logits, labels)(x), torch.tensor([-2 / 3, 2 / 3, 4 / 3]))
     target = torch.tensor([1, 2, 0])
+    assert margin(given_logits, labels, target=target)(x).tolist() == [-2.0, -1.0, 4.0]
     torch.testing.assert_close(dlr(given_logits, labels, target=target)(x), torch.tensor([-2, -1, 4]) / 3.5)
 
 
@@ -109,7 +110,7 @@ def test_select_gives_the_same_values(options):
     logits, _ = problem(5)
     labels, index = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([4, 1])
     x = images_of(logits)
-    for objective in (margin(given_logits, labels), dlr(given_logits, labels, **options)):
+    for objective in (margin(given_logits, labels, **options), dlr(given_logits, labels, **options)):
         assert torch.equal(objective.select(index)(x[index]), objective(x)[index])
 
 
@@ -124,12 +125,13 @@ def test_errors_name_the_culprit():
         margin(given_logits, labels * 0)(x[:, :1])
     with pytest.raises(ValueError, match="labels go from 0 to 7, but the model gives 5"):
         margin(given_logits, torch.tensor([0, 1, 2, 3, 4, 7]))(x)
-    with pytest.raises(ValueError, match="target go from 1 to 9, but the model gives 5"):
-        dlr(given_logits, labels * 0, target=torch.tensor([1, 1, 1, 1, 1, 9]))(x)
-    with pytest.raises(ValueError, match="holds the true class"):
-        dlr(given_logits, labels, target=labels)
-    with pytest.raises(ValueError, match="must have the shape of labels"):
-        dlr(given_logits, labels, target=labels[:2])
+    for objective in (margin, dlr):
+        with pytest.raises(ValueError, match="target go from 1 to 9, but the model gives 5"):
+            objective(given_logits, labels * 0, target=torch.tensor([1, 1, 1, 1, 1, 9]))(x)
+        with pytest.raises(ValueError, match="holds the true class"):
+            objective(given_logits, labels, target=labels)
+        with pytest.raises(ValueError, match="must have the shape of labels"):
+            objective(given_logits, labels, target=labels[:2])
     with pytest.raises(ValueError, match=r"labels must be \(n,\) int64 class numbers, got \(6,\) torch.float32"):
         margin(given_logits, labels.float())
     with pytest.raises(ValueError, match="got list"):

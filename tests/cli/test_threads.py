@@ -46,7 +46,7 @@ def test_the_block_sets_the_number_back():
 @pytest.mark.parametrize("faster", [True, False])
 def test_the_faster_one_is_taken_said_and_kept(faster, encoder, two_threads, tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(module, "_one_is_faster", lambda *args: asked.append(args) or faster)
+    monkeypatch.setattr(module, "one_is_faster", lambda *args: asked.append(args) or faster)
     for _ in range(2):  # the second time it is read
         torch.set_num_threads(2)
         assert settle(encoder, tmp_path) == (1 if faster else None)
@@ -57,7 +57,7 @@ def test_the_faster_one_is_taken_said_and_kept(faster, encoder, two_threads, tmp
 
 
 def test_what_the_user_says_is_never_overruled(encoder, two_threads, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_one_is_faster", lambda *args: pytest.fail("nothing is to be measured"))
+    monkeypatch.setattr(module, "one_is_faster", lambda *args: pytest.fail("nothing is to be measured"))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         assert settle(encoder, tmp_path, environment={name: "2"}) is None
     assert settle(encoder, tmp_path, threads=2) == 2
@@ -70,7 +70,7 @@ def test_what_the_user_says_is_never_overruled(encoder, two_threads, tmp_path, m
 def test_the_measurement_disturbs_nothing(encoder, two_threads):
     encoder.train()
     state, weights = torch.get_rng_state(), [p.clone() for p in encoder.state_dict().values()]
-    assert module._one_is_faster(encoder, 32, 2) in (True, False)
+    assert module.one_is_faster(encoder, 32, 2) in (True, False)
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == 2 and encoder.training
     assert all(torch.equal(a, b) for a, b in zip(weights, encoder.state_dict().values(), strict=True))
     assert all(p.grad is None for p in encoder.parameters())

@@ -8,6 +8,7 @@
 | export     | yes                   | yes       | yes               | yes                | yes                        |
 | linear     | yes                   | yes       | yes               | yes                | yes                        |
 | classifier | yes                   | yes       | yes               | always             | yes                        |
+| slides     | yes                   | yes       | yes               | yes                | an ensemble only           |
 | certify    | yes                   | yes       | yes               | no attack: its check takes all of them          |
 
 The first of them measures natural shifts beside its attack.
@@ -34,8 +35,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from hsat.attacks import L2, PGD, AttackEnsemble, Linf, NaturalShift
-from hsat.data import PatchDataset, patch_loader, read_folders
-from hsat.classifiers import KNNClassifier, LinearProbe
+from hsat.data import PatchDataset, patch_loader, read_folders, slide_loader
+from hsat.classifiers import MIL, GatedAttention, KNNClassifier, LinearProbe
 from hsat.eval import *
 
 EPS = 4 / 255
@@ -43,8 +44,9 @@ GRADIENT = PGD(Linf(EPS), step_size=2 / 255, steps=2)
 ENSEMBLE = AttackEnsemble(Linf(EPS), steps=2, decision_steps=2, restarts=1, queries=2)
 SHIFTS = {name: NaturalShift.standard()[name] for name in ("stain 2", "jpeg 3", "brightness 1")}
 COMMON = dict(classifier=KNNClassifier(k=3), provenance=Provenance(model="m"))
-ATTACKING = ("whitebox", "transfer", "budget", "export", "linear", "classifier")
+ATTACKING = ("whitebox", "transfer", "budget", "export", "linear", "classifier", "slides")
 NAMES = (*ATTACKING, "certify")
+TARGETS = {"features": "representation", "decision": "decision"}  # what slides call them
 
 
 class Network(nn.Module):
@@ -86,6 +88,13 @@ def evaluate(name, root, out, network, *, target="features", attack=GRADIENT, ru
         torch.manual_seed(1)
         model = nn.Sequential(network, nn.Linear(6, 2))
         result = evaluate_classifier(model, queries, {"attack": attack}, scoring=scoring, run=run)
+    elif name == "slides":
+        torch.manual_seed(2)
+        classifier = MIL(GatedAttention(16, 2, hidden=4), cohort.class_names)
+        slides = slide_loader(PatchDataset(cohort, "val"), batch_size=3)
+        options = dict(target=TARGETS[target], scoring=scoring, run=run, provenance=COMMON["provenance"])
+        options |= dict(fractions=(0.5, 1.0))
+        result = evaluate_slides(network, slides, classifier, {"attack": attack}, **options)
     elif name == "budget":
         result = evaluate_budget(network, bank, queries, attack, scoring=scoring, **options)
     elif name == "export":
@@ -176,7 +185,7 @@ def whole(shared, root, tmp_path_factory):
     return answers
 
 
-EVALUATIONS = ("whitebox", "transfer", "budget", "export", "linear", "classifier", "certify")
+EVALUATIONS = ("whitebox", "transfer", "budget", "export", "linear", "classifier", "slides", "certify")
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +246,7 @@ def test_two_ranks_say_what_one_process_says(name, whole, ranks):
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_clean_embeddings_are_cached(name, shared, root, whole, tmp_path):
-    """Of bank and queries; certification counts votes on noisy images, and so finds its bank only."""
+    """Of bank and queries; certification counts votes on noisy images, and so finds its bank only; slides need none."""
     said, images = whole[name]
     seen = []
     for number in range(2):
@@ -245,7 +254,8 @@ def test_clean_embeddings_are_cached(name, shared, root, whole, tmp_path):
         assert shared.evaluate(name, root, tmp_path / f"files{number}", network, run=run) == said
         seen.append(network.images)
     assert seen[0] <= images - 8 * (name == "transfer"), "a transfer reads the queries of a surrogate twice"
-    assert images - seen[1] >= (8 if name in ("certify", "classifier") else 16)  # a classifier has no bank
+    has_bank = name not in ("certify", "classifier", "slides")  # certification counts votes on noisy queries
+    assert images - seen[1] >= (16 if has_bank else 8)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
@@ -288,6 +298,10 @@ def test_the_attack_may_be_another_librarys(name, shared, root, tmp_path):
         assert not check(shared, root, attack=theirs).violated
         return
     theirs = from_torchattacks(OfAnotherLibrary, threat=Linf(shared.EPS))
+    if name == "slides":  # one decision for many images is no model of images
+        with pytest.raises(ValueError, match="attack 'attack' failed on slide"):
+            shared.evaluate(name, root, tmp_path / "files", shared.Network(), attack=theirs)
+        return
     said, again = (
         shared.evaluate(name, root, tmp_path / folder, shared.Network(), target="decision", attack=theirs)
         for folder in ("first", "second")
@@ -310,7 +324,8 @@ def test_the_attack_may_be_an_ensemble(name, shared, root, tmp_path):
     records = [json.loads(line) for line in said if line.startswith("{")]
     attacked = [record for record in records if record["attack"].startswith("AttackEnsemble")]
     assert attacked and all(record["backwards"] > 0 for record in attacked)
-    assert all("Square" in record["settings"]["members"] for record in attacked)
+    if name != "slides":  # where all members climb one number
+        assert all("Square" in record["settings"]["members"] for record in attacked)
 
 
 def check(shared, root, **options):

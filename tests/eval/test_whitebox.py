@@ -480,7 +480,7 @@ def test_a_sound_encoder_gets_no_flag_at_patch_level_and_pools_are_bounds(ensemb
     ours = [record for record in ensemble.records if record.attack_name == "ensemble"]
     assert all(record.flags == () for record in ours if record.level == "patch")
     assert all("an attack on the pool may do more" in record.flags[-1] for record in ours if record.level != "patch")
-    assert all(record.attack == repr(SMALL) and "APGD vote 1" in record.settings["member_attacks"] for record in ours)
+    assert all(record.attack == repr(SMALL) and "APGD margin 1" in record.settings["member_attacks"] for record in ours)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hsat.classifiers import load_mil
 from hsat.eval import read_records
 from hsat.models import load_encoder
 
@@ -28,6 +29,7 @@ NAMES = {
     "own_encoder",
     "own_attack",
     "other_libraries",
+    "linear_probe_and_mil",
 }
 COMMANDS = {
     "train_hsat": "train",
@@ -115,6 +117,21 @@ def test_reproduce_paper_sets_our_numbers_beside_the_printed_ones(tmp_path):
     assert printed.startswith("83.1")
     ours = re.findall(r"^\| (\w+) \| ours \| (\d+\.\d)", shown, re.MULTILINE)
     assert {name for name, _ in ours} == {"HiDisc", "HSAT"}
+
+
+def test_linear_probe_and_mil_are_attacked(tmp_path):
+    shown = run("linear_probe_and_mil", tmp_path)
+    out = tmp_path / "here/runs/example-slides"
+    left = [float(value) for value in re.findall(r"^PGD-4 through [\d.]+ %: ([\d.]+)$", shown, re.MULTILINE)]
+    (clean,) = re.findall(r"^clean: ([\d.]+)$", shown, re.MULTILINE)
+    assert [float(clean), *left] == sorted([float(clean), *left], reverse=True) and left[-1] < float(clean)
+    (honest,) = re.findall(r"^cross-validated accuracy of slides: ([\d.]+)$", shown, re.MULTILINE)
+    assert float(honest) > 0.5
+    records = read_records(out / "records.jsonl")
+    assert {record.level for record in records} == {"slide", "patient"}
+    assert {record.settings.get("order") for record in records if record.attack} == {"attention"}
+    assert load_mil(out / "mil.safetensors").class_names == ("hgg", "lgg", "mening", "metast", "normal")
+    assert "**Patch level**" in shown
 
 
 def test_own_encoder_trains_and_is_measured(tmp_path):
