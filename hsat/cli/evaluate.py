@@ -33,6 +33,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -336,7 +337,7 @@ def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scori
 
 
 def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
-    """Accuracy against eps for the first classifier, each encoder's patches under the first attack at its last eps."""
+    """Accuracy against eps, and for each encoder a patch of each class under the first attack at its last eps."""
     records = [record for record in records if record.classifier == records[0].classifier]
     plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=records[0].k)
     for title, result in results.items():
@@ -344,14 +345,16 @@ def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxR
         attacks = [one for one in result.examples if not one.startswith(("clean", "noise")) and one not in shifts]
         if attacks and settings.gallery:
             name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
-            clean, x_adv = result.examples["clean"], result.examples[name]
-            path = settings.out / f"patches_{title}_{name}.png"
-            plot_patches(clean, x_adv, path, titles=_patch_titles(result, name))
+            labels = result.tables["clean"].label[list(result.example_rows)]
+            chosen = np.unique(labels, return_index=True)[1]  # the first of each class
+            clean, x_adv = (result.examples[condition][chosen] for condition in ("clean", name))
+            titles = _patch_titles(result, name, [result.example_rows[place] for place in chosen])
+            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=titles)
 
 
-def _patch_titles(result: WhiteboxResult, attack: str) -> list[str]:
-    """For each example its class, and what the first classifier takes it for, clean and attacked."""
-    rows, names, classes = list(result.example_rows), result.class_names, result.tables["clean"].class_names
+def _patch_titles(result: WhiteboxResult, attack: str, rows: list[int]) -> list[str]:
+    """For each of these queries its class, and what the first classifier takes it for, clean and attacked."""
+    names, classes = result.class_names, result.tables["clean"].class_names
     before, after = (next(iter(result.scores[name].values()))[rows].argmax(1) for name in ("clean", attack))
     labels = result.tables["clean"].label[rows]
     return [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,10 +122,11 @@ def plot_accuracy_vs_eps(
     styles = {row: index for index, row in enumerate(rows)}
     with figure_style():
         figure, panels = open_panels(len(drawn), path, axes, size=(panels_width(len(drawn)), 2.45))
+        here = [[record for record in chosen if record.level == level] for level in drawn]
+        names = _name_twins([accuracy_lines(rows, every_attack=True) for rows in here]) if kinds == "all" else None
         named = []
-        for panel, level in zip(panels, drawn, strict=True):
-            here = [record for record in chosen if record.level == level]
-            named.append(draw_accuracy(panel, here, styles, norm=norm, bars=kinds == "all"))
+        for panel, level, rows_here in zip(panels, drawn, here, strict=True):
+            named.append(draw_accuracy(panel, rows_here, styles, norm=norm, attacks=names))
             percent_axis(panel, first=panel is panels[0] or axes is not None)
             panel.set_title(f"{level} level")
         panels[0].set_ylabel(f"{metric}, %")
@@ -140,7 +141,7 @@ def draw_accuracy(
     *,
     norm: str,
     palette: Palette = PAPER,
-    bars: bool = False,
+    attacks: Mapping[tuple[str, str, str], str] | None = None,
 ) -> list[LineLabel]:
     """Draw the records of one level, metric, k and norm into a panel.
 
@@ -150,15 +151,19 @@ def draw_accuracy(
         styles: The number of the colour and shape of each (model, target).
         norm: "L2" counts eps as it is, others in grey levels.
         palette: The colours and shapes.
-        bars: A line for each kind of attack, with bars, instead of the strongest with its band.
+        attacks: Names by (model, target, kind of attack), for a line with bars for each name instead of the strongest
+            attack with its band.
 
     Returns:
         The names of the lines, at the heights of their ends: models first, then noise and chance.
     """
     unit = 1.0 if norm == "L2" else 255.0
-    lines = accuracy_lines(records, every_attack=bars)
-    labels = _draw_lines(panel, _merge_twins(lines), styles, unit=unit, bars=bars, palette=palette)
-    labels += _draw_noise(panel, lines, {} if bars else styles, unit=unit, palette=palette)
+    lines = accuracy_lines(records, every_attack=attacks is not None)
+    if attacks is None:
+        labels = _draw_strongest(panel, lines, styles, unit=unit, palette=palette)
+    else:
+        labels = _draw_kinds(panel, lines, styles, attacks, unit=unit, palette=palette)
+    labels += _draw_noise(panel, lines, {} if attacks else styles, unit=unit, palette=palette)
     for height in draw_chance(panel, records, colour=palette.grey)[:1]:
         labels.append(LineLabel("chance", height, palette.grey_ink))
     eps = [unit * record.eps_value for record in records]
@@ -187,23 +192,30 @@ def name_lines(figure: Any, panels: Sequence[Any], labels: Sequence[Sequence[Lin
             for panel, names in zip(panels, labels, strict=True):
                 place_labels(panel, names)
     else:
-        fullest = max(zip(panels, labels, strict=True), key=lambda pair: len(pair[1]))[0]
-        legend_below(figure, fullest if own else panels[-1], own=own)
+        legend_below(figure, panels, own=own)
 
 
-def _merge_twins(lines: Sequence[AccuracyLine]) -> list[AccuracyLine]:
-    """Attacks on one model that leave the same at every eps as one line with all their names."""
-    merged: list[AccuracyLine] = []
-    for line in lines:
-        for place, other in enumerate(merged):
-            if (line.model, line.target, line.kind) == (other.model, other.target, other.kind) and _coincide(
-                line, other
-            ):
-                merged[place] = replace(other, attack=f"{other.attack}, {line.attack}")
+_Attacked = tuple[str, str, str]  # model, target, kind of attack
+
+
+def _name_twins(panels: Sequence[Sequence[AccuracyLine]]) -> dict[_Attacked, str]:
+    """Names of the lines of attacks: kinds that leave a model the same at every eps in all panels share one."""
+    lines: dict[_Attacked, list[AccuracyLine | None]] = {}
+    for number, panel in enumerate(panels):
+        for line in panel:
+            if line.kind != "noise":
+                places = lines.setdefault((line.model, line.target, line.attack), [None] * len(panels))
+                places[number] = line
+    groups: list[list[_Attacked]] = []
+    for key, mine in lines.items():
+        for group in groups:
+            pairs = zip(mine, lines[group[0]], strict=True)
+            if key[:2] == group[0][:2] and all(one and other and _coincide(one, other) for one, other in pairs):
+                group.append(key)
                 break
         else:
-            merged.append(line)
-    return merged
+            groups.append([key])
+    return {key: ", ".join(attack for _, _, attack in group) for group in groups for key in group}
 
 
 def _coincide(one: AccuracyLine, other: AccuracyLine) -> bool:
@@ -211,40 +223,62 @@ def _coincide(one: AccuracyLine, other: AccuracyLine) -> bool:
     return len(pairs[0]) == len(pairs[1]) and bool(np.allclose(pairs[0], pairs[1], rtol=0, atol=_SAME))
 
 
-def _draw_lines(
+def _draw_strongest(
+    panel: Any, lines: Sequence[AccuracyLine], styles: Mapping[tuple[str, str], int], *, unit: float, palette: Palette
+) -> list[LineLabel]:
+    """A line with a band for each model and target; returns the labels."""
+    shown = [line for line in lines if line.kind != "noise"]
+    labels = []
+    for number, line in enumerate(shown):
+        colour, ink, marker = palette.style(styles[line.model, line.target])
+        hides = any(_coincide(line, earlier) for earlier in shown[:number])  # both colours must show
+        x, y, low, high = _coordinates(line, unit)
+        name = _line_name(line, styles)
+        panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, gid="band")
+        stroke = {"color": colour, "marker": marker, "linestyle": LINES[hides]}
+        edge = {"markeredgecolor": palette.background, "markeredgewidth": 0.5}
+        panel.plot(x, y, label=name, gid="line", **stroke, **edge)
+        labels.append(LineLabel(name, float(y[-1]), ink))
+    return labels
+
+
+def _draw_kinds(
     panel: Any,
     lines: Sequence[AccuracyLine],
     styles: Mapping[tuple[str, str], int],
+    attacks: Mapping[_Attacked, str],
     *,
     unit: float,
-    bars: bool,
     palette: Palette,
 ) -> list[LineLabel]:
-    """The lines of attacks; returns their labels.  Colour tells models apart, marker and stroke the attacks."""
-    shown = [line for line in lines if line.kind != "noise"]
-    kinds = list(dict.fromkeys(line.attack for line in shown))
-    several_targets = len({target for _, target in styles}) > 1
-    places = sorted({styles[line.model, line.target] for line in shown})
+    """A line with bars for each name of attacks; colour tells models apart, marker and stroke the attacks."""
+    kinds = list(dict.fromkeys(attacks.values()))
+    shown = {
+        (line.model, line.target, attacks[line.model, line.target, line.attack]): line
+        for line in reversed(lines)
+        if line.kind != "noise"
+    }
     labels = []
-    for number, line in enumerate(shown):
-        style, kind = styles[line.model, line.target], kinds.index(line.attack)
+    for (model, target, attack), line in reversed(shown.items()):
+        style, kind = styles[model, target], kinds.index(attack)
         colour, ink, marker = palette.style(style)
-        if len(kinds) > 1:
-            marker = palette.markers[kind % len(palette.markers)]
-        name = " ".join(filter(None, (line.model, line.attack, f"({line.target})" if several_targets else "")))
+        marker = palette.markers[kind % len(palette.markers)] if len(kinds) > 1 else marker
         x, y, low, high = _coordinates(line, unit)
-        hides = any(_coincide(line, earlier) for earlier in shown[:number])  # two models: both colours must show
-        stroke = {"color": colour, "marker": marker, "linestyle": LINES[(kind + hides) % len(LINES)]}
-        stroke |= {"markeredgecolor": palette.background, "markeredgewidth": 0.5}
-        if bars:  # moved aside around the true eps, so that intervals of models and attacks do not hide each other
-            aside = 0.18 * (places.index(style) - (len(places) - 1) / 2) + 0.05 * (kind - (len(kinds) - 1) / 2)
-            ends = np.maximum(0.0, np.nan_to_num([y - low, high - y]))  # an interval need not hold the value
-            panel.errorbar(x + aside * x.max() / 8, y, yerr=ends, capsize=1.5, elinewidth=0.7, label=name, **stroke)
-        else:
-            panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, gid="band")
-            panel.plot(x, y, label=name, gid="line", **stroke)
+        # moved aside around the true eps, so that intervals of models and attacks do not hide each other
+        aside = 0.18 * (style - (len(styles) - 1) / 2) + 0.05 * (kind - (len(kinds) - 1) / 2)
+        ends = np.maximum(0.0, np.nan_to_num([y - low, high - y]))  # an interval need not hold the value
+        name = _line_name(line, styles, attack)
+        stroke = {"color": colour, "marker": marker, "linestyle": LINES[kind % len(LINES)]}
+        bars = {"yerr": ends, "capsize": 1.5, "capthick": 0.7, "elinewidth": 0.7}
+        panel.errorbar(x + aside * x.max() / 8, y, label=name, **bars, **stroke)
         labels.append(LineLabel(name, float(y[-1]), ink))
     return labels
+
+
+def _line_name(line: AccuracyLine, styles: Mapping[tuple[str, str], int], attack: str = "") -> str:
+    """Model, attack, and the target where there are several."""
+    several = len({target for _, target in styles}) > 1
+    return " ".join(filter(None, (line.model, attack, f"({line.target})" if several else "")))
 
 
 def _draw_noise(

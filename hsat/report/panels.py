@@ -132,12 +132,17 @@ def percent_axis(panel: Any, *, first: bool = True) -> None:
         panel.tick_params(labelleft=False)
 
 
-def legend_below(figure: Any, panel: Any, *, own: bool) -> None:
-    """The legend of a panel: below all panels of a figure of ours, inside the panel in a figure of the caller's."""
-    handles, labels = panel.get_legend_handles_labels()
+def legend_below(figure: Any, panels: Sequence[Any], *, own: bool) -> None:
+    """One legend of all panels: below those of a figure of ours, inside the last one of a figure of the caller's."""
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    for label in [label for label in ("noise", "chance") if label in entries]:  # to the end
+        entries[label] = entries.pop(label)
     if not own:
-        panel.legend(handles, labels, loc="best")
+        panels[-1].legend(entries.values(), entries.keys(), loc="best")
         return
-    longest = max(map(len, labels), default=1)
-    columns = max(1, min(len(labels), int(figure.get_figwidth() * 72 / (4.4 * longest + 34))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    longest = max(map(len, entries), default=1)
+    columns = max(1, min(len(entries), int(figure.get_figwidth() * 72 / (4.4 * longest + 34))))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)

@@ -72,7 +72,7 @@ def plot_certified_accuracy(
             percent_axis(panel, first=panel is panels[0] or axes is not None)
             panel.set_title(f"{level} level")
         panels[0].set_ylabel("certified accuracy, %")
-        legend_below(figure, panels[-1], own=axes is None)
+        legend_below(figure, panels, own=axes is None)
         return finish_figure(figure, path)
 
 

@@ -62,6 +62,8 @@ _STYLE = {
     "ytick.major.size": 0,
     "lines.scale_dashes": False,
     "lines.linewidth": 2,
+    "lines.dashed_pattern": (5, 3),
+    "lines.dotted_pattern": (1.5, 2.5),
     "lines.markersize": 7,
     "figure.facecolor": "none",
 }

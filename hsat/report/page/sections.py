@@ -254,6 +254,8 @@ def run_provenance(folder: RunFolder) -> RunProvenance:
     facts += [("split", text) for text in dict.fromkeys(r.split for r in records if r.split)]
     weights = dict.fromkeys((record.model, record.checkpoint) for record in records)
     facts += [(f"weights of {model}", digest or "no file (not trained, or not recorded)") for model, digest in weights]
+    facts += [("image size", size)] if (size := _image_size(about)) else []
+    facts += [(f"pixel normalisation of {model}", text) for model, text in pixel_normalisations(records).items()]
     seeds = list(dict.fromkeys(str(record.seed) for record in records))
     seed = about.get("settings", {}).get("seed") if isinstance(about.get("settings"), dict) else None
     if seeds or seed is not None:
@@ -272,6 +274,35 @@ def run_provenance(folder: RunFolder) -> RunProvenance:
         attacks=tuple(attacks),
         absent=folder.absent,
     )
+
+
+def _image_size(about: Mapping[str, Any]) -> str:
+    """The side of the patches that the network saw, from run.json; "" where it does not say."""
+    settings = about.get("settings")
+    data = settings.get("data") if isinstance(settings, Mapping) else None
+    side = data.get("image_size") if isinstance(data, Mapping) else None
+    return f"{side} × {side} pixels" if isinstance(side, int) else ""
+
+
+def pixel_normalisations(records: Sequence[Record]) -> dict[str, str]:
+    """What is subtracted from pixels and divided by, for each model whose records state it."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        if stated := record.settings.get("pixel_normalisation"):
+            found.setdefault(record.model, {})[_normalisation_text(stated)] = None
+    return {model: "; ".join(texts) for model, texts in found.items()}
+
+
+def _normalisation_text(stated: object) -> str:
+    """One normalisation of records: mean, standard deviation, and who says so."""
+    if not isinstance(stated, Mapping):
+        return str(stated)
+    if stated.get("note"):
+        return str(stated["note"])
+    ends = (stated.get("mean"), stated.get("std"))
+    numbers = [", ".join(f"{value:g}" for value in end) for end in ends if isinstance(end, list | tuple)]
+    text = f"mean {numbers[0]}; standard deviation {numbers[1]}" if len(numbers) == 2 else "none"
+    return f"{text} (stated by {stated['stated_by']})" if stated.get("stated_by") else text
 
 
 def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
