@@ -33,6 +33,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -119,7 +120,7 @@ class Evaluate(ClassifierOptions, PatchSettings):
     )
     untrained: bool = Field(False, description="measure an untrained encoder of the same kind, too")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
-    gallery: int = Field(6, ge=0, description="patches in the picture of perturbations")
+    gallery: int = Field(6, ge=0, description="most patches in the pictures of perturbations, of each class alike")
     compute: Annotated[list[Compute], BeforeValidator(split_commas)] = Field(
         [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
     )
@@ -327,6 +328,7 @@ def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scori
                 scores={name: result.scores[name] for name in names},
                 class_names=result.class_names,
                 examples={name: result.examples[name] for name in names if name in result.examples},
+                example_rows=result.example_rows,
             ),
             target=settings.target,
             provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
@@ -335,7 +337,7 @@ def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scori
 
 
 def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
-    """Accuracy against eps for the first classifier, each encoder's patches under the first attack at its last eps."""
+    """Accuracy against eps, and for each encoder a patch of each class under the first attack at its last eps."""
     records = [record for record in records if record.classifier == records[0].classifier]
     plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=records[0].k)
     for title, result in results.items():
@@ -343,9 +345,22 @@ def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxR
         attacks = [one for one in result.examples if not one.startswith(("clean", "noise")) and one not in shifts]
         if attacks and settings.gallery:
             name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
-            clean, x_adv = result.examples["clean"], result.examples[name]
-            heads = [f"patch {i + 1}" for i in range(len(clean))]
-            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
+            labels = result.tables["clean"].label[list(result.example_rows)]
+            chosen = np.unique(labels, return_index=True)[1]  # the first of each class
+            clean, x_adv = (result.examples[condition][chosen] for condition in ("clean", name))
+            titles = _patch_titles(result, name, [result.example_rows[place] for place in chosen])
+            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=titles)
+
+
+def _patch_titles(result: WhiteboxResult, attack: str, rows: list[int]) -> list[str]:
+    """For each of these queries its class, and what the first classifier takes it for, clean and attacked."""
+    names, classes = result.class_names, result.tables["clean"].class_names
+    before, after = (next(iter(result.scores[name].values()))[rows].argmax(1) for name in ("clean", attack))
+    labels = result.tables["clean"].label[rows]
+    return [
+        f"{classes[label]}\n{names[clean]} → {names[attacked]}"
+        for label, clean, attacked in zip(labels, before, after, strict=True)
+    ]
 
 
 def write_ensembles(out: Path, outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:

@@ -144,7 +144,7 @@ class Evaluation:
         """
         target, run = self.target, self.run
         settings: dict[str, Any] = {"target": target.objective, "attack_branch": target.branch, "layer": self.layer}
-        settings |= {"seed": run.seed, "keep_examples": run.keep_examples}
+        settings |= {"seed": run.seed, "examples_of_classes": run.keep_examples}
         about_queries = fingerprint_loader(queries, describe_loader) or {}
         settings |= {f"queries.{name}": value for name, value in about_queries.items()}
         return settings | {f"attack.{name}": fingerprint_attack(attack) for name, attack in attacks.items()}

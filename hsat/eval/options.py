@@ -77,7 +77,8 @@ class RunOptions:
             resumed with a different number of ranks.
         noise: Measure one random point of each threat model, too.
         diagnose: Look for masked gradients on that many queries per attack; 0 for none.
-        keep_examples: Images of each condition to keep in the result.
+        keep_examples: At most so many images of each condition to keep in the result: the first of each class, then the
+            second of each, and so on, and of none more than its share.
         progress: Show progress bars.
 
     Raises:

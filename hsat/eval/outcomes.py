@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -152,3 +153,32 @@ class EnsembleOutcome:
             counts = (member.seen, member.newly_broken, left, member.forwards, member.backwards)
             rows.append((member.name, *map(str, counts)))
         return Table(("attack", "seen", "newly broken", "robust", "forwards", "backwards"), rows).to_markdown()
+
+
+def choose_examples(
+    labels: Sequence[int], count: int, *, classes: int, before: Mapping[int, int] | None = None
+) -> tuple[int, ...]:
+    """Which images to keep to look at: the first of each class, then the second of each, as they come.
+
+    Args:
+        labels: Of images in their order.
+        count: At most so many.
+        classes: How many classes there are; each gives at most its share of `count`, rounded up.
+        before: For a part of the images: how many came before it, by label.
+
+    Returns:
+        Rows in ascending order.  A part gives all that may be among those of the whole.
+
+    Example:
+        >>> choose_examples([0, 0, 0, 1, 2, 2], 4, classes=3)
+        (0, 1, 3, 4)
+    """
+    share = -(-count // max(classes, 1))
+    seen = Counter(before or {})
+    ranked = []
+    for row, label in enumerate(labels):
+        if seen[label] < share:
+            ranked.append((seen[label], row))
+        seen[label] += 1
+    chosen = sorted(ranked)[:count] if before is None else ranked
+    return tuple(sorted(row for _, row in chosen))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,18 +36,11 @@ from hsat.embedding import (
 )
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
-from hsat.eval.outcomes import AttackStats, EnsembleOutcome
+from hsat.eval.outcomes import AttackStats, EnsembleOutcome, choose_examples
 from hsat.eval.store import CleanEmbeddings, ResultStore, Session, StoredResult
 from hsat.files import Arrays
 from hsat.fingerprints import fingerprint_batch
-from hsat.types import (
-    Attack,
-    AttackResult,
-    EmbeddingFunction,
-    EmbeddingTable,
-    HierarchicalBatch,
-    MemberStats,
-)
+from hsat.types import Attack, AttackResult, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, MemberStats
 
 CLEAN = "clean"
 _BATCH_NAME = re.compile(r"batch-(\d+)-[0-9a-f]+\.arrays$")
@@ -119,7 +113,8 @@ class Condition:
     Attributes:
         tables: Their embeddings, by the name of the encoder that read them.
         stats: What the attack did.
-        examples: The first images.
+        examples: The images that are kept, in the order of the table.
+        example_rows: Their rows in the table.
         outcome: For an ensemble, which member broke which image.
         inspected: What the runner's `inspect` said of each batch.
     """
@@ -127,6 +122,7 @@ class Condition:
     tables: dict[str, EmbeddingTable]
     stats: AttackStats
     examples: list[Tensor] = field(default_factory=list)
+    example_rows: tuple[int, ...] = ()
     outcome: EnsembleOutcome | None = None
     inspected: list[dict[str, Any]] = field(default_factory=list)
 
@@ -168,7 +164,7 @@ class AttackRunner:
         self._own = [name for name, reader in readers.items() if reader is self._encoder]
         self._modules = (self._encoder, *readers.values())
         self._include_clean, self._inspect, self._accept = include_clean, inspect, accept
-        self._kept = 0
+        self._seen: Counter[int] = Counter()  # queries so far, by label
         self.computed = 0  # batches that this process attacked, rather than took from the store
 
     def run(
@@ -203,7 +199,7 @@ class AttackRunner:
             return self._attack_batch(number, batch, ordered, info, known)
 
         def visit_batch(batch: HierarchicalBatch) -> None:
-            self._kept += len(batch)
+            self._seen.update(_labels(batch))
             if visit is not None:
                 visit(batch, self._objectives.labels_of(batch, info.class_names))
 
@@ -248,7 +244,9 @@ class AttackRunner:
             known.put(number, batch, clean)
         if self.computed == 1:
             self._objectives.check_fits(clean)
-        record = _BatchRecord(batch, keep=max(0, self._keep - self._kept))
+        classes = len(info.class_names or ())
+        kept = choose_examples(_labels(batch), self._keep, classes=classes, before=self._seen)
+        record = _BatchRecord(batch, keep=kept)
         if self._include_clean:
             rows = {
                 name: clean if name in self._own else encode(reader, images) for name, reader in self._readers.items()
@@ -298,29 +296,32 @@ class AttackRunner:
     def _merge(self, name: str, results: Sequence[StoredResult], info: LoaderInfo) -> Condition:
         """One condition of all batches, of this or another rank."""
         stats, examples = AttackStats(), list[Tensor]()
+        labels = [int(label) for result in results for label in result.arrays["label"]]
+        chosen, begin = choose_examples(labels, self._keep, classes=len(info.class_names or ())), 0
         buffers = {reader: EmbeddingBuffer() for reader in self._readers}
         for result in results:
             stats.merge(result.header["counts"][name])
             for reader, buffer in buffers.items():
                 place = _place(name, reader)
                 buffer.append_normalized(result.arrays, result.arrays[f"z {place}"], result.arrays[f"norm {place}"])
-            missing = max(0, self._keep - sum(map(len, examples)))
-            if missing:
-                kept = torch.from_numpy(result.arrays[f"kept {name}"][:missing])
+            places = begin + result.arrays["kept"]
+            begin += len(result.arrays["label"])
+            if (mine := np.isin(places, chosen)).any():
+                kept = torch.from_numpy(result.arrays[f"kept {name}"][mine])
                 examples.append(kept.to(getattr(torch, result.header["dtype"])))
         tables = {reader: buffer.table(info, encoder=reader) for reader, buffer in buffers.items()}
         inspected = [result.header["inspected"].get(name, {}) for result in results]
-        return Condition(tables, stats, examples, _merge_outcomes(name, results), inspected)
+        return Condition(tables, stats, examples, chosen, _merge_outcomes(name, results), inspected)
 
 
 class _BatchRecord:
     """One batch under one condition after another, as it is stored."""
 
-    def __init__(self, batch: HierarchicalBatch, *, keep: int) -> None:
-        self._batch, self._keep = batch, keep
+    def __init__(self, batch: HierarchicalBatch, *, keep: Sequence[int]) -> None:
+        self._batch, self._keep = batch, list(keep)
         dtype = str(batch.images.dtype).removeprefix("torch.")
         self._header: dict[str, Any] = {"dtype": dtype, "counts": {}, "members": {}, "inspected": {}}
-        self._arrays: Arrays = dict(ids_of(batch))
+        self._arrays: Arrays = {**ids_of(batch), "kept": np.array(self._keep, dtype=np.int64)}
 
     def add(
         self,
@@ -334,7 +335,7 @@ class _BatchRecord:
         for reader, z in rows.items():
             place = _place(name, reader)
             self._arrays[f"z {place}"], self._arrays[f"norm {place}"] = normalize_rows(z, self._batch.patch)
-        kept = images[: self._keep].detach().cpu()
+        kept = images.detach()[self._keep].cpu()
         self._arrays[f"kept {name}"] = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()
         self._header["counts"][name] = stats.counts()
         if ensemble is not None:
@@ -350,6 +351,11 @@ class _BatchRecord:
     def result(self) -> StoredResult:
         """The batch under all conditions."""
         return StoredResult(self._header, self._arrays)
+
+
+def _labels(batch: HierarchicalBatch) -> list[int]:
+    labels: list[int] = ids_of(batch)["label"].tolist()
+    return labels
 
 
 def _place(name: str, reader: str) -> str:

@@ -126,7 +126,7 @@ class Table:
         """
         caption = escape(self.caption + self.details)
         parts = [f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">']
-        parts += [f'<table class="{escape(kind)}">', f"<caption>{caption}</caption>", "<thead>"]
+        parts += [f'<table class="{escape(kind)}">', f"<caption><span>{caption}</span></caption>", "<thead>"]
         if self.groups:
             spans = "".join(
                 f'<th scope="colgroup" colspan="{span}">{escape(label)}</th>' for label, span in self.groups

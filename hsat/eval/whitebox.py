@@ -61,9 +61,10 @@ class WhiteboxResult:
         tables: The embeddings.
         scores: Class scores (n, classes) by condition and classifier: its k for a kNN, else its settings as text.
             Columns follow `class_names`.
-        examples: The first images of the queries under each condition.
+        examples: Some images of each class under each condition, as `RunOptions.keep_examples` says.
         class_names: The classes of the classifiers.
         outcomes: For each ensemble, which of its members broke which image.
+        example_rows: Rows of the tables that the examples belong to.
     """
 
     records: tuple[Record, ...]
@@ -72,6 +73,7 @@ class WhiteboxResult:
     examples: dict[str, Tensor]
     class_names: tuple[str, ...]
     outcomes: dict[str, EnsembleOutcome] = field(default_factory=dict)
+    example_rows: tuple[int, ...] = ()
 
 
 class AttackedQueries(NamedTuple):
@@ -224,6 +226,7 @@ def measure_attacks(
         tables=tables,
         scores=scores,
         examples={name: torch.cat(one.examples) for name, one in conditions.items() if one.examples},
+        example_rows=conditions[CLEAN].example_rows,
         class_names=names,
         outcomes={name: one.outcome for name, one in conditions.items() if one.outcome is not None},
     )

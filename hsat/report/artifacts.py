@@ -2,7 +2,7 @@
 
     evidence/<model>/about.json          model, checkpoint, target, class names, what the map shows
     evidence/<model>/<condition>.npz     condition, levels, labels and predictions, map coordinates
-    evidence/<model>/<condition>-000.png the first patches under that condition, 8 bits per channel
+    evidence/<model>/<condition>-000.png some patches of each class under that condition, 8 bits per channel
     evidence/<model>/<condition>-000-perturbation.png   what the attack added, scaled around grey
 
 Folders and files are named after models and conditions; where a name does not fit into a file name, a part of its
@@ -18,7 +18,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,6 +51,7 @@ class ConditionArrays:
             moved.
         scale: What the perturbations were multiplied with.
         patches, perturbations: PNG files.
+        patch_rows: Rows of the patches among the labels at patch level.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ConditionArrays:
     scale: float = 0.0
     patches: tuple[Path, ...] = ()
     perturbations: tuple[Path, ...] = ()
+    patch_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +106,15 @@ class ArtifactSource:
         tables: Embeddings of each condition; "clean" must be among them, and all have its rows in their order.
         scores: Class scores (n, classes) of each condition by k.
         class_names: Of the columns of the scores.
-        examples: The first images (n, c, h, w) in [0, 1] of each condition.
+        examples: Some images (n, c, h, w) in [0, 1] of each condition, the same ones in each.
+        example_rows: Rows of the tables that they belong to; by default they are the first.
     """
 
     tables: Mapping[str, EmbeddingTable]
     scores: Mapping[str, Mapping[Any, np.ndarray]]
     class_names: tuple[str, ...]
     examples: Mapping[str, Tensor] = field(default_factory=dict)
+    example_rows: Sequence[int] = ()
 
 
 def write_artifacts(
@@ -137,7 +141,8 @@ def write_artifacts(
         The folder of the model.
 
     Raises:
-        ValueError: Without clean queries, and for tables whose patches differ from the clean ones.
+        ValueError: Without clean queries, for tables whose patches differ from the clean ones, and for examples that
+            are not rows of them.
     """
     tables, names = result.tables, result.class_names
     if CLEAN not in tables:
@@ -159,6 +164,7 @@ def write_artifacts(
             arrays |= _placed(plane, table, clean, rows, names)
             shown = result.examples.get(name)
             if shown is not None:
+                arrays["patch_rows"] = _patch_rows(result.example_rows, shown, table)
                 before = None if name == CLEAN else result.examples.get(CLEAN)
                 arrays["scale"] = np.float64(_write_patches(working, _file_name(name), shown, before))
             np.savez_compressed(working / f"{_file_name(name)}.npz", name=np.str_(name), **arrays)
@@ -234,6 +240,7 @@ def _read_condition(path: Path, *, classes: int) -> ConditionArrays:
         scale=float(arrays.get("scale", 0.0)),
         patches=tuple(pictures),
         perturbations=tuple(_inside(path.parent, picture) for picture in added),
+        patch_rows=tuple(arrays.get("patch_rows", np.arange(len(pictures))).tolist()),
     )
 
 
@@ -255,6 +262,9 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, *, classes: int)
             raise ValueError(f"{where}: {name} is not one number; evaluate again")
     if not np.isfinite(arrays.get("scale", 0.0)):
         raise ValueError(f"{where}: scale is {arrays['scale']}; evaluate again")
+    if "patch_rows" in arrays:
+        rows, count = arrays["patch_rows"], arrays.get("patch_label", np.empty(0)).size
+        _check_classes(rows, f"{where}: patch_rows", rows=rows.size, classes=count, lowest=0)
     for level in LEVELS:
         names = [name for name in arrays if name.startswith((f"{level}_label", f"{level}_prediction_k"))]
         for name in names:
@@ -294,6 +304,14 @@ def _placed(
         "place_label": lookup[table.label[rows]],
         "movement": np.float64(explained_displacement(plane, clean.z, table.z)),
     }
+
+
+def _patch_rows(rows: Sequence[int], examples: Tensor, table: EmbeddingTable) -> np.ndarray:
+    """Rows of the examples in the table; the first ones where none are named."""
+    places = np.asarray(rows if len(rows) else range(len(examples)), dtype=np.int64)
+    if places.shape != (len(examples),) or (len(places) and not 0 <= places.min() <= places.max() < len(table)):
+        raise ValueError(f"example_rows {list(rows)} do not name {len(examples)} rows of a table of {len(table)}")
+    return places
 
 
 def _write_patches(folder: Path, stem: str, images: Tensor, before: Tensor | None) -> float:

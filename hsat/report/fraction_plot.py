@@ -11,7 +11,19 @@ import numpy as np
 
 from hsat.eval import Record
 from hsat.report.aggregation import CLEAN, aggregate_runs
-from hsat.report.panels import COLOURS, GREY, LINES, MARKERS, draw_chance, figure_style, finish_figure, open_panels
+from hsat.report.panels import (
+    COLOURS,
+    GREY,
+    LINES,
+    MARKERS,
+    draw_chance,
+    figure_style,
+    finish_figure,
+    legend_below,
+    open_panels,
+    panels_width,
+    percent_axis,
+)
 from hsat.report.summary import is_noise
 
 if TYPE_CHECKING:
@@ -57,7 +69,7 @@ def plot_accuracy_vs_fraction(
     drawn = [level for level in levels if any(record.level == level for record in chosen)]
     keys = list(dict.fromkeys(_key(record) for record in chosen))
     with figure_style():
-        figure, panels = open_panels(len(drawn), path, axes, size=(4.2 * len(drawn) + 1.8, 3.6))
+        figure, panels = open_panels(len(drawn), path, axes, size=(panels_width(len(drawn)), 2.7))
         for panel, level in zip(panels, drawn, strict=True):
             here = [record for record in chosen if record.level == level]
             for key in keys:
@@ -68,20 +80,17 @@ def plot_accuracy_vs_fraction(
                     and (record.model, record.target) == (key[0], key[2])
                 ]
                 _draw_line(panel, [record for record in here if _key(record) == key], clean, keys.index(key))
-            if draw_chance(panel, here):
-                panel.plot([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")
+            draw_chance(panel, here)
             panel.set_xscale("log")
             panel.set_xlabel("patches that may be altered, % of a slide")
             ticks = sorted({100 * (fraction_of(record) or 0.0) for record in here})
             if len(ticks) <= 8:
                 panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 panel.minorticks_off()
-            panel.set_ylim(-2, 102)
-            panel.grid(alpha=0.3)
-            panel.spines[["top", "right"]].set_visible(False)
+            percent_axis(panel, first=panel is panels[0] or axes is not None)
             panel.set_title(f"{level} level")
         panels[0].set_ylabel(f"{metric}, %")
-        panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+        legend_below(figure, panels, own=axes is None)
         return finish_figure(figure, path)
 
 
@@ -111,7 +120,8 @@ def _draw_line(panel: Any, records: Sequence[Record], clean: Sequence[Record], n
         color=colour,
         marker=MARKERS[number % len(MARKERS)],
         linestyle="--" if noise else LINES[0],
-        markersize=4.5,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
         label=" ".join(filter(None, (model, attack, f"({target})"))),
     )
     ends = [point.interval for point in points]
@@ -120,4 +130,4 @@ def _draw_line(panel: Any, records: Sequence[Record], clean: Sequence[Record], n
         panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     before = aggregate_runs(clean)
     if before is not None and not noise:
-        panel.plot([x[0] / 2, x[0]], [100 * before.value] * 2, color=colour, linestyle=":", linewidth=1.4)
+        panel.plot([x[0] / 2, x[0]], [100 * before.value] * 2, color=colour, linestyle=":", linewidth=1.2)

@@ -26,16 +26,43 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
 GREY = "#808080"
+COLUMN, TEXT_WIDTH = 3.4, 7.1
+"""Inches: one column of a paper, and both."""
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "hsat",
+    "text.parse_math": False,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "grid.linewidth": 0.5,
+    "grid.color": "#d9d9d9",
+    "axes.axisbelow": True,
+}
 FORMATS = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 """Endings of files, and the metadata that would make each file differ from the last."""
 
 
 def figure_style() -> AbstractContextManager[object]:
-    """The block in which a figure is drawn and saved: text stays text, and a "$" in a name is no formula."""
+    """The block in which a figure is drawn and saved: text stays text, and a "$" in a name is no formula.
+
+    Sizes are those of print: 8 points beside the text of a paper, for figures as wide as a column or both.
+    """
     import matplotlib
 
-    style = {"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "hsat", "text.parse_math": False}
-    context: AbstractContextManager[object] = matplotlib.rc_context(style)
+    context: AbstractContextManager[object] = matplotlib.rc_context(_STYLE)
     return context
 
 
@@ -69,11 +96,12 @@ def open_panels(
     return panels[0].figure, panels
 
 
-def draw_chance(panel: Any, records: Iterable[Record]) -> list[float]:
+def draw_chance(panel: Any, records: Iterable[Record], *, colour: str = GREY) -> list[float]:
     """A dotted grey line at each chance level that records of one panel state; returns the heights in percent."""
     heights = sorted({100 * record.chance for record in records if record.chance is not None}, reverse=True)
-    for height in heights:
-        panel.axhline(height, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
+    for number, height in enumerate(heights):
+        label = "_" if number else "chance"
+        panel.axhline(height, color=colour, linestyle=":", linewidth=1.1, zorder=1, label=label, gid="chance")
     return heights
 
 
@@ -84,5 +112,37 @@ def finish_figure(figure: Any, path: str | os.PathLike[str] | None) -> Path | Fi
         return mine
     ending = Path(path).suffix.lower()
     with atomic_path(path) as working:
-        figure.savefig(working, dpi=150, format=ending[1:], metadata=FORMATS[ending])
+        figure.savefig(working, dpi=300, format=ending[1:], metadata=FORMATS[ending])
     return Path(path)
+
+
+def panels_width(count: int) -> float:
+    """The width in inches of a figure with so many panels beside each other: a column for one, else both."""
+    return COLUMN if count == 1 else TEXT_WIDTH * min(1.0, 0.4 + 0.2 * count)
+
+
+def percent_axis(panel: Any, *, first: bool = True) -> None:
+    """0 to 100 % upwards, with faint lines across; panels beside the first one leave the numbers to it."""
+    panel.set_ylim(-2, 102)
+    panel.set_yticks(range(0, 101, 20))
+    panel.grid(axis="y")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    if not first:
+        panel.tick_params(labelleft=False)
+
+
+def legend_below(figure: Any, panels: Sequence[Any], *, own: bool) -> None:
+    """One legend of all panels: below those of a figure of ours, inside the last one of a figure of the caller's."""
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    for label in [label for label in ("noise", "chance") if label in entries]:  # to the end
+        entries[label] = entries.pop(label)
+    if not own:
+        panels[-1].legend(entries.values(), entries.keys(), loc="best")
+        return
+    longest = max(map(len, entries), default=1)
+    columns = max(1, min(len(entries), int(figure.get_figwidth() * 72 / (4.4 * longest + 34))))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)

@@ -13,8 +13,20 @@ from torch import Tensor
 from hsat.eval import Record
 from hsat.eval.tables import ABSENT
 from hsat.eval.transfer_drops import OTHERS
+from hsat.report.accuracy_plot import PAPER
 from hsat.report.aggregation import TITLES, format_points
-from hsat.report.panels import COLOURS, GREY, LINES, MARKERS, draw_chance, figure_style, finish_figure, open_panels
+from hsat.report.panels import (
+    COLUMN,
+    LINES,
+    TEXT_WIDTH,
+    draw_chance,
+    figure_style,
+    finish_figure,
+    legend_below,
+    open_panels,
+    panels_width,
+    percent_axis,
+)
 from hsat.report.tables import MEAN_OF_OTHERS, list_surrogates
 from hsat.types import LEVELS
 
@@ -54,38 +66,37 @@ def plot_certified_accuracy(
     drawn = [level for level in levels if any(record.level == level for record in chosen)]
     rows = list(dict.fromkeys(_model_and_sigma(record) for record in chosen))
     with figure_style():
-        figure, panels = open_panels(len(drawn), path, axes, size=(4.2 * len(drawn) + 1.6, 3.6))
+        figure, panels = open_panels(len(drawn), path, axes, size=(panels_width(len(drawn)), 2.6))
         for panel, level in zip(panels, drawn, strict=True):
             _draw_certificates(panel, [record for record in chosen if record.level == level], rows)
+            percent_axis(panel, first=panel is panels[0] or axes is not None)
             panel.set_title(f"{level} level")
         panels[0].set_ylabel("certified accuracy, %")
-        if any(record.chance is not None for record in chosen):
-            panels[-1].plot([], [], color=GREY, linestyle=":", linewidth=1.2, label="chance")
-        panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+        legend_below(figure, panels, own=axes is None)
         return finish_figure(figure, path)
 
 
 def _draw_certificates(panel: Any, records: Sequence[Record], rows: Sequence[tuple[str, str]]) -> None:
-    for i, row in enumerate(rows):
-        line = sorted((r for r in records if _model_and_sigma(r) == row), key=lambda r: r.eps_value)
-        radius, colour = [r.eps_value for r in line], COLOURS[i % len(COLOURS)]
+    """Colour and marker tell models apart, the stroke their noise."""
+    models, sigmas = ([*dict.fromkeys(row[place] for row in rows)] for place in (0, 1))
+    for model, sigma in rows:
+        line = sorted((r for r in records if _model_and_sigma(r) == (model, sigma)), key=lambda r: r.eps_value)
+        radius, (colour, _, marker) = [r.eps_value for r in line], PAPER.style(models.index(model))
         panel.plot(
             radius,
             [100 * r.value for r in line],
             color=colour,
-            marker=MARKERS[i % len(MARKERS)],
-            linestyle=LINES[i % len(LINES)],
-            markersize=4,
-            label=f"{row[0]} (sigma {row[1]})",
+            marker=marker,
+            linestyle=LINES[sigmas.index(sigma) % len(LINES)],
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            label=f"{model} (sigma {sigma})",
         )
         ends = [(100 * r.low, 100 * r.high) for r in line if r.low is not None and r.high is not None]
         if line and len(ends) == len(line):
-            panel.fill_between(radius, *np.array(ends).T, color=colour, alpha=0.15, linewidth=0)
+            panel.fill_between(radius, *np.array(ends).T, color=colour, alpha=0.13, linewidth=0)
     draw_chance(panel, records)
     panel.set_xlabel("L2 radius (pixel range 0 to 1)")
-    panel.set_ylim(-2, 102)
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _model_and_sigma(record: Record) -> tuple[str, str]:
@@ -139,15 +150,18 @@ def plot_transfer(
     surrogates = list_surrogates(chosen)
     values = {(r.level, r.surrogate, r.model): 100 * r.value for r in chosen}
     span = (min(0.0, *values.values()), max(1.0, *values.values()))
-    width, height = 1.6 + 0.85 * len(targets), 1.5 + 0.6 * len(surrogates)
+    width = max(panels_width(len(drawn)), 1.1 + len(drawn) * (0.4 + 0.42 * len(targets)))
+    height = 1.0 + 0.28 * len(surrogates)
     with figure_style():
-        figure, panels = open_panels(len(drawn), path, axes, size=(width * len(drawn) + 1.2, height))
+        figure, panels = open_panels(len(drawn), path, axes, size=(width, height))
         for panel, level in zip(panels, drawn, strict=True):
             grid = [[values.get((level, surrogate, target), np.nan) for target in targets] for surrogate in surrogates]
             image = _draw_matrix(panel, np.array(grid), surrogates, targets, span)
-            panel.set_title(f"{level} level", fontsize="medium")
+            panel.set_title(f"{level} level")
         panels[0].set_ylabel("attacked on (framed: itself)")
-        figure.colorbar(image, ax=panels, label=f"{TITLES.get(metric, metric)} under {name} (points of %)")
+        bar = figure.colorbar(image, ax=panels, fraction=0.06, pad=0.02)
+        bar.set_label(f"{TITLES.get(metric, metric)} under {name}\n(points of %)")
+        bar.outline.set_visible(False)
         return finish_figure(figure, path)
 
 
@@ -160,15 +174,17 @@ def _draw_matrix(
     middle = (span[0] + span[1]) / 2
     for (i, j), value in np.ndenumerate(grid):
         text = ABSENT if np.isnan(value) else format_points(value / 100)
-        panel.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black")
+        panel.text(j, i, text, ha="center", va="center", color="black" if value >= middle else "white", fontsize=7.5)
         if surrogates[i] == targets[j]:
-            panel.add_patch(Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor="#D55E00", linewidth=2))
+            panel.add_patch(Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor="#D55E00", linewidth=1.5))
     tilt = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, targets)) > 8 else {}
     panel.set_xticks(range(len(targets)), targets, **tilt)
     panel.set_yticks(range(len(surrogates)), [MEAN_OF_OTHERS if name == OTHERS else name for name in surrogates])
     if OTHERS in surrogates:
         panel.axhline(len(surrogates) - 1.5, color="white", linewidth=4)
     panel.set_xlabel("measured on")
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
     panel.label_outer()  # the rows are named once, at the left
     return image
 
@@ -210,17 +226,21 @@ def plot_patches(
     scale = 0.5 / largest if largest > 0 else 1.0
     rows = (("clean", before), (f"perturbation\n× {scale:.3g}", 0.5 + gap * scale), ("adversarial", after))
     with figure_style():
-        figure, panels = open_panels(len(clean), path, axes, size=(1.7 * len(clean) + 1.2, 5.4), rows=3)
+        side = min(1.15, (TEXT_WIDTH - 0.3) / len(clean)) if len(clean) > 2 else (COLUMN - 0.3) / 3
+        lines = max((title.count("\n") + 1 for title in titles), default=0)
+        size = (side * len(clean) + 0.3, 3 * side + 0.14 * lines + 0.1)
+        figure, panels = open_panels(len(clean), path, axes, size=size, rows=3)
         for i, (name, images) in enumerate(rows):
             for j, image in enumerate(images):
                 panel = panels[i * len(clean) + j]
                 panel.imshow(patch_picture(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
                 panel.set_xticks([])
                 panel.set_yticks([])
+                panel.spines[:].set_visible(False)
                 if j == 0:
                     panel.set_ylabel(name)
                 if i == 0 and titles:
-                    panel.set_title(titles[j], fontsize="small")
+                    panel.set_title(titles[j], fontsize=7)
         return finish_figure(figure, path)
 
 

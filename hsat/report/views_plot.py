@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hsat.data import HierarchicalDataset, PatchDataset
 from hsat.data.datasets import Sample
-from hsat.report.panels import figure_style, finish_figure, open_panels
+from hsat.report.panels import TEXT_WIDTH, figure_style, finish_figure, open_panels
 from hsat.report.plots import patch_picture
 
 if TYPE_CHECKING:
@@ -58,14 +58,16 @@ def plot_views(
         raise ValueError(f"patients and views must be at least 1, got {patients} and {views}")
     rows = [_row(dataset, number, views) for number in range(min(patients, len(dataset)))]
     with figure_style():
-        size = (1.3 * (views + 1), 1.4 * len(rows) + 0.3)
+        side = min(1.1, TEXT_WIDTH / (views + 1))
+        size = (side * (views + 1), 1.05 * side * len(rows) + 0.2)
         figure, panels = open_panels(views + 1, path, axes, size=size, rows=len(rows))
         for panel, image in zip(panels, [image for row in rows for image in row], strict=True):
             panel.imshow(patch_picture(image), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
-        panels[0].set_title("patch", fontsize="small")
-        panels[1].set_title("views", fontsize="small", loc="left")
+            panel.spines[:].set_visible(False)
+        panels[0].set_title("patch")
+        panels[1].set_title("views", loc="left")
         return finish_figure(figure, path)
 
 

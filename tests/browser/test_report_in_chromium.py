@@ -94,6 +94,48 @@ def test_wide_tables_scroll_in_their_own_box(chromium, page):
     assert chromium.value("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0)")
 
 
+# Boxes that scroll sideways, and whether a reader is told so.
+HINTS = """[...document.querySelectorAll('.scroll')].filter(e => e.checkVisibility()).map(e => [
+  e.scrollWidth > e.clientWidth, getComputedStyle(e, '::before').visibility === 'visible'])"""
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
+def test_a_hint_stands_where_tables_scroll_and_nowhere_else(chromium, page, width):
+    chromium.open(page, width=width)
+    hints = chromium.value(HINTS)
+    assert hints and all(scrolls == told for scrolls, told in hints), hints
+    if width == 390:
+        assert any(told for _, told in hints)
+
+
+def test_two_models_fit_on_a_phone_and_three_levels_on_a_wide_screen(chromium, made_run, tmp_path):
+    made_run(tmp_path / "run", models=("HiDisc", "HSAT"))
+    path = write_report([tmp_path / "run"], tmp_path / "report.html")
+    chromium.open(path, width=390)
+    assert not any(scrolls for scrolls, _ in chromium.value(HINTS)[:3])
+    tops = "[...document.querySelectorAll('#numbers-1 > .levels')[0].children].map(e => e.getBoundingClientRect().top)"
+    assert len(set(chromium.value(tops))) == 3
+    chromium.open(path, width=1920)
+    assert len(set(chromium.value(tops))) == 1
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap(chromium, made_run, tmp_path):
+    made_run(tmp_path / "run", models=("HiDisc", "HSAT"))
+    path = write_report([tmp_path / "run"], tmp_path / "report.html")
+    for width in (390, 1280):
+        chromium.open(path, width=width)
+        overlapping = chromium.value("""[...document.querySelectorAll('#numbers-1 svg.chart')].flatMap(svg => {
+          const boxes = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);
+          return boxes.flatMap(([a, one], i) => boxes.slice(0, i).filter(([, two]) =>
+            one.left < two.right - 1 && two.left < one.right - 1 && one.top < two.bottom - 3 && two.top < one.bottom - 3
+          ).map(([b]) => a + ' over ' + b)); })""")
+        assert overlapping == []
+        inside = (
+            "[...document.querySelectorAll('svg.chart text')].filter(e => e.getBoundingClientRect().right > innerWidth)"
+        )
+        assert chromium.value(f"{inside}.length") == 0
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_stands_out_from_its_background(chromium, page, dark):
     chromium.open(page, width=1200, dark=dark)

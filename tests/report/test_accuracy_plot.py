@@ -10,7 +10,7 @@ from matplotlib.colors import same_color
 
 from hsat.eval import Record
 from hsat.report import plot_accuracy_vs_eps
-from hsat.report.accuracy_plot import spread_heights
+from hsat.report.line_labels import spread_heights
 from hsat.report.panels import GREY
 
 
@@ -110,10 +110,11 @@ def test_several_seeds_are_one_line_with_their_standard_deviation():
     np.testing.assert_allclose([heights.min(), heights.max()], [41 - 2**0.5, 81 + 2**0.5])
 
 
-def test_more_than_six_lines_have_a_legend_and_signs_of_their_own():
+def test_more_lines_than_fit_have_a_legend_and_signs_of_their_own():
     many = [replace(record, model=f"m{i}") for i in range(9) for record in records()[:8] if record.model == "hidisc"]
     (panel,) = plot_accuracy_vs_eps(many, levels=("patch",)).axes
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == [f"m{i}" for i in range(9)]
+    (legend,) = panel.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"m{i}" for i in range(9)]
     assert not panel.texts
     assert len({(line.get_color(), line.get_marker()) for line in panel.lines}) == 9
 
@@ -163,3 +164,65 @@ def test_nothing_to_draw(tmp_path):
 def test_names_at_the_ends_of_lines_are_moved_apart_as_little_as_possible():
     assert spread_heights([0, 50, 51, 90], 5) == pytest.approx([0, 48, 53, 90])
     assert spread_heights([10, 10, 10], 4) == pytest.approx([6, 10, 14])
+    assert spread_heights([0, 1, 99], 5, low=0, high=100) == pytest.approx([0, 5, 99])
+    assert spread_heights([98, 99, 100], 5, low=0, high=100) == pytest.approx([90, 95, 100])
+
+
+def boxes(panel):
+    """The boxes of the names at the ends of lines, in pixels."""
+    panel.figure.draw_without_rendering()
+    return [text.get_window_extent() for text in panel.texts]
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+@pytest.mark.parametrize("levels", [("patch",), ("patch", "patient")])
+def test_names_overlap_neither_each_other_nor_a_panel(made_records, count, levels):
+    many = [record for i in range(count) for record in made_records(f"model {i}", 0.45 + 0.002 * i)]
+    figure = plot_accuracy_vs_eps(many, levels=levels)
+    assert not figure.legends
+    for panel in figure.axes:
+        found = boxes(panel)
+        assert len(found) == count + 2  # noise and chance
+        assert not any(a.overlaps(b) for i, a in enumerate(found) for b in found[:i])
+        assert not any(box.overlaps(other.get_window_extent()) for box in found for other in figure.axes)
+        assert all(box.x1 <= figure.bbox.x1 + 1 for box in found)
+
+
+def test_names_that_are_too_long_go_into_one_legend_below(made_records):
+    long = [r for i in range(2) for r in made_records(f"an encoder with a name of more than a line {i}", 0.8)]
+    figure = plot_accuracy_vs_eps(long)
+    (legend,) = figure.legends
+    assert [text.get_text()[-1] for text in legend.get_texts()] == ["0", "1", "e", "e"]
+    assert not any(panel.texts for panel in figure.axes)
+    figure.draw_without_rendering()
+    assert not any(legend.get_window_extent().overlaps(panel.get_window_extent()) for panel in figure.axes)
+
+
+def test_attacks_that_coincide_at_all_levels_are_one_line():
+    twins = [
+        replace(r, attack_name=r.attack_name.replace("PGD", "ensemble")) for r in records() if "PGD" in r.attack_name
+    ]
+    own = [r for r in records() if not r.attack_name.startswith("BIM")]
+    patch, patient = plot_accuracy_vs_eps([*own, *twins], kinds="all").axes
+    assert [bars.get_label() for bars in patch.containers] == ["hidisc PGD, ensemble", "hsat PGD, ensemble"]
+    other = [replace(r, value=r.value - 0.1) if (r.level, r.model) == ("patient", "hsat") else r for r in twins]
+    patch, patient = plot_accuracy_vs_eps([*own, *other], kinds="all").axes
+    names = ["hidisc PGD, ensemble", "hsat PGD", "hsat ensemble"]
+    assert [bars.get_label() for bars in patch.containers] == [bars.get_label() for bars in patient.containers] == names
+    markers = [
+        {bars.get_label(): bars.lines[0].get_marker() for bars in panel.containers} for panel in (patch, patient)
+    ]
+    assert markers[0] == markers[1]
+
+
+def test_models_that_coincide_are_both_seen(made_records):
+    panel, *_ = plot_accuracy_vs_eps([*made_records("a", 0.8), *made_records("b", 0.8)]).axes
+    lines = lines_of(panel)
+    assert lines["a"].get_linestyle() == "-" and lines["b"].get_linestyle() == "--"
+    noise = [line for line in panel.lines if line.get_gid() == "noise"]
+    assert len(noise) == 1
+
+
+def test_a_figure_is_as_wide_as_one_column_or_two(made_records):
+    assert plot_accuracy_vs_eps(made_records(), levels=("patch",)).get_figwidth() == pytest.approx(3.4)
+    assert plot_accuracy_vs_eps(made_records()).get_figwidth() == pytest.approx(7.1)

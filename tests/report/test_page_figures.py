@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hsat.report import ConditionArrays, read_artifacts
 from hsat.report.page.drawing import HEIGHT, WIDTH, Axis, Series, draw_lines, draw_map, style_of, swatch
-from hsat.report.page.figures import accuracy_figure, map_figures, thin_out, training_figures
+from hsat.report.page.figures import accuracy_figure, accuracy_legend, map_figures, thin_out, training_figures
 
 X, Y = Axis("x", (0, 10), (0, 5, 10)), Axis("y", (0, 100), (0, 50, 100))
 LEFT, RIGHT, TOP, BOTTOM = 44, WIDTH - 12, 12, HEIGHT - 40
@@ -95,17 +95,33 @@ def test_curve_of_the_strongest_attack_and_of_noise(made_records):
     label = parsed(figure.svg).get("aria-label")
     assert "HSAT, strongest attack: 80 % at 0/255, 60 % at 4/255, 40 % at 8/255" in label
     assert "HSAT, random noise: 80 % at 0/255, 76 % at 8/255" in label
-    assert len(group(figure.svg, "line")) == 2 and len(group(figure.svg, "whisker")) == 3
+    line, *marks_of_line = group(figure.svg, "line")
+    xs, ys = numbers(line.get("d"))[::2], numbers(line.get("d"))[1::2]
+    assert len(xs) == len(marks_of_line) == 3 and xs == sorted(xs)
+    assert (ys[2] - ys[0]) / (ys[1] - ys[0]) == pytest.approx(2, abs=0.01)
+    assert len(group(figure.svg, "band")) == len(group(figure.svg, "noise")) == len(group(figure.svg, "chance")) == 1
     texts = [element.text for element in parsed(figure.svg).iter("text")]
-    assert texts == ["0", "4", "8", "eps in grey levels (of 255)", "0", "20", "40", "60", "80", "100", "accuracy, %"]
+    axes = ["0", "4", "8", "eps in grey levels (of 255)", "0", "20", "40", "60", "80", "100", "accuracy, %"]
+    assert texts[: len(axes)] == axes and sorted(texts[len(axes) :]) == ["HSAT", "chance", "noise"]
+    assert figure.named and "var(--t0)" in figure.svg
     assert accuracy_figure(made_records(), {"HSAT": 0}, level="city", norm="Linf") is None
 
 
-def test_bars_of_several_runs_are_their_standard_deviation(made_records):
+def test_long_names_are_left_to_the_legend(made_records):
+    name = "an encoder with a name of many words"
+    figure = accuracy_figure(made_records(name), {name: 0}, level="patch", norm="Linf")
+    assert not figure.named and name not in [element.text for element in parsed(figure.svg).iter("text")]
+    assert [text for _, text in accuracy_legend({name: 0}, noise=True, chance=True)][::2] == [name, "chance level"]
+
+
+def test_the_band_of_several_runs_is_their_standard_deviation(made_records):
     records = [r for seed, value in enumerate((0.6, 0.8)) for r in made_records("HSAT", value, seed=seed)]
     figure = accuracy_figure(records, {"HSAT": 0}, level="patch", norm="Linf")
-    _, low, _, high = numbers(group(figure.svg, "whisker")[0].get("d"))
-    assert (low - high) / (BOTTOM - TOP) == pytest.approx(2 * np.std([0.6, 0.8], ddof=1), abs=0.002)
+    heights = numbers(group(figure.svg, "band")[0].get("d"))[1::2]  # from the clean end down to the attacked one
+    spread, fall = 2 * np.std([0.6, 0.8], ddof=1), 0.7 - 0.35
+    assert (max(heights) - min(heights)) / (BOTTOM - TOP) * 1.04 == pytest.approx(
+        spread / 2 + 0.5 * spread / 2 + fall, abs=0.01
+    )
 
 
 def test_other_norms_have_their_own_axis(made_records):

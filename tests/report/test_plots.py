@@ -50,9 +50,10 @@ def test_certified_accuracy_by_radius_in_percent(made_records):
     np.testing.assert_allclose(panel.lines[0].get_xydata(), [(0, 80), (0.25, 60), (0.5, 40)])
     assert panel.lines[0].get_label() == "HSAT (sigma 0.25)" and panel.get_ylabel() == "certified accuracy, %"
     assert panel.lines[1].get_ydata()[0] == 40 and same_color(panel.lines[1].get_color(), GREY)
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["HSAT (sigma 0.25)", "chance"]
+    (legend,) = panel.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["HSAT (sigma 0.25)", "chance"]
     (older,) = plot_certified_accuracy([replace(record, chance=None) for record in certified]).axes
-    assert len(older.lines) == len(older.get_legend().get_texts()) == 1
+    assert len(older.lines) == len(older.figure.legends[0].get_texts()) == 1
 
 
 def test_a_transfer_is_a_matrix_of_surrogates_and_targets(made_records):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -17,22 +17,30 @@ from typing import Any
 
 import numpy as np
 
+from hsat.eval import Record
+from hsat.report.accuracy_plot import Palette, draw_accuracy
 from hsat.report.artifacts import ConditionArrays
+from hsat.report.line_labels import labels_fit, place_labels, text_width
+from hsat.report.panels import percent_axis
 
 WIDTH, HEIGHT = 360, 250  # of a phone; one unit is a point
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 40
 _BAR = ((-1, -0.55), (1, -0.55), (1, 0.55), (-1, 0.55))
 _SHAPES: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "h", _BAR)
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 4)), (0, (2, 3)), (0, (8, 3, 2, 3)))
-_DOTS: Any = (0, (1, 2))  # of the baseline
 _COLOURS = tuple(f"#5e00f{index}" for index in range(8))
 _SOFT, _RULE, _BACKGROUND, _PANEL = "#5e00e0", "#5e00e1", "#5e00e2", "#5e00e3"
+_INKS = tuple(f"#5e01f{index}" for index in range(8))
 _VARIABLES = {colour: f"var(--s{index})" for index, colour in enumerate(_COLOURS)}
+_VARIABLES |= {ink: f"var(--t{index})" for index, ink in enumerate(_INKS)}
 _VARIABLES |= {_SOFT: "var(--soft)", _RULE: "var(--rule)", _BACKGROUND: "var(--bg)", _PANEL: "var(--panel)"}
+_PALETTE = Palette(_COLOURS, _INKS, _SHAPES, _SOFT, _SOFT, _BACKGROUND)
+_FONT = 12.0
+_LONGEST = 100  # points of the longest name at the end of a line
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hsat",
-    "font.size": 12,
+    "font.size": _FONT,
     "text.color": _SOFT,
     "text.parse_math": False,
     "axes.edgecolor": _SOFT,
@@ -53,9 +61,22 @@ _STYLE = {
     "xtick.major.size": 4,
     "ytick.major.size": 0,
     "lines.scale_dashes": False,
+    "lines.linewidth": 2,
+    "lines.dashed_pattern": (5, 3),
+    "lines.dotted_pattern": (1.5, 2.5),
+    "lines.markersize": 7,
     "figure.facecolor": "none",
 }
-_CLASSES = ("line", "whisker", "mark", "tail")  # groups that keep their name, as a class
+_CLASSES = (
+    "line",
+    "band",
+    "noise",
+    "chance",
+    "whisker",
+    "mark",
+    "tail",
+    "name",
+)  # groups that keep their name, as a class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,23 +118,54 @@ def style_of(index: int) -> tuple[int, int]:
     return (index + index // len(_SHAPES)) % len(_COLOURS), index % len(_SHAPES)
 
 
-def draw_lines(
-    series: Sequence[Series], x: Axis, y: Axis, *, title: str, description: str, baseline: float | None = None
-) -> str:
+def draw_accuracy_panel(
+    records: Sequence[Record],
+    styles: Mapping[tuple[str, str], int],
+    *,
+    norm: str,
+    metric: str,
+    title: str,
+    description: str,
+) -> tuple[str, bool]:
+    """The panel of `plot_accuracy_vs_eps`, as SVG.
+
+    Args:
+        records: Of one level, metric, k and norm.
+        styles: The number of the colour and shape of each (model, target).
+        norm: As in `draw_accuracy`.
+        metric: Names the axis.
+        title, description: Read aloud in place of the picture.
+
+    Returns:
+        The picture, and whether its lines bear their names, so that it needs no legend.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM)
+        labels = draw_accuracy(axes, records, styles, norm=norm, palette=_PALETTE)
+        percent_axis(axes)
+        axes.set_ylabel(f"{metric}, %")
+        named = labels_fit(axes, labels, room=_LONGEST)
+        if named:
+            longest = max(text_width(label.text, _FONT) for label in labels)
+            axes.set_position(_place(WIDTH, HEIGHT, _LEFT, longest + 8, _TOP, _BOTTOM))
+            place_labels(axes, labels)
+        return _as_svg(figure, title=title, description=description), named
+
+
+def draw_lines(series: Sequence[Series], x: Axis, y: Axis, *, title: str, description: str) -> str:
     """Lines with bars and markers over two axes, as SVG.
 
     Args:
         series: The lines; points that are not finite are left out.
         x, y: The axes.
         title, description: Read aloud in place of the picture.
-        baseline: Where a dotted line goes across, behind the others.
     """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM)
-        if baseline is not None:
-            axes.axhline(baseline, color=_SOFT, linestyle=_DOTS, linewidth=1.6)
         for line in series:
             colour = _COLOURS[style_of(line.style)[0]]
             bars = [
@@ -207,15 +259,15 @@ def swatch(style: int, *, dash: int = 0, hollow: bool = False, line: bool = True
         return _as_svg(figure)
 
 
-def baseline_swatch() -> str:
-    """The sign of the baseline for a legend."""
+def grey_swatch(*, dashed: bool) -> str:
+    """The sign of random noise (dashed) or of the chance level (dotted) for a legend."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(28, 14, 0, 0, 0, 0)
         axes.set(xlim=(0, 28), ylim=(0, 14))
         axes.axis("off")
-        axes.plot([1, 27], [7, 7], color=_SOFT, linestyle=_DOTS, linewidth=1.6)
+        axes.plot([1, 27], [7, 7], color=_SOFT, linestyle="--" if dashed else ":", linewidth=1.1)
         return _as_svg(figure)
 
 
@@ -240,9 +292,15 @@ def _figure(width: float, height: float, left: float, right: float, top: float, 
     """A figure of so many points, and axes inside its margins."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / 72, height / 72))
-    place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
-    return figure, figure.add_axes(place)
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    return figure, figure.add_axes(_place(width, height, left, right, top, bottom))
+
+
+def _place(
+    width: float, height: float, left: float, right: float, top: float, bottom: float
+) -> tuple[float, float, float, float]:
+    """Axes inside margins of so many points, in shares of the figure."""
+    return (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
 
 
 def _as_svg(figure: Any, *, title: str = "", description: str = "") -> str:

@@ -10,11 +10,11 @@ import numpy as np
 
 from hsat.attacks.natural_shift import STRENGTHS
 from hsat.eval import Record
-from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, mean_chance
+from hsat.report.aggregation import CLEAN, aggregate_runs, mean_chance
 from hsat.report.artifacts import Artifacts
 from hsat.report.natural_shift import shift_place
-from hsat.report.page.drawing import Axis, Series, baseline_swatch, draw_lines, draw_map, swatch
-from hsat.report.summary import accuracy_lines, eps_ticks, is_shift, norm_of
+from hsat.report.page.drawing import Axis, Series, draw_accuracy_panel, draw_lines, draw_map, grey_swatch, swatch
+from hsat.report.summary import accuracy_lines, is_shift, norm_of
 
 _PERCENT = tuple(range(0, 101, 20))
 _MAX_POINTS = 240
@@ -28,11 +28,13 @@ class PageFigure:
         svg: The picture as markup.
         caption: What stands above it.
         legend: (sign as markup, text) pairs.
+        named: Whether names stand at the ends of the lines.
     """
 
     svg: str
     caption: str
     legend: tuple[tuple[str, str], ...] = ()
+    named: bool = False
 
 
 def accuracy_figure(
@@ -51,63 +53,34 @@ def accuracy_figure(
         None where there is nothing to draw.
     """
     here = [r for r in records if (r.level, r.metric) == (level, metric) and norm_of(r) in (norm, "")]
-    series, texts = [], []
-    unit = 255.0 if norm == "Linf" else 1.0
-    for line in accuracy_lines(here):
-        if line.kind == CLEAN:
-            continue
-        solid = line.kind == "attack"
-        label = f"{line.model}, {'strongest attack' if solid else 'random noise'}"
-        largest = max(point.eps for point in line.points) * unit
-        # bars of several models beside each other, in shares of the axis
-        aside = (styles[line.model] % 4 - 1.5) * 0.012 * largest
-        bars = [_bar_ends(point.estimate) for point in line.points] if solid else []
-        series.append(
-            Series(
-                label=label,
-                x=[point.eps * unit + aside for point in line.points],
-                y=[100 * point.estimate.value for point in line.points],
-                low=[low for low, _ in bars],
-                high=[high for _, high in bars],
-                style=styles[line.model],
-                dash=0 if solid else 2,
-                hollow=not solid,
-            )
-        )
-        shown = ", ".join(f"{100 * p.estimate.value:.0f} % at {p.eps_text or '0'}" for p in line.points)
-        texts.append(f"{label}: {shown}")
-    if not series:
+    lines = [line for line in accuracy_lines(here) if line.kind != CLEAN]
+    if not lines:
         return None
-    x_axis = _eps_axis([unit * record.eps_value for record in here], norm)
-    y_axis = Axis(f"{metric}, %", (0, 100), _PERCENT)
-    title = f"{level} level, {metric} against eps"
-    baseline = None
+    texts = []
+    for line in lines:
+        shown = ", ".join(f"{100 * p.estimate.value:.0f} % at {p.eps_text or '0'}" for p in line.points)
+        texts.append(f"{line.model}, {'strongest attack' if line.kind == 'attack' else 'random noise'}: {shown}")
     if (chance := mean_chance(here)) is not None:
-        baseline = 100 * chance
-        texts.append(f"chance: {baseline:.0f} %")
-    svg = draw_lines(series, x_axis, y_axis, title=title, description="; ".join(texts), baseline=baseline)
-    return PageFigure(svg, f"{level.capitalize()} level")
-
-
-def _eps_axis(values: Sequence[float], norm: str) -> Axis:
-    """Ticks at the radii that were measured, where they have room; a little space on both sides for the bars."""
-    label = "eps in grey levels (of 255)" if norm == "Linf" else f"eps ({norm or 'as recorded'})"
-    largest = max(values, default=0.0) or 1.0
-    return Axis(label, (-0.05 * largest, 1.05 * largest), eps_ticks(values))
-
-
-def _bar_ends(estimate: Estimate) -> tuple[float | None, float | None]:
-    ends = estimate.interval
-    return (None, None) if ends is None else (100 * ends[0], 100 * ends[1])
+        texts.append(f"chance: {100 * chance:.0f} %")
+    measured = {(line.model, line.target) for line in lines}
+    svg, named = draw_accuracy_panel(
+        [record for record in here if (record.model, record.target) in measured],
+        {(model, target): styles[model] for model, target in measured},
+        norm=norm,
+        metric=metric,
+        title=f"{level} level, {metric} against eps",
+        description="; ".join(texts),
+    )
+    return PageFigure(svg, f"{level.capitalize()} level", named=named)
 
 
 def accuracy_legend(models: Mapping[str, int], *, noise: bool, chance: bool) -> tuple[tuple[str, str], ...]:
-    """What the lines of `accuracy_figure` mean."""
-    items = [(swatch(style), f"{model}, strongest attack at each eps") for model, style in models.items()]
+    """What the lines of `accuracy_figure` mean, where names have no room at their ends."""
+    items = [(swatch(style), model or "(unnamed model)") for model, style in models.items()]
     if noise:
-        items += [(swatch(style, dash=2, hollow=True), f"{model}, random noise") for model, style in models.items()]
+        items.append((grey_swatch(dashed=True), "random noise of the same size, with the mark of each model"))
     if chance:
-        items.append((baseline_swatch(), "chance level"))
+        items.append((grey_swatch(dashed=False), "chance level"))
     return tuple(items)
 
 

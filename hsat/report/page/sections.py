@@ -64,7 +64,7 @@ class PatchPictures:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The first patches of one model under one attack; scale: what perturbations are multiplied with."""
+    """A patch of each class under one attack on one model; scale: what perturbations are multiplied with."""
 
     model: str
     attack: str
@@ -183,9 +183,11 @@ def _curves(
         noise = any(is_noise(record) and norm_of(record) == norm for record in records)
         ordered = dict(sorted(models.items(), key=lambda item: item[1]))
         chance = mean_chance(record for record in records if record.metric == metric) is not None
-        legend = accuracy_legend(ordered, noise=noise, chance=chance)
-        if any(drawn):
-            panels.append(CurvePanels(norm, tuple(figure for figure in drawn if figure), legend))
+        figures = tuple(figure for figure in drawn if figure)
+        named = all(figure.named for figure in figures)
+        legend = () if named else accuracy_legend(ordered, noise=noise, chance=chance)
+        if figures:
+            panels.append(CurvePanels(norm, figures, legend))
     return tuple(panels)
 
 
@@ -199,29 +201,29 @@ def _map_text(artifacts: Artifacts, attack: str) -> str:
 
 
 def _patches(artifacts: Artifacts, attack: str, k: int) -> tuple[PatchPictures, ...]:
+    """One patch of each class, the first that there is a picture of, in the order of the classes."""
     clean, attacked = artifacts.conditions.get(CLEAN), artifacts.conditions[attack]
     if clean is None or "patch" not in clean.label or "patch" not in attacked.label:
         return ()
-    pictures = []
-    rows = min(len(clean.label["patch"]), len(attacked.label["patch"]))
-    triples = zip(clean.patches[:rows], attacked.perturbations, attacked.patches, strict=False)
-    for index, (before, added, after) in enumerate(triples):
-        names = artifacts.class_names
+    names, labels = artifacts.class_names, clean.label["patch"]
+    pictures: dict[int, PatchPictures] = {}
+    triples = zip(clean.patches, attacked.perturbations, attacked.patches, clean.patch_rows, strict=False)
+    for before, added, after, row in triples:
+        if not row < min(len(labels), len(attacked.label["patch"])) or int(labels[row]) in pictures:
+            continue
         taken = [
-            names[condition.prediction["patch", k][index]] if ("patch", k) in condition.prediction else "not recorded"
+            names[condition.prediction["patch", k][row]] if ("patch", k) in condition.prediction else "not recorded"
             for condition in (clean, attacked)
         ]
-        pictures.append(
-            PatchPictures(
-                clean=_data_uri(before),
-                perturbation=_data_uri(added),
-                adversarial=_data_uri(after),
-                truth=names[clean.label["patch"][index]],
-                before=taken[0],
-                after=taken[1],
-            )
+        pictures[int(labels[row])] = PatchPictures(
+            clean=_data_uri(before),
+            perturbation=_data_uri(added),
+            adversarial=_data_uri(after),
+            truth=names[labels[row]],
+            before=taken[0],
+            after=taken[1],
         )
-    return tuple(pictures)
+    return tuple(pictures[label] for label in sorted(pictures))
 
 
 def _data_uri(path: Path) -> str:
@@ -252,6 +254,8 @@ def run_provenance(folder: RunFolder) -> RunProvenance:
     facts += [("split", text) for text in dict.fromkeys(r.split for r in records if r.split)]
     weights = dict.fromkeys((record.model, record.checkpoint) for record in records)
     facts += [(f"weights of {model}", digest or "no file (not trained, or not recorded)") for model, digest in weights]
+    facts += [("image size", size)] if (size := _image_size(about)) else []
+    facts += [(f"pixel normalisation of {model}", text) for model, text in pixel_normalisations(records).items()]
     seeds = list(dict.fromkeys(str(record.seed) for record in records))
     seed = about.get("settings", {}).get("seed") if isinstance(about.get("settings"), dict) else None
     if seeds or seed is not None:
@@ -270,6 +274,35 @@ def run_provenance(folder: RunFolder) -> RunProvenance:
         attacks=tuple(attacks),
         absent=folder.absent,
     )
+
+
+def _image_size(about: Mapping[str, Any]) -> str:
+    """The side of the patches that the network saw, from run.json; "" where it does not say."""
+    settings = about.get("settings")
+    data = settings.get("data") if isinstance(settings, Mapping) else None
+    side = data.get("image_size") if isinstance(data, Mapping) else None
+    return f"{side} × {side} pixels" if isinstance(side, int) else ""
+
+
+def pixel_normalisations(records: Sequence[Record]) -> dict[str, str]:
+    """What is subtracted from pixels and divided by, for each model whose records state it."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        if stated := record.settings.get("pixel_normalisation"):
+            found.setdefault(record.model, {})[_normalisation_text(stated)] = None
+    return {model: "; ".join(texts) for model, texts in found.items()}
+
+
+def _normalisation_text(stated: object) -> str:
+    """One normalisation of records: mean, standard deviation, and who says so."""
+    if not isinstance(stated, Mapping):
+        return str(stated)
+    if stated.get("note"):
+        return str(stated["note"])
+    ends = (stated.get("mean"), stated.get("std"))
+    numbers = [", ".join(f"{value:g}" for value in end) for end in ends if isinstance(end, list | tuple)]
+    text = f"mean {numbers[0]}; standard deviation {numbers[1]}" if len(numbers) == 2 else "none"
+    return f"{text} (stated by {stated['stated_by']})" if stated.get("stated_by") else text
 
 
 def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
