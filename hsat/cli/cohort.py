@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from hsat.cli.options import DataSettings, EvaluationDataSettings
+from hsat.cli.options import DataSettings, EvaluationDataSettings, say
 from hsat.data import Cohort, PatchStore, read_cohort, read_opensrh, write_patch_store, write_synthetic_cohort
 
 SYNTHETIC = Path("runs/synthetic")
@@ -26,14 +25,14 @@ def open_cohort(data: DataSettings | EvaluationDataSettings, *, seed: int = 0) -
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     for note in cohort.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     return cohort
 
 
 def _read(data: DataSettings | EvaluationDataSettings, seed: int) -> Cohort:
     if data.root is None:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
-        print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
+        say(f"no --data.root: using the synthetic cohort in {root}")
         return read_opensrh(root)
     return read_cohort(data.root, data.layout, manifest=data.manifest)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
+import logging
 import os
 import secrets
 import shlex
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -118,10 +118,26 @@ def first_rank_first(ranks: Ranks) -> Iterator[None]:
         return
     if not ranks.is_main:
         dist.barrier()
-    with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO()):
+    with nullcontext() if ranks.is_main else silence():
         yield
     if ranks.is_main:
         dist.barrier()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No message and no warning inside the block: `logging` and `warnings` drop them.
+
+    Bars of progress need no silence: of several ranks the first one alone makes any.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def has_begun(board: Store) -> bool:
@@ -177,7 +193,7 @@ def _own_device(device: str, place: Place) -> torch.device:
 
 @contextmanager
 def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
-    """Only the first rank writes to standard error inside the block; of ranks that fail, one goes on with its error.
+    """Only the first rank logs and warns inside the block; of ranks that fail, one goes on with its error.
 
     That is the one that failed first; the others, which often fail for the same reason or because it is gone, end
     without a word.
@@ -189,7 +205,7 @@ def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
     dist.broadcast_object_list(word, device=ranks.device)
     failed = f"hsat/failed/{word[0]}"  # of this attempt: the board outlives it
     try:
-        with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO()):
+        with nullcontext() if ranks.is_main else silence():
             yield
     except TrainingInterrupted:  # which all ranks agreed upon
         raise

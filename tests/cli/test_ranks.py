@@ -79,7 +79,13 @@ def test_ranks_that_differ_are_named_before_anything_is_written(
     cases = {
         "pixels": ("train", training, [*training, *copy]),
         "learning rate": ("train", training, [*training, "--train.lr", "0.5", "--data.workers", "1"]),
-        "weights": ("train", *([*training, "--model.weights", str(tmp_path / f"{seed}.pt")] for seed in range(2))),
+        "weights": (
+            "train",
+            *(
+                [*training, "--model.weights", str(tmp_path / f"{seed}.pt"), "--model.norm", "none"]
+                for seed in range(2)
+            ),
+        ),
         "whitebox pixels": ("whitebox", evaluation, [*evaluation, *copy]),
         "whitebox steps": ("whitebox", evaluation, [*evaluation, "--steps", "3"]),
         "transfer pixels": ("transfer", evaluation, [*evaluation, *copy]),
