@@ -29,6 +29,10 @@ class RankFailedError(RuntimeError):
     """Another rank has stopped, so its share of the work is missing."""
 
 
+class RanksDisagreeError(ValueError):
+    """The ranks were given different things; all of them raise this at the same place, with the same message."""
+
+
 class World:
     """The processes that share a piece of work; without a process group, one process.
 
@@ -110,7 +114,7 @@ class World:
             settings: Texts, numbers, lists and mappings by name.
 
         Raises:
-            ValueError: On every rank, naming each setting that differs and its value on each rank.
+            RanksDisagreeError: On every rank, naming each setting that differs and its value on each rank.
         """
         if self._group is None:
             return
@@ -122,7 +126,7 @@ class World:
                 f"{name} is {', '.join(f'{own.get(name)!r} on rank {rank}' for rank, own in enumerate(by_rank))}"
                 for name in differing
             )
-            raise ValueError(f"all ranks must be called with the same settings: {shown}")
+            raise RanksDisagreeError(f"all ranks must be called with the same settings: {shown}")
 
 
 @contextmanager

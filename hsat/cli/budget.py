@@ -24,7 +24,7 @@ from hsat.cli.attacks import AttackNames, Lengths, Threat, attacks_under, check_
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Pixels, split_commas
+from hsat.cli.options import Pixels, say, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
 from hsat.data import Cohort
@@ -94,7 +94,7 @@ def evaluate(settings: Budget, cohort: Cohort, ranks: Ranks) -> dict[tuple[str, 
         if settings.threat == "raw_srh" and encoder.fixed_size is None:
             encoder.input_size = (settings.data.image_size,) * 2  # patches come at their own size
         for name, attack in attacks.items():
-            print(f"{title}: {name} on {settings.target}", file=sys.stderr)
+            say(f"{title}: {name} on {settings.target}")
             results[title, name] = evaluate_budget(
                 encoder.to(ranks.device),
                 bank,

@@ -20,10 +20,11 @@ from pydantic import BeforeValidator, Field
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import split_commas
+from hsat.cli.options import say, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
 from hsat.data import Cohort
+from hsat.distributed import world_rank
 from hsat.eval import (
     CertificateResult,
     CertifyOptions,
@@ -88,7 +89,7 @@ def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
     threads = begin_run(settings, ranks, encoders[0].encoder)
     records: list[Record] = []
     for title, encoder, digest in encoders:
-        print(f"certifying {title} (sigma {settings.sigma:g})", file=sys.stderr)
+        say(f"certifying {title} (sigma {settings.sigma:g})")
         certified = certify(
             encoder.to(ranks.device),
             bank,
@@ -122,17 +123,17 @@ def attack_certificates(
         SystemExit: For certificates that do not hold.
     """
     if not (certified.levels["patch"].radius > 0).any():
-        print(f"{title}: no patch is certified, nothing to check", file=sys.stderr)
+        say(f"{title}: no patch is certified, nothing to check")
         return
     check = check_certificates(
         encoder,
         certified,
         queries,
         options=CheckOptions(limit=settings.check, samples=settings.samples),
-        run=RunOptions(progress=not settings.quiet),
+        run=RunOptions(progress=not settings.quiet and world_rank() == 0),
     )
     sentence = f"{title}: {check.tested} certified patches attacked, {check.changed} decisions changed"
-    print(f"{sentence} (p = {check.p_value:.3g})", file=sys.stderr)
+    say(f"{sentence} (p = {check.p_value:.3g})")
     if check.violated:
         raise ValueError(f"{sentence}: the certificates of {title} are wrong; please report this")
 

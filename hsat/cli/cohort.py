@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from hsat.cli.options import DataSettings, SourceSettings
+from hsat.cli.options import DataSettings, SourceSettings, say
 from hsat.data import (
     Cohort,
     PatchStore,
@@ -35,7 +34,7 @@ def open_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     for note in cohort.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     return cohort
 
 
@@ -54,7 +53,7 @@ def read_settings_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
     """
     if data.root is None:
         root = write_synthetic_cohort(Path(f"{SYNTHETIC}-{seed}"), seed=seed)
-        print(f"no --data.root: using the synthetic cohort in {root}", file=sys.stderr)
+        say(f"no --data.root: using the synthetic cohort in {root}")
         return read_opensrh(root)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the cohort's notes say the same, and are printed

@@ -23,7 +23,16 @@ from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import naming_branch, stored_encoder
 from hsat.cli.evaluation import check_folder, open_loaders, remove_results
 from hsat.cli.failures import explain_failure
-from hsat.cli.options import EvaluationDataSettings, Names, Pixels, PixelsList, Settings, StoredModelSettings, device_of
+from hsat.cli.options import (
+    EvaluationDataSettings,
+    Names,
+    Pixels,
+    PixelsList,
+    Settings,
+    StoredModelSettings,
+    device_of,
+    say,
+)
 from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.eval import (
@@ -111,7 +120,7 @@ class Evaluation:
         before = active_branch(self.encoder)
         if own_branch:
             set_branch(self.encoder, "normal")
-        print(f"attacking: {', '.join(switched) or 'no convention'} as published", file=sys.stderr)
+        say(f"attacking: {', '.join(switched) or 'no convention'} as published")
         target = Target("embedding" if "target" in switched else "decision", branch="pgd" if own_branch else None)
         result = evaluate_whitebox(
             self.encoder,
@@ -238,7 +247,7 @@ def main(argv: list[str]) -> None:
         with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
-            print(describe(cohort), file=sys.stderr)
+            say(describe(cohort))
             results = evaluate(settings, cohort, settings.checkpoint)
             if settings.overwrite:
                 remove_results(settings.out)
@@ -249,4 +258,4 @@ def main(argv: list[str]) -> None:
             raise
         raise SystemExit(f"error: {message}") from None
     print(table)
-    print(f"results are in {settings.out}", file=sys.stderr)
+    say(f"results are in {settings.out}")

@@ -12,7 +12,6 @@ report.html go to --out.
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +62,7 @@ def train_both(demo: Demo) -> dict[str, Path]:
         out = demo.out / name.lower()
         argv = ["--attack.name", attack, "--out", str(out), "--seed", str(demo.seed), "--resume", "true"]
         argv += ["--quiet", str(demo.quiet)] + (["--train.steps", str(demo.steps)] if demo.steps else [])
-        print(f"training {name}", file=sys.stderr)
+        say(f"training {name}")
         train(load_settings(["--recipe", "demo", *argv]))
         encoders[name] = out / "final.safetensors"
     return encoders
@@ -181,7 +180,7 @@ def run(demo: Demo) -> None:
     (demo.out / "report.md").write_text(report(demo, tables, cohort, time.monotonic() - begin))
     write_json(demo.out / "chance.json", chance(records))
     page = write_report([demo.out], demo.out / "report.html", title="hsat demo", k=K)
-    print(f"\nreport: {demo.out / 'report.md'} and, with all figures, {page}", file=sys.stderr)
+    say(f"\nreport: {demo.out / 'report.md'} and, with all figures, {page}")
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from hsat.cli.options import EncoderSettings, ModelSettings, StoredModelSettings
+from hsat.cli.options import EncoderSettings, ModelSettings, StoredModelSettings, say
 from hsat.eval import WhiteboxResult
 from hsat.models import (
     Encoder,
@@ -121,7 +121,7 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
         head = find_head(read_weights(path).state)
         encoder = own_encoder(model, seed=0, head=None if head is None else head.spec)
         load_checkpoint(encoder, path)
-        print(f"{path}: {encoder.pixels}", file=sys.stderr)
+        say(f"{path}: {encoder.pixels}")
         return encoder.eval()
     own = "backbone" not in model.model_fields_set or (not alone and has_encoder_spec(path))
     said_head, hidden = "head" in model.model_fields_set, tuple(model.head_hidden)
@@ -139,7 +139,7 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
         raise ValueError(_as_typed(str(error))) from error
     if not own:
         _say_what_was_read(path, encoder, inferred=not said_head or model.embedding_dim is None)
-    print(f"{path}: {encoder.pixels}", file=sys.stderr)
+    say(f"{path}: {encoder.pixels}")
     choose_branch(encoder, model.branch, path)
     return encoder
 
@@ -169,7 +169,7 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
             raise ValueError(f"--checkpoint {text}: {error}") from error
         if paper and model.branch is None and is_dual(encoder):
             set_branch(encoder, "normal")
-            print(f"{path}: --preset paper scores branch normal; the attacks go through pgd", file=sys.stderr)
+            say(f"{path}: --preset paper scores branch normal; the attacks go through pgd")
         encoders.append(NamedEncoder(title, encoder, checkpoint_hash(path)))
         check_titles(one.title for one in encoders)
     return encoders
@@ -229,9 +229,9 @@ def choose_branch(encoder: Encoder, wanted: str | None, path: Path) -> None:
     chosen = wanted or trained_branch(encoder)
     set_branch(encoder, chosen)
     if wanted is None:
-        print(f"{path}: dual BatchNorm, using branch {chosen}; --model.branch chooses", file=sys.stderr)
+        say(f"{path}: dual BatchNorm, using branch {chosen}; --model.branch chooses")
     if chosen in unused_branches(encoder):
-        print(f"note: branch {chosen} of {path} was never trained", file=sys.stderr)
+        say(f"note: branch {chosen} of {path} was never trained")
 
 
 def naming_branch(result: WhiteboxResult, encoder: Encoder) -> WhiteboxResult:
@@ -264,6 +264,6 @@ def _say_what_was_read(path: Path, encoder: Encoder, *, inferred: bool) -> None:
         f"head {head}, embedding_dim {encoder.embedding_dim}{hidden}" if head else "no head: embeddings are features"
     )
     source = "inferred from the file" if inferred else "as asked for"
-    print(f"{path}: {report.loaded} tensors ({report.layout}); {words} ({source})", file=sys.stderr)
+    say(f"{path}: {report.loaded} tensors ({report.layout}); {words} ({source})")
     if report.dropped:
-        print(f"{path}: left out {len(report.dropped)} entries, from {report.dropped[0]} on", file=sys.stderr)
+        say(f"{path}: left out {len(report.dropped)} entries, from {report.dropped[0]} on")

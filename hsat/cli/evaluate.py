@@ -198,7 +198,7 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
     results = {}
     surrogates = {title: encoder.to(ranks.device) for title, encoder, _ in encoders[: len(settings.checkpoint)]}
     for one in encoders:
-        print(f"evaluating {one.title} (target {settings.target})", file=sys.stderr)
+        say(f"evaluating {one.title} (target {settings.target})")
         if settings.threat == "raw_srh" and one.encoder.fixed_size is None:
             size = settings.data.image_size
             one.encoder.input_size = (size, size)  # the encoder resizes what the dataset no longer does

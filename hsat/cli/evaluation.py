@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.failures import explain_failure
-from hsat.cli.options import EvaluationDataSettings, Names, Settings, StoredModelSettings, device_of
+from hsat.cli.options import EvaluationDataSettings, Names, Settings, StoredModelSettings, device_of, say
 from hsat.cli.ranks import Ranks, first_rank_first, join_ranks, silence_other_ranks
 from hsat.cli.threads import Threads, computing_threads, settle_threads
 from hsat.cli.train import same_on_all_ranks
@@ -139,7 +138,7 @@ def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
             check_folder(settings.out, overwrite=settings.overwrite, resume=settings.resume, state=settings.state)
         cohort = open_cohort(settings.data, seed=settings.seed)
         if ranks.is_main:
-            print(describe(cohort), file=sys.stderr)
+            say(describe(cohort))
             settings.out.mkdir(parents=True, exist_ok=True)
     assert_ranks_agree(cohort=cohort, seed=settings.seed)
     return cohort
@@ -231,9 +230,9 @@ def run_evaluation(
             raise
         raise SystemExit(f"error: {message}") from None
     print(table)
-    print(f"results are in {settings.out}", file=sys.stderr)
+    say(f"results are in {settings.out}")
     if note := upper_bound_note(getattr(settings, "target", ""), getattr(settings, "attacks", [])):
-        print(note, file=sys.stderr)
+        say(note)
 
 
 def upper_bound_note(target: str, attacks: Sequence[str] = ()) -> str:

@@ -22,7 +22,7 @@ from hsat.cli.attacks import AttackNames, Lengths, attacks_under, check_radii, c
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
-from hsat.cli.options import Names, Pixels
+from hsat.cli.options import Names, Pixels, say
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
 from hsat.eval import ExportOptions, ExportResult, Provenance, RunOptions, save_adversarial, write_records
@@ -117,9 +117,7 @@ def write_results(settings: Export, cohort: Cohort, result: ExportResult) -> str
     facts["classifiers"] = describe_classifiers(result.records)
     write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **facts)
     remove_state(settings)
-    print(
-        f"{len(result.cohort)} files in {result.root}, {result.changed:.0%} of their numbers changed", file=sys.stderr
-    )
+    say(f"{len(result.cohort)} files in {result.root}, {result.changed:.0%} of their numbers changed")
     return table
 
 

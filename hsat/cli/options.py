@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,20 @@ from hsat.data.assembly import Mixed
 from hsat.training.config import Pixels, Section, ViewConfig, parse_pixels
 
 __all__ = ["Counts", "Names", "Pixels", "PixelsList", "Section", "Settings", "parse_pixels", "split_commas"]
+
+
+class _StandardError(logging.Handler):
+    """Writes to what sys.stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+_log = logging.getLogger("hsat.cli")
+if not _log.handlers:
+    _log.addHandler(_StandardError())
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
 
 
 def split_commas(value: Any) -> Any:
@@ -388,5 +403,5 @@ def device_of(name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Write a line for people to standard error."""
-    print(text, file=sys.stderr)
+    """Write a line for people to standard error, by the logger "hsat.cli": ranks other than the first are silent."""
+    _log.info(text)

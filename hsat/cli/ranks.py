@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
+import logging
 import os
 import secrets
 import shlex
 import time
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from hsat.cli.environment import Place, place_of
 from hsat.cli.options import device_of
-from hsat.distributed import RankFailedError
+from hsat.distributed import RankFailedError, RanksDisagreeError
 from hsat.rendezvous import PATIENCE as MEETING_PATIENCE
 from hsat.rendezvous import Store, meet_ranks
 from hsat.training.interrupts import TrainingInterrupted
@@ -27,6 +28,9 @@ from hsat.training.interrupts import TrainingInterrupted
 PATIENCE = timedelta(minutes=30)
 BEGUN = "hsat/begun"
 GRACE = 5.0  # seconds for a rank that failed to say why, before another one says that it did
+
+
+_BY_ALL = (TrainingInterrupted, RanksDisagreeError)  # all ranks raise these together
 
 
 class Ranks(NamedTuple):
@@ -69,6 +73,12 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
     busy machine it does so while the interpreter shuts down: "terminate called without an active exception", SIGABRT
     (https://github.com/pytorch/pytorch/issues/190489).  So that module is imported here, before there is a group.
 
+    Of errors, only those that all ranks raise together end the group as well.  After any other one an exchange may be
+    under way in which the others wait for this rank.  The end of the group would wait for them (with torch 2.14, until
+    the other rank had ended), its `abort` does not stop an exchange of gloo, and in a thread the wait would only move
+    to where the error, whose frames hold the group, is freed.  But torchrun waits for this rank to end before it ends
+    the others.  So the group is left, and torch may end such a rank by SIGABRT after it has said why.
+
     Args:
         device: What --device says.
         patience: How long to wait for the others.
@@ -106,8 +116,14 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
     importlib.import_module("torch.distributed.nn.functional")  # before there is a group; see above
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=room, rank=rank, world_size=size, timeout=PATIENCE)
-    yield Ranks(rank, size, chosen, again, board)
-    dist.destroy_process_group()  # after an error the others may wait for this one: torchrun ends them
+    try:
+        yield Ranks(rank, size, chosen, again, board)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, _BY_ALL) or isinstance(error.__context__, _BY_ALL):
+            traceback.clear_frames(error.__traceback__)  # they hold the group
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -118,10 +134,26 @@ def first_rank_first(ranks: Ranks) -> Iterator[None]:
         return
     if not ranks.is_main:
         dist.barrier()
-    with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO()):
+    with nullcontext() if ranks.is_main else silence():
         yield
     if ranks.is_main:
         dist.barrier()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No message and no warning inside the block: `logging` and `warnings` drop them.
+
+    Bars of progress need no silence: of several ranks the first one alone makes any.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def has_begun(board: Store) -> bool:
@@ -177,7 +209,7 @@ def _own_device(device: str, place: Place) -> torch.device:
 
 @contextmanager
 def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
-    """Only the first rank writes to standard error inside the block; of ranks that fail, one goes on with its error.
+    """Only the first rank logs and warns inside the block; of ranks that fail, one goes on with its error.
 
     That is the one that failed first; the others, which often fail for the same reason or because it is gone, end
     without a word.
@@ -189,10 +221,15 @@ def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
     dist.broadcast_object_list(word, device=ranks.device)
     failed = f"hsat/failed/{word[0]}"  # of this attempt: the board outlives it
     try:
-        with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO()):
+        with nullcontext() if ranks.is_main else silence():
             yield
     except TrainingInterrupted:  # which all ranks agreed upon
         raise
+    except RanksDisagreeError:
+        if ranks.is_main:
+            raise
+        time.sleep(GRACE)  # torchrun ends all when the first one ends, which has to speak before
+        raise SystemExit(1) from None
     except (Exception, SystemExit) as error:
         if _another_spoke(ranks.board, failed, error):
             time.sleep(GRACE)  # torchrun ends all when the first one ends, which has to speak before

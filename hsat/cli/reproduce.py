@@ -13,7 +13,6 @@ hsat/recipes/paper_numbers.yaml lists the rows.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.classifiers import ClassifierName
-from hsat.cli.options import Names, Settings, collect_words, read_yaml
+from hsat.cli.options import Names, Settings, collect_words, read_yaml, say
 from hsat.eval import Record, read_records
 from hsat.recipes import read_paper_numbers
 from hsat.report import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
@@ -293,5 +292,5 @@ def main(argv: list[str]) -> None:
         except (OSError, ValueError) as error:
             if settings.table != "all":
                 raise SystemExit(f"error: {error}") from None
-            print(f"table {number} is left out: {error}", file=sys.stderr)
-    print(f"tables are in {settings.out}", file=sys.stderr)
+            say(f"table {number} is left out: {error}")
+    say(f"tables are in {settings.out}")

@@ -25,7 +25,7 @@ from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluation import check_folder, open_loaders, remove_results, upper_bound_note
 from hsat.cli.failures import explain_failure
-from hsat.cli.options import EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of
+from hsat.cli.options import EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of, say
 from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.eval import Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
@@ -89,12 +89,12 @@ def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Reco
         threat=threat, step_size=settings.step_size or eps / 8, epochs=settings.epochs, distance=settings.distance
     )
     encoder, _ = encoders[source]
-    print(f"fitting on {source}", file=sys.stderr)
+    say(f"fitting on {source}")
     with frozen(encoder):
         generator = torch.Generator().manual_seed(settings.seed)
         note = f"train split of {cohort.fingerprint()[:12]} on {source}"
         delta = fit.fit(bank, encoder.features, generator=generator, device=device, note=note)
-    print("mean drift of each pass: " + ", ".join(f"{value:.4g}" for value in delta.history), file=sys.stderr)
+    say("mean drift of each pass: " + ", ".join(f"{value:.4g}" for value in delta.history))
     name = f"universal-{eps_text(eps).removesuffix('/255')}"
     records: list[Record] = []
     for title, (other, digest) in encoders.items():
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
         with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
             cohort = open_cohort(settings.data, seed=settings.seed)
-            print(describe(cohort), file=sys.stderr)
+            say(describe(cohort))
             delta, records = run(settings, cohort)
             if settings.overwrite:
                 remove_results(settings.out)
@@ -144,5 +144,5 @@ def main(argv: list[str]) -> None:
             raise
         raise SystemExit(f"error: {message}") from None
     print(table)
-    print(f"results are in {settings.out}", file=sys.stderr)
-    print(upper_bound_note("features"), file=sys.stderr)
+    say(f"results are in {settings.out}")
+    say(upper_bound_note("features"))

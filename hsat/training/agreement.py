@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hsat.data import BadPatch, Cohort, PatchStore
 from hsat.data.cohort import patient_digests
 from hsat.data.readers import read_stored
-from hsat.distributed import gather_objects, world_rank, world_size
+from hsat.distributed import RanksDisagreeError, gather_objects, world_rank, world_size
 from hsat.fingerprints import tensor_bytes
 
 PACKAGES = ("hsat", "torch", "torchvision", "timm", "numpy")
@@ -62,7 +62,9 @@ def assert_same(
     who = f"rank {first}" if len(differing) == 1 else f"ranks {', '.join(map(str, differing))}"
     shown = shown if len(differing) == 1 else f"on rank {first} {shown}"
     verb = "disagrees" if len(differing) == 1 else "disagree"
-    raise ValueError(f"{who} {verb} with rank 0 about {name}: {shown}. All ranks need the same files and options")
+    raise RanksDisagreeError(
+        f"{who} {verb} with rank 0 about {name}: {shown}. All ranks need the same files and options"
+    )
 
 
 def assert_ranks_agree(
