@@ -106,3 +106,16 @@ def describe(cohort: Cohort) -> str:
         per_class = ", ".join(f"{name} {c['patches']}" for name, c in classes.items())
         lines.append(f"{split or 'no split'}: {patients} patients, {slides} slides, {len(rows)} patches ({per_class})")
     return "\n".join(lines)
+
+
+def source_words(data: SourceSettings) -> list[str]:
+    """The words that choose the same patches for another command: the root, the layout, and what is not the default."""
+    words = ["--data.root", str(data.root), "--data.layout", data.layout]
+    for name, field in SourceSettings.model_fields.items():
+        value = getattr(data, name)
+        if name in ("root", "layout") or value == field.default:
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{key}={column}" for key, column in value.items())
+        words += [f"--data.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from hsat.cli.cohort import describe, open_cohort, open_store
+from hsat.cli.cohort import describe, open_cohort, open_store, source_words
 from hsat.cli.encoders import new_encoder
 from hsat.cli.failures import explain_failure
 from hsat.cli.options import (
@@ -32,7 +32,6 @@ from hsat.cli.options import (
     Settings,
     find_option,
     say,
-    source_words,
     split_commas,
 )
 from hsat.cli.ranks import Ranks, command_to_resume, first_rank_first, join_ranks, silence_other_ranks

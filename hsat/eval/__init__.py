@@ -52,7 +52,6 @@ from hsat.eval.comparison import (
     load_scores,
     paired_difference,
     save_scores,
-    score_tables,
 )
 from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.conventions import CONVENTIONS, Convention, conventions_table, rescore
@@ -70,7 +69,7 @@ from hsat.eval.smoothing import Smoothing
 from hsat.eval.store import EmbeddingCache
 from hsat.eval.tables import Table, TableCell
 from hsat.eval.transfer import TransferResult, evaluate_transfer
-from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
+from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox, score_tables
 
 __all__ = [
     "CONVENTIONS",

@@ -31,9 +31,8 @@ from hsat.eval.metrics import METRICS
 from hsat.eval.options import Scoring
 from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
 from hsat.eval.records import Count
-from hsat.eval.whitebox import WhiteboxResult
 from hsat.files import STRICT, atomic_path, load_arrays
-from hsat.types import GROUP_LABELS, LEVELS, align_labels
+from hsat.types import GROUP_LABELS, LEVELS
 from hsat.untrusted import open_regular
 
 _IDS = ("label", "patch", "slide", "patient")
@@ -318,36 +317,6 @@ def compare_models(
                 method=method,
             )
     return tuple(differences)
-
-
-def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
-    """The scores of an evaluation as tables, one per condition and classifier.
-
-    Args:
-        result: What `evaluate_whitebox` gave.
-
-    Returns:
-        The tables; `model` is what the evaluation was given.
-    """
-    return tuple(
-        ScoreTable(
-            scores=scores,
-            label=align_labels(table.label, table.class_names, result.class_names),
-            patch=table.patch,
-            slide=table.slide,
-            patient=table.patient,
-            class_names=result.class_names,
-            cohort=table.cohort,
-            split=table.split,
-            model=table.encoder,
-            condition=condition,
-            k=key if isinstance(key, int) else 0,
-            classifier="" if isinstance(key, int) else key,
-            **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
-        )
-        for condition, table in result.tables.items()
-        for key, scores in result.scores[condition].items()
-    )
 
 
 def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:

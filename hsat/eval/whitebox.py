@@ -15,6 +15,7 @@ from torch import Tensor
 from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import eval_mode
+from hsat.eval.comparison import ScoreTable
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.cost import announce_bank, announce_cost
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
@@ -344,3 +345,33 @@ def _with_surrogates(attacks: Mapping[str, Attack], surrogates: Mapping[str, Emb
         else attack
         for name, attack in attacks.items()
     }
+
+
+def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
+    """The scores of an evaluation as tables, one per condition and classifier.
+
+    Args:
+        result: What `evaluate_whitebox` gave.
+
+    Returns:
+        The tables; `model` is what the evaluation was given.
+    """
+    return tuple(
+        ScoreTable(
+            scores=scores,
+            label=align_labels(table.label, table.class_names, result.class_names),
+            patch=table.patch,
+            slide=table.slide,
+            patient=table.patient,
+            class_names=result.class_names,
+            cohort=table.cohort,
+            split=table.split,
+            model=table.encoder,
+            condition=condition,
+            k=key if isinstance(key, int) else 0,
+            classifier="" if isinstance(key, int) else key,
+            **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
+        )
+        for condition, table in result.tables.items()
+        for key, scores in result.scores[condition].items()
+    )
