@@ -10,8 +10,8 @@ SIGKILL at random moments: while they start, in a step, in a checkpoint.  The sa
 - by one torchrun for both ranks (standalone), and by two of them with one rank each (--rdzv_backend=c10d).
 
 A run has ended well if its weights and its train.csv are, byte for byte, those of a run that nobody killed.  A run
-whose processes use hardly any CPU time for 45 seconds is ended and is counted as hung: on a busy machine, the time
-alone tells nothing.
+whose processes neither use nor wait for a processor for 45 seconds is ended and is counted as hung: on a busy machine,
+the time alone tells nothing.
 """
 
 from __future__ import annotations
@@ -170,19 +170,21 @@ def read_starts(folder: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def cpu_seconds(folder: Path, agents: list[subprocess.Popen[bytes]]) -> float:
-    """What the torchruns and their ranks have used, those that still live."""
+def look_at(folder: Path, agents: list[subprocess.Popen[bytes]]) -> tuple[float, bool]:
+    """CPU seconds that the living torchruns and ranks have used, and whether one of them waits for a processor."""
     ids = [str(process.pid) for process in agents]
     ids += (
         [line.split()[0] for line in (folder / "starts").read_text().splitlines()]
         if (folder / "starts").exists()
         else []
     )
-    ticks = 0
+    ticks, waits = 0, False
     for number in ids:
         with suppress(OSError):
-            ticks += sum(map(int, Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:13]))
+            waits |= fields[0] in ("R", "D")
+    return ticks / os.sysconf("SC_CLK_TCK"), waits
 
 
 def end_all(folder: Path, agents: list[subprocess.Popen[bytes]]) -> None:
@@ -216,12 +218,14 @@ def run(folder: Path, root: Path, way: str, agents: int, kills: list[dict[str, A
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps(kills))
     begin = marked = time.monotonic()
-    processes, hung, used = start_agents(folder, root, way, agents, restarts=3), False, 0.0
+    processes, hung, used, waited = start_agents(folder, root, way, agents, restarts=3), False, 0.0, 0
     try:
         while any(process.poll() is None for process in processes) and not hung:
             time.sleep(1)
-            if (now := cpu_seconds(folder, processes)) < used or now > used + BUSY:
-                used, marked = now, time.monotonic()
+            now, waits = look_at(folder, processes)
+            waited += waits
+            if now < used or now > used + BUSY or waited > IDLE / 4:
+                used, waited, marked = now, 0, time.monotonic()
             hung = time.monotonic() - marked > IDLE or time.monotonic() - begin > limit
     finally:
         end_all(folder, processes)
@@ -257,6 +261,7 @@ def main() -> None:
     """Read the options, run the plans in turn, print and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=23, help="plans")
+    parser.add_argument("--first", type=int, default=0, help="number of the first plan")
     parser.add_argument("--minutes", type=float, default=20.0, help="no run begins later than that")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a run hangs, anyway")
     parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
@@ -292,7 +297,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             order = [
                 (n, way, a)
-                for n in range(options.runs)
+                for n in range(options.first, options.first + options.runs)
                 for way in options.ways.split(",")
                 for a in AGENTS
                 if way != "env" or n % 4 == 0

@@ -12,6 +12,7 @@ final.safetensors and best.safetensors, the latter chosen by robust kNN on held-
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,6 @@ from hsat.cli.ranks import Ranks, command_to_resume, first_rank_first, join_rank
 from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.data.augment import default_augmentation
-from hsat.distributed import world_rank
 from hsat.recipes import SCALES, read_recipe
 from hsat.run_folder import lock_folder
 from hsat.training import assert_ranks_agree
@@ -292,7 +292,7 @@ def main(argv: list[str]) -> None:
                 print(f"encoder: {path}")
                 say(f"evaluate it: hsat evaluate --checkpoint {path}{describe_data(settings)}")
     except TrainingInterrupted as stop:
-        if world_rank() == 0:
+        if os.environ.get("RANK", "0") == "0":  # the group has ended
             say(f"{stop}; to go on: {command_to_resume('train', argv)}")
         raise SystemExit(128 + stop.signal) from None
     except FloatingPointError as error:
