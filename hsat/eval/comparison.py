@@ -319,14 +319,6 @@ def compare_models(
     return tuple(differences)
 
 
-def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:
-    """Labels of groups in other classes; -1 stays, and for a class that is not among them."""
-    if labels is None:
-        return None
-    places = np.array([names.index(name) if name in names else -1 for name in own] + [-1])
-    return np.asarray(places[labels])
-
-
 def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> Path:
     """Write score tables into one compressed .npz file; it appears whole or not at all.
 

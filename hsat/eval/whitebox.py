@@ -37,12 +37,14 @@ from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
+    GROUP_LABELS,
     Attack,
     Classifier,
     EmbeddingFunction,
     EmbeddingTable,
     FittedClassifier,
     HierarchicalBatch,
+    align_labels,
 )
 
 _TOLERATED = 0.05  # share of the images robust to every gradient that a search without them may break by luck
@@ -375,3 +377,11 @@ def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
         for condition, table in result.tables.items()
         for key, scores in result.scores[condition].items()
     )
+
+
+def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:
+    """Labels of groups in other classes; -1 stays, and for a class that is not among them."""
+    if labels is None:
+        return None
+    places = np.array([names.index(name) if name in names else -1 for name in own] + [-1])
+    return np.asarray(places[labels])
