@@ -110,6 +110,7 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "models/metadata": "files_document",
     "models/state_dicts": "models/load_encoder",
     "models/zoo": "models/factory",
+    "report/line_labels": "report/accuracy_plot",
     "report/page/drawing": "report/page",
     "report/page/figures": "report/page_figures",
     "report/page/sections": "report/page",

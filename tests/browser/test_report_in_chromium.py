@@ -72,8 +72,9 @@ def test_the_figures_are_there(chromium, page):
     drawn = "[...document.querySelectorAll('svg.chart')].every(e => e.getBoundingClientRect().height > 100)"
     assert chromium.value(drawn)
     assert chromium.value("[...document.images].every(e => e.complete && e.naturalWidth === 12)")
-    lines = "[...document.querySelectorAll('#numbers-1 g.line path')].filter(e => e.getTotalLength() > 50).length"
-    assert chromium.value(lines) >= 3 * 2 * len(MODELS)
+    lines = "[...document.querySelectorAll('#numbers-1 g.{} path')].filter(e => e.getTotalLength() > 50).length"
+    assert chromium.value(lines.format("line")) == chromium.value(lines.format("noise")) == 3 * len(MODELS)
+    assert chromium.value(lines.format("band")) == 3 * len(MODELS)
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1200])

@@ -166,9 +166,14 @@ def test_k_above_the_bank_warns_and_is_recorded(toy_encoder, bank, queries):
     assert {record.k for record in result.records} == {90, 20}
 
 
-def test_examples_are_the_first_images(toy_encoder, bank, queries):
+def test_examples_are_the_first_of_each_class(toy_encoder, bank, queries):
     result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-8": PGD8}, **FAST | dict(run=KEEPING))
-    images = torch.cat([batch.images for batch in queries])[:25]
+    rows, labels = list(result.example_rows), result.tables["clean"].label
+    assert len(rows) == 25 and rows == sorted(rows)
+    for label in np.unique(labels):
+        mine = [row for row in rows if labels[row] == label]
+        assert mine == np.flatnonzero(labels == label)[: len(mine)].tolist() and len(mine) in (8, 9)
+    images = torch.cat([batch.images for batch in queries])[rows]
     assert torch.equal(result.examples["clean"], images)
     gap = (result.examples["PGD-8"].double() - images.double()).abs()
     assert 7.5 / 255 < gap.max() <= 8 / 255

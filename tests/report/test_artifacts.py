@@ -76,6 +76,15 @@ def test_pictures_hold_the_images_and_what_was_added(tmp_path, parts):
     assert set(np.unique(added)) == {128}
 
 
+def test_pictures_know_their_rows(tmp_path, parts):
+    write(tmp_path, parts | {"example_rows": (1, 8)})
+    assert read_artifacts(tmp_path)[0].conditions["PGD-8"].patch_rows == (1, 8)
+    write(tmp_path, parts)
+    assert read_artifacts(tmp_path)[0].conditions["clean"].patch_rows == (0, 1)
+    with pytest.raises(ValueError, match=r"example_rows \[3, 10\] do not name 2 rows of a table of 10"):
+        write(tmp_path, parts | {"example_rows": (3, 10)})
+
+
 def test_two_channel_images_are_shown_by_their_mean(tmp_path, parts):
     parts["examples"] = {name: images[:, :2] for name, images in parts["examples"].items()}
     write(tmp_path, parts)

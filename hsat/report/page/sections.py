@@ -33,11 +33,12 @@ _MAIN_METRICS = ("accuracy", "mca", "certified_accuracy")
 
 @dataclass(frozen=True)
 class CurvePanels:
-    """The panels of one norm, with one legend."""
+    """The panels of one norm, with one legend where names have no room; chance: whether its level is drawn."""
 
     norm: str
     figures: tuple[PageFigure, ...]
     legend: tuple[tuple[str, str], ...]
+    chance: bool
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _curves(
         named = all(figure.named for figure in figures)
         legend = () if named else accuracy_legend(ordered, noise=noise, chance=chance)
         if figures:
-            panels.append(CurvePanels(norm, figures, legend))
+            panels.append(CurvePanels(norm, figures, legend, chance))
     return tuple(panels)
 
 
