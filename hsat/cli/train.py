@@ -193,7 +193,8 @@ def make_trainer(settings: Train, ranks: Ranks | None = None) -> Trainer:
     settings = choose_augmentation(settings, cohort.kind)
     if ranks.is_main:
         say(describe(cohort))
-        say(describe_augmentation(settings, cohort.kind))
+        if cohort.kind != "srh":  # for which the published pipelines were made
+            say(describe_augmentation(settings, cohort.kind))
     resume = settings.resume or ranks.again
     if resume or not (settings.out / "run.json").exists():  # else the run is refused, and stays refused
         ranks.begin()
@@ -235,7 +236,7 @@ def choose_augmentation(settings: Train, kind: str) -> Train:
 def describe_augmentation(settings: Train, kind: str) -> str:
     """Which augmentation is used, and whether it was made for other patches."""
     name = settings.data.augmentation
-    if kind != "srh" and name in ("static", "v0", "v1"):
+    if name in ("static", "v0", "v1"):
         return (
             f"augmentation {name} was made for stimulated Raman images: on {kind} patches it draws colours that no"
             " tissue has; --data.augmentation he is made for haematoxylin and eosin"

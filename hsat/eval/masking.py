@@ -269,7 +269,8 @@ class _Checks:
     def climb(self) -> _Climb:
         """The attack, and how its objective went on the way and after as many steps again."""
         attack, watched = self.subject.attack, _Watched(self.objective)
-        result = self.attacked(attack, watched)
+        # what comes from elsewhere may ask the objective for its model; then nothing on the way is seen, or needed
+        result = self.attacked(attack, watched if is_plain(attack) else self.objective)
         value, right = self.judge(result.x_adv)
         start = self.attacked(RandomNoise(self.subject.threat)).x_adv  # with the same seed: the attack's own start
         still = _same(result.x_adv, self.images) | _same(result.x_adv, start)

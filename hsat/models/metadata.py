@@ -155,7 +155,7 @@ def _check(values: Mapping[str, object], rules: Rules, *, where: str) -> None:
     for key in values:
         if key not in rules:
             raise ValueError(f"{where}.{_shown_key(key)} is no key of {where}, which has {', '.join(rules)}")
-    if missing := [f"{where}.{key}" for key in rules if key not in values and key not in _OPTIONAL]:
+    if missing := [f"{where}.{key}" for key in rules if key not in values and f"{where}.{key}" not in _OPTIONAL]:
         raise ValueError(f"{', '.join(missing)} must be given")
     for key, (description, fits) in rules.items():
         if key in values and not fits(values[key]):
@@ -191,7 +191,7 @@ def _is_channels(value: object, low: float, high: float) -> bool:
 
 
 _WIDTHS, _SIDES = f"a whole number from 1 to {MOST_WIDTH}", f"a whole number from 1 to {MOST_SIDE}"
-_OPTIONAL = ("image_size",)  # files of encoders that were built for no size in particular do not have it
+_OPTIONAL = ("encoder.image_size",)  # files of encoders that were built for no size in particular do not have it
 _ENCODER: Rules = {
     "name": ("a text of at most 201 characters", lambda value: isinstance(value, str) and len(value) <= 201),
     "embedding_dim": (f"{_WIDTHS}, or null", lambda value: value is None or _is_int(value, MOST_WIDTH)),

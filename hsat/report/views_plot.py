@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hsat.data import HierarchicalDataset, PatchDataset
-from hsat.data.datasets import Sample
 from hsat.report.panels import TEXT_WIDTH, figure_style, finish_figure, open_panels
 from hsat.report.plots import patch_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from hsat.data import HierarchicalDataset
 
 
 def plot_views(
@@ -46,7 +46,7 @@ def plot_views(
         ValueError: For counts below 1, for both a path and axes, and for another number of axes.
 
     Example:
-        >>> from hsat.data import read_opensrh, write_synthetic_cohort
+        >>> from hsat.data import HierarchicalDataset, read_opensrh, write_synthetic_cohort
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     cohort = read_opensrh(write_synthetic_cohort(f"{folder}/cohort", seed=0))
@@ -73,6 +73,8 @@ def plot_views(
 
 def _row(dataset: HierarchicalDataset, number: int, views: int) -> list[Tensor]:
     """A patch of a patient, and its views."""
+    from hsat.data import HierarchicalDataset, PatchDataset
+
     one = HierarchicalDataset(
         dataset.cohort,
         dataset.split,
@@ -84,7 +86,7 @@ def _row(dataset: HierarchicalDataset, number: int, views: int) -> list[Tensor]:
         seed=dataset.seed,
         store=dataset.store,
     )
-    sample: Sample = one[number]
+    sample = one[number]
     plain = PatchDataset(dataset.cohort, dataset.split, image_size=dataset.image_size, store=dataset.store)
     (place,) = torch.nonzero(torch.from_numpy(plain.rows) == int(sample.patch[0]))[0].tolist()
     return [plain[place].images[0], *sample.images]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hsat.cli.cohort import open_cohort
+from hsat.cli.cohort import open_cohort, source_words
 from hsat.cli.main import main
-from hsat.cli.options import EvaluationDataSettings, SourceSettings, source_words
+from hsat.cli.options import EvaluationDataSettings, SourceSettings
 
 
 @pytest.fixture

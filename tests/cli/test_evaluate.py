@@ -55,7 +55,7 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
             "--k",
             "5",
             "--attacks",
-            "pgd,bim,mifgsm",
+            "pgd,mifgsm",
             "--target",
             "embedding",
             "--out",

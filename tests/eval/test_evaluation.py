@@ -71,7 +71,7 @@ def test_settings_hold_what_decides_results_and_nothing_else(toy_encoder, bank, 
     assert same.settings(queries, attacks) == before
     for changed, names in (
         (dict(run=RunOptions(seed=1)), {"seed"}),
-        (dict(run=RunOptions(keep_examples=1)), {"keep_examples"}),
+        (dict(run=RunOptions(keep_examples=1)), {"examples_of_classes"}),
         (dict(scoring=Scoring(layer="embedding")), {"layer"}),
         (dict(target=Target("features", branch="pgd")), {"target", "attack_branch"}),
         (dict(provenance=Provenance(class_names=("a", "b", "c"))), {"encoder.classes"}),

@@ -123,11 +123,11 @@ def test_diagnoses_are_kept_one_by_one(toy_encoder, bank, queries, tmp_path, mon
         options = RunOptions(noise=False, diagnose=images, resume_dir=folder)
         return evaluate_whitebox(toy_encoder, bank, queries, attacks, run=options, **bare)
 
-    def examine(subject, batches, *, device):
+    def examine(subject, batches, *, device, shared=None):
         if len(calls) == 1:
             raise Interrupted
         calls.append(subject.attack)
-        return plain(subject, batches, device=device)
+        return plain(subject, batches, device=device, shared=shared)
 
     whole = evaluate(folder=None)
     monkeypatch.setattr(diagnostics, "examine", examine)

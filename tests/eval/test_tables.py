@@ -77,7 +77,7 @@ def test_a_frame_without_pandas_names_the_extra(monkeypatch):
 
 def test_html_is_escaped_and_says_what_cells_are():
     html = TABLE.to_html(kind="text")
-    assert "<caption>A 50 % &lt;table&gt; (n = 3)</caption>" in html and '<table class="text">' in html
+    assert "<caption><span>A 50 % &lt;table&gt; (n = 3)</span></caption>" in html and '<table class="text">' in html
     assert '<th scope="row">&lt;b&gt;</th><td>±</td><td style="--shade:0.250">9</td>' in html
     assert "<td>50.0 <small>40.0 to 60.0</small></td>" in html and '<p class="note">a &amp; b</p>' in html
     assert '<th scope="colgroup" colspan="1">x_1</th>' in html

@@ -44,6 +44,8 @@ ON_THE_HOST = [  # (file, part of the line, why the value lies on the CPU on any
 OTHER_PATHS = {  # file: what is done otherwise for a GPU, and so not seen here, besides CPU_ONLY
     "attacks/initialization.py": "noise of a CPU generator, radii, masks and small tensors are page-locked and copied"
     " without a wait",
+    "attacks/library_attack.py": "random states of the devices are kept and put back around another library",
+    "attacks/other_libraries.py": "what another library is told about the device",
     "data/augment_batch.py": "128 images at once, and white noise drawn on the device",
     "data/image_operations.py": "parameters of augmentations are page-locked and copied without a wait",
     "training/accumulation.py": "the state of the GPU's generator is kept for the second pass",
