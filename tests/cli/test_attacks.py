@@ -152,7 +152,7 @@ def test_raw_srh_from_the_command_line_at_the_files_own_size(trained, root, tmp_
     """Patches of 32 pixels, an encoder that was told 24: it resizes inside, the attack stays on the files' numbers."""
     file = str(trained / "best.safetensors")
     words = ["--checkpoint", file, "--data.root", str(root), "--data.image_size", "24", "--threat", "raw_srh"]
-    evaluate(*words, "--eps", "8/255", "--out", str(tmp_path / "out"))
+    evaluate(*words, "--natural_shift", "false", "--eps", "8/255", "--out", str(tmp_path / "out"))
     records = read_records(tmp_path / "out" / "records.jsonl")
     assert list(dict.fromkeys(r.attack_name for r in records)) == ["clean", "noise-8", "PGD-raw_srh-8"]
     attacked = next(r for r in records if r.attack_name == "PGD-raw_srh-8")
