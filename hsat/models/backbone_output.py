@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
+import torch
 from torch import Tensor, nn
 
 from hsat.types.row_checks import SQUEEZED, is_squeezed
@@ -131,3 +132,8 @@ def channel_axis_of_two(maps: Sequence[Tensor], name: str) -> int:
         f"{name} gives maps whose axis of channels cannot be told; pass features=, such as"
         " features=lambda x: module(x).mean((2, 3)) for (n, d, h, w), to wrap_encoder"
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

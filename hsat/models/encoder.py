@@ -19,6 +19,7 @@ from hsat.models.backbone_output import (
     channel_axis,
     channel_axis_of_two,
     has_attribute,
+    is_out_of_memory,
     pick_output,
 )
 from hsat.models.frozen import frozen
@@ -83,6 +84,7 @@ class Encoder(nn.Module):
         self._feature_dim = feature_dim
         self._embedding_dim = embedding_dim
         self._features = features
+        self._passed_sizes: set[tuple[int, int]] = set()
         self._channels_last: bool | None = None  # of feature maps: (n, h, w, d); None: no map was seen yet
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             buffer = None if values is None else torch.tensor(values).view(1, -1, 1, 1)
@@ -156,12 +158,15 @@ class Encoder(nn.Module):
             compute = self._features
         elif isinstance(self._features, str) and has_attribute(self.backbone, self._features):
             compute = attrgetter(self._features)(self.backbone)
+        given = (images.shape[2], images.shape[3])
         try:
             out = compute(images)
+            if not torch.compiler.is_compiling():
+                self._passed_sizes.add(given)
         except (AssertionError, RuntimeError, ValueError) as error:
-            built, given = built_size(self.backbone), (images.shape[2], images.shape[3])
-            if built is None or built == given:
-                raise
+            built = built_size(self.backbone)
+            if built in (None, given) or given in self._passed_sizes or is_out_of_memory(error):
+                raise  # whatever it is, it is not the size
             raise ValueError(
                 f"the backbone failed on {given[0]}x{given[1]} images and was built for {built[0]}x{built[1]} ({error})"
                 f"; pass input_size={built[0] if built[0] == built[1] else built} to resize inside the encoder, or"

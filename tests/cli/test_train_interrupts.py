@@ -117,6 +117,7 @@ def test_a_second_ctrl_c_ends_at_once(options, launch, finish, tmp_path):
     assert_one_line(shown, "interrupted; to go on: hsat train ", "--resume")
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together_and_go_on(options, train, rows_of, torchrun, finish, tmp_path):
     """SIGTERM to torchrun, which hands it on to its ranks."""
     out = tmp_path / "run"

@@ -39,7 +39,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param((), id="pgd"),
+        pytest.param((), id="pgd", marks=pytest.mark.slow),
         pytest.param(
             ("--model.dual_norm", "--train.clean", "--attack.name", "nfgsm", "--attack.check_every", "3", *UNTUNED),
             id="dual norm, clean images, a safeguarded single step",

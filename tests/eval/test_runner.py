@@ -224,6 +224,7 @@ def call(names, bank, queries, network=None, **options):
     return evaluate_whitebox(network, bank, queries, names["ATTACKS"], run=run, **names["OPTIONS"])
 
 
+@pytest.mark.slow
 def test_two_ranks_say_what_one_process_says(names, shared):
     """Records, embeddings, scores, pictures, outcomes, diagnoses; also where one rank has no batch at all."""
     _, root, answers, _ = shared

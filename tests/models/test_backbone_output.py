@@ -169,3 +169,25 @@ def test_arrays_are_no_images():
     encoder = build_encoder("test_resnet", head=None, seed=0)
     with pytest.raises(TypeError, match=r"got ndarray; write torch\.as_tensor"):
         encoder(np.zeros((1, 3, 8, 8), dtype=np.float32))
+
+
+def test_an_error_that_is_not_about_the_size_stays_what_it_is():
+    encoder = build_encoder("test_resnet", head=None, seed=0).eval()
+    x = torch.rand(1, 3, 32, 32)
+    encoder(x)  # so this size is one that it takes
+
+    def fail(*_):
+        raise RuntimeError("a worker has died")
+
+    with (
+        encoder.backbone.conv1.register_forward_pre_hook(fail),
+        pytest.raises(RuntimeError, match=r"^a worker has died$"),
+    ):
+        encoder(x)
+    fresh = build_encoder("test_resnet", head=None, seed=0).eval()
+
+    def exhaust(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with fresh.backbone.conv1.register_forward_pre_hook(exhaust), pytest.raises(torch.OutOfMemoryError):
+        fresh(x)
