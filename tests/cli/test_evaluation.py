@@ -93,7 +93,7 @@ def test_results_alone_are_removed(tmp_path):
 @pytest.mark.parametrize(
     ("number", "status"),
     [
-        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.slow),
     ],
 )

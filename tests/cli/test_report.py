@@ -25,6 +25,7 @@ def run(made_run, tmp_path):
     return made_run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_real_evaluation_and_training_on_one_page(trained, root, tmp_path, capsys):
     from hsat.cli.evaluate import main as evaluate
 

@@ -212,6 +212,7 @@ def ranks_of(process):
     return {int(word[5:]): int(pid) for pid, words in environments.items() for word in words if word[:5] == b"RANK="}
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_at_most_one_line(options, torchrun, finish, tmp_path):
     """torchrun ends the other rank, too, and may do so before that one has said why."""
     out = tmp_path / "run"

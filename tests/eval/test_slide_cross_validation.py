@@ -77,6 +77,7 @@ def test_out_of_fold_accuracy_of_a_problem_that_can_be_learned():
     assert accuracy.settings["cross_validation_folds"] == 3 and accuracy.classifier == repr(settings)
 
 
+@pytest.mark.slow
 def test_nothing_leaks_where_there_is_nothing_to_learn():
     """Labels by patient and patches of pure noise of the patient: a leak of patients would show as high accuracy."""
     rng = np.random.default_rng(0)
