@@ -10,7 +10,19 @@ from typing import Protocol
 import pytest
 from pydantic import BaseModel
 
-ROOMS = ("attacks", "classifiers", "embedding", "eval", "losses", "models", "report", "testing", "training", "types")
+ROOMS = (
+    "attacks",
+    "classifiers",
+    "data",
+    "embedding",
+    "eval",
+    "losses",
+    "models",
+    "report",
+    "testing",
+    "training",
+    "types",
+)
 
 
 def public_objects(room: str) -> Iterator[tuple[str, object]]:

@@ -138,6 +138,7 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "data/assembly": "data/readers",
     "data/values": "data/readers",
     "types/plain_batches": "embedding",
+    "data/patch_store_writer": "data/patch_store",
 }
 TESTED = {
     (path.relative_to(ROOT / "tests").parent / path.stem.removeprefix("test_")).as_posix()

@@ -12,7 +12,8 @@ from hsat.data.folders import read_class_folders, read_folders
 from hsat.data.layouts import ReadOptions, read_cohort
 from hsat.data.loaders import SlideLoader, collate, hierarchical_loader, patch_loader, slide_loader
 from hsat.data.opensrh import read_opensrh
-from hsat.data.patch_store import PatchStore, write_patch_store
+from hsat.data.patch_store import PatchStore
+from hsat.data.patch_store_writer import write_patch_store
 from hsat.data.readers import BadPatch, read_patch
 from hsat.data.sampler import PatientBatchSampler, PatientDraw
 from hsat.data.srh import srh_to_rgb

@@ -108,6 +108,13 @@ class Augmentation:
 
     Called on x (3, h, w), floats in [0, 1]; gives (3, image_size, image_size) float32 in [0, 1], or (3, h, w) where
     image_size is None.  x is not changed.  Raises TypeError or ValueError naming what is wrong with x.
+
+    Attributes:
+        name: Of the pipeline, see `build_transform`.
+        image_size: Side of the images that come out; None keeps a patch's own size.
+        strength: In [0, 1].
+        prob: In [0, 1].
+        steps: The operations.
     """
 
     name: str
@@ -156,6 +163,9 @@ def build_transform(
         strength: In [0, 1]; it changes nothing in "none" and "static".
         prob: In [0, 1]; it changes nothing in "none", "v1" and "he".
         uncropped: See `CropToSize`.
+
+    Returns:
+        The pipeline.
 
     Raises:
         ValueError: An unknown name or uncropped, a size below 1, or strength or prob outside [0, 1].
@@ -213,11 +223,26 @@ class AugmentationPolicy:
         """The published choices: uncropped="keep", and 50 static epochs for "v0" and "v1".
 
         The first strength of the published training never comes to be used, since the static pipeline runs meanwhile.
+
+        Args:
+            name: Of the pipeline, see `build_transform`.
+
+        Returns:
+            The policy.
         """
         return cls(name, uncropped="keep", static_epochs=PAPER_STATIC_EPOCHS if name in ("v0", "v1") else 0)
 
     def pipeline(self, image_size: int | None, *, epoch: int = 0, strength: float = 1.0) -> Augmentation:
-        """The pipeline of an epoch, ending at image_size; raises as `build_transform` does."""
+        """The pipeline of an epoch, ending at image_size; raises as `build_transform` does.
+
+        Args:
+            image_size: Side of the images; None keeps a patch's own size.
+            epoch: Number of the epoch, from 0.
+            strength: In [0, 1].
+
+        Returns:
+            The pipeline.
+        """
         name = "static" if epoch < self.static_epochs else self.name
         return _cached_pipeline(name, image_size, strength, self.prob, self.uncropped)
 

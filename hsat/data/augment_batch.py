@@ -70,6 +70,9 @@ def augment_batch(
         replay_noise: False takes white noise from a generator on the device, seeded by seeds[i], in place of the CPU's:
             other draws of the same distribution, and the way to go on a GPU.  None replays on the CPU and only there.
 
+    Returns:
+        (n, 3, size, size) on the patches' device.
+
     Raises:
         ValueError: Lengths do not agree, no image is asked for, or images of different sizes come out; and what the
             pipeline's own checks refuse.

@@ -24,7 +24,7 @@ from hsat.files import digest_file
 if TYPE_CHECKING:
     from hsat.data.file_check import FileCheck
 
-__all__ = ["Cohort", "PatchKind", "PatchRecord", "patient_digests"]
+__all__ = ["Cohort", "PatchKind", "PatchRecord"]
 
 PatchKind = Literal["srh", "rgb"]
 Key = TypeVar("Key", bound=Hashable)
@@ -188,7 +188,17 @@ class Cohort(BaseModel):
         return {}
 
     def rows(self, split: str | None = None) -> np.ndarray:
-        """Row numbers of a split, (m,) int64 in cohort order; None means every row, also those without a split."""
+        """Row numbers of a split, (m,) int64 in cohort order; None means every row, also those without a split.
+
+        Args:
+            split: Name of the split, or None.
+
+        Returns:
+            (m,) int64, rising.
+
+        Raises:
+            ValueError: For a split that the cohort has not.
+        """
         if split is None:
             return self.patch.copy()
         if split not in self.splits:
@@ -204,6 +214,12 @@ class Cohort(BaseModel):
 
         Raises IndexError, or ValueError when a link leads out of the root and allow_links is False.  The file itself
         need not exist.
+
+        Args:
+            i: Row of the cohort.
+
+        Returns:
+            The path; the file need not exist.
         """
         if not 0 <= i < len(self.records):
             raise IndexError(f"row {i} is outside this cohort of {len(self.records)} patches")
@@ -288,6 +304,9 @@ class Cohort(BaseModel):
         Args:
             verify: Read every file and cover its contents too; the result then differs from the one without.
 
+        Returns:
+            64 hexadecimal digits.
+
         Raises:
             FileNotFoundError: Files are missing.
             ValueError: Files are empty, or lead out of the root.
@@ -320,7 +339,6 @@ class Cohort(BaseModel):
         Of each class, round(val_fraction * patients) go to names[1], but at least one and at most all but one; the
         draw depends on the seed, the class's name and its patients' names only.  A class with a single patient stays
         in names[0], with a warning.
-
         Where patches of one patient are of several classes, patients are stratified by their set of classes instead
         (sets that one patient alone has form a stratum together).  Of 100 such draws the one is taken that leaves the
         fewest classes without a patient in one of the splits and then comes nearest to val_fraction of each class's
@@ -333,6 +351,9 @@ class Cohort(BaseModel):
             of: Divide the patients of this split only, and leave the others where they are; with names=("train",
                 "tune") and of="train" some training patients are held out to choose a model by, beside an untouched
                 "val".
+
+        Returns:
+            A cohort with that split.
 
         Raises:
             ValueError: The options are out of range, or names[1] has patients already although `of` is given.
@@ -377,21 +398,3 @@ def _factorize(keys: Sequence[Key]) -> tuple[np.ndarray, tuple[Key, ...]]:
 def _locked(array: np.ndarray) -> np.ndarray:
     array.setflags(write=False)
     return array
-
-
-def patient_digests(cohort: Cohort) -> dict[str, str]:
-    """What each patient has, in order of first appearance: number of patches and a digest of their rows and sizes.
-
-    Ids play no part, so that a patient who is missing leaves the others as they are; the last entry is the order.
-    """
-    sizes = cohort.file_sizes()
-    rows_of: dict[str, list[int]] = {}
-    for i, record in enumerate(cohort.records):
-        rows_of.setdefault(record.patient, []).append(i)
-    digests = {}
-    for patient, rows in rows_of.items():
-        lines = sorted(json.dumps([*cohort.records[i], sizes[i]]) for i in rows)
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        digests[f"patient {patient!r}"] = f"{digest[:12]} ({len(rows)} patches)"
-    paths = "\n".join(record.path for record in cohort.records)
-    return digests | {"the order of the patches": hashlib.sha256(paths.encode()).hexdigest()[:12]}

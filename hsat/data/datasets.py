@@ -103,6 +103,9 @@ class PatchDataset(Dataset[Sample]):
         Args:
             items: (m,) numbers below len(self), as in dataset[number], or a slice of them; there may be none.
 
+        Returns:
+            A dataset of these items.
+
         Raises:
             IndexError: A number is out of range.
             TypeError: They are no whole numbers; a mask has to go through np.flatnonzero.

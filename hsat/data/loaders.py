@@ -22,6 +22,12 @@ Ids = Literal["true", "slots"]
 def collate(samples: Sequence[Sample]) -> HierarchicalBatch:
     """One HierarchicalBatch with the images of all samples, in their order.
 
+    Args:
+        samples: What datasets give.
+
+    Returns:
+        The batch.
+
     Raises:
         ValueError: There are no samples, images have different shapes (files and shapes are named), or ids do not nest,
             which happens when samples of two cohorts are mixed.
@@ -65,6 +71,9 @@ def patch_loader(
         batch_size: Images per batch.
         workers: Reading processes; 0 reads in this one.  The batches are the same for any number.
         pin_memory: Page-lock the batches, so that a GPU copies them while it computes.
+
+    Returns:
+        The loader.
 
     Raises:
         ValueError: batch_size is below 1.
@@ -170,6 +179,9 @@ def hierarchical_loader(
             the published loss sees a batch: a slide or patch that is drawn twice, and a patient that comes twice in a
             batch, then count as others and so as negatives.  None is "true", or "slots" under compat="paper".
         compat: "paper" for the published choice of ids.
+
+    Returns:
+        The loader.
 
     Raises:
         ValueError: Another ids or compat, or dataset and sampler were made for different splits or cohorts.

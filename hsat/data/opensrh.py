@@ -45,6 +45,9 @@ def read_opensrh(
             "keep" without a split, or "error".
         allow_links: See `Cohort`.
 
+    Returns:
+        The cohort.
+
     Raises:
         FileNotFoundError: The root or a meta file is missing.
         ValueError: Malformed JSON, repeated keys, entries of the wrong type, a patient in two splits or listed in the

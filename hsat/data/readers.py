@@ -62,6 +62,9 @@ def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> 
             YCbCr) and depths other than 8 bits: refused, not converted, for what their values mean is the owner's to
             say.  Several pages or frames: refused.  Colour profiles: not applied.
 
+    Returns:
+        (3, h, w) float32 in [0, 1].
+
     Raises:
         BadPatch: The file cannot be read as that.
         ValueError: Another kind.

@@ -294,7 +294,16 @@ class PatientBatchSampler:
         return self.draws_per_epoch // together if self.drop_last else -(-self.draws_per_epoch // together)
 
     def set_epoch(self, epoch: int, *, strength: float = 1.0, start_batch: int = 0) -> None:
-        """What the next iteration yields: this epoch, from batch number `start_batch` on, at this strength."""
+        """What the next iteration yields: this epoch, from batch number `start_batch` on, at this strength.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            strength: Of the augmentation, in [0, 1].
+            start_batch: Batches of the epoch that are left out.
+
+        Raises:
+            ValueError: For values out of range.
+        """
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
         if not 0.0 <= strength <= 1.0:

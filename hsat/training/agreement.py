@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hsat.data import BadPatch, Cohort, PatchStore
-from hsat.data.cohort import patient_digests
 from hsat.data.readers import read_stored
 from hsat.distributed import RanksDisagreeError, gather_objects, world_rank, world_size
 from hsat.fingerprints import tensor_bytes
@@ -218,3 +217,21 @@ def _difference(value: object, reference: object, *, named: int) -> str:
 def _shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def patient_digests(cohort: Cohort) -> dict[str, str]:
+    """What each patient has, in order of first appearance: number of patches and a digest of their rows and sizes.
+
+    Ids play no part, so that a patient who is missing leaves the others as they are; the last entry is the order.
+    """
+    sizes = cohort.file_sizes()
+    rows_of: dict[str, list[int]] = {}
+    for i, record in enumerate(cohort.records):
+        rows_of.setdefault(record.patient, []).append(i)
+    digests = {}
+    for patient, rows in rows_of.items():
+        lines = sorted(json.dumps([*cohort.records[i], sizes[i]]) for i in rows)
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        digests[f"patient {patient!r}"] = f"{digest[:12]} ({len(rows)} patches)"
+    paths = "\n".join(record.path for record in cohort.records)
+    return digests | {"the order of the patches": hashlib.sha256(paths.encode()).hexdigest()[:12]}

@@ -14,9 +14,8 @@ import tifffile
 import torch
 
 from hsat.data import read_opensrh, write_synthetic_cohort
-from hsat.data.cohort import patient_digests
 from hsat.training import assert_ranks_agree, assert_same
-from hsat.training.agreement import tensor_digests
+from hsat.training.agreement import patient_digests, tensor_digests
 
 RANK = """
 import copy, json, sys
