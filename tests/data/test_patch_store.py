@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-import hsat.data.patch_store as room
+import hsat.data.patch_store_writer as room
 from hsat.data import (
     AugmentationPolicy,
     BadPatch,
@@ -358,7 +358,7 @@ def test_a_recorded_unreadable_file_ends_a_packing_that_wants_none(srh, tmp_path
 
 SLOW_WRITING = """
 import sys, time
-import hsat.data.patch_store as room
+import hsat.data.patch_store_writer as room
 from hsat.data import read_opensrh
 from hsat.data.readers import read_stored
 
