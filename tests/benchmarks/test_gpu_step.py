@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = "--device cpu --side 32 --patients 2 --backbone test_byobnet --turns 2 --calls 1".split()
 

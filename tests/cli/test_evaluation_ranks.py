@@ -40,7 +40,8 @@ def assert_same_results(out, other):
         assert (out / path.relative_to(other)).read_bytes() == path.read_bytes(), path
 
 
-@pytest.mark.parametrize("attacks", ["pgd", pytest.param("pgd,ensemble", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/eval/test_evaluations.py holds the same of the library
+@pytest.mark.parametrize("attacks", ["pgd", "pgd,ensemble"])
 def test_two_ranks_write_what_one_process_writes(attacks, argv, torchrun, finish, tmp_path):
     ours = [*argv, "--attacks", attacks, "--target", "decision", "--diagnose", "0", "--gallery", "4"]
     process = torchrun("evaluate", *ours, "--out", tmp_path / "ranks", "--cache", "cache", cwd=tmp_path)
