@@ -29,7 +29,6 @@ from hsat.embedding import (
     ids_of,
     normalize_rows,
     select_layer,
-    show_progress,
     to_device,
     using_branch,
 )
@@ -39,6 +38,7 @@ from hsat.eval.outcomes import AttackStats, EnsembleOutcome
 from hsat.eval.store import CleanEmbeddings, ResultStore, Session, StoredResult
 from hsat.files import Arrays
 from hsat.fingerprints import fingerprint_batch
+from hsat.progress import show_progress
 from hsat.types import (
     Attack,
     AttackResult,
