@@ -156,7 +156,8 @@ def evaluate_budget(
         )
     tables = {name: dataclasses.replace(one.tables[""], encoder=provenance.model) for name, one in conditions.items()}
     clean, attacked = tables[CLEAN], tables[budget.name]
-    template = evaluation.template(table, clean, fitted.class_names, target="custom" if budget.objective else None)
+    objective = "custom" if budget.objective else None
+    template = evaluation.template(table, clean, fitted.class_names, loader=queries, target=objective)
     scores = fitted.predict_proba(clean), fitted.predict_proba(attacked)
     result = _flips(budget, scores, clean, attacked, template)
     outcome = conditions[budget.name].outcome

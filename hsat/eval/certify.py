@@ -23,6 +23,7 @@ from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
+from hsat.eval.training_data import MeasuredData, stated_training
 from hsat.types import (
     LEVELS,
     Classifier,
@@ -151,7 +152,7 @@ def certify(
         raise ValueError("the queries repeat patch ids; noise is drawn by id, so that each patch must come once")
     levels = _levels(votes, smoothing, options.pooling)
     seen = _ids_table(votes, info, fitted.class_names)
-    template = _template(table, seen, smoothing=smoothing, options=options, scoring=scoring, provenance=provenance)
+    template = _template(evaluation, table, seen, smoothing=smoothing, options=options, loader=queries)
     records = _certificate_records(template, levels, classifiers[0], queries=seen, smoothing=smoothing, options=options)
     return CertificateResult(
         levels, votes["selected"], votes["counts"], tuple(records), fitted, smoothing, scoring.layer
@@ -232,14 +233,17 @@ def _levels(votes: Mapping[str, np.ndarray], smoothing: Smoothing, pooling: Grou
 
 
 def _template(
+    evaluation: Evaluation,
     bank: EmbeddingTable,
     queries: EmbeddingTable,
     *,
     smoothing: Smoothing,
     options: CertifyOptions,
-    scoring: Scoring,
-    provenance: Provenance,
+    loader: object,
 ) -> RecordTemplate:
+    scoring, provenance = evaluation.scoring, evaluation.provenance
+    measured = MeasuredData.of(loader, evaluation.encoder)
+    known = {} if measured.image_size is None else {"image_size": measured.image_size}
     return RecordTemplate(
         target="any",
         scoring=scoring,
@@ -249,7 +253,7 @@ def _template(
         cohort=queries.cohort,
         split=queries.split,
         class_names=queries.class_names,
-        flags=bank_flags(bank, queries),
+        flags=(*bank_flags(bank, queries), *measured.flags(stated_training(evaluation.encoder, provenance))),
         settings={
             "layer": scoring.layer,
             "how": options.pooling,
@@ -258,7 +262,8 @@ def _template(
             "noisy_bank": options.noisy_bank,
             "bank_rows": len(bank),
             "bootstrap": scoring.bootstrap,
-        },
+        }
+        | known,
     )
 
 

@@ -197,7 +197,7 @@ def save_adversarial(
     attacked, stored = conditions[name], dataclasses.replace(stored, cohort=again.fingerprint())
     conditions[f"{name} (files)"] = Condition({"": stored}, attacked.stats, outcome=attacked.outcome)
     tables = {key: dataclasses.replace(one.tables[""], encoder=provenance.model) for key, one in conditions.items()}
-    template = evaluation.template(table, tables[CLEAN], fitted.class_names)
+    template = evaluation.template(table, tables[CLEAN], fitted.class_names, loader=queries)
     templates = dict.fromkeys(tables, template) | {f"{name} (files)": template.of_files(again.fingerprint(), about)}
     records: list[Record] = []
     for key, condition in conditions.items():

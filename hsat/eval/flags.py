@@ -10,23 +10,20 @@ import numpy as np
 from hsat.types import EmbeddingTable
 
 
-def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable, *, trained_on: int = 0) -> tuple[str, ...]:
+def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
     """Reasons to distrust every number that a bank gives on these queries.
 
-    Patients that are known already, from the bank or from the encoder's training; a class of the queries of which the
+    Patients that are known already from the bank; a class of the queries of which the
     bank has no row, which can never be right; and a bank or queries of a single class.  Classes are told apart by name.
 
     Args:
         bank: What the classifier was fitted on.
         queries: What it decides on.
-        trained_on: How many of the queries' patients the encoder was trained on, where that is known.
     """
     flags = []
     if bank.cohort and bank.cohort == queries.cohort:
         shared = np.intersect1d(bank.patient, queries.patient)
         flags += [f"bank and queries share {len(shared)} patients"] if len(shared) else []
-    if trained_on:
-        flags.append(f"the encoder was trained on {trained_on} of the queries' patients")
     held, asked = _class_counts(bank), _class_counts(queries)
     if len(held) == 1:
         flags.append(f"the bank holds one class only ({next(iter(held))}): no attack can change a decision")

@@ -206,10 +206,9 @@ def evaluate_slides(
     if not results:
         raise ValueError(f"the loader gave no batches (split {info.split!r}): no slide to attack")
     result = _merge(results, chosen, np.array(fractions), names)
-    template = replace(
-        evaluation.template(None, info, names, target=target),
-        flags=() if results[0].header["labelled"] else (UNLABELLED,),
-    )
+    template = evaluation.template(None, info, names, loader=slide_loader, target=target)
+    if not results[0].header["labelled"]:
+        template = replace(template, flags=(*template.flags, UNLABELLED))
     facts = {name: _facts(name, attack, results, result, order) for name, attack in chosen.items()}
     fitted = getattr(classifier, "classifier", None)
     of_classifier = ClassifierFacts(name=repr(classifier), k=int(getattr(fitted, "k", 0)))

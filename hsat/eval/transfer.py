@@ -216,7 +216,8 @@ class _TransferWork:
     def template(self, name: str, queries: EmbeddingTable) -> RecordTemplate:
         """What all records of a target have in common."""
         fitted = self.fitted(name)
-        return self._evaluations[name].template(fitted.table, queries, fitted.classifiers[0].fitted.class_names)
+        names = fitted.classifiers[0].fitted.class_names
+        return self._evaluations[name].template(fitted.table, queries, names, loader=self._queries)
 
     def _pass(
         self,

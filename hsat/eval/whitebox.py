@@ -75,10 +75,11 @@ class WhiteboxResult:
 
 
 class AttackedQueries(NamedTuple):
-    """The queries under all conditions, and what was found in the attacks, by name."""
+    """The queries under all conditions, what was found in the attacks, by name, and the loader of the queries."""
 
     conditions: dict[str, Condition]
     diagnoses: Mapping[str, Diagnosis]
+    loader: object
 
 
 def evaluate_whitebox(
@@ -190,7 +191,7 @@ def attack_queries(
     with ExitStack() as stack:
         for module in objectives.modules:
             stack.enter_context(eval_mode(module))
-        return AttackedQueries(conditions, diagnostics.finish(evaluation.device, session))
+        return AttackedQueries(conditions, diagnostics.finish(evaluation.device, session), queries)
 
 
 def measure_attacks(
@@ -205,7 +206,7 @@ def measure_attacks(
     conditions, diagnoses = attacked.conditions, attacked.diagnoses
     names = classifiers[0].fitted.class_names
     tables = {name: replace(one.tables[""], encoder=evaluation.provenance.model) for name, one in conditions.items()}
-    template = evaluation.template(bank, tables[CLEAN], names)
+    template = evaluation.template(bank, tables[CLEAN], names, loader=attacked.loader)
     scores = {name: score_queries(classifiers, queries_table) for name, queries_table in tables.items()}
     records: list[Record] = []
     for name, condition in conditions.items():
