@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from hsat.cli.attacks import AttackNames, Lengths, Threat, attacks_under, check_radii, check_threat
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Pixels, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
@@ -61,7 +61,7 @@ class Budget(ClassifierOptions, PatchSettings):
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts, and of --order random")
-    out: Path = Field(written("runs/budget"), description="folder for the results")
+    out: Path = Field(written("runs/budget-TIME"), description=OUT)
 
     @field_validator("eps")
     @classmethod

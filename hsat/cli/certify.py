@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field
 
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
@@ -59,7 +59,7 @@ class Certify(ClassifierOptions, PatchSettings):
     layer: Literal["features", "embedding"] = Field("features", description="what the classifier reads")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the noise")
-    out: Path = Field(written("runs/certificates"), description="folder for the results")
+    out: Path = Field(written("runs/certificates-TIME"), description=OUT)
 
 
 def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:

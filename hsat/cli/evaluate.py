@@ -49,7 +49,7 @@ from hsat.cli.attacks import (
 )
 from hsat.cli.classifiers import PAPER_K, ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
-from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Pixels, say, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
@@ -123,7 +123,7 @@ class Evaluate(ClassifierOptions, PatchSettings):
     compute: Annotated[list[Compute], BeforeValidator(split_commas)] = Field(
         [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
     )
-    out: Path = Field(written("runs/whitebox"), description="folder for the results")
+    out: Path = Field(written("runs/evaluation-TIME"), description=OUT)
     cache: Path | None = Field(None, description="folder that keeps clean embeddings for later runs")
 
     @model_validator(mode="before")

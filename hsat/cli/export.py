@@ -21,7 +21,7 @@ from pydantic import Field
 from hsat.cli.attacks import AttackNames, Lengths, attacks_under, check_radii, check_threat
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, EvaluationSettings, begin_run, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
@@ -45,7 +45,7 @@ class Export(ClassifierOptions, EvaluationSettings):
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attack moves")
     batch_size: int = Field(16, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
-    out: Path = Field(written("runs/adversarial"), description="folder for the files and the results")
+    out: Path = Field(written("runs/adversarial-TIME"), description=OUT)
 
 
 def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:

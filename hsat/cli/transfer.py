@@ -30,7 +30,7 @@ from hsat.cli.attacks import AttackNames, attacks_under
 from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluate import published_options, target_and_scoring
-from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
+from hsat.cli.evaluation import OUT, PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
@@ -60,7 +60,7 @@ class Transfer(ClassifierOptions, PatchSettings):
     preset: Literal["paper"] | None = Field(None, description="paper: the published arithmetic and attack target")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
-    out: Path = Field(written("runs/transfer"), description="folder for the results and the state")
+    out: Path = Field(written("runs/transfer-TIME"), description=OUT)
     resume: bool = Field(False, description="go on with what is finished in the folder of --out")
 
     @model_validator(mode="before")
