@@ -35,11 +35,10 @@ from hsat.eval import (
     Smoothing,
     certify,
     check_certificates,
-    write_records,
 )
+from hsat.eval.result_files import RunAccount, save_records
 from hsat.models import Encoder
 from hsat.report import markdown_table, plot_certified_accuracy
-from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 Radii = Annotated[list[float], BeforeValidator(split_commas)]
@@ -148,11 +147,11 @@ def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> s
     Returns:
         The table, as Markdown.
     """
-    write_records(settings.out / "records.jsonl", records)
     table = markdown_table(records, metrics=("certified_accuracy",))
     (settings.out / "table.md").write_text(table)
     about = {"classifiers": describe_classifiers(records)}
-    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=about)
+    save_records(settings.out, records, account)
     plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
     remove_state(settings)
     return table

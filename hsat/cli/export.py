@@ -25,10 +25,10 @@ from hsat.cli.evaluation import OUT, EvaluationSettings, begin_run, remove_state
 from hsat.cli.options import Names, Pixels
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
-from hsat.eval import ExportOptions, ExportResult, Provenance, RunOptions, save_adversarial, write_records
+from hsat.eval import ExportOptions, ExportResult, Provenance, RunOptions, save_adversarial
 from hsat.eval.export import ShapeBatches
+from hsat.eval.result_files import RunAccount, save_records
 from hsat.report import markdown_table
-from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 
@@ -110,12 +110,12 @@ def write_results(settings: Export, cohort: Cohort, result: ExportResult) -> str
     Returns:
         The table, as Markdown.
     """
-    write_records(settings.out / "records.jsonl", result.records)
     table = markdown_table(result.records)
     (settings.out / "table.md").write_text(table)
     facts = {"files": result.cohort.fingerprint(), "changed": result.changed}
     facts["classifiers"] = describe_classifiers(result.records)
-    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **facts)
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=facts)
+    save_records(settings.out, result.records, account)
     remove_state(settings)
     print(
         f"{len(result.cohort)} files in {result.root}, {result.changed:.0%} of their numbers changed", file=sys.stderr

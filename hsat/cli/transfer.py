@@ -35,10 +35,10 @@ from hsat.cli.options import Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
 from hsat.data import Cohort
-from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, write_records
+from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer
+from hsat.eval.result_files import RunAccount, save_records
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
-from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 
@@ -150,11 +150,11 @@ def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) ->
         The table, as Markdown.
     """
     out = settings.out
-    write_records(out / "records.jsonl", result.records)
     table = transfer_markdown(result.records, intervals=settings.intervals)
     (out / "table.md").write_text(table)
     about = {"classifiers": describe_classifiers(result.records), "attacked_in_this_run": result.made}
-    write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=about)
+    save_records(out, result.records, account)
     k = result.records[0].k
     for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
         plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)

@@ -31,7 +31,8 @@ from hsat.eval.slides import SlidesResult, evaluate_slides
 from hsat.eval.smoothing import Smoothing
 from hsat.eval.store import EmbeddingCache
 from hsat.eval.tables import Table, TableCell
-from hsat.eval.transfer import TransferResult, evaluate_transfer
+from hsat.eval.transfer import evaluate_transfer
+from hsat.eval.transfer_drops import TransferResult
 from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 
 __all__ = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,14 +18,14 @@ from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
-from hsat.eval.flags import bank_flags
+from hsat.eval.flags import MeasuredData, bank_flags, stated_training
 from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
+from hsat.eval.result_files import save_records
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
-from hsat.eval.training_data import MeasuredData, stated_training
 from hsat.types import (
     LEVELS,
     Classifier,
@@ -91,6 +93,13 @@ class CertificateResult:
     def class_names(self) -> tuple[str, ...]:
         """The classes of the classifier."""
         return self.classifier.class_names
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the records into a folder, as the commands do; returns the folder.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+        """
+        return save_records(folder, self.records)
 
 
 def certify(

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
+from hsat.eval.artifact_files import HasConditions
 from hsat.eval.confidence import (
     Interval,
     Method,
@@ -31,7 +32,6 @@ from hsat.eval.metrics import METRICS
 from hsat.eval.options import Scoring
 from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
 from hsat.eval.records import Count
-from hsat.eval.whitebox import WhiteboxResult
 from hsat.files import STRICT, atomic_path, load_arrays
 from hsat.types import LEVELS, align_labels
 from hsat.untrusted import open_regular
@@ -310,7 +310,7 @@ def compare_models(
     return tuple(differences)
 
 
-def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
+def score_tables(result: HasConditions) -> tuple[ScoreTable, ...]:
     """A WhiteboxResult as score tables, one per condition and classifier; `model` is what the evaluation was given."""
     return tuple(
         ScoreTable(

@@ -16,11 +16,10 @@ from torch import nn
 from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
 from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device
-from hsat.eval.flags import bank_flags
+from hsat.eval.flags import MeasuredData, bank_flags, stated_training
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import ClassifierFacts, RecordTemplate
 from hsat.eval.store import EmbeddingCache
-from hsat.eval.training_data import MeasuredData, stated_training
 from hsat.fingerprints import (
     fingerprint_attack,
     fingerprint_classifier,

@@ -19,7 +19,7 @@ from hsat.eval import (
     evaluate_transfer,
     evaluate_whitebox,
 )
-from hsat.eval.training_data import stated_training
+from hsat.eval.flags import stated_training
 from hsat.fingerprints import digest_patient
 from hsat.models import build_encoder, load_encoder, save_encoder
 
