@@ -136,7 +136,8 @@ class Embedder:
         """
         shard, parts = ShardedLoader(loader, world), dict[int, EmbeddingBuffer]()
         with eval_mode(self.encoder):
-            for number, batch in show_progress(shard, self._doing, shown=self._progress and world.is_main):
+            shown = self._progress and world.is_main
+            for number, batch in show_progress(shard, self._doing) if shown else shard:
                 require_labels(batch)
                 images = to_device(batch.images, self.device)
                 parts[number] = EmbeddingBuffer()

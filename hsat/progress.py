@@ -95,18 +95,14 @@ class Progress:
         return text
 
 
-def show_progress(items: Iterable[Item], description: str, *, shown: bool, unit: str = "batch") -> Iterator[Item]:
-    """The items, with their `Progress` where it is shown.
+def show_progress(items: Iterable[Item], description: str, *, unit: str = "batch") -> Iterator[Item]:
+    """The items, with their `Progress`.
 
     Args:
         items: Any; of those that have a length it is the total.
         description: What is done with them.
-        shown: Whether to show anything.
         unit: What an item is.
     """
-    if not shown:
-        yield from items
-        return
     total = len(items) if isinstance(items, Sized) else None
     with Progress(description, total=total, unit=unit) as progress:
         for item in items:

@@ -146,7 +146,7 @@ def check_certificates(
     model = DecisionModel(encoder, certified.classifier.to(device), layer=certified.layer)
     smoothed = SmoothedModel(model, sigma=smoothing.sigma, copies=options.copies, generator=generator)
     with eval_mode(encoder):
-        for batch in show_progress(queries, "checking certificates", shown=run.progress):
+        for batch in show_progress(queries, "checking certificates") if run.progress else queries:
             if unknown := [patch for patch in batch.patch.tolist() if patch not in class_of]:
                 raise ValueError(f"patch {unknown[0]} was not certified; give the queries that certify was given")
             rows = [row for row, patch in enumerate(batch.patch.tolist()) if class_of[patch] != ABSTAIN]

@@ -107,7 +107,7 @@ def _save_evidence(folder: Path, result: MeasuredConditions) -> None:
         class_names=result.class_names,
         examples={name: result.examples[name] for name in names if name in result.examples},
     )
-    scoring = Scoring(pooling=first.settings["how"], group_by=first.settings["keys"])
+    scoring = Scoring(pooling=first.settings.get("how", "mean"), group_by=first.settings.get("keys", "id"))
     provenance = Provenance(model=first.model, checkpoint=first.checkpoint)
     write_artifacts(folder, source, target=first.target, provenance=provenance, scoring=scoring)
 

@@ -81,7 +81,7 @@ def run_batches(
     numbers = _finished_numbers(session.finished, key)
     shard = ShardedLoader(queries, session.world, finished=numbers)
     results: dict[int, StoredResult] = {}
-    for number, batch in show_progress(shard, description, shown=session.shows):
+    for number, batch in show_progress(shard, description) if session.shows else shard:
         name = (*key, _batch_key(number))
         result, digest = session.store.get(*name), fingerprint_batch(batch)
         session.seen.check(number, digest)
