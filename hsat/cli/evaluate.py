@@ -1,5 +1,6 @@
 """White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
 
+    hsat evaluate --run runs/hsat
     hsat evaluate --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
     hsat evaluate --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
     hsat evaluate --checkpoint runs/hsat/best.safetensors --classifier linear,knn
