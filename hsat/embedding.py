@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from hsat.attacks import FittedUniversal, NaturalShift, RandomNoise, feature_dri
 from hsat.attacks.base import GradientAttack
 from hsat.attacks.library_attack import LibraryAttack
 from hsat.distributed import ShardedLoader, World, gather_objects
+from hsat.progress import show_progress
 from hsat.types import (
     GROUP_LABELS,
     Attack,
@@ -32,7 +33,6 @@ __all__ = ["embed", "gather_table"]
 Layer = Literal["features", "embedding"]
 LAYERS = ("features", "embedding")
 IDS = ("label", "patch", "slide", "patient")
-Item = TypeVar("Item")
 
 
 def embed(  # noqa: PLR0913
@@ -136,6 +136,10 @@ class Embedder:
         self.encoder, self.name, self._progress = encoder, name, progress
         self.layer, self.device = select_layer(encoder, layer), resolve_device(encoder, device)
 
+    @property
+    def _doing(self) -> str:
+        return f"embedding by {self.name}" if self.name else "embedding"
+
     def run(
         self,
         loader: Iterable[HierarchicalBatch],
@@ -154,7 +158,8 @@ class Embedder:
         """
         shard, parts = ShardedLoader(loader, world), dict[int, EmbeddingBuffer]()
         with eval_mode(self.encoder):
-            for number, batch in show_progress(shard, "embedding", shown=self._progress and world.is_main):
+            shown = self._progress and world.is_main
+            for number, batch in show_progress(shard, self._doing) if shown else shard:
                 require_labels(batch)
                 images = to_device(batch.images, self.device)
                 parts[number] = EmbeddingBuffer()
@@ -345,16 +350,6 @@ def label_by_group(cohort: Any, name: str) -> dict[int, int] | None:
         return None
     group, first = np.unique(getattr(cohort, name.removesuffix("_label")), return_index=True)
     return dict(zip(group.tolist(), np.asarray(column)[first].tolist(), strict=True))
-
-
-def show_progress(items: Iterable[Item], description: str, *, shown: bool) -> Iterator[Item]:
-    """The items, with a progress bar on standard error where it is shown."""
-    if not shown:
-        yield from items
-        return
-    from tqdm import tqdm
-
-    yield from tqdm(items, desc=description, unit="batch")
 
 
 _TEXT = ("class_names", "cohort", "split", "encoder")

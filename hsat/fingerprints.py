@@ -30,6 +30,21 @@ def fingerprint_settings(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def digest_patient(name: str) -> str:
+    """What files say of a patient: the first 16 hex digits of SHA-256 of "patient:" and the name, in UTF-8.
+
+    Files of encoders state by it whom they were trained on, so that an evaluation can tell.  It hides nothing from who
+    knows the names, or can guess them: names of a form such as P001 are found by trying all of them.
+
+    Args:
+        name: The name, as `Cohort.patient_names` has it.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return hashlib.sha256(f"patient:{name}".encode()).hexdigest()[:16]
+
+
 def fingerprint_state(module: nn.Module, prefix: str = "") -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a module's state.
 

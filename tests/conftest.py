@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hsat.data import write_synthetic_cohort
 from hsat.eval import Provenance, Record, write_records
-from hsat.report import ArtifactSource, write_artifacts
+from hsat.eval.artifact_files import ArtifactSource, write_artifacts
 from hsat.types import EmbeddingTable, HierarchicalBatch
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ FLOORS = (  # a room imports lower floors only, never a room of its own floor
     {"files"},
     {"tensor_files"},
     {"types"},
-    {"distributed", "fingerprints", "recipes", "rendezvous", "run_folder", "stains"},
+    {"distributed", "fingerprints", "progress", "recipes", "rendezvous", "run_folder", "stains"},
     {"attacks", "losses", "classifiers", "data", "models", "testing"},
     {"embedding"},
     {"eval", "training"},

@@ -12,7 +12,6 @@ after an interruption, and torchrun shares the work among processes, as for hsat
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from hsat.cli.attacks import AttackNames, Lengths, Threat, attacks_under, check_radii, check_threat
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Pixels, say, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
@@ -36,10 +35,10 @@ from hsat.eval import (
     RunOptions,
     Scoring,
     evaluate_budget,
-    write_records,
 )
+from hsat.eval.budget import write_groups
+from hsat.eval.result_files import RunAccount, save_records
 from hsat.report import markdown_table
-from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 Fractions = Annotated[list[float], BeforeValidator(split_commas)]
@@ -61,7 +60,7 @@ class Budget(ClassifierOptions, PatchSettings):
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attacks move")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the attacks' random starts, and of --order random")
-    out: Path = Field(written("runs/budget"), description="folder for the results")
+    out: Path = Field(written("runs/budget-TIME"), description=OUT)
 
     @field_validator("eps")
     @classmethod
@@ -127,18 +126,6 @@ def records_of(results: dict[tuple[str, str], BudgetResult]) -> list[Record]:
     return records
 
 
-def write_groups(path: Path, results: dict[tuple[str, str], BudgetResult]) -> None:
-    """One line per encoder, attack and group; `needed` is empty where no number of patches changes the decision."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("model", "attack", "level", "group", "class", "patches", "needed", "fraction"))
-        for (title, name), result in results.items():
-            columns = zip(result.groups, result.labels, result.sizes, result.needed, strict=True)
-            for group, label, size, needed in columns:
-                count = ("", "") if needed == float("inf") else (int(needed), f"{needed / size:.6g}")
-                writer.writerow((title, name, result.level, int(group), int(label), int(size), *count))
-
-
 def write_results(settings: Budget, cohort: Cohort, results: dict[tuple[str, str], BudgetResult]) -> str:
     """Write records, groups, table and the account of the run.
 
@@ -151,12 +138,11 @@ def write_results(settings: Budget, cohort: Cohort, results: dict[tuple[str, str
         The table, as Markdown.
     """
     records = records_of(results)
-    write_records(settings.out / "records.jsonl", records)
-    write_groups(settings.out / "groups.csv", results)
+    about = {"classifiers": describe_classifiers(records)}
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=about)
+    write_groups(save_records(settings.out, records, account), results.values())
     table = markdown_table(records, metrics=("accuracy", "smallest_fraction"), levels=(settings.level,))
     (settings.out / "table.md").write_text(table)
-    about = {"classifiers": describe_classifiers(records)}
-    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
     remove_state(settings)
     return table
 

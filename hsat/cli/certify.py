@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field
 
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import say, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
@@ -36,11 +36,10 @@ from hsat.eval import (
     Smoothing,
     certify,
     check_certificates,
-    write_records,
 )
+from hsat.eval.result_files import RunAccount, save_records
 from hsat.models import Encoder
 from hsat.report import markdown_table, plot_certified_accuracy
-from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 Radii = Annotated[list[float], BeforeValidator(split_commas)]
@@ -60,7 +59,7 @@ class Certify(ClassifierOptions, PatchSettings):
     layer: Literal["features", "embedding"] = Field("features", description="what the classifier reads")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     seed: int = Field(0, ge=0, description="of the noise")
-    out: Path = Field(written("runs/certificates"), description="folder for the results")
+    out: Path = Field(written("runs/certificates-TIME"), description=OUT)
 
 
 def evaluate(settings: Certify, cohort: Cohort, ranks: Ranks) -> list[Record]:
@@ -149,11 +148,11 @@ def write_results(settings: Certify, cohort: Cohort, records: list[Record]) -> s
     Returns:
         The table, as Markdown.
     """
-    write_records(settings.out / "records.jsonl", records)
     table = markdown_table(records, metrics=("certified_accuracy",))
     (settings.out / "table.md").write_text(table)
     about = {"classifiers": describe_classifiers(records)}
-    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=about)
+    save_records(settings.out, records, account)
     plot_certified_accuracy(records, settings.out / "certified_accuracy.png")
     remove_state(settings)
     return table

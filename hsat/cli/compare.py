@@ -21,19 +21,20 @@ from hsat.classifiers import KNNClassifier
 from hsat.cli.classifiers import say_default_k
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import naming_branch, stored_encoder
-from hsat.cli.evaluation import check_folder, open_loaders, remove_results
+from hsat.cli.evaluation import OUT, check_folder, open_loaders, remove_results
 from hsat.cli.failures import explain_failure
+from hsat.cli.folders import choose_folder
 from hsat.cli.options import (
     EvaluationDataSettings,
     Names,
     Pixels,
     PixelsList,
-    Settings,
     StoredModelSettings,
     device_of,
     say,
 )
 from hsat.cli.threads import Threads, computing_threads
+from hsat.cli.training_runs import RunSettings, check_synthetic
 from hsat.data import Cohort
 from hsat.eval import (
     CONVENTIONS,
@@ -65,7 +66,7 @@ SCORING = {
 TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
 
 
-class Compare(Settings):
+class Compare(RunSettings):
     """Evaluate one encoder under hsat's conventions and the paper's, and with one convention switched at a time."""
 
     checkpoint: Path | None = Field(None, description="file of the encoder")
@@ -87,7 +88,7 @@ class Compare(Settings):
     seed: int = Field(0, ge=0, description="of the attacks' random starts")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
-    out: Path = Field(written("runs/conventions"), description="folder for the results")
+    out: Path = Field(written("runs/conventions-TIME"), description=OUT)
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
 
@@ -239,16 +240,19 @@ def write_results(settings: Compare, cohort: Cohort, found: dict[str, tuple[Reco
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
     settings = Compare.load(argv)
-    if settings.checkpoint is None:
-        raise SystemExit("error: give --checkpoint FILE; hsat train writes best.safetensors")
+    if (file := settings.checkpoint) is None:
+        raise SystemExit("error: give --run FOLDER or --checkpoint FILE; hsat train writes best.safetensors")
     if unknown := [name for name in settings.metrics if name not in TITLES]:
         raise SystemExit(f"error: unknown metrics {unknown}; choose from {', '.join(TITLES)}")
     try:
+        settings = settings.model_copy(update={"out": choose_folder(settings.out)})
         with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
+            if settings.data.root is None:
+                check_synthetic([file])
             cohort = open_cohort(settings.data, seed=settings.seed)
             say(describe(cohort))
-            results = evaluate(settings, cohort, settings.checkpoint)
+            results = evaluate(settings, cohort, file)
             if settings.overwrite:
                 remove_results(settings.out)
             table = write_results(settings, cohort, results)

@@ -160,9 +160,7 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
     """
     encoders: list[NamedEncoder] = []
     for text in checkpoints:
-        title, file = ("", text) if Path(text).exists() or "=" not in text else text.split("=", 1)
-        path = Path(file)
-        title = title or (path.parent.name if path.stem in ("best", "final", "last") else path.stem)
+        title, path = name_file(text)
         try:
             encoder = stored_encoder(model, path, alone=len(checkpoints) < 2)
         except OSError as error:
@@ -173,6 +171,13 @@ def open_encoders(checkpoints: Sequence[str], model: StoredModelSettings, *, pap
         encoders.append(NamedEncoder(title, encoder, checkpoint_hash(path)))
         check_titles(one.title for one in encoders)
     return encoders
+
+
+def name_file(text: str) -> tuple[str, Path]:
+    """The name of an encoder and its file, from `file` or `name=file`."""
+    title, file = ("", text) if Path(text).exists() or "=" not in text else text.split("=", 1)
+    path = Path(file)
+    return title or (path.parent.name if path.stem in ("best", "final", "last") else path.stem), path
 
 
 def untrained_encoder(encoder: Encoder, *, seed: int) -> Encoder:

@@ -1,5 +1,6 @@
 """White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
 
+    hsat evaluate --run runs/hsat
     hsat evaluate --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
     hsat evaluate --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
     hsat evaluate --checkpoint runs/hsat/best.safetensors --classifier linear,knn
@@ -24,8 +25,6 @@ same results (docs/devices.md):
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -50,7 +49,7 @@ from hsat.cli.attacks import (
 )
 from hsat.cli.classifiers import PAPER_K, ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
-from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Pixels, say, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
@@ -66,23 +65,19 @@ from hsat.eval import (
     WhiteboxResult,
     compare_models,
     evaluate_whitebox,
-    save_scores,
     score_tables,
-    write_records,
 )
 from hsat.eval.cost import affordable_diagnosis
 from hsat.eval.options import TargetName
-from hsat.files import write_file
+from hsat.eval.result_files import RunAccount, save_conditions
 from hsat.models import Encoder, fold_batchnorm
 from hsat.report import (
-    ArtifactSource,
     differences_table,
     markdown_table,
     plot_accuracy_vs_eps,
     plot_patches,
-    write_artifacts,
 )
-from hsat.run_folder import write_json, write_run_file
+from hsat.run_folder import write_json
 from hsat.training.config import written
 from hsat.types import Attack, Classifier
 
@@ -124,7 +119,7 @@ class Evaluate(ClassifierOptions, PatchSettings):
     compute: Annotated[list[Compute], BeforeValidator(split_commas)] = Field(
         [], description="channels_last, bfloat16, fold_batchnorm: faster on some machines, other last bits"
     )
-    out: Path = Field(written("runs/whitebox"), description="folder for the results")
+    out: Path = Field(written("runs/evaluation-TIME"), description=OUT)
     cache: Path | None = Field(None, description="folder that keeps clean embeddings for later runs")
 
     @model_validator(mode="before")
@@ -293,9 +288,10 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     """
     out, scoring = settings.out, PAPER.scoring if settings.preset == "paper" else Scoring()
     records: list[Record] = [record for result in results.values() for record in result.records]
-    write_records(out / "records.jsonl", records)
+    about = {"classifiers": describe_classifiers(records)}
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=about)
+    save_conditions(out, list(results.values()), account)
     scores = [table for result in results.values() for table in score_tables(result)]
-    save_scores(out / "scores.npz", scores)
     table = markdown_table(records)
     if len(results) > 1:
         differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
@@ -304,36 +300,11 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
             f"{differences_table([one for one in differences if one.condition not in NaturalShift.standard()])}"
         )
         write_json(out / "differences.json", [asdict(difference) for difference in differences])
-    table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
+    table += describe_ensembles({title: result.outcomes for title, result in results.items()})
     (out / "table.md").write_text(table)
-    about = {"classifiers": describe_classifiers(records)}
-    write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
-    keep_artifacts(settings, results, scoring)
     draw(settings, records, results)
     remove_state(settings)
     return table
-
-
-def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
-    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches.
-
-    Not of natural shifts, of which it shows the numbers only.
-    """
-    for title, result in results.items():
-        names = [name for name in result.tables if name not in NaturalShift.standard()]
-        write_artifacts(
-            settings.out / "evidence",
-            ArtifactSource(
-                tables={name: result.tables[name] for name in names},
-                scores={name: result.scores[name] for name in names},
-                class_names=result.class_names,
-                examples={name: result.examples[name] for name in names if name in result.examples},
-                example_rows=result.example_rows,
-            ),
-            target=settings.target,
-            provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
-            scoring=scoring,
-        )
 
 
 def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
@@ -363,19 +334,13 @@ def _patch_titles(result: WhiteboxResult, attack: str, rows: list[int]) -> list[
     ]
 
 
-def write_ensembles(out: Path, outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:
-    """Write ensemble.csv, a line per encoder, ensemble and patch; returns the tables in Markdown, "" without any."""
-    text, file = "", io.StringIO()
-    lines = csv.writer(file, lineterminator="\n")
-    lines.writerow(["model", "attack", "patch", "broken_by", "margin"])
-    for title, ensembles in outcomes.items():
-        for name, outcome in ensembles.items():
-            text += f"\n**{name}** on {title}: how many patches each attack broke\n\n{outcome.to_markdown()}"
-            rows = zip(outcome.patch, outcome.broken_by, outcome.margin, strict=True)
-            lines.writerows([title, name, int(patch), by, f"{margin:.6f}"] for patch, by, margin in rows)
-    if text:
-        write_file(out / "ensemble.csv", file.getvalue())
-    return text
+def describe_ensembles(outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:
+    """How many patches each attack of an ensemble broke, as tables in Markdown; "" without ensembles."""
+    return "".join(
+        f"\n**{name}** on {title}: how many patches each attack broke\n\n{outcome.to_markdown()}"
+        for title, ensembles in outcomes.items()
+        for name, outcome in ensembles.items()
+    )
 
 
 def main(argv: list[str]) -> None:

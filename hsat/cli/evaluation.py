@@ -16,11 +16,14 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from hsat.cli.cohort import describe, open_cohort
+from hsat.cli.encoders import name_file
 from hsat.cli.failures import explain_failure
-from hsat.cli.options import EvaluationDataSettings, Names, Settings, StoredModelSettings, device_of, say
+from hsat.cli.folders import settle_folder
+from hsat.cli.options import EvaluationDataSettings, Names, StoredModelSettings, device_of, say
 from hsat.cli.ranks import Ranks, first_rank_first, join_ranks, silence_other_ranks
 from hsat.cli.threads import Threads, computing_threads, settle_threads
 from hsat.cli.train import same_on_all_ranks
+from hsat.cli.training_runs import RunSettings, check_synthetic
 from hsat.data import Cohort, PatchDataset, patch_loader
 from hsat.embedding import Layer
 from hsat.models import Encoder
@@ -30,6 +33,7 @@ from hsat.training.config import written
 from hsat.types import HierarchicalBatch
 
 RECORDS = "records.jsonl"
+STATES = (".state", "state")
 RESULTS = (
     RECORDS,
     "run.json",
@@ -50,7 +54,10 @@ MARKED = ("cohort/adversarial.json", "state/**/settings.json")
 """Files by which other folders of --out are known to be of an evaluation."""
 
 
-class EvaluationSettings(Settings):
+OUT = "folder for the results; TIME stands for the time of now"
+
+
+class EvaluationSettings(RunSettings):
     """What every evaluation that can be resumed and shared among processes is told."""
 
     checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
@@ -62,7 +69,7 @@ class EvaluationSettings(Settings):
         "auto", description="threads of a CPU; auto: the faster of one and torch's own, by a short measurement"
     )
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
-    out: Path = Field(written("runs/evaluation"), description="folder for the results")
+    out: Path = Field(written("runs/evaluation-TIME"), description=OUT)
     resume: bool = Field(False, description="go on with the finished batches of an interrupted run in --out")
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
@@ -135,6 +142,8 @@ def open_run(settings: EvaluationSettings, ranks: Ranks) -> Cohort:
     assert_ranks_agree(settings=same_on_all_ranks(settings.plain()))
     with first_rank_first(ranks):  # which may write the synthetic cohort
         if ranks.is_main and not ranks.again:
+            if settings.data.root is None:
+                check_synthetic([name_file(text)[1] for text in settings.checkpoint])
             check_folder(settings.out, overwrite=settings.overwrite, resume=settings.resume, state=settings.state)
         cohort = open_cohort(settings.data, seed=settings.seed)
         if ranks.is_main:
@@ -163,6 +172,11 @@ def check_folder(out: Path, *, overwrite: bool, resume: bool = False, state: Pat
     what = "the results of another run" if (out / RECORDS).exists() else "finished batches of an earlier run"
     more = "add --resume to go on with it, " if has_state else ""
     raise ValueError(f"{out} holds {what}; {more}choose another --out, or replace it: --overwrite true")
+
+
+def has_state(out: Path) -> bool:
+    """Whether a folder holds finished batches of an evaluation."""
+    return any((out / name).is_dir() for name in STATES)
 
 
 def begin_run(settings: EvaluationSettings, ranks: Ranks, encoder: Encoder) -> int | None:
@@ -210,7 +224,8 @@ def run_evaluation(
     """
     if not settings.checkpoint:
         raise SystemExit(
-            "error: give --checkpoint FILE, or --checkpoint a=FILE,b=FILE; hsat train writes best.safetensors"
+            "error: give --run FOLDER of hsat train, --checkpoint FILE, or --checkpoint a=FILE,b=FILE; hsat train"
+            " writes best.safetensors"
         )
     try:
         with (
@@ -218,6 +233,7 @@ def run_evaluation(
             silence_other_ranks(ranks),
             computing_threads(settings.threads),
         ):
+            settings = settle_folder(settings, ranks, resume=settings.resume, is_unfinished=has_state)
             with lock_folder(settings.out) if ranks.is_main else nullcontext():
                 cohort = open_run(settings, ranks)
                 result = evaluate(settings, cohort, ranks)

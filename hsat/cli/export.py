@@ -21,14 +21,14 @@ from pydantic import Field
 from hsat.cli.attacks import AttackNames, Lengths, attacks_under, check_radii, check_threat
 from hsat.cli.classifiers import ClassifierOptions, choose_classifier, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import EvaluationSettings, begin_run, remove_state, run_evaluation
+from hsat.cli.evaluation import OUT, EvaluationSettings, begin_run, remove_state, run_evaluation
 from hsat.cli.options import Names, Pixels, say
 from hsat.cli.ranks import Ranks
 from hsat.data import Cohort, PatchDataset
-from hsat.eval import ExportOptions, ExportResult, Provenance, RunOptions, save_adversarial, write_records
+from hsat.eval import ExportOptions, ExportResult, Provenance, RunOptions, save_adversarial
 from hsat.eval.export import ShapeBatches
+from hsat.eval.result_files import RunAccount, save_records
 from hsat.report import markdown_table
-from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 
@@ -45,7 +45,7 @@ class Export(ClassifierOptions, EvaluationSettings):
     target: Literal["decision", "features", "embedding"] = Field("decision", description="what the attack moves")
     batch_size: int = Field(16, gt=0, description="patches per batch")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
-    out: Path = Field(written("runs/adversarial"), description="folder for the files and the results")
+    out: Path = Field(written("runs/adversarial-TIME"), description=OUT)
 
 
 def evaluate(settings: Export, cohort: Cohort, ranks: Ranks) -> ExportResult:
@@ -110,12 +110,12 @@ def write_results(settings: Export, cohort: Cohort, result: ExportResult) -> str
     Returns:
         The table, as Markdown.
     """
-    write_records(settings.out / "records.jsonl", result.records)
     table = markdown_table(result.records)
     (settings.out / "table.md").write_text(table)
     facts = {"files": result.cohort.fingerprint(), "changed": result.changed}
     facts["classifiers"] = describe_classifiers(result.records)
-    write_run_file(settings.out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **facts)
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=facts)
+    save_records(settings.out, result.records, account)
     remove_state(settings)
     say(f"{len(result.cohort)} files in {result.root}, {result.changed:.0%} of their numbers changed")
     return table

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.classifiers import ClassifierName
+from hsat.cli.folders import choose_folder
 from hsat.cli.options import Names, Settings, collect_words, read_yaml, say
 from hsat.eval import Record, read_records
 from hsat.recipes import read_paper_numbers
@@ -43,7 +44,7 @@ class Reproduce(Settings):
     )
     attack: str = Field("PGD-8", description="of the drops in table 2")
     numbers: Path | None = Field(None, description="YAML file of the printed numbers; the package's if not given")
-    out: Path = Field(written("runs/paper"), description="folder for table1.md, table1.tex, table1.csv")
+    out: Path = Field(written("runs/paper-TIME"), description="folder for the tables; TIME stands for the time of now")
 
 
 def read_tables(path: Path | None = None) -> dict[str, PaperTable]:
@@ -288,6 +289,7 @@ def main(argv: list[str]) -> None:
                 f"error: {settings.numbers or 'the paper'} has no table {number}; it has {', '.join(tables)}"
             )
         try:
+            settings = settings.model_copy(update={"out": choose_folder(settings.out)})
             print(write_table(of_attack(tables[number], settings.attack), settings))
         except (OSError, ValueError) as error:
             if settings.table != "all":

@@ -23,9 +23,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from hsat.cli.cohort import describe, open_cohort, open_store, source_words
+from hsat.cli.cohort import describe, open_cohort, open_store
 from hsat.cli.encoders import new_encoder
 from hsat.cli.failures import explain_failure
+from hsat.cli.folders import settle_folder
 from hsat.cli.options import (
     DataSettings,
     LoggerSettings,
@@ -39,10 +40,12 @@ from hsat.cli.ranks import Ranks, command_to_resume, first_rank_first, join_rank
 from hsat.cli.threads import Threads, computing_threads
 from hsat.data import Cohort
 from hsat.data.augment import default_augmentation
+from hsat.files import read_json_object
 from hsat.recipes import SCALES, read_recipe
-from hsat.run_folder import lock_folder
+from hsat.run_folder import RUN_FILE, lock_folder
 from hsat.training import assert_ranks_agree
 from hsat.training.config import InnerAttackConfig, OuterConfig, TrainConfig, ViewConfig, written
+from hsat.training.encoder_files import BEST, FINAL
 from hsat.training.folder import NumberLogger, SettingsChangedError, TrainingFolder, flatten
 from hsat.training.interrupts import TrainingInterrupted
 from hsat.training.resources import is_out_of_memory
@@ -109,7 +112,7 @@ class Train(Settings):
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
     rank_timeout: float = Field(300, gt=0, description="seconds to wait for other ranks to start")
-    out: Path = Field(written("runs/hsat"), description="run folder")
+    out: Path = Field(written("runs/hsat-TIME"), description="run folder; TIME stands for the time of now")
     resume: bool = Field(False, description="go on where the run in --out stopped")
     change: Annotated[list[Literal["train.lr", "train.precision"]], BeforeValidator(split_commas)] = Field(
         [], description="with --resume: options that may have other values than the run began with"
@@ -196,7 +199,7 @@ def make_trainer(settings: Train, ranks: Ranks | None = None) -> Trainer:
         if cohort.kind != "srh":  # for which the published pipelines were made
             say(describe_augmentation(settings, cohort.kind))
     resume = settings.resume or ranks.again
-    if resume or not (settings.out / "run.json").exists():  # else the run is refused, and stays refused
+    if resume or not (settings.out / RUN_FILE).exists():  # else the run is refused, and stays refused
         ranks.begin()
     plain = settings.plain()
 
@@ -287,14 +290,16 @@ def main(argv: list[str]) -> None:
             silence_other_ranks(ranks),
             computing_threads(settings.threads),
         ):
+            settings = settle_folder(settings, ranks, resume=settings.resume, is_unfinished=is_unfinished)
             with lock_folder(settings.out) if ranks.is_main else nullcontext():
-                path = train(settings, ranks)
+                trainer = make_trainer(settings, ranks)
+                path = trainer.fit()
             if ranks.is_main:
                 print(f"encoder: {path}")
-                say(f"evaluate it: hsat evaluate --checkpoint {path}{describe_data(settings)}")
+                say(describe_end(trainer))
     except TrainingInterrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # the group has ended
-            say(f"{stop}; to go on: {command_to_resume('train', argv)}")
+            say(f"{stop}; to go on: {command_to_resume('train', argv, settled_out(settings, argv))}")
         raise SystemExit(128 + stop.signal) from None
     except FloatingPointError as error:
         raise SystemExit(f"error: {error}. {advise_finite(settings, argv)}") from None
@@ -311,13 +316,26 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: {message}") from None
 
 
-def describe_data(settings: Train) -> str:
-    """The options that an evaluation of the same patches needs."""
-    data = settings.data
-    words = source_words(data) if data.root is not None else []
-    if data.image_size != DataSettings.model_fields["image_size"].default:
-        words += ["--data.image_size", str(data.image_size)]
-    return "".join(f" {shlex.quote(word)}" for word in words)
+def is_unfinished(out: Path) -> bool:
+    """Whether a folder holds a training that has not come to its end."""
+    return (out / RUN_FILE).exists() and not (out / FINAL).exists()
+
+
+def settled_out(settings: Train, argv: Sequence[str]) -> dict[str, str]:
+    """The folder of the run as an option, where the command line named none."""
+    return {} if find_option(list(argv), "out", str) else {"--out": str(settings.out)}
+
+
+def describe_end(trainer: Trainer) -> str:
+    """The last words: steps, score, and the command that comes next."""
+    out = trainer.folder.out
+    text = f"{trainer.done} of {trainer.total} steps"
+    if (out / BEST).exists():
+        best = read_json_object(out / "best.json")
+        text += f"; the best encoder is that of step {best['step']}, with a held-out score of {best['score']:.3f}"
+    else:
+        text += "; no patient was held out, so that the final encoder is the result"
+    return f"{text}\nnext: {shlex.join(['hsat', 'evaluate', '--run', str(out)])}"
 
 
 def advise_memory(error: BaseException, settings: Train) -> str:
@@ -343,6 +361,7 @@ def advise_finite(settings: Train, argv: Sequence[str]) -> str:
     else:
         reason, changed = "a lower learning rate may avoid it", {"train.lr": f"{settings.train.lr / 10:g}"}
     names = [*settings.change, *(name for name in changed if name not in settings.change)]
-    values = {f"--{name}": value for name, value in changed.items()} | {"--change": ",".join(names)}
+    values = settled_out(settings, argv) | {f"--{name}": value for name, value in changed.items()}
+    values |= {"--change": ",".join(names)}
     command = command_to_resume("train", argv, values)
     return f"The same options would come to the same step again; {reason}. To go on:\n  {command}"

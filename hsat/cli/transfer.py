@@ -30,15 +30,15 @@ from hsat.cli.attacks import AttackNames, attacks_under
 from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import open_encoders
 from hsat.cli.evaluate import published_options, target_and_scoring
-from hsat.cli.evaluation import PatchSettings, begin_run, open_loaders, run_evaluation
+from hsat.cli.evaluation import OUT, PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
 from hsat.data import Cohort
-from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer, write_records
+from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_transfer
+from hsat.eval.result_files import RunAccount, save_records
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
-from hsat.run_folder import write_run_file
 from hsat.training.config import written
 
 
@@ -60,7 +60,7 @@ class Transfer(ClassifierOptions, PatchSettings):
     preset: Literal["paper"] | None = Field(None, description="paper: the published arithmetic and attack target")
     bootstrap: int = Field(1000, ge=0, description="resamples of patients for the intervals")
     intervals: bool = Field(False, description="show intervals in the table; the records have them anyway")
-    out: Path = Field(written("runs/transfer"), description="folder for the results and the state")
+    out: Path = Field(written("runs/transfer-TIME"), description=OUT)
     resume: bool = Field(False, description="go on with what is finished in the folder of --out")
 
     @model_validator(mode="before")
@@ -150,11 +150,11 @@ def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) ->
         The table, as Markdown.
     """
     out = settings.out
-    write_records(out / "records.jsonl", result.records)
     table = transfer_markdown(result.records, intervals=settings.intervals)
     (out / "table.md").write_text(table)
     about = {"classifiers": describe_classifiers(result.records), "attacked_in_this_run": result.made}
-    write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
+    account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=about)
+    save_records(out, result.records, account)
     k = result.records[0].k
     for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
         plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)

@@ -22,11 +22,13 @@ from hsat.attacks.threat import eps_text
 from hsat.cli.attacks import Lengths, check_radii
 from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.cohort import describe, open_cohort
-from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluation import check_folder, open_loaders, remove_results, upper_bound_note
+from hsat.cli.encoders import name_file, open_encoders
+from hsat.cli.evaluation import OUT, check_folder, open_loaders, remove_results, upper_bound_note
 from hsat.cli.failures import explain_failure
-from hsat.cli.options import EvaluationDataSettings, Names, Pixels, Settings, StoredModelSettings, device_of, say
+from hsat.cli.folders import choose_folder
+from hsat.cli.options import EvaluationDataSettings, Names, Pixels, StoredModelSettings, device_of, say
 from hsat.cli.threads import Threads, computing_threads
+from hsat.cli.training_runs import RunSettings, check_synthetic
 from hsat.data import Cohort
 from hsat.eval import Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
 from hsat.models import frozen
@@ -35,7 +37,7 @@ from hsat.run_folder import lock_folder, write_run_file
 from hsat.training.config import written
 
 
-class Universal(ClassifierOptions, Settings):
+class Universal(ClassifierOptions, RunSettings):
     """Fit a universal perturbation on one encoder and measure it on all."""
 
     checkpoint: Names = Field([], description="file, or name=file, or several with commas between")
@@ -54,7 +56,7 @@ class Universal(ClassifierOptions, Settings):
     seed: int = Field(0, ge=0, description="of the random start")
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     threads: Threads = Field("auto", description="threads of a CPU; auto: torch's own number")
-    out: Path = Field(written("runs/universal"), description="folder for the results")
+    out: Path = Field(written("runs/universal-TIME"), description=OUT)
     overwrite: bool = Field(False, description="remove the results of an earlier run in --out first")
     quiet: bool = Field(False, description="no progress bars")
 
@@ -117,10 +119,13 @@ def main(argv: list[str]) -> None:
     """Read the options, fit, measure, write, print."""
     settings = Universal.load(argv)
     if not settings.checkpoint:
-        raise SystemExit("error: give --checkpoint FILE, or name=FILE; hsat train writes best.safetensors")
+        raise SystemExit("error: give --run FOLDER, --checkpoint FILE or name=FILE; hsat train writes best.safetensors")
     try:
+        settings = settings.model_copy(update={"out": choose_folder(settings.out)})
         with lock_folder(settings.out), computing_threads(settings.threads):
             check_folder(settings.out, overwrite=settings.overwrite)
+            if settings.data.root is None:
+                check_synthetic([name_file(text)[1] for text in settings.checkpoint])
             cohort = open_cohort(settings.data, seed=settings.seed)
             say(describe(cohort))
             delta, records = run(settings, cohort)

@@ -177,6 +177,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def synthetic_patient_name(number: int) -> str:
+    """The name of a patient of any synthetic cohort, counted from 1."""
+    return f"SYN_{number:03d}"
+
+
 def _patients(settings: Mapping[str, Any]) -> Iterator[_Patient]:
     """All patients in order; of each class the last ones are held out."""
     total = 0
@@ -186,7 +191,9 @@ def _patients(settings: Mapping[str, Any]) -> Iterator[_Patient]:
             held_out = min(max(held_out, 1), count - 1)
         for number in range(count):
             total += 1
-            yield _Patient(f"SYN_{total:03d}", class_name, number, "train" if number < count - held_out else "val")
+            yield _Patient(
+                synthetic_patient_name(total), class_name, number, "train" if number < count - held_out else "val"
+            )
 
 
 def _paths(patient: _Patient, settings: Mapping[str, Any]) -> Iterator[str]:

@@ -52,6 +52,7 @@ from hsat.eval.comparison import (
     load_scores,
     paired_difference,
     save_scores,
+    score_tables,
 )
 from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.conventions import CONVENTIONS, Convention, conventions_table, rescore
@@ -68,8 +69,9 @@ from hsat.eval.slides import SlidesResult, evaluate_slides
 from hsat.eval.smoothing import Smoothing
 from hsat.eval.store import EmbeddingCache
 from hsat.eval.tables import Table, TableCell
-from hsat.eval.transfer import TransferResult, evaluate_transfer
-from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox, score_tables
+from hsat.eval.transfer import evaluate_transfer
+from hsat.eval.transfer_drops import TransferResult
+from hsat.eval.whitebox import WhiteboxResult, evaluate_whitebox
 
 __all__ = [
     "CONVENTIONS",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -25,9 +29,11 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import own_labels, pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
+from hsat.eval.result_files import save_records
 from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
+from hsat.files import write_file
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective, align_labels
 
 GroupLevel = Literal["slide", "patient"]
@@ -91,6 +97,13 @@ class BudgetResult:
     clean: EmbeddingTable
     attacked: EmbeddingTable
 
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write records and groups.csv into a folder, as the commands do; returns the folder.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+        """
+        return write_groups(save_records(folder, self.records), [self])
+
     @property
     def smallest_fraction(self) -> np.ndarray:
         """needed / sizes, (g,); inf where the decision never changes."""
@@ -136,6 +149,30 @@ class BudgetResult:
         """
         right = self.needed > 0
         return float((~self.robust_at(fraction))[right].mean()) if right.any() else float("nan")
+
+
+def write_groups(folder: Path, results: Iterable[BudgetResult]) -> Path:
+    """Write groups.csv, a line per encoder, attack and group; `needed` is empty where no number of patches does it.
+
+    Args:
+        folder: The folder of the run.
+        results: Whose records name encoder and attack.
+
+    Returns:
+        The folder.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(("model", "attack", "level", "group", "class", "patches", "needed", "fraction"))
+    for result in results:
+        last = result.records[-1]  # the mean fraction, which bears the attack's own name
+        columns = zip(result.groups, result.labels, result.sizes, result.needed, strict=True)
+        for group, label, size, needed in columns:
+            count = ("", "") if needed == float("inf") else (int(needed), f"{needed / size:.6g}")
+            row = (last.model, last.attack_name, result.level, int(group), int(label), int(size), *count)
+            writer.writerow(row)
+    write_file(folder / "groups.csv", file.getvalue())
+    return folder
 
 
 def evaluate_budget(
@@ -189,7 +226,8 @@ def evaluate_budget(
         )
     tables = {name: dataclasses.replace(one.tables[""], encoder=provenance.model) for name, one in conditions.items()}
     clean, attacked = tables[CLEAN], tables[budget.name]
-    template = evaluation.template(table, clean, fitted.class_names, target="custom" if budget.objective else None)
+    objective = "custom" if budget.objective else None
+    template = evaluation.template(table, clean, fitted.class_names, loader=queries, target=objective)
     scores = fitted.predict_proba(clean), fitted.predict_proba(attacked)
     result = _flips(budget, scores, clean, attacked, template)
     outcome = conditions[budget.name].outcome

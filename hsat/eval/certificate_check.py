@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from hsat.attacks import L2, PGD, feature_drift, margin
 from hsat.classifiers import DecisionModel
-from hsat.embedding import eval_mode, resolve_device, select_layer, show_progress, to_device
+from hsat.embedding import eval_mode, resolve_device, select_layer, to_device
 from hsat.eval.certificates import ABSTAIN
 from hsat.eval.certify import CertificateResult
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.options import RunOptions, Target
 from hsat.eval.smoothing import classifier_vote, count_votes
+from hsat.progress import show_progress
 from hsat.types import Attack, EmbeddingFunction, HierarchicalBatch, Objective
 
 _FIRST_DRAW = 10**9  # draws of a check are far from those that made the certificate
@@ -148,7 +149,7 @@ def check_certificates(
     model = DecisionModel(encoder, certified.classifier.to(device), layer=certified.layer)
     smoothed = SmoothedModel(model, sigma=smoothing.sigma, copies=options.copies, generator=generator)
     with eval_mode(encoder):
-        for batch in show_progress(queries, "checking", shown=run.progress):
+        for batch in show_progress(queries, "checking certificates") if run.progress else queries:
             if unknown := [patch for patch in batch.patch.tolist() if patch not in class_of]:
                 raise ValueError(f"patch {unknown[0]} was not certified; give the queries that certify was given")
             rows = [row for row, patch in enumerate(batch.patch.tolist()) if class_of[patch] != ABSTAIN]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +18,12 @@ from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
-from hsat.eval.flags import bank_flags
+from hsat.eval.flags import MeasuredData, bank_flags, stated_training
 from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.pooling import own_labels, unreported_levels
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
+from hsat.eval.result_files import save_records
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
@@ -92,6 +95,13 @@ class CertificateResult:
         """The classes of the classifier."""
         return self.classifier.class_names
 
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the records into a folder, as the commands do; returns the folder.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+        """
+        return save_records(folder, self.records)
+
 
 def certify(
     encoder: EmbeddingFunction,
@@ -155,7 +165,7 @@ def certify(
         raise ValueError("the queries repeat patch ids; noise is drawn by id, so that each patch must come once")
     seen = _ids_table(votes, info, fitted.class_names)
     levels = _levels(votes, seen, smoothing, options.pooling)
-    template = _template(table, seen, smoothing=smoothing, options=options, scoring=scoring, provenance=provenance)
+    template = _template(evaluation, table, seen, smoothing=smoothing, options=options, loader=queries)
     records = _certificate_records(template, levels, classifiers[0], queries=seen, smoothing=smoothing, options=options)
     return CertificateResult(
         levels, votes["selected"], votes["counts"], tuple(records), fitted, smoothing, scoring.layer
@@ -244,14 +254,17 @@ def _levels(
 
 
 def _template(
+    evaluation: Evaluation,
     bank: EmbeddingTable,
     queries: EmbeddingTable,
     *,
     smoothing: Smoothing,
     options: CertifyOptions,
-    scoring: Scoring,
-    provenance: Provenance,
+    loader: object,
 ) -> RecordTemplate:
+    scoring, provenance = evaluation.scoring, evaluation.provenance
+    measured = MeasuredData.of(loader, evaluation.encoder)
+    known = {} if measured.image_size is None else {"image_size": measured.image_size}
     return RecordTemplate(
         target="any",
         scoring=scoring,
@@ -261,7 +274,7 @@ def _template(
         cohort=queries.cohort,
         split=queries.split,
         class_names=queries.class_names,
-        flags=bank_flags(bank, queries),
+        flags=(*bank_flags(bank, queries), *measured.flags(stated_training(evaluation.encoder, provenance))),
         settings={
             "layer": scoring.layer,
             "how": options.pooling,
@@ -270,7 +283,8 @@ def _template(
             "noisy_bank": options.noisy_bank,
             "bank_rows": len(bank),
             "bootstrap": scoring.bootstrap,
-        },
+        }
+        | known,
     )
 
 

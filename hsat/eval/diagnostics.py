@@ -22,6 +22,7 @@ from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.store import Session, StoredResult
 from hsat.fingerprints import fingerprint_batch, fingerprint_settings
+from hsat.progress import Progress
 from hsat.types import (
     Attack,
     Classifier,
@@ -286,12 +287,11 @@ class DiagnosticsCollector:
         if not shown or not names:
             yield from names
             return
-        from tqdm import tqdm
-
-        with tqdm(names, unit="attack") as bar:
-            for name in bar:
-                bar.set_description(" ".join(filter(None, ("diagnosing", name, self._name and f"on {self._name}"))))
+        with Progress("diagnosing", total=len(names), unit="attack") as progress:
+            for name in names:
+                progress.describe(" ".join(filter(None, ("diagnosing", name, self._name and f"on {self._name}"))))
                 yield name
+                progress.update()
 
 
 _Entry = tuple[int, tuple[int, ...], Tensor]  # hash; patch, slide, patient and label; image

@@ -16,7 +16,7 @@ from torch import nn
 from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
 from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device
-from hsat.eval.flags import bank_flags
+from hsat.eval.flags import MeasuredData, bank_flags, stated_training
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import ClassifierFacts, RecordTemplate
 from hsat.eval.store import EmbeddingCache
@@ -155,6 +155,7 @@ class Evaluation:
         queries: EmbeddingTable | LoaderInfo,
         class_names: Sequence[str],
         *,
+        loader: object,
         target: str | None = None,
     ) -> RecordTemplate:
         """What all records of these queries have in common.
@@ -164,10 +165,14 @@ class Evaluation:
             queries: Their table (of logits, where there is no bank), or the facts of their loader where slides are
                 scored.
             class_names: Columns of the scores.
+            loader: Of the queries; its dataset may say what they are.
             target: What the attacks maximise, where that is something else than the target.
         """
         scoring, flags = self.scoring, tuple[str, ...]()
+        measured = MeasuredData.of(loader, self.encoder)
         settings = arithmetic_settings(scoring) | {"layer": self.layer, "bootstrap": scoring.bootstrap}
+        if measured.image_size is not None:
+            settings["image_size"] = measured.image_size
         settings["pixel_normalisation"] = normalisation_of(self.encoder)
         if bank is not None and isinstance(queries, EmbeddingTable):
             settings |= {"bank_rows": len(bank), "bank_cohort": bank.cohort, "bank_split": bank.split}
@@ -187,7 +192,7 @@ class Evaluation:
             cohort=queries.cohort,
             split=queries.split,
             class_names=tuple(class_names),
-            flags=flags,
+            flags=(*flags, *measured.flags(stated_training(self.encoder, self.provenance))),
             settings=settings,
         )
 

@@ -24,6 +24,7 @@ from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target, software_versions
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
 from hsat.eval.records import Record
+from hsat.eval.result_files import save_records
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
@@ -87,6 +88,13 @@ class ExportResult:
     records: tuple[Record, ...]
     tables: dict[str, EmbeddingTable]
     changed: float
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the records into a folder, as the commands do; returns the folder.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+        """
+        return save_records(folder, self.records)
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,7 @@ def save_adversarial(
     attacked, stored = conditions[name], dataclasses.replace(stored, cohort=again.fingerprint())
     conditions[f"{name} (files)"] = Condition({"": stored}, attacked.stats, outcome=attacked.outcome)
     tables = {key: dataclasses.replace(one.tables[""], encoder=provenance.model) for key, one in conditions.items()}
-    template = evaluation.template(table, tables[CLEAN], fitted.class_names)
+    template = evaluation.template(table, tables[CLEAN], fitted.class_names, loader=queries)
     templates = dict.fromkeys(tables, template) | {f"{name} (files)": template.of_files(again.fingerprint(), about)}
     records: list[Record] = []
     for key, condition in conditions.items():

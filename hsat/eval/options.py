@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal, get_args
@@ -107,11 +107,14 @@ class Provenance:
         model: Its name.
         checkpoint: What identifies its weights, such as the SHA-256 of a file.
         class_names: Names of the classes, for loaders that do not know theirs.
+        training: What it was trained on, `kind`, `image_size` and `patients` as in encoder files (docs/files.md); by
+            default what the file of its weights states.
     """
 
     model: str = ""
     checkpoint: str = ""
     class_names: Sequence[str] | None = None
+    training: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from hsat.embedding import (
     ids_of,
     normalize_rows,
     select_layer,
-    show_progress,
     to_device,
     using_branch,
 )
@@ -40,6 +39,7 @@ from hsat.eval.outcomes import AttackStats, EnsembleOutcome, choose_examples
 from hsat.eval.store import CleanEmbeddings, ResultStore, Session, StoredResult
 from hsat.files import Arrays
 from hsat.fingerprints import fingerprint_batch
+from hsat.progress import show_progress
 from hsat.types import Attack, AttackResult, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, MemberStats
 
 CLEAN = "clean"
@@ -75,7 +75,7 @@ def run_batches(
     numbers = _finished_numbers(session.finished, key)
     shard = ShardedLoader(queries, session.world, finished=numbers)
     results: dict[int, StoredResult] = {}
-    for number, batch in show_progress(shard, description, shown=session.shows):
+    for number, batch in show_progress(shard, description) if session.shows else shard:
         name = (*key, _batch_key(number))
         result, digest = session.store.get(*name), fingerprint_batch(batch)
         session.seen.check(number, digest)

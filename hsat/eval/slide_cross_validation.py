@@ -97,7 +97,7 @@ def cross_validate_slides(
         fold[mine], scores[mine] = number, predict_slides(fitted[-1], _select_rows(table, rows))
     evaluation = Evaluation(lambda images: images, Target(), scoring, RunOptions(seed=seed), provenance)
     info = LoaderInfo(class_names=table.class_names, cohort=table.cohort, split=table.split)
-    template = evaluation.template(None, info, table.class_names)
+    template = evaluation.template(None, info, table.class_names, loader=None)
     facts = AttackFacts(name=CLEAN, settings={"cross_validation_folds": folds})
     about = ClassifierFacts(name=repr(classifier))
     records = slide_records(template, facts, about, LevelRows(scores, label, patient))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -20,6 +22,7 @@ from hsat.eval.outcomes import AttackStats
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.pooling import LevelRows
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
+from hsat.eval.result_files import save_records
 from hsat.eval.runner import CLEAN, run_batches
 from hsat.eval.slide_attacks import (
     PatchOrder,
@@ -70,6 +73,13 @@ class SlidesResult:
     smallest_fraction: dict[str, np.ndarray]
     order: dict[int, np.ndarray]
     class_names: tuple[str, ...]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the records into a folder, as the commands do; returns the folder.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+        """
+        return save_records(folder, self.records)
 
     def accuracy(self, attack: str, fraction: float) -> float:
         """Share of the slides that are decided rightly.
@@ -206,10 +216,9 @@ def evaluate_slides(
     if not results:
         raise ValueError(f"the loader gave no batches (split {info.split!r}): no slide to attack")
     result = _merge(results, chosen, np.array(fractions), names)
-    template = replace(
-        evaluation.template(None, info, names, target=target),
-        flags=() if results[0].header["labelled"] else (UNLABELLED,),
-    )
+    template = evaluation.template(None, info, names, loader=slide_loader, target=target)
+    if not results[0].header["labelled"]:
+        template = replace(template, flags=(*template.flags, UNLABELLED))
     facts = {name: _facts(name, attack, results, result, order) for name, attack in chosen.items()}
     fitted = getattr(classifier, "classifier", None)
     of_classifier = ClassifierFacts(name=repr(classifier), k=int(getattr(fitted, "k", 0)))

@@ -28,7 +28,15 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world, result_of, table_of
-from hsat.eval.transfer_drops import OTHERS, TransferDrop, average_drops, resample_metrics, transfer_drop
+from hsat.eval.transfer_drops import (
+    OTHERS,
+    Pair,
+    TransferDrop,
+    TransferResult,
+    average_drops,
+    resample_metrics,
+    transfer_drop,
+)
 from hsat.eval.whitebox import check_attacks, condition_records
 from hsat.fingerprints import fingerprint_classifier, fingerprint_table
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, FittedClassifier, HierarchicalBatch
@@ -37,28 +45,6 @@ _GROWING = ("attack.", "bank.", "encoder.")
 
 EncoderSource = EmbeddingFunction | Callable[[], EmbeddingFunction]
 Banks = Iterable[HierarchicalBatch] | Mapping[str, EmbeddingTable]
-Pair = tuple[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class TransferResult:
-    """The result of `evaluate_transfer`.
-
-    Attributes:
-        records: See there.
-        clean: Class scores (n, classes) of the queries as they are, by target and classifier (see `WhiteboxResult`).
-        attacked: The same by (surrogate, attack, target) and classifier.
-        queries: Ids and labels of the queries, without embeddings; rows of scores follow it.
-        class_names: Columns of the scores, by target.
-        made: The (surrogate, attack) pairs that this call attacked, in order; the others came from `resume_dir`.
-    """
-
-    records: tuple[Record, ...]
-    clean: dict[str, dict[ScoresKey, np.ndarray]]
-    attacked: dict[tuple[str, str, str], dict[ScoresKey, np.ndarray]]
-    queries: EmbeddingTable
-    class_names: dict[str, tuple[str, ...]]
-    made: tuple[Pair, ...]
 
 
 def evaluate_transfer(
@@ -219,7 +205,8 @@ class _TransferWork:
     def template(self, name: str, queries: EmbeddingTable) -> RecordTemplate:
         """What all records of a target have in common."""
         fitted = self.fitted(name)
-        return self._evaluations[name].template(fitted.table, queries, fitted.classifiers[0].fitted.class_names)
+        names = fitted.classifiers[0].fitted.class_names
+        return self._evaluations[name].template(fitted.table, queries, names, loader=self._queries)
 
     def _pass(
         self,

@@ -1,10 +1,12 @@
-"""Drops of a target's accuracy under attacks that were made on other encoders, with paired intervals."""
+"""Results of attacks that were made on other encoders: drops of a target's accuracy, with paired intervals."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -18,13 +20,43 @@ from hsat.eval.confidence import (
 from hsat.eval.evaluation import ScoredClassifier, ScoresKey
 from hsat.eval.pooling import pool_by_level
 from hsat.eval.records import Record, RecordTemplate
+from hsat.eval.result_files import save_records
 from hsat.types import EmbeddingTable
 
 OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
 DROPS = {"accuracy": "accuracy_drop", "mca": "mca_drop"}
 _OF_ONE_SURROGATE = ("surrogate_checkpoint", "stationary_share", "zero_gradient_share", "never_moved_share")
 
+Pair = tuple[str, str]
 _Place = tuple[ScoresKey, str, str]  # classifier, level, metric
+
+
+@dataclass(frozen=True, eq=False)
+class TransferResult:
+    """The result of `evaluate_transfer`.
+
+    Attributes:
+        records: See there.
+        clean: Class scores (n, classes) of the queries as they are, by target and classifier (see `WhiteboxResult`).
+        attacked: The same by (surrogate, attack, target) and classifier.
+        queries: Ids and labels of the queries, without embeddings; rows of scores follow it.
+        class_names: Columns of the scores, by target.
+        made: The (surrogate, attack) pairs that this call attacked, in order; the others came from `resume_dir`.
+    """
+
+    records: tuple[Record, ...]
+    clean: dict[str, dict[ScoresKey, np.ndarray]]
+    attacked: dict[tuple[str, str, str], dict[ScoresKey, np.ndarray]]
+    queries: EmbeddingTable
+    class_names: dict[str, tuple[str, ...]]
+    made: tuple[Pair, ...]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the records into a folder, as the commands do; returns the folder.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+        """
+        return save_records(folder, self.records)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,6 @@ from torch import Tensor
 from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import eval_mode
-from hsat.eval.comparison import ScoreTable
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.cost import announce_bank, announce_cost
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
@@ -34,17 +35,16 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
+from hsat.eval.result_files import save_conditions
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
-    GROUP_LABELS,
     Attack,
     Classifier,
     EmbeddingFunction,
     EmbeddingTable,
     FittedClassifier,
     HierarchicalBatch,
-    align_labels,
 )
 
 _TOLERATED = 0.05  # share of the images robust to every gradient that a search without them may break by luck
@@ -78,12 +78,20 @@ class WhiteboxResult:
     outcomes: dict[str, EnsembleOutcome] = field(default_factory=dict)
     example_rows: tuple[int, ...] = ()
 
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write records, scores and evidence into a folder, as the commands do; returns the folder.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+        """
+        return save_conditions(folder, [self])
+
 
 class AttackedQueries(NamedTuple):
-    """The queries under all conditions, and what was found in the attacks, by name."""
+    """The queries under all conditions, what was found in the attacks, by name, and the loader of the queries."""
 
     conditions: dict[str, Condition]
     diagnoses: Mapping[str, Diagnosis]
+    loader: object
 
 
 def evaluate_whitebox(
@@ -195,7 +203,7 @@ def attack_queries(
     with ExitStack() as stack:
         for module in objectives.modules:
             stack.enter_context(eval_mode(module))
-        return AttackedQueries(conditions, diagnostics.finish(evaluation.device, session))
+        return AttackedQueries(conditions, diagnostics.finish(evaluation.device, session), queries)
 
 
 def measure_attacks(
@@ -210,7 +218,7 @@ def measure_attacks(
     conditions, diagnoses = attacked.conditions, attacked.diagnoses
     names = classifiers[0].fitted.class_names
     tables = {name: replace(one.tables[""], encoder=evaluation.provenance.model) for name, one in conditions.items()}
-    template = evaluation.template(bank, tables[CLEAN], names)
+    template = evaluation.template(bank, tables[CLEAN], names, loader=attacked.loader)
     scores = {name: score_queries(classifiers, queries_table) for name, queries_table in tables.items()}
     records: list[Record] = []
     for name, condition in conditions.items():
@@ -347,41 +355,3 @@ def _with_surrogates(attacks: Mapping[str, Attack], surrogates: Mapping[str, Emb
         else attack
         for name, attack in attacks.items()
     }
-
-
-def score_tables(result: WhiteboxResult) -> tuple[ScoreTable, ...]:
-    """The scores of an evaluation as tables, one per condition and classifier.
-
-    Args:
-        result: What `evaluate_whitebox` gave.
-
-    Returns:
-        The tables; `model` is what the evaluation was given.
-    """
-    return tuple(
-        ScoreTable(
-            scores=scores,
-            label=align_labels(table.label, table.class_names, result.class_names),
-            patch=table.patch,
-            slide=table.slide,
-            patient=table.patient,
-            class_names=result.class_names,
-            cohort=table.cohort,
-            split=table.split,
-            model=table.encoder,
-            condition=condition,
-            k=key if isinstance(key, int) else 0,
-            classifier="" if isinstance(key, int) else key,
-            **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
-        )
-        for condition, table in result.tables.items()
-        for key, scores in result.scores[condition].items()
-    )
-
-
-def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:
-    """Labels of groups in other classes; -1 stays, and for a class that is not among them."""
-    if labels is None:
-        return None
-    places = np.array([names.index(name) if name in names else -1 for name in own] + [-1])
-    return np.asarray(places[labels])

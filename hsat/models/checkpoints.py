@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hsat.files import atomic_path
 from hsat.models.dual_norm import is_dual
 from hsat.models.encoder import Encoder
-from hsat.models.metadata import LoadReport, WeightFile, parse_metadata
+from hsat.models.metadata import LoadReport, WeightFile, check_training, parse_metadata
 from hsat.models.pixel_check import check_pixels, find_encoder, stated_pixels
 from hsat.models.state_dicts import (
     KeyMapping,
@@ -45,6 +45,7 @@ MOST_BYTES = 64 << 30
 MOST_PLAIN, DEEPEST_PLAIN, LONGEST_PLAIN = 10_000, 32, 64
 STATE_NAMES = ("model", "state_dict", "model_state_dict", "encoder", "network")
 SAFETENSORS_KEY = "hsat"
+TRAINING_FORMAT = "hsat training"
 CLASSIFIERS = ("fc.", "head.", "head.fc.", "classifier.", "proj.", "projector.")
 NORMALISERS = ("0.mean", "0.std", "normalize.", "normalizer.", "normalise.", "normalization.")
 _TORCH_STARTS = (b"PK", b"\x80")  # zip archives, and the pickles that older versions of torch wrote
@@ -266,7 +267,7 @@ def _read_torch(path: Path, file: IO[bytes], size: int) -> WeightFile:
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of named tensors")
     state, metadata = _state_of(path, content)
     _check_tensors(path, state)
-    return WeightFile(state, metadata, str(metadata.get("format")).startswith("hsat training"))
+    return WeightFile(state, metadata, str(metadata.get("format")).startswith(TRAINING_FORMAT))
 
 
 def _state_of(path: Path, content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -278,6 +279,10 @@ def _state_of(path: Path, content: Mapping[Any, Any]) -> tuple[dict[str, Tensor]
             extra = content.get("extra")  # of a training checkpoint: "encoder" may stand beside tensors in it
             if "extra" not in metadata and isinstance(extra, Mapping) and len(extra) <= LONGEST_PLAIN:
                 metadata["extra"] = {str(k): v for k, v in extra.items() if _is_plain(v)}
+            ours = str(metadata.get("format")).startswith(TRAINING_FORMAT)
+            if ours and isinstance(extra, Mapping) and extra.get("training") is not None:
+                check_training(extra["training"], f"{path}: extra")
+                metadata["training"] = extra["training"]
             return dict(content[name]), metadata
     keys = ", ".join(key[:40] if isinstance(key, str) else type(key).__name__ for key in list(content)[:8])
     raise ValueError(

@@ -6,7 +6,7 @@ This room is above `hsat.eval`, which knows nothing of it.
 from __future__ import annotations
 
 from hsat.report.accuracy_plot import plot_accuracy_vs_eps
-from hsat.report.artifacts import Artifacts, ArtifactSource, ConditionArrays, read_artifacts, write_artifacts
+from hsat.report.artifacts import Artifacts, ConditionArrays, read_artifacts
 from hsat.report.fraction_plot import plot_accuracy_vs_fraction
 from hsat.report.page import write_report
 from hsat.report.paper import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
@@ -17,7 +17,6 @@ from hsat.report.tables import accuracy_tables, differences_table, markdown_tabl
 from hsat.report.views_plot import plot_views
 
 __all__ = [
-    "ArtifactSource",
     "Artifacts",
     "ConditionArrays",
     "PaperRow",
@@ -44,6 +43,5 @@ __all__ = [
     "records_latex",
     "transfer_markdown",
     "transfer_tables",
-    "write_artifacts",
     "write_report",
 ]

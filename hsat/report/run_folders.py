@@ -114,7 +114,7 @@ def _open(path: Path) -> RunFolder:
     elif records and not artifacts:
         absent.append(
             "evidence/ (confusion, embedding map, patches): evaluate again with hsat evaluate,"
-            " or call hsat.report.write_artifacts"
+            " or write the result with result.save(folder)"
         )
     elif records and not any(c.patches for one in artifacts for c in one.conditions.values()):
         absent.append("pictures of patches: evaluate with --gallery 6")

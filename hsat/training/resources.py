@@ -7,6 +7,8 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -70,16 +72,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class StepClock:
-    """Seconds per step of this process, the first step left out: it warms caches and compiles.
+    """Seconds per step of this process, the first step left out: it warms caches and compiles; and of other work.
 
-    `tick` is called once after each step and gives, once, after `after` timed steps, the estimate for the rest.
+    `tick` is called once after each step and gives, once, after `after` timed steps, the estimate for the rest.  The
+    held-out evaluations and checkpoints between the steps are timed by `other_work`; once each was seen, `whole` takes
+    them into account.
 
     Args:
         after: Number of timed steps.
     """
 
     def __init__(self, *, after: int = 2) -> None:
-        self._after, self._ticks, self._begin = after, 0, 0.0
+        self._after, self._ticks, self._begin, self._last = after, 0, 0.0, 0.0
+        self._other: dict[str, list[float]] = {}
+        self._between = 0.0  # seconds of other work since the first step
 
     def tick(self, left: int) -> str | None:
         """The sentence to show after a step, or None.
@@ -88,13 +94,44 @@ class StepClock:
             left: Steps still to go.
         """
         self._ticks += 1
+        self._last = time.perf_counter()
         if self._ticks == 1:
-            self._begin = time.perf_counter()
+            self._begin, self._between = self._last, 0.0
         if self._ticks != self._after + 1:
             return None
-        seconds = (time.perf_counter() - self._begin) / self._after
-        rest = time_text(seconds * left)
-        return f"{seconds:.2g} s per step (over {self._after} steps), about {rest} for {left} more steps"
+        rest = time_text(self._seconds * left)
+        return f"{self._seconds:.2g} s per step (over {self._after} steps), about {rest} for {left} more steps"
+
+    @property
+    def _seconds(self) -> float:
+        """Per step; of the first step where there is no other one."""
+        return (self._last - self._begin - self._between) / max(1, self._ticks - 1)
+
+    @contextmanager
+    def other_work(self, name: str) -> Iterator[None]:
+        """Time what is done inside the block, between two steps.
+
+        Args:
+            name: What it is: "held-out evaluation", "checkpoint".
+        """
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._other.setdefault(name, []).append(seconds)
+        self._between += seconds
+
+    def whole(self, left: int, others: Mapping[str, int]) -> str:
+        """The sentence about all that is still to be done.
+
+        Args:
+            left: Steps still to go.
+            others: How often each kind of other work will be done.
+        """
+        means = {name: sum(times) / len(times) for name, times in self._other.items()}
+        seconds = self._seconds * left + sum(means.get(name, 0.0) * count for name, count in others.items())
+        parts = [f"{left} more steps ({self._seconds:.2g} s each)"]
+        parts += [f"{count} {name}s ({means[name]:.2g} s each)" for name, count in others.items() if name in means]
+        return f"about {time_text(seconds)} to go: {', '.join(parts)}"
 
 
 def memory_report(limit_text: str, *, before: int, peak: int, patients: int, groups: int) -> str:

@@ -5,29 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hsat.attacks import PGD, Linf
-from hsat.data import (
-    Cohort,
-    PatchStore,
-    PatientBatchSampler,
-)
-from hsat.distributed import (
-    World,
-    batch_share,
-    shared_world,
-    world_rank,
-    world_size,
-)
-from hsat.models import Encoder, save_encoder
-from hsat.run_folder import write_json
+from hsat.data import Cohort, PatchStore, PatientBatchSampler
+from hsat.distributed import World, batch_share, shared_world, world_rank, world_size
+from hsat.models import Encoder
 from hsat.training.agreement import assert_ranks_agree, assert_same
 from hsat.training.checkpoint import (
     RandomStateMismatch,
@@ -36,12 +24,13 @@ from hsat.training.checkpoint import (
     save_checkpoint,
 )
 from hsat.training.config import TrainConfig
+from hsat.training.encoder_files import BEST, FINAL, training_facts, write_best, write_final
 from hsat.training.folder import FolderFactory, TrainingFolder
 from hsat.training.gradients import check_state
 from hsat.training.inner_attack import check_groups
 from hsat.training.interrupts import StopRequest, TrainingInterrupted, stop_on_signals
 from hsat.training.optimization import Optimization
-from hsat.training.resources import StepClock, memory_report, peak_memory
+from hsat.training.reporting import CHECKPOINT, EVALUATION, TrainingReport
 from hsat.training.schedules import (
     augmentation_strength,
     epsilon_schedule,
@@ -113,8 +102,16 @@ class Trainer:
         self.optimization = Optimization(encoder, config, total=self.total, device=self.device)
         self.done, self.best = 0, -1.0
         self.saved: int | None = None  # steps in last.pt
-        self.clock, self.memory_before = StepClock(), peak_memory(self.device)
         self._validate = validate if validate is not None else self._default_validation()
+        self.report = TrainingReport(
+            config,
+            device=self.device,
+            groups=self.ranks * config.accumulate,
+            total=self.total,
+            eval_every=None if self._validate is None else self.eval_every,
+            shown=progress,
+        )
+        self.facts = training_facts(cohort, config)
         fingerprint = cohort.fingerprint()
         writes = self.rank == 0
         self.folder = (
@@ -183,18 +180,18 @@ class Trainer:
             FloatingPointError: Before a loss or gradient that is not finite is stepped on; names the last good state.
             ValueError: If float16 skipped every step.
         """
-        silent = not self.progress or self.rank > 0
-        bar = tqdm(total=self.total, initial=self.done, desc="training", unit="step", disable=silent)
+        bar = self.report.progress(done=self.done, shown=self.progress and self.rank == 0)
         with self._naming_last_state(), stop_on_signals() as request, shared_world() as world, bar:
             for batch in self.batches():
                 row = self.step(batch)
-                self._log_notes()
-                row |= self.validate_if_due()
-                self.folder.log(row)
-                bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                self.report.after_step(self.done, loss=row["loss"])
+                with self.report.other_work(EVALUATION) if self._is_due else nullcontext():
+                    values = self.validate_if_due()
+                self.folder.log(row | values)
+                self.report.after_evaluation(self.done, values, best=self.best)
                 if self.done % self.config.save_every == 0 or self.done == self.total:
-                    self.save()
+                    with self.report.other_work(CHECKPOINT):
+                        self.save()
                 self._stop_if_requested(request, world)
         return self._finish()
 
@@ -265,7 +262,7 @@ class Trainer:
 
     def validate_if_due(self) -> dict[str, float]:
         """The held-out numbers where it is time for them, and the best encoder kept; else nothing."""
-        if self._validate is None or not (self.done % self.eval_every == 0 or self.done == self.total):
+        if self._validate is None or not self._is_due:
             return {}
         self.check_state()
         values = dict(self._validate(self.encoder))
@@ -273,13 +270,14 @@ class Trainer:
         if score > self.best and self.optimization.skipped < self.done:
             self.best = score
             if self.folder.writes:
-                facts = {"step": self.done, "cohort": self.folder.cohort, "score": score}
-                save_encoder(self.encoder, self.folder.out / "best.safetensors", metadata=facts)
-                write_json(self.folder.out / "best.json", facts | values)
-        if self.progress:
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            _log.info("step %d: held out: %s", self.done, shown)
+                step, facts = self.done, self.facts
+                write_best(self.folder, self.encoder, step=step, score=score, numbers=values, training=facts)
         return values
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether a held-out evaluation comes after the last step, where patients are held out."""
+        return self._validate is not None and (self.done % self.eval_every == 0 or self.done == self.total)
 
     def check_state(self) -> None:
         """Raise FloatingPointError naming what is not finite in the encoder or the optimiser's state.
@@ -294,22 +292,6 @@ class Trainer:
 
     # --- what happens around the steps --------------------------------------------------------------------------------
 
-    def _log_notes(self) -> None:
-        """After a step: what there is to say about the length and the memory of the run, each once."""
-        if (estimate := self.clock.tick(self.total - self.done)) is not None and self.progress:
-            _log.info("%s", estimate)
-        if self.memory_before and self.config.max_memory is not None:
-            config = self.config
-            text = memory_report(
-                config.max_memory or "",
-                before=self.memory_before,
-                peak=peak_memory(self.device),
-                patients=config.batch_patients,
-                groups=self.ranks * config.accumulate,
-            )
-            _log.info("%s", text)
-        self.memory_before = 0
-
     def _stop_if_requested(self, request: StopRequest, world: World) -> None:
         """After a signal: save, and end with TrainingInterrupted."""
         if request.agreed(world) and self.done < self.total:
@@ -320,7 +302,11 @@ class Trainer:
         """Write last.pt, the checkpoint to resume from; all ranks call this, the first one writes."""
         if self.saved == self.done:
             return
-        extra = {"best": self.best, "encoder": self.encoder.spec} | self.optimization.state_dict()
+        extra = {
+            "best": self.best,
+            "encoder": self.encoder.spec,
+            "training": self.facts,
+        } | self.optimization.state_dict()
         save_checkpoint(
             self.folder.last,
             model=self.encoder,
@@ -329,16 +315,16 @@ class Trainer:
             epoch=self.epoch,
             step=self.done,
             config=self.folder.settings,
-            extra=extra,
+            extra=extra | self.optimization.state_dict(),
         )
         self.saved = self.done
 
     def _finish(self) -> Path:
         """Write the final encoder; raises ValueError if float16 skipped every step."""
         self.optimization.report_skipped(self.done, out=self.folder.out)
-        final, best = self.folder.out / "final.safetensors", self.folder.out / "best.safetensors"
+        final, best = self.folder.out / FINAL, self.folder.out / BEST
         if self.folder.writes:
-            save_encoder(self.encoder, final, metadata={"step": self.done, "cohort": self.folder.cohort})
+            write_final(self.folder, self.encoder, step=self.done, training=self.facts)
         return best if best.exists() else final
 
     @contextmanager

@@ -106,4 +106,4 @@ def test_some_defaults(capsys):
     assert "size of a step (default: 2/255)" in shown["train"]
     assert "(default: 4/255,8/255)" in shown["evaluate"] and "(default: pgd,mifgsm)" in shown["evaluate"]
     assert "--k list[int] neighbours; several with commas between; if not given, 200 for OpenSRH" in shown["evaluate"]
-    assert "(default: 0.05,0.1,0.25,0.5,1)" in shown["budget"] and "(default: runs/budget)" in shown["budget"]
+    assert "(default: 0.05,0.1,0.25,0.5,1)" in shown["budget"] and "(default: runs/budget-TIME)" in shown["budget"]

@@ -28,7 +28,6 @@ def test_patients_that_are_known(tables):
     shared = replace(queries, patient=np.array([2, 2, 4, 4]))
     assert bank_flags(bank, shared) == ("bank and queries share 1 patients",)
     assert bank_flags(bank, replace(shared, cohort="two")) == (), "ids of another cohort are other patients"
-    assert bank_flags(bank, queries, trained_on=3) == ("the encoder was trained on 3 of the queries' patients",)
 
 
 def test_classes_without_a_row_of_the_bank(tables):

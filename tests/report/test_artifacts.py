@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hsat.eval import Provenance
-from hsat.report import ArtifactSource, read_artifacts, write_artifacts
-from hsat.report.artifacts import explained_displacement, fit_plane
+from hsat.eval.artifact_files import ArtifactSource, explained_displacement, fit_plane, write_artifacts
+from hsat.report import read_artifacts
 
 
 @pytest.fixture

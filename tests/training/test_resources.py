@@ -62,7 +62,7 @@ def test_peak_memory_of_this_process_grows():
 
 
 def test_the_clock_speaks_once_and_leaves_out_the_first_step(monkeypatch):
-    now = iter([100.0, 104.0])
+    now = iter([100.0, 102.0, 104.0, 106.0])
     monkeypatch.setattr("hsat.training.resources.time.perf_counter", lambda: next(now))
     clock = StepClock(after=2)
     assert clock.tick(9) is None and clock.tick(8) is None

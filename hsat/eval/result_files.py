@@ -1,0 +1,127 @@
+"""Results of evaluations as files: what `result.save(folder)` and the commands write, and the page reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from hsat.eval.artifact_files import ArtifactSource, HasConditions, write_artifacts
+from hsat.eval.comparison import save_scores, score_tables
+from hsat.eval.options import Provenance, Scoring
+from hsat.eval.outcomes import EnsembleOutcome
+from hsat.eval.records import Record, write_records
+from hsat.files import write_file
+from hsat.run_folder import write_run_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunAccount:
+    """What run.json says of an evaluation beside versions.
+
+    Attributes:
+        settings: The options of a command, nested; of an evaluation in Python what its records say.
+        cohort: Fingerprint of the cohort; by default that of the records.
+        command: The words of the command line.
+        about: Further entries.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    cohort: str = ""
+    command: Sequence[str] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+class MeasuredConditions(HasConditions, Protocol):
+    """A `WhiteboxResult`."""
+
+    @property
+    def records(self) -> tuple[Record, ...]: ...  # noqa: D102
+    @property
+    def outcomes(self) -> Mapping[str, EnsembleOutcome]: ...  # noqa: D102
+
+
+def save_records(folder: str | os.PathLike[str], records: Sequence[Record], account: RunAccount = RunAccount()) -> Path:
+    """Write records.jsonl and run.json into a folder, which is made if need be; earlier ones are replaced.
+
+    Args:
+        folder: The folder of the run.
+        records: Of any evaluation.
+        account: What run.json says.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: Without records.
+    """
+    if not records:
+        raise ValueError("no records, so there is nothing to save")
+    folder, first = Path(folder), records[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_records(folder / "records.jsonl", records)
+    stated = account.settings or {"model": first.model, "target": first.target, "seed": first.seed}
+    cohort = account.cohort or first.cohort
+    write_run_file(folder, stated, cohort=cohort, command=account.command, **account.about)
+    return folder
+
+
+def save_conditions(
+    folder: str | os.PathLike[str], results: Sequence[MeasuredConditions], account: RunAccount = RunAccount()
+) -> Path:
+    """Write what `evaluate_whitebox` gave, of one encoder or several, into a folder that `hsat report` shows whole.
+
+    records.jsonl, run.json, scores.npz, evidence/ and, of ensembles, ensemble.csv (docs/files.md).
+
+    Args:
+        folder: The folder of the run.
+        results: One per encoder; their records name the encoders.
+        account: What run.json says.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: Without records.
+    """
+    folder = save_records(folder, [record for result in results for record in result.records], account)
+    save_scores(folder / "scores.npz", [table for result in results for table in score_tables(result)])
+    for result in results:
+        _save_evidence(folder / "evidence", result)
+    _save_ensembles(folder / "ensemble.csv", results)
+    return folder
+
+
+def _save_evidence(folder: Path, result: MeasuredConditions) -> None:
+    """Predictions, a map of the embeddings and the first patches; of natural shifts the page shows the numbers only."""
+    first = result.records[0]
+    shifts = {record.attack_name for record in result.records if "natural_shift" in record.settings}
+    names = [name for name in result.tables if name not in shifts]
+    source = ArtifactSource(
+        tables={name: result.tables[name] for name in names},
+        scores={name: result.scores[name] for name in names},
+        class_names=result.class_names,
+        examples={name: result.examples[name] for name in names if name in result.examples},
+        example_rows=result.example_rows,
+    )
+    scoring = Scoring(pooling=first.settings.get("how", "mean"), group_by=first.settings.get("keys", "id"))
+    provenance = Provenance(model=first.model, checkpoint=first.checkpoint)
+    write_artifacts(folder, source, target=first.target, provenance=provenance, scoring=scoring)
+
+
+def _save_ensembles(path: Path, results: Sequence[MeasuredConditions]) -> None:
+    """A line per encoder, ensemble and patch; no file without ensembles."""
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(["model", "attack", "patch", "broken_by", "margin"])
+    for result in results:
+        for name, outcome in result.outcomes.items():
+            rows = zip(outcome.patch, outcome.broken_by, outcome.margin, strict=True)
+            model = result.records[0].model
+            lines.writerows([model, name, int(patch), by, f"{margin:.6f}"] for patch, by, margin in rows)
+    if any(result.outcomes for result in results):
+        write_file(path, file.getvalue())

@@ -1,0 +1,90 @@
+"""result.save(folder): every evaluation leaves what the page, the tables and other programs read."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from hsat.attacks import PGD, AttackEnsemble, Linf, NaturalShift
+from hsat.classifiers import KNNClassifier
+from hsat.eval import (
+    CertifyOptions,
+    Provenance,
+    RunOptions,
+    Scoring,
+    Smoothing,
+    certify,
+    evaluate_budget,
+    evaluate_transfer,
+    evaluate_whitebox,
+    load_scores,
+    read_records,
+)
+from hsat.report import open_runs, read_artifacts, write_report
+
+ATTACK = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
+KNN, NAME = KNNClassifier(k=3), Provenance(model="mine", checkpoint="digest")
+
+
+@pytest.fixture
+def parts(toy_encoder, toy_batches):
+    return toy_encoder, toy_batches(seed=0, sizes=(24,)), toy_batches(seed=1, sizes=(12,), first_id=1000)
+
+
+def test_a_whitebox_result_is_saved_whole(parts, tmp_path):
+    blur = next(iter(NaturalShift.standard(stained=False).items()))
+    run = RunOptions(noise=False, keep_examples=2)
+    result = evaluate_whitebox(*parts, {"PGD-8": ATTACK, blur[0]: blur[1]}, classifier=KNN, run=run, provenance=NAME)
+    assert result.save(tmp_path / "mine") == tmp_path / "mine"
+    assert read_records(tmp_path / "mine" / "records.jsonl") == result.records
+    assert {table.condition for table in load_scores(tmp_path / "mine" / "scores.npz")} == set(result.tables)
+    (artifacts,) = read_artifacts(tmp_path / "mine" / "evidence")
+    assert set(artifacts.conditions) == {"clean", "PGD-8"} and artifacts.checkpoint == "digest"
+    assert len(artifacts.conditions["PGD-8"].patches) == 2
+    about = json.loads((tmp_path / "mine" / "run.json").read_text())
+    assert about["settings"] == {"model": "mine", "target": "decision", "seed": 0} and about["command"] == []
+    (folder,) = open_runs([tmp_path / "mine"])
+    assert folder.absent == () and "mine" in write_report([tmp_path / "mine"], tmp_path / "page.html").read_text()
+
+
+def test_saving_again_replaces(parts, tmp_path):
+    for steps in (1, 2):
+        attack = PGD(Linf(8 / 255), step_size=4 / 255, steps=steps)
+        result = evaluate_whitebox(*parts, {"PGD": attack}, classifier=KNN, run=RunOptions(noise=False))
+        result.save(tmp_path)
+    assert read_records(tmp_path / "records.jsonl") == result.records
+    (artifacts,) = read_artifacts(tmp_path / "evidence")
+    assert np.array_equal(artifacts.conditions["PGD"].label["patch"], result.tables["PGD"].label)
+
+
+def test_an_ensemble_says_what_broke_each_patch(parts, tmp_path):
+    ensemble = AttackEnsemble.standard(Linf(8 / 255), steps=1, targets=1, queries=2)
+    result = evaluate_whitebox(*parts, {"ensemble-8": ensemble}, classifier=KNN, run=RunOptions(noise=False))
+    with (result.save(tmp_path) / "ensemble.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["patch"]) for row in rows] == result.outcomes["ensemble-8"].patch.tolist()
+
+
+def test_budgets_transfers_and_certificates(parts, tmp_path):
+    encoder, bank, queries = parts
+    run, scoring = RunOptions(noise=False), Scoring(bootstrap=0)
+    budget = evaluate_budget(*parts, ATTACK, classifier=KNN, run=run, scoring=scoring, provenance=NAME)
+    with (budget.save(tmp_path / "budget") / "groups.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["group"]) for row in rows] == budget.groups.tolist()
+    assert {(row["model"], row["attack"]) for row in rows} == {("mine", budget.records[-1].attack_name)}
+    transfer = evaluate_transfer({"a": encoder}, bank, queries, {"PGD": ATTACK}, classifier=KNN, scoring=scoring)
+    certificates = certify(
+        *parts,
+        Smoothing(sigma=0.1, selection=2, samples=2),
+        options=CertifyOptions(noisy_bank=False),
+        classifier=KNN,
+        scoring=scoring,
+    )
+    for name, result in (("budget", budget), ("transfer", transfer), ("certificates", certificates)):
+        result.save(tmp_path / name)
+        assert read_records(tmp_path / name / "records.jsonl") == result.records
+        assert (tmp_path / name / "run.json").exists()
