@@ -1,0 +1,396 @@
+"""HSAT+ against HiDisc, HSAT and a tuned HSAT at equal compute: patch accuracy when the decision is attacked.
+
+A run trains an encoder and attacks its decisions; what it found is one file in benchmarks/results/recipes, and a run
+whose file exists is not repeated.  Trials choose the options of "tuned HSAT" and of "HSAT+", as many of each, on painted
+seed 0 and on EBHI split 0, by PGD-10 on the kNN vote at the primary radius.  Finalists meet on other seeds and splits
+under `AttackEnsemble.standard`.  The primary measure, fixed beforehand: patch accuracy under the ensemble at 4/255
+(EBHI: 2/255), kNN decision, k = 20, all patches, paired over patients.
+
+    OMP_NUM_THREADS=1 python benchmarks/recipes.py --size cpu --stages trial final
+    OMP_NUM_THREADS=1 python benchmarks/recipes.py --size cpu --stages trial final --ebhi DIR   # class/patient/slide/patch
+    python benchmarks/recipes_report.py                                                         # the tables and the plot
+
+All recipes of a comparison have the same number of passes: a pass is one forward and one backward of one batch of 64
+images, so that PGD with s steps takes s + 1 a batch and free training one a replay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsat.attacks import PGD, AttackEnsemble, Linf
+from hsat.classifiers import KNNClassifier, LinearProbe
+from hsat.data import Cohort, PatchDataset, patch_loader, read_cohort, read_opensrh, write_synthetic_cohort
+from hsat.eval import RunOptions, Scoring, WhiteboxResult, evaluate_whitebox
+from hsat.models import Encoder, build_encoder
+from hsat.run_folder import installed_versions, read_training_log, write_json
+from hsat.training import TrainConfig, Trainer
+from hsat.types import Attack, Classifier
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/recipes"
+PAINTED, EBHI = "painted", "ebhi"
+RADII = {PAINTED: (4, 8), EBHI: (2, 4)}
+"""In 255ths; the first is the primary one."""
+PASSES = {"minutes": {PAINTED: 24, EBHI: 24}, "cpu": {PAINTED: 1440, EBHI: 1200}, "gpu": {PAINTED: 40_000, EBHI: 6000}}
+"""Of a run at 1x."""
+BACKBONES = {"minutes": "test_resnet", "cpu": "test_resnet", "gpu": "resnet18"}
+IMAGE_SIZES = {PAINTED: 48, EBHI: 64}
+CHECK = 9
+"""Passes of a check of the guard: eight attack steps, and three forwards that count as one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training whose options are to be compared.
+
+    Attributes:
+        family: "HiDisc", "HSAT", "tuned HSAT" or "HSAT+".
+        change: What distinguishes it, in words.
+        options: Of `TrainConfig`, nested; `views` and `attack` are merged with the common ones.
+        head: The projection head.
+        activation: "" for the backbone's own, or the name of a module of torch.nn in place of its ReLUs.
+    """
+
+    family: str
+    change: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    head: str = "linear"
+    activation: str = ""
+
+    @property
+    def passes_per_batch(self) -> float:
+        """Forward and backward passes of a batch; the checks of the guard have their share."""
+        attack = self.config(PAINTED, steps=1, seed=0).attack
+        if attack.name == "none":
+            return 1.0
+        if attack.name != "free":
+            return attack.steps + 1.0
+        return attack.replays + (CHECK / attack.check_every if attack.check_every else 0.0)
+
+    def config(self, cohort: str, *, steps: int, seed: int) -> TrainConfig:
+        """The options of a training on one of the cohorts."""
+        common: dict[str, Any] = {"batch_patients": 8, "save_every": steps, "steps": steps, "seed": seed}
+        views = {"image_size": IMAGE_SIZES[cohort], "augmentation": "he" if cohort == EBHI else "v0"}
+        given = dict(self.options)
+        views |= given.pop("views", {})
+        return TrainConfig(**common | given, views=views)
+
+
+def pgd(steps: int) -> dict[str, Any]:
+    """PGD whose steps together are 1.25 eps, as the paper's five of 2/255 are."""
+    return {"name": "pgd", "steps": steps, "step_size": 10 / steps / 255}
+
+
+FREE = {"name": "free", "replays": 4, "check_every": 0}
+PLAIN = {"augmentation": "none"}
+TUNED, OURS = "tuned HSAT", "HSAT+"
+RECIPES: dict[str, Recipe] = {
+    "hidisc": Recipe("HiDisc", "no attack", {"attack": {"name": "none"}}),
+    "hsat": Recipe("HSAT", "as published: PGD-5, temperature .07"),
+    "tuned-1": Recipe(TUNED, "temperature .6", {"temperature": 0.6}),
+    "tuned-2": Recipe(TUNED, "no augmentation", {"views": PLAIN}),
+    "tuned-3": Recipe(TUNED, "temperature .6, no augmentation", {"temperature": 0.6, "views": PLAIN}),
+    "tuned-4": Recipe(TUNED, "PGD-2, temperature .6", {"attack": pgd(2), "temperature": 0.6}),
+    "tuned-5": Recipe(
+        TUNED, "PGD-2, temperature .6, no augmentation", {"attack": pgd(2), "temperature": 0.6, "views": PLAIN}
+    ),
+    "tuned-6": Recipe(
+        TUNED, "PGD-2, temperature .3, no augmentation", {"attack": pgd(2), "temperature": 0.3, "views": PLAIN}
+    ),
+    "tuned-7": Recipe(TUNED, "PGD-2, temperature .6, lr 2e-3", {"attack": pgd(2), "temperature": 0.6, "lr": 2e-3}),
+    "tuned-8": Recipe(TUNED, "PGD-1, temperature .6", {"attack": pgd(1), "temperature": 0.6}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation.
+
+    Attributes:
+        recipe: Its key in `RECIPES`.
+        cohort: "painted" or "ebhi".
+        index: The painted cohort's seed, or the split; weights, draws and attacks have the same seed.
+        stage: "trial" attacks with PGD-10, "final" with the ensemble as well.
+        multiple: Of the passes of 1x.
+        equal: What is equal to HSAT at this multiple: "passes", or "seconds" of the CPU.
+        backbone: Name of the network; "" is that of the size.
+    """
+
+    recipe: str
+    cohort: str
+    index: int
+    stage: str
+    multiple: int = 1
+    equal: str = "passes"
+    backbone: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names the file of the result."""
+        parts = [self.stage, self.cohort, str(self.index), self.recipe, f"{self.multiple}x"]
+        parts += [self.equal] if self.equal != "passes" else []
+        return "-".join([*parts, self.backbone] if self.backbone else parts)
+
+
+def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi: bool) -> Iterator[Run]:
+    """The runs in the order of their worth; finalists by what the trials chose so far.
+
+    Args:
+        stages: "trial", "final", "growth", "resnet10t".
+        chosen: By cohort and family, the recipe that the trials chose.
+        ebhi: Whether that cohort is there.
+    """
+    cohorts = [PAINTED, EBHI] if ebhi else [PAINTED]
+    for cohort in cohorts:
+        indices = (3, 4, 5) if cohort == PAINTED else (0, 1, 2, 3, 4)
+        finalists = ["hidisc", "hsat", *(chosen[cohort][name] for name in (TUNED, OURS) if name in chosen[cohort])]
+        if "trial" in stages:
+            yield from (Run(name, cohort, 0, "trial") for name in RECIPES)
+        if "final" in stages:
+            yield from (Run(name, cohort, index, "final") for index in indices for name in finalists)
+            yield from (Run(finalists[-1], cohort, index, "final", equal="seconds") for index in indices)
+        if "growth" in stages:
+            some = indices if cohort == PAINTED else (0,)
+            yield from (
+                Run(name, cohort, index, "final", multiple) for multiple in (2, 4) for index in some for name in finalists
+            )
+        if "resnet10t" in stages and cohort == EBHI:
+            yield from (Run(name, cohort, i, "final", backbone="resnet10t") for i in (0, 1) for name in finalists[-2:])
+
+
+def choose(results: Mapping[str, Mapping[str, Any]], cohort: str) -> dict[str, str]:
+    """The best trial of each family: highest at the primary radius, then at the next one, then clean.
+
+    Args:
+        results: By key.
+        cohort: The cohort.
+
+    Returns:
+        By family; families without a finished trial are left out.
+    """
+    best: dict[str, tuple[tuple[float, ...], str]] = {}
+    for result in results.values():
+        if (result["run"]["cohort"], result["run"]["stage"]) != (cohort, "trial") or "failure" in result:
+            continue
+        conditions = [*(f"PGD-10 {radius}/255" for radius in RADII[cohort]), "clean"]
+        rank = tuple(result["accuracy"]["knn"][name]["patch"] for name in conditions)
+        family = result["family"]
+        if family not in best or rank > best[family][0]:
+            best[family] = (rank, result["run"]["recipe"])
+    return {family: name for family, (_, name) in best.items()}
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every finished run, by key."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))}
+
+
+def open_cohort(run: Run, runs: Path, ebhi: Path | None) -> Cohort:
+    """The patches of a run, with its split."""
+    if run.cohort == PAINTED:
+        return read_opensrh(write_synthetic_cohort(runs / f"cohort-{run.index}", seed=run.index))
+    assert ebhi is not None
+    return read_cohort(ebhi, "folders").with_split(val_fraction=0.3, seed=run.index)
+
+
+def build(recipe: Recipe, backbone: str, *, seed: int) -> Encoder:
+    """The network before training."""
+    if recipe.head == "none":
+        encoder = build_encoder(backbone, head=None, seed=seed)
+    else:
+        encoder = build_encoder(backbone, head=recipe.head, embedding_dim=128, seed=seed)
+    if recipe.activation:
+        replace_activations(encoder.backbone, getattr(torch.nn, recipe.activation))
+    return encoder
+
+
+def replace_activations(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    """Put another activation in place of every ReLU."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.ReLU):
+            setattr(module, name, kind())
+        else:
+            replace_activations(child, kind)
+
+
+def train(run: Run, cohort: Cohort, *, steps: int, backbone: str, out: Path) -> tuple[Encoder, dict[str, Any]]:
+    """The trained encoder, and what the training took and found."""
+    recipe = RECIPES[run.recipe]
+    config = recipe.config(run.cohort, steps=steps, seed=run.index)
+    encoder = build(recipe, backbone, seed=run.index)
+    begin = cpu_seconds()
+    Trainer(encoder, cohort, config, out=out).fit()
+    seconds = cpu_seconds() - begin
+    log = read_training_log(out / "train.csv")
+    facts: dict[str, Any] = {"config": config.model_dump(mode="json"), "head": recipe.head, "backbone": backbone}
+    facts |= {"steps": steps, "passes": steps * recipe.passes_per_batch, "train_cpu_seconds": seconds}
+    facts |= {name: sorted({*log[name]}) for name in ("single_step_share", "free_share") if name in log}
+    return encoder.eval(), facts
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process so far, of user and system."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def evaluate(run: Run, encoder: Encoder, cohort: Cohort, *, size: str) -> dict[str, Any]:
+    """Accuracies at three levels and every patch's decision: the kNN vote, and in the final a linear probe, each attacked."""
+    bank, queries = (
+        patch_loader(PatchDataset(cohort, split, image_size=IMAGE_SIZES[run.cohort]), batch_size=64)
+        for split in ("train", "val")
+    )
+    begin = cpu_seconds()
+    found: dict[str, Any] = {"accuracy": {}, "right": {}}
+    classifiers: dict[str, Classifier] = {"knn": KNNClassifier(k=20), "linear": LinearProbe()}
+    if run.stage == "trial":
+        del classifiers["linear"]
+    for name, classifier in classifiers.items():
+        result = evaluate_whitebox(
+            encoder,
+            bank,
+            queries,
+            attacks_of(run, name, size=size),
+            classifier=classifier,
+            scoring=Scoring(bootstrap=0),
+            run=RunOptions(seed=run.index, noise=False),
+        )
+        found["accuracy"][name], found["right"][name] = accuracies(result), decisions(result)
+    table = result.tables["clean"]
+    found |= {"patients": " ".join(map(str, table.patient)), "n": len(table), "eval_cpu_seconds": cpu_seconds() - begin}
+    found["chance"] = float(np.bincount(table.label).max() / len(table))
+    return found
+
+
+def attacks_of(run: Run, decision: str, *, size: str) -> dict[str, Attack]:
+    """PGD-10 on the decision at both radii; in the final also the ensemble, on the linear decision at the first radius."""
+    radii = RADII[run.cohort]
+    attacks: dict[str, Attack] = {
+        f"PGD-10 {radius}/255": PGD(Linf(radius / 255), step_size=radius / 4 / 255, steps=10) for radius in radii
+    }
+    if run.stage == "final":
+        strength = {"steps": 3, "queries": 5} if size == "minutes" else {}
+        for radius in radii[:1] if decision == "linear" else radii:
+            attacks[f"ensemble {radius}/255"] = AttackEnsemble.standard(Linf(radius / 255), **strength)
+    return attacks
+
+
+def accuracies(result: WhiteboxResult) -> dict[str, dict[str, float]]:
+    """By condition and level."""
+    found: dict[str, dict[str, float]] = {}
+    for record in result.records:
+        if record.metric == "accuracy":
+            found.setdefault(record.attack_name, {})[record.level] = record.value
+    return found
+
+
+def decisions(result: WhiteboxResult) -> dict[str, str]:
+    """By condition, a digit for every patch in the order of the loader: 1 where the decision is right."""
+    found = {}
+    for name, table in result.tables.items():
+        (scores,) = result.scores[name].values()
+        found[name] = "".join(map(str, (scores.argmax(1) == table.label).astype(int)))
+    return found
+
+
+def steps_of(run: Run, results: Mapping[str, Mapping[str, Any]], size: str) -> int:
+    """Batches: those of the passes, or of the CPU seconds that HSAT took on the same cohort.
+
+    Raises:
+        LookupError: Where the runs that tell the seconds are missing.
+    """
+    passes = PASSES[size][run.cohort] * run.multiple
+    steps = max(1, int(passes / RECIPES[run.recipe].passes_per_batch))
+    if run.equal == "passes":
+        return steps
+    mine, hsat = (dataclasses.replace(run, recipe=name, equal="passes").key for name in (run.recipe, "hsat"))
+    if not {mine, hsat} <= {*results}:
+        raise LookupError(f"{run.key} needs {mine} and {hsat} first")
+    return max(1, round(steps * results[hsat]["train_cpu_seconds"] / results[mine]["train_cpu_seconds"]))
+
+
+def do_run(run: Run, results: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """The result of a run; one that ends in an error is a result, too."""
+    backbone = run.backbone or BACKBONES[options.size]
+    recipe = RECIPES[run.recipe]
+    result: dict[str, Any] = {"run": dataclasses.asdict(run), "family": recipe.family, "change": recipe.change}
+    result |= {"size": options.size, "versions": installed_versions(), "commit": options.commit}
+    steps = steps_of(run, results, options.size)
+    try:
+        cohort = open_cohort(run, options.runs, options.ebhi)
+        with tempfile.TemporaryDirectory() as folder:
+            encoder, facts = train(run, cohort, steps=steps, backbone=backbone, out=Path(folder))
+        result |= facts | {"cohort_fingerprint": cohort.fingerprint()}
+        keep = options.runs / "encoders" / f"{run.key}.pt"
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(encoder.state_dict(), keep)
+        result |= evaluate(run, encoder, cohort, size=options.size)
+    except (FloatingPointError, RuntimeError, ValueError) as error:
+        traceback.print_exc()
+        result["failure"] = f"{type(error).__name__}: {error}"
+    return result
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(PASSES), default="cpu")
+    parser.add_argument("--stages", nargs="+", default=["trial", "final"], help="trial final growth resnet10t")
+    parser.add_argument("--ebhi", type=Path, help="folders class/patient/slide/patch of H&E patches; left out without")
+    parser.add_argument("--only", default="", help="runs whose key has this regular expression")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"), help="cohorts and encoders")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a file per run")
+    parser.add_argument("--commit", help="of the code; asked of git where it is not given")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the runs that are missing."""
+    options = parse()
+    torch.set_num_threads(1)
+    options.commit = options.commit or subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    options.out.mkdir(parents=True, exist_ok=True)
+    while run := next_run(options):
+        begin = time.process_time()
+        result = do_run(run, read_results(options.out), options)
+        write_json(options.out / f"{run.key}.json", result)
+        seconds, shown = time.process_time() - begin, result.get("failure") or result["accuracy"]["knn"]
+        sys.stderr.write(f"{run.key}: {seconds:.0f} s: {shown}\n")
+
+
+def next_run(options: argparse.Namespace) -> Run | None:
+    """The first run that is planned, wanted, possible and has no result."""
+    results = read_results(options.out)
+    chosen = {cohort: choose(results, cohort) for cohort in (PAINTED, EBHI)}
+    for run in planned(options.stages, chosen, ebhi=options.ebhi is not None):
+        if run.key in results or not re.search(options.only, run.key):
+            continue
+        try:
+            steps_of(run, results, options.size)
+        except LookupError:
+            continue
+        return run
+    return None
+
+
+if __name__ == "__main__":
+    main()
