@@ -1,14 +1,14 @@
 """HSAT+ against HiDisc, HSAT and a tuned HSAT at equal compute: patch accuracy when the decision is attacked.
 
 A run trains an encoder and attacks its decisions; what it found is one file in benchmarks/results/recipes, and a run
-whose file exists is not repeated.  Trials choose the options of "tuned HSAT" and of "HSAT+", as many of each, on painted
-seed 0 and on EBHI split 0, by PGD-10 on the kNN vote at the primary radius.  Finalists meet on other seeds and splits
-under `AttackEnsemble.standard`.  The primary measure, fixed beforehand: patch accuracy under the ensemble at 4/255
-(EBHI: 2/255), kNN decision, k = 20, all patches, paired over patients.
+whose file exists is not repeated.  Trials choose the options of "tuned HSAT" and of "HSAT+", as many of each, on
+painted seed 0 and on EBHI split 0, by PGD-10 on the kNN vote at the primary radius.  Finalists meet on other seeds and
+on all splits under `AttackEnsemble.standard`.  The primary measure, fixed beforehand: patch accuracy under the
+ensemble at 4/255 (EBHI: 2/255), kNN decision, k = 20, all patches, paired over patients.
 
     OMP_NUM_THREADS=1 python benchmarks/recipes.py --size cpu --stages trial final
-    OMP_NUM_THREADS=1 python benchmarks/recipes.py --size cpu --stages trial final --ebhi DIR   # class/patient/slide/patch
-    python benchmarks/recipes_report.py                                                         # the tables and the plot
+    OMP_NUM_THREADS=1 python benchmarks/recipes.py --size cpu --stages trial final --ebhi DIR
+    python benchmarks/recipes_report.py    # the tables and the plot
 
 All recipes of a comparison have the same number of passes: a pass is one forward and one backward of one batch of 64
 images, so that PGD with s steps takes s + 1 a batch and free training one a replay.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import resource
@@ -52,6 +53,8 @@ PASSES = {"minutes": {PAINTED: 24, EBHI: 24}, "cpu": {PAINTED: 1440, EBHI: 1200}
 """Of a run at 1x."""
 BACKBONES = {"minutes": "test_resnet", "cpu": "test_resnet", "gpu": "resnet18"}
 IMAGE_SIZES = {PAINTED: 48, EBHI: 64}
+TRIAL = 0.5
+"""Trials have half of the passes of 1x."""
 CHECK = 9
 """Passes of a check of the guard: eight attack steps, and three forwards that count as one."""
 
@@ -63,7 +66,8 @@ class Recipe:
     Attributes:
         family: "HiDisc", "HSAT", "tuned HSAT" or "HSAT+".
         change: What distinguishes it, in words.
-        options: Of `TrainConfig`, nested; `views` and `attack` are merged with the common ones.
+        options: Of `TrainConfig`, nested; `views` is merged with the common ones.
+        trials: The cohorts on which it is a trial.
         head: The projection head.
         activation: "" for the backbone's own, or the name of a module of torch.nn in place of its ReLUs.
     """
@@ -71,6 +75,7 @@ class Recipe:
     family: str
     change: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    trials: tuple[str, ...] = ()
     head: str = "linear"
     activation: str = ""
 
@@ -86,7 +91,13 @@ class Recipe:
 
     def config(self, cohort: str, *, steps: int, seed: int) -> TrainConfig:
         """The options of a training on one of the cohorts."""
-        common: dict[str, Any] = {"batch_patients": 8, "save_every": steps, "steps": steps, "seed": seed}
+        common: dict[str, Any] = {
+            "batch_patients": 8,
+            "save_every": steps,
+            "steps": steps,
+            "seed": seed,
+            "channels_last": True,
+        }
         views = {"image_size": IMAGE_SIZES[cohort], "augmentation": "he" if cohort == EBHI else "v0"}
         given = dict(self.options)
         views |= given.pop("views", {})
@@ -98,25 +109,64 @@ def pgd(steps: int) -> dict[str, Any]:
     return {"name": "pgd", "steps": steps, "step_size": 10 / steps / 255}
 
 
-FREE = {"name": "free", "replays": 4, "check_every": 0}
-PLAIN = {"augmentation": "none"}
-TUNED, OURS = "tuned HSAT", "HSAT+"
+def fast(steps: int, **more: Any) -> dict[str, Any]:
+    """Options of a tuned HSAT: fewer steps, so more batches, and temperature .6."""
+    return {"attack": pgd(steps), "temperature": 0.6} | more
+
+
+def plus(attack: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """Options of HSAT+ with changes."""
+    free = {"name": "free", "replays": 4, "check_every": 50} | dict(attack or {})
+    return {"attack": free, "temperature": 0.6, "layer": "features"} | more
+
+
+PLAIN = {"views": {"augmentation": "none"}}
+SMALL = {"eps": 4 / 255}
+MANY = {"batch_patients": 16, "views": {"views": 1}, "loss": "s_pt"}
+"""Twice the patients and one view of each patch, whose own level then has no positives: as many images."""
+TUNED, OURS, BOTH = "tuned HSAT", "HSAT+", (PAINTED, EBHI)
 RECIPES: dict[str, Recipe] = {
     "hidisc": Recipe("HiDisc", "no attack", {"attack": {"name": "none"}}),
     "hsat": Recipe("HSAT", "as published: PGD-5, temperature .07"),
-    "tuned-1": Recipe(TUNED, "temperature .6", {"temperature": 0.6}),
-    "tuned-2": Recipe(TUNED, "no augmentation", {"views": PLAIN}),
-    "tuned-3": Recipe(TUNED, "temperature .6, no augmentation", {"temperature": 0.6, "views": PLAIN}),
-    "tuned-4": Recipe(TUNED, "PGD-2, temperature .6", {"attack": pgd(2), "temperature": 0.6}),
-    "tuned-5": Recipe(
-        TUNED, "PGD-2, temperature .6, no augmentation", {"attack": pgd(2), "temperature": 0.6, "views": PLAIN}
+    "tuned-pgd2": Recipe(TUNED, "PGD-2, temperature .6", fast(2), BOTH),
+    "tuned-pgd2-plain": Recipe(TUNED, "PGD-2, temperature .6, no augmentation", fast(2) | PLAIN, BOTH),
+    "tuned-warm": Recipe(TUNED, "temperature .6", {"temperature": 0.6}, BOTH),
+    "tuned-warm-plain": Recipe(TUNED, "temperature .6, no augmentation", {"temperature": 0.6} | PLAIN, (PAINTED,)),
+    "tuned-plain": Recipe(TUNED, "no augmentation", PLAIN, (PAINTED,)),
+    "tuned-pgd2-cool": Recipe(TUNED, "PGD-2, temperature .3, no augmentation", fast(2, temperature=0.3) | PLAIN, BOTH),
+    "tuned-pgd2-rate": Recipe(TUNED, "PGD-2, temperature .6, lr 2e-3", fast(2, lr=2e-3), BOTH),
+    "tuned-pgd1": Recipe(TUNED, "PGD-1, temperature .6", fast(1), (PAINTED,)),
+    "tuned-small": Recipe(TUNED, "eps 4/255 in training", {"attack": SMALL | {"step_size": 1 / 255}}, (EBHI,)),
+    "tuned-pgd2-small": Recipe(
+        TUNED,
+        "PGD-2, temperature .6, eps 4/255 in training",
+        {"attack": pgd(2) | SMALL | {"step_size": 2.5 / 255}, "temperature": 0.6},
+        (EBHI,),
     ),
-    "tuned-6": Recipe(
-        TUNED, "PGD-2, temperature .3, no augmentation", {"attack": pgd(2), "temperature": 0.3, "views": PLAIN}
+    "tuned-pgd2-small-plain": Recipe(
+        TUNED,
+        "PGD-2, temperature .6, eps 4/255 in training, no augmentation",
+        {"attack": pgd(2) | SMALL | {"step_size": 2.5 / 255}, "temperature": 0.6} | PLAIN,
+        (EBHI,),
     ),
-    "tuned-7": Recipe(TUNED, "PGD-2, temperature .6, lr 2e-3", {"attack": pgd(2), "temperature": 0.6, "lr": 2e-3}),
-    "tuned-8": Recipe(TUNED, "PGD-1, temperature .6", {"attack": pgd(1), "temperature": 0.6}),
+    "plus": Recipe(OURS, "Free-4, temperature .6, loss on the unit features", plus(), BOTH, head="none"),
+    "plus-small": Recipe(OURS, "eps 4/255 in training", plus(SMALL), (EBHI,), head="none"),
+    "plus-many": Recipe(OURS, "16 patients x 1 view", plus({"levels": "s_pt"}) | MANY, BOTH, head="none"),
+    "plus-plain": Recipe(OURS, "no augmentation", plus() | PLAIN, BOTH, head="none"),
+    "plus-small-many": Recipe(
+        OURS,
+        "eps 4/255 in training, 16 patients x 1 view",
+        plus(SMALL | {"levels": "s_pt"}) | MANY,
+        (EBHI,),
+        head="none",
+    ),
+    "plus-pgd2": Recipe(OURS, "PGD-2 in place of Free-4", fast(2, layer="features"), BOTH, head="none"),
+    "plus-smooth": Recipe(OURS, "SiLU in place of ReLU", plus(), BOTH, head="none", activation="SiLU"),
+    "plus-hot": Recipe(OURS, "temperature 1", plus(temperature=1.0), (PAINTED,), head="none"),
+    "plus-rate": Recipe(OURS, "lr 2e-3", plus(lr=2e-3), BOTH, head="none"),
+    "plus-free8": Recipe(OURS, "Free-8", plus({"replays": 8}), (PAINTED,), head="none"),
 }
+"""The trials of a cohort are those of the families "tuned HSAT" and "HSAT+" that name it, eight of each."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +187,14 @@ class Run:
     cohort: str
     index: int
     stage: str
-    multiple: int = 1
+    multiple: float = 1
     equal: str = "passes"
     backbone: str = ""
 
     @property
     def key(self) -> str:
         """Names the file of the result."""
-        parts = [self.stage, self.cohort, str(self.index), self.recipe, f"{self.multiple}x"]
+        parts = [self.stage, self.cohort, str(self.index), self.recipe, f"{self.multiple:g}x"]
         parts += [self.equal] if self.equal != "passes" else []
         return "-".join([*parts, self.backbone] if self.backbone else parts)
 
@@ -153,26 +203,34 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
     """The runs in the order of their worth; finalists by what the trials chose so far.
 
     Args:
-        stages: "trial", "final", "growth", "resnet10t".
+        stages: "trial", "final", "seconds", "growth", "resnet10t".
         chosen: By cohort and family, the recipe that the trials chose.
         ebhi: Whether that cohort is there.
     """
-    cohorts = [PAINTED, EBHI] if ebhi else [PAINTED]
-    for cohort in cohorts:
+    for cohort in (PAINTED, EBHI) if ebhi else (PAINTED,):
         indices = (3, 4, 5) if cohort == PAINTED else (0, 1, 2, 3, 4)
-        finalists = ["hidisc", "hsat", *(chosen[cohort][name] for name in (TUNED, OURS) if name in chosen[cohort])]
+        pair = [chosen[cohort][name] for name in (TUNED, OURS) if name in chosen[cohort]]
         if "trial" in stages:
-            yield from (Run(name, cohort, 0, "trial") for name in RECIPES)
+            yield Run("hidisc", cohort, 0, "trial", TRIAL / 6)  # it takes no choice: how fast it is, for equal seconds
+            families = [
+                [name for name, one in RECIPES.items() if cohort in one.trials and one.family == family]
+                for family in (TUNED, OURS)
+            ]
+            in_turn = itertools.chain.from_iterable(zip(*families, strict=True))
+            yield from (Run(name, cohort, 0, "trial", TRIAL) for name in in_turn)
+            yield Run("hsat", cohort, 0, "trial", TRIAL)
         if "final" in stages:
-            yield from (Run(name, cohort, index, "final") for index in indices for name in finalists)
-            yield from (Run(finalists[-1], cohort, index, "final", equal="seconds") for index in indices)
+            for index in indices:
+                yield from (Run(name, cohort, index, "final") for name in ("hsat", *pair))
+                yield Run("hidisc", cohort, index, "final", equal="seconds")
+        if "seconds" in stages:
+            yield from (Run(name, cohort, index, "final", equal="seconds") for index in indices for name in pair)
         if "growth" in stages:
             some = indices if cohort == PAINTED else (0,)
-            yield from (
-                Run(name, cohort, index, "final", multiple) for multiple in (2, 4) for index in some for name in finalists
-            )
+            names = ("hsat", *pair)
+            yield from (Run(name, cohort, i, "final", times) for times in (2, 4) for i in some for name in names)
         if "resnet10t" in stages and cohort == EBHI:
-            yield from (Run(name, cohort, i, "final", backbone="resnet10t") for i in (0, 1) for name in finalists[-2:])
+            yield from (Run(name, cohort, i, "final", backbone="resnet10t") for i in (0, 1) for name in pair)
 
 
 def choose(results: Mapping[str, Mapping[str, Any]], cohort: str) -> dict[str, str]:
@@ -252,7 +310,7 @@ def cpu_seconds() -> float:
 
 
 def evaluate(run: Run, encoder: Encoder, cohort: Cohort, *, size: str) -> dict[str, Any]:
-    """Accuracies at three levels and every patch's decision: the kNN vote, and in the final a linear probe, each attacked."""
+    """Accuracies at three levels and every patch's decision; by the kNN vote, in the final by a linear probe too."""
     bank, queries = (
         patch_loader(PatchDataset(cohort, split, image_size=IMAGE_SIZES[run.cohort]), batch_size=64)
         for split in ("train", "val")
@@ -280,14 +338,14 @@ def evaluate(run: Run, encoder: Encoder, cohort: Cohort, *, size: str) -> dict[s
 
 
 def attacks_of(run: Run, decision: str, *, size: str) -> dict[str, Attack]:
-    """PGD-10 on the decision at both radii; in the final also the ensemble, on the linear decision at the first radius."""
+    """PGD-10 on the decision at both radii; in the final also the ensemble, on the kNN vote."""
     radii = RADII[run.cohort]
     attacks: dict[str, Attack] = {
         f"PGD-10 {radius}/255": PGD(Linf(radius / 255), step_size=radius / 4 / 255, steps=10) for radius in radii
     }
-    if run.stage == "final":
+    if run.stage == "final" and decision == "knn":
         strength = {"steps": 3, "queries": 5} if size == "minutes" else {}
-        for radius in radii[:1] if decision == "linear" else radii:
+        for radius in radii:
             attacks[f"ensemble {radius}/255"] = AttackEnsemble.standard(Linf(radius / 255), **strength)
     return attacks
 
@@ -320,10 +378,26 @@ def steps_of(run: Run, results: Mapping[str, Mapping[str, Any]], size: str) -> i
     steps = max(1, int(passes / RECIPES[run.recipe].passes_per_batch))
     if run.equal == "passes":
         return steps
-    mine, hsat = (dataclasses.replace(run, recipe=name, equal="passes").key for name in (run.recipe, "hsat"))
-    if not {mine, hsat} <= {*results}:
-        raise LookupError(f"{run.key} needs {mine} and {hsat} first")
-    return max(1, round(steps * results[hsat]["train_cpu_seconds"] / results[mine]["train_cpu_seconds"]))
+    mine, hsat = (seconds_per_batch(results, name, run.cohort) for name in (run.recipe, "hsat"))
+    return max(1, round(passes / RECIPES["hsat"].passes_per_batch * hsat / mine))
+
+
+def seconds_per_batch(results: Mapping[str, Mapping[str, Any]], recipe: str, cohort: str) -> float:
+    """CPU seconds of a training by its batches, over the finished runs of the study's first backbone.
+
+    Raises:
+        LookupError: Where there is none.
+    """
+    done = [
+        (result["train_cpu_seconds"], result["steps"])
+        for result in results.values()
+        if (result["run"]["recipe"], result["run"]["cohort"], result["run"]["backbone"]) == (recipe, cohort, "")
+        and "train_cpu_seconds" in result
+    ]
+    if not done:
+        raise LookupError(f"no run tells how many seconds {recipe} takes on {cohort}")
+    seconds, steps = map(sum, zip(*done, strict=True))
+    return seconds / steps
 
 
 def do_run(run: Run, results: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
@@ -352,7 +426,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(PASSES), default="cpu")
-    parser.add_argument("--stages", nargs="+", default=["trial", "final"], help="trial final growth resnet10t")
+    parser.add_argument("--stages", nargs="+", default=["trial", "final"], help="trial final seconds growth resnet10t")
     parser.add_argument("--ebhi", type=Path, help="folders class/patient/slide/patch of H&E patches; left out without")
     parser.add_argument("--only", default="", help="runs whose key has this regular expression")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"), help="cohorts and encoders")
@@ -365,9 +439,12 @@ def main() -> None:
     """Make the runs that are missing."""
     options = parse()
     torch.set_num_threads(1)
-    options.commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    options.commit = (
+        options.commit
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     while run := next_run(options):
         begin = time.process_time()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hsat.attacks import FFGSM, NFGSM, PGD, Linf
+from hsat.attacks import FFGSM, NFGSM, PGD, Linf, RandomNoise
 from hsat.distributed import gather_objects
 from hsat.training.config import InnerAttackConfig
 from hsat.training.fast import LossGap, OverfittingGuard
@@ -18,14 +20,37 @@ from hsat.training.warm_start import WarmStarts
 from hsat.types import Attack, HierarchicalBatch
 
 SINGLE_STEP = {"fgsm_rs": FFGSM, "nfgsm": NFGSM}
+GUARDED = {"fgsm_rs": "single_step_share", "nfgsm": "single_step_share", "free": "free_share"}
+"""What is compared with PGD, and the column of train.csv that says so."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FreeReplays:
+    """In place of an attack: free training makes its perturbations while it descends, see `free_replays`.
+
+    Attributes:
+        threat: The feasible set.
+        replays: How often a batch is used.
+    """
+
+    threat: Linf
+    replays: int
+
+    def as_attack(self) -> Attack:
+        """The steps of the perturbation on weights that stand still: of size eps, one fewer than replays."""
+        if self.replays == 1:
+            return RandomNoise(self.threat)
+        return PGD(self.threat, step_size=float(self.threat.eps), steps=self.replays - 1)
 
 
 class InnerAttack:
     """Chooses the attack and its start for each batch.
 
-    "pgd" is the paper's.  "fgsm_rs" and "nfgsm" make one step, are compared with the PGD every so many steps, and
-    replaced by it where they fail.  "warm" is the PGD from where it ended on the same patches last time.  "free" makes
-    no attack: see `free_replays`.
+    "pgd" is the paper's.  "fgsm_rs" and "nfgsm" make one step and "free" makes its steps while it descends; they are
+    compared with the PGD every so many steps, and replaced by it where they fail.  "warm" is the PGD from where it
+    ended on the same patches last time.
 
     Args:
         config: Which one.
@@ -54,7 +79,7 @@ class InnerAttack:
         *,
         generator: torch.Generator,
         ids: Tensor | None = None,
-    ) -> tuple[Attack | None, Tensor | None]:
+    ) -> tuple[Attack | FreeReplays | None, Tensor | None]:
         """The attack for this batch, and where it starts (None: where the attack itself wants to).
 
         Args:
@@ -68,16 +93,31 @@ class InnerAttack:
             return None, None
         if self.warm_starts is not None:
             return pgd, self.warm_starts.points(parts[0], pgd.threat, generator=generator)  # there are no more parts
-        if self.config.name not in SINGLE_STEP or not isinstance(pgd.threat, Linf):
+        if self.config.name not in GUARDED or not isinstance(pgd.threat, Linf):
             return pgd, None
-        fast = SINGLE_STEP[self.config.name](pgd.threat)
+        free = FreeReplays(pgd.threat, self.config.replays)
+        is_free = self.config.name == "free"
+        fast = free.as_attack() if is_free else SINGLE_STEP[self.config.name](pgd.threat)
+        chosen = free if is_free else fast
         if self.config.check_every == 0:
-            return fast, None
+            return chosen, None
         guard = OverfittingGuard(fast, pgd, check_every=self.config.check_every, min_share=self.config.check_share)
         if guard.is_due(step):
             own = torch.Generator().manual_seed(generator.initial_seed())  # a check must not change the draws
-            self.gap = self._measure(guard, parts, generator=own, ids=ids)
-        return guard.choose_attack(self.gap), None
+            before, self.gap = self.gap, self._measure(guard, parts, generator=own, ids=ids)
+            self._note_change(guard, before, step)
+        return (pgd if guard.choose_attack(self.gap) is pgd else chosen), None
+
+    def _note_change(self, guard: OverfittingGuard, before: LossGap | None, step: int) -> None:
+        """Say so where a check puts PGD in the place of what it is compared with, or puts that back."""
+        assert self.gap is not None
+        failed, fails = (guard.choose_attack(gap) is guard.strong for gap in (before, self.gap))
+        if failed == fails:
+            return
+        kind = "free training" if self.config.name == "free" else "the single step"
+        what = f"{kind} finds {self.gap.share:.0%} of PGD's rise in loss"
+        after = "catastrophic overfitting: PGD until that recovers" if fails else f"{self.config.name} again"
+        _log.warning("step %d: %s (%.0f%% are wanted): %s", step, what, 100 * guard.min_share, after)
 
     def _measure(
         self,
@@ -102,8 +142,8 @@ class InnerAttack:
             self.warm_starts.keep(batch, x_adv)
 
     def logged(self) -> dict[str, float]:
-        """What train.csv says of the comparison with PGD."""
-        return {} if self.gap is None else {"single_step_share": self.gap.share}
+        """What train.csv says of the comparison with PGD; below `check_share` it is PGD that trains."""
+        return {} if self.gap is None else {GUARDED[self.config.name]: self.gap.share}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

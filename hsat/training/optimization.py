@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,7 +29,7 @@ from hsat.training.agreement import assert_ranks_agree
 from hsat.training.config import TrainConfig
 from hsat.training.free import free_replays
 from hsat.training.gradients import check_gradients, check_trainable, largest_gradient, non_finite_gradients
-from hsat.training.inner_attack import InnerAttack
+from hsat.training.inner_attack import FreeReplays, InnerAttack
 from hsat.training.schedules import cosine_with_warmup
 from hsat.training.step import StepResult, adversarial_step
 from hsat.types import LEVELS, HierarchicalBatch
@@ -37,6 +38,33 @@ FORMATS = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 _log = logging.getLogger(__name__)
+
+
+class UnitFeatures(nn.Module):
+    """Images -> the encoder's features as unit rows, which is what kNN reads; its projection head stands aside.
+
+    Args:
+        encoder: The encoder; parameters of its head want no gradient any more.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        if encoder.head is not None:
+            encoder.head.requires_grad_(False)
+            _log.info("note: the loss reads the features, so that the projection head stays as it is")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, feature_dim), rows of unit length, in float32 or wider.
+
+        Args:
+            x: Images (n, c, h, w) in [0, 1].
+
+        Returns:
+            The rows.
+        """
+        features = self.encoder.features(x)
+        return F.normalize(features.float() if features.dtype in FORMATS.values() else features, dim=1)
 
 
 class Optimization:
@@ -81,12 +109,13 @@ class Optimization:
         self.encoder.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         if self.ranks > 1 and not config.clean:
             _freeze_unused_branch(self.encoder, attacked=config.attack.name != "none")
-        self.parallel: nn.Module = average_gradients(self.encoder) if self.ranks > 1 else self.encoder
+        self.embeds: nn.Module = self.encoder if config.layer == "embedding" else UnitFeatures(self.encoder)
+        self.parallel: nn.Module = average_gradients(self.embeds) if self.ranks > 1 else self.embeds
         self.autocast = make_autocast(config.precision, self.device)
         everywhere = config.global_negatives and self.ranks > 1
         self.loss = HiDiscLoss.from_code(config.loss, temperature=config.temperature, gather=everywhere)
         self.inner_loss = HiDiscLoss.from_code(config.attack.levels, temperature=config.temperature)
-        self.inner = InnerAttack(config.attack, self.encoder, self.inner_loss, autocast=self.autocast)
+        self.inner = InnerAttack(config.attack, self.embeds, self.inner_loss, autocast=self.autocast)
 
     def step(
         self, batch: HierarchicalBatch, attack: PGD | None, *, number: int, clean_weight: float
@@ -116,7 +145,7 @@ class Optimization:
         generator = torch.Generator(home).manual_seed(_mix_seed(self.config.seed, number))
         self.parallel.train()
         if not self._compiled:
-            compile_in_place(self.encoder, self.device)
+            compile_in_place(self.embeds, self.device)
             self._compiled = True
         try:
             for result in self._results(
@@ -170,20 +199,20 @@ class Optimization:
         """The losses to descend on this batch, one after the other: one, or with free training one per replay."""
         several = self.ranks * self.config.accumulate > 1
         ids = global_indices(len(batch), rank=self.rank) if several else None
-        if pgd is not None and self.config.attack.name == "free":
+        groups = (batch,) if parts is None else parts.parts
+        attack, start = self.inner.choose(pgd, groups, number, generator=generator, ids=ids)
+        if isinstance(attack, FreeReplays):
             yield from free_replays(
                 self.parallel,
                 self.loss,
                 batch,
-                threat=pgd.threat,
-                replays=self.config.attack.replays,
+                threat=attack.threat,
+                replays=attack.replays,
                 autocast=self.autocast,
                 generator=generator,
                 ids=ids,
             )
             return
-        groups = (batch,) if parts is None else parts.parts
-        attack, start = self.inner.choose(pgd, groups, number, generator=generator, ids=ids)
         if parts is not None:
             self.optimizer.zero_grad(set_to_none=True)
             yield accumulated_step(
