@@ -28,12 +28,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recipe_candidates import EBHI, IMAGE_SIZES, OURS, PAINTED, RECIPES, TUNED, Recipe
 
 from hsat.attacks import PGD, AttackEnsemble, Linf
 from hsat.classifiers import KNNClassifier, LinearProbe
@@ -41,132 +42,18 @@ from hsat.data import Cohort, PatchDataset, patch_loader, read_cohort, read_open
 from hsat.eval import RunOptions, Scoring, WhiteboxResult, evaluate_whitebox
 from hsat.models import Encoder, build_encoder
 from hsat.run_folder import installed_versions, read_training_log, write_json
-from hsat.training import TrainConfig, Trainer
+from hsat.training import Trainer
 from hsat.types import Attack, Classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/recipes"
-PAINTED, EBHI = "painted", "ebhi"
 RADII = {PAINTED: (4, 8), EBHI: (2, 4)}
 """In 255ths; the first is the primary one."""
 PASSES = {"minutes": {PAINTED: 24, EBHI: 24}, "cpu": {PAINTED: 1440, EBHI: 1200}, "gpu": {PAINTED: 40_000, EBHI: 6000}}
 """Of a run at 1x."""
 BACKBONES = {"minutes": "test_resnet", "cpu": "test_resnet", "gpu": "resnet18"}
-IMAGE_SIZES = {PAINTED: 48, EBHI: 64}
 TRIAL = 0.5
 """Trials have half of the passes of 1x."""
-CHECK = 9
-"""Passes of a check of the guard: eight attack steps, and three forwards that count as one."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A training whose options are to be compared.
-
-    Attributes:
-        family: "HiDisc", "HSAT", "tuned HSAT" or "HSAT+".
-        change: What distinguishes it, in words.
-        options: Of `TrainConfig`, nested; `views` is merged with the common ones.
-        trials: The cohorts on which it is a trial.
-        head: The projection head.
-        activation: "" for the backbone's own, or the name of a module of torch.nn in place of its ReLUs.
-    """
-
-    family: str
-    change: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    trials: tuple[str, ...] = ()
-    head: str = "linear"
-    activation: str = ""
-
-    @property
-    def passes_per_batch(self) -> float:
-        """Forward and backward passes of a batch; the checks of the guard have their share."""
-        attack = self.config(PAINTED, steps=1, seed=0).attack
-        if attack.name == "none":
-            return 1.0
-        if attack.name != "free":
-            return attack.steps + 1.0
-        return attack.replays + (CHECK / attack.check_every if attack.check_every else 0.0)
-
-    def config(self, cohort: str, *, steps: int, seed: int) -> TrainConfig:
-        """The options of a training on one of the cohorts."""
-        common: dict[str, Any] = {
-            "batch_patients": 8,
-            "save_every": steps,
-            "steps": steps,
-            "seed": seed,
-            "channels_last": True,
-        }
-        views = {"image_size": IMAGE_SIZES[cohort], "augmentation": "he" if cohort == EBHI else "v0"}
-        given = dict(self.options)
-        views |= given.pop("views", {})
-        return TrainConfig(**common | given, views=views)
-
-
-def pgd(steps: int) -> dict[str, Any]:
-    """PGD whose steps together are 1.25 eps, as the paper's five of 2/255 are."""
-    return {"name": "pgd", "steps": steps, "step_size": 10 / steps / 255}
-
-
-def fast(steps: int, **more: Any) -> dict[str, Any]:
-    """Options of a tuned HSAT: fewer steps, so more batches, and temperature .6."""
-    return {"attack": pgd(steps), "temperature": 0.6} | more
-
-
-def plus(attack: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """Options of HSAT+ with changes."""
-    free = {"name": "free", "replays": 4, "check_every": 50} | dict(attack or {})
-    return {"attack": free, "temperature": 0.6, "layer": "features"} | more
-
-
-PLAIN = {"views": {"augmentation": "none"}}
-SMALL = {"eps": 4 / 255}
-MANY = {"batch_patients": 16, "views": {"views": 1}, "loss": "s_pt"}
-"""Twice the patients and one view of each patch, whose own level then has no positives: as many images."""
-TUNED, OURS, BOTH = "tuned HSAT", "HSAT+", (PAINTED, EBHI)
-RECIPES: dict[str, Recipe] = {
-    "hidisc": Recipe("HiDisc", "no attack", {"attack": {"name": "none"}}),
-    "hsat": Recipe("HSAT", "as published: PGD-5, temperature .07"),
-    "tuned-pgd2": Recipe(TUNED, "PGD-2, temperature .6", fast(2), BOTH),
-    "tuned-pgd2-plain": Recipe(TUNED, "PGD-2, temperature .6, no augmentation", fast(2) | PLAIN, BOTH),
-    "tuned-warm": Recipe(TUNED, "temperature .6", {"temperature": 0.6}, BOTH),
-    "tuned-warm-plain": Recipe(TUNED, "temperature .6, no augmentation", {"temperature": 0.6} | PLAIN, (PAINTED,)),
-    "tuned-plain": Recipe(TUNED, "no augmentation", PLAIN, (PAINTED,)),
-    "tuned-pgd2-cool": Recipe(TUNED, "PGD-2, temperature .3, no augmentation", fast(2, temperature=0.3) | PLAIN, BOTH),
-    "tuned-pgd2-rate": Recipe(TUNED, "PGD-2, temperature .6, lr 2e-3", fast(2, lr=2e-3), BOTH),
-    "tuned-pgd1": Recipe(TUNED, "PGD-1, temperature .6", fast(1), (PAINTED,)),
-    "tuned-small": Recipe(TUNED, "eps 4/255 in training", {"attack": SMALL | {"step_size": 1 / 255}}, (EBHI,)),
-    "tuned-pgd2-small": Recipe(
-        TUNED,
-        "PGD-2, temperature .6, eps 4/255 in training",
-        {"attack": pgd(2) | SMALL | {"step_size": 2.5 / 255}, "temperature": 0.6},
-        (EBHI,),
-    ),
-    "tuned-pgd2-small-plain": Recipe(
-        TUNED,
-        "PGD-2, temperature .6, eps 4/255 in training, no augmentation",
-        {"attack": pgd(2) | SMALL | {"step_size": 2.5 / 255}, "temperature": 0.6} | PLAIN,
-        (EBHI,),
-    ),
-    "plus": Recipe(OURS, "Free-4, temperature .6, loss on the unit features", plus(), BOTH, head="none"),
-    "plus-small": Recipe(OURS, "eps 4/255 in training", plus(SMALL), (EBHI,), head="none"),
-    "plus-many": Recipe(OURS, "16 patients x 1 view", plus({"levels": "s_pt"}) | MANY, BOTH, head="none"),
-    "plus-plain": Recipe(OURS, "no augmentation", plus() | PLAIN, BOTH, head="none"),
-    "plus-small-many": Recipe(
-        OURS,
-        "eps 4/255 in training, 16 patients x 1 view",
-        plus(SMALL | {"levels": "s_pt"}) | MANY,
-        (EBHI,),
-        head="none",
-    ),
-    "plus-pgd2": Recipe(OURS, "PGD-2 in place of Free-4", fast(2, layer="features"), BOTH, head="none"),
-    "plus-smooth": Recipe(OURS, "SiLU in place of ReLU", plus(), BOTH, head="none", activation="SiLU"),
-    "plus-hot": Recipe(OURS, "temperature 1", plus(temperature=1.0), (PAINTED,), head="none"),
-    "plus-rate": Recipe(OURS, "lr 2e-3", plus(lr=2e-3), BOTH, head="none"),
-    "plus-free8": Recipe(OURS, "Free-8", plus({"replays": 8}), (PAINTED,), head="none"),
-}
-"""The trials of a cohort are those of the families "tuned HSAT" and "HSAT+" that name it, eight of each."""
 
 
 @dataclass(frozen=True)
