@@ -90,7 +90,7 @@ def least_share(result: Result) -> str:
 
 def final_lines(results: Results, cohort: str) -> list[str]:
     """Means of the finalists over seeds or splits, with each one's primary value."""
-    strong, weak = condition(cohort, "ensemble"), condition(cohort, "ensemble", 1)
+    strong, weak = condition(cohort, "ensemble"), condition(cohort, "PGD-10", 1)
     linear = condition(cohort, "PGD-10")
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for one in select(results, cohort=cohort, stage="final"):
@@ -212,8 +212,8 @@ def document(results: Results) -> str:
         " compared.  Accuracies of patches in %, kNN decision (k = 20) unless it says otherwise.  A pass is one forward"
         f" and one backward of 64 images; 1x is {PASSES['cpu'][PAINTED]} passes on painted tissue"
         f" ({IMAGE_SIZES[PAINTED]} pixels, augmentation v0) and {PASSES['cpu'][EBHI]} on EBHI ({IMAGE_SIZES[EBHI]}"
-        " pixels, augmentation he), of `test_resnet` in float32.  HiDisc has the CPU seconds of HSAT: each of its passes"
-        " needs new views.  Rows of equal seconds have the CPU seconds that HSAT takes at the same multiple.",
+        " pixels, augmentation he), of `test_resnet` in float32.  HiDisc has the CPU seconds of HSAT: each of its"
+        " passes needs new views.  Rows of equal seconds have the CPU seconds that HSAT takes at the same multiple.",
         "",
         "![Robust accuracy against CPU seconds](recipes.png)",
         "",

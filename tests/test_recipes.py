@@ -12,6 +12,7 @@ from hsat.data import write_synthetic_cohort
 from hsat.fingerprints import fingerprint_weights
 from hsat.models import load_encoder
 from hsat.recipes import EXPERIMENTS, NAMES, SCALES, read_paper_numbers, read_recipe
+from hsat.training import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
 HSAT = {
@@ -51,7 +52,7 @@ def settings_of(*argv):
 
 def test_there_are_fourteen_experiments_and_two_of_them_have_names():
     assert EXPERIMENTS == tuple(f"experiment-{n}" for n in range(1, 15))
-    assert {*NAMES} == {*EXPERIMENTS, "hsat", "hidisc", "demo"}
+    assert {*NAMES} == {*EXPERIMENTS, "hsat", "hidisc", "hsat-plus", "demo"}
     assert read_recipe("hidisc") == read_recipe("experiment-1") and read_recipe("hsat") == read_recipe("experiment-2")
     assert read_recipe("demo") == read_recipe("demo", scale="paper") == read_recipe("hsat", scale="demo")
 
@@ -87,7 +88,34 @@ def test_an_experiment_is_what_the_paper_says(n):
 def test_every_recipe_at_every_scale_is_accepted(name, scale):
     found = settings_of("--recipe", name, "--scale", scale)
     assert found.data.root is None
-    assert found.train_config().attack.name == ("none" if name in ("hidisc", "experiment-1") else "pgd")
+    attack = {"hidisc": "none", "experiment-1": "none", "hsat-plus": "free"}.get(name, "pgd")
+    assert found.train_config().attack.name == attack
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_hsat_plus_is_the_same_in_yaml_and_in_python(scale):
+    """At every scale: the options of `TrainConfig.hsat_plus`, no head, and as many passes as HSAT takes."""
+    found, hsat = (settings_of("--recipe", name, "--scale", scale) for name in ("hsat-plus", "hsat"))
+    train, paper = found.train_config(), hsat.train_config()
+    same = TrainConfig.hsat_plus()
+    assert train.attack == same.attack and train.attack.eps == 8 / 255
+    assert (train.layer, train.temperature, train.loss) == (same.layer, same.temperature, same.loss)
+    assert (found.model.head, found.model.backbone) == ("none", hsat.model.backbone)
+    assert (train.batch_patients, train.lr, train.views.image_size) == (
+        paper.batch_patients,
+        paper.lr,
+        paper.views.image_size,
+    )
+    length = train.epochs / paper.epochs if scale == "paper" else train.steps / paper.steps
+    checks = (5 + 3 + 1) / train.attack.check_every  # PGD's steps, free training's, and three forwards
+    assert 0.95 <= length * (train.attack.replays + checks) / (paper.attack.steps + 1) <= 1
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hsat", "pgd"), ("hidisc", "none"), ("hsat-plus", "free")])
+def test_a_recipe_without_data_trains_at_the_size_of_the_demo(name, kind):
+    found = settings_of("--recipe", name)
+    assert (found.data.root, found.data.image_size, found.model.backbone) == (None, 48, "test_resnet")
+    assert found.train_config().attack.name == kind and found.train.steps == (336 if kind == "free" else 240)
 
 
 @pytest.mark.parametrize("scale", ["demo", "cpu"])

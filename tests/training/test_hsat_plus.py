@@ -82,13 +82,13 @@ def test_the_loss_of_the_first_step_is_that_of_the_unit_features(fit, rows_of):
 
 def test_a_check_that_finds_nothing_changes_no_byte_of_a_free_training(fit, rows_of):
     unwatched, watched = (
-        fit(name, TrainConfig(**SHORT, attack={"name": "free", "check_every": every}), network=smooth_encoder())
+        fit(name, TrainConfig.hsat_plus(**SHORT | {"batch_patients": 6}, attack={"check_every": every}))
         for name, every in (("unwatched", 0), ("watched", 2))
     )
     assert (unwatched / "final.safetensors").read_bytes() == (watched / "final.safetensors").read_bytes()
     shares = [float(row["free_share"]) for row in rows_of(watched)]
     assert shares[0] == shares[1] != shares[2], "checks at steps 0 and 2"
-    assert min(shares) > 0.8 and "free_share" not in rows_of(unwatched)[0]
+    assert min(shares) > 0.5 and "free_share" not in rows_of(unwatched)[0]
 
 
 def test_free_training_that_finds_nothing_goes_on_with_pgd(fit, rows_of, caplog):
