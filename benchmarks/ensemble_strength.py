@@ -1,6 +1,6 @@
 """What the ensemble leaves, next to AutoAttack, adversarial-library's Auto-PGD and ART's feature adversaries.
 
-    hsat demo
+    hsat demo --steps 240 --query_patches 224
     pip install --no-deps --target peers -r benchmarks/requirements.txt
     OMP_NUM_THREADS=1 PYTHONPATH=peers python benchmarks/ensemble_strength.py --demo runs/demo
 

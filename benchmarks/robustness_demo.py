@@ -76,6 +76,7 @@ def main() -> None:
         run = options.runs / f"seed-{seed}"
         command = [sys.executable, "-m", "hsat", "demo", "--out", str(run), "--seed", str(seed)]
         command += ["--targets", ",".join(TARGETS), "--quiet", "true"]
+        command += ["--steps", "240", "--query_patches", "224"]  # the recipe's steps, and all patches
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for target in TARGETS:
             records = list(read_records(run / target / "records.jsonl"))

@@ -94,7 +94,7 @@ class Train(Settings):
     """Train an encoder with HSAT, or with the baseline HiDisc (--attack.name none)."""
 
     recipe: str | None = Field(
-        None, description="hsat, hidisc, hsat-plus, experiment-1 ... experiment-14, or demo; the other options win over it"
+        None, description="hsat, hidisc, hsat-plus, experiment-1 ... experiment-14, or demo; other options win over it"
     )
     scale: Literal[SCALES] | None = Field(  # type: ignore[valid-type]
         None, description="size of the recipe: paper where --data.root is given, else demo; cpu is between the two"

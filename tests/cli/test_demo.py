@@ -31,7 +31,7 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, capsys):
+def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, capsys, rows_of):
     import hsat.cli.demo as demo
     from hsat.eval import read_records
 
@@ -53,22 +53,22 @@ def test_a_short_demo_writes_table_report_and_figures(tmp_path, monkeypatch, cap
     report = (out / "report.md").read_text()
     for target in ("features", "embedding"):
         records = read_records(out / target / "records.jsonl")
-        assert {record.model for record in records} == {"HiDisc", "HSAT", "untrained"}
+        assert {record.model for record in records} == {"HiDisc", "HSAT", "HSAT+", "untrained"}
         names = {f"{kind}-{eps}" for kind in ("PGD", "MIFGSM", "noise") for eps in (4, 8)}
         assert {record.attack_name for record in records} == names | {"clean"}
         assert {record.k for record in records} == {20, 200} and {record.target for record in records} == {target}
         assert (out / target / "accuracy_vs_eps.png").stat().st_size > 5000
         assert list((out / target).glob("patches_HSAT_*.png"))
         sentence = demo.verdict(list(records))
-        kept = 100 * demo.value(list(records), "HSAT", "PGD-8", "accuracy")
-        assert sentence in report and sentence in printed and f"HSAT keeps {kept:.1f} %" in sentence
+        kept = [100 * demo.value(list(records), "HSAT", "PGD-8", metric) for metric in ("accuracy", "mca")]
+        assert sentence in report and sentence in printed and f"HSAT {kept[0]:.1f} / {kept[1]:.1f}," in sentence
         assert f"]({target}/accuracy_vs_eps.png)" in report
-    (voted,) = [
-        r
-        for r in read_records(out / "decision" / "records.jsonl")
-        if r.model == "HSAT" and (r.attack_name, r.metric, r.level) == ("PGD-8", "accuracy", "patch")
-    ]
-    assert voted.target == "decision" and "on the kNN vote itself" in report
+    voted = [r for r in read_records(out / "decision" / "records.jsonl") if r.attack_name == "ensemble-8"]
+    assert {r.model for r in voted} == {"HiDisc", "HSAT", "HSAT+"} and {r.target for r in voted} == {"decision"}
+    assert {r.n for r in voted if r.level == "patch"} == {30} and "on the kNN vote itself" in report
+    assert demo.verdict(voted) in report
+    steps = {name: len(rows_of(out / name)) for name in ("hidisc", "hsat", "hsat-plus")}
+    assert steps == {"hidisc": 2, "hsat": 2, "hsat-plus": 3}, "as many passes"
     page = (out / "report.html").read_text()
     assert "hsat demo" in page and "HSAT" in page
     assert json.loads((out / "chance.json").read_text())["mca"] == pytest.approx(0.2)
