@@ -20,7 +20,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
-from hsat.cli.attacks import PUBLISHED
 from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.evaluate import Evaluate, evaluate, write_results
 from hsat.cli.failures import explain_failure
@@ -96,7 +95,7 @@ def evaluate_all(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[st
     if target == "decision":  # one vote is attacked
         argv += ["--k", str(K), "--attacks", "ensemble", "--diagnose", "0"]
     else:
-        argv += ["--attacks", PUBLISHED, "--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
+        argv += ["--attacks", "pgd,mifgsm", "--k", f"{K},200", "--untrained", "true", "--diagnose", "8"]
     settings = Evaluate.load(argv, recipe=recipe)
     cohort = open_cohort(settings.data, seed=demo.seed)
     with computing_threads(settings.threads):

@@ -77,6 +77,7 @@ class Optimization:
         device: Where it computes.
 
     Attributes:
+        network: Images -> the rows that the loss reads: the encoder, or its unit features.
         inner: The inner maximisation.
         optimizer: AdamW.
         schedule: Of its learning rate.
@@ -109,13 +110,13 @@ class Optimization:
         self.encoder.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         if self.ranks > 1 and not config.clean:
             _freeze_unused_branch(self.encoder, attacked=config.attack.name != "none")
-        self.embeds: nn.Module = self.encoder if config.layer == "embedding" else UnitFeatures(self.encoder)
-        self.parallel: nn.Module = average_gradients(self.embeds) if self.ranks > 1 else self.embeds
+        self.network: nn.Module = self.encoder if config.layer == "embedding" else UnitFeatures(self.encoder)
+        self.parallel: nn.Module = average_gradients(self.network) if self.ranks > 1 else self.network
         self.autocast = make_autocast(config.precision, self.device)
         everywhere = config.global_negatives and self.ranks > 1
         self.loss = HiDiscLoss.from_code(config.loss, temperature=config.temperature, gather=everywhere)
         self.inner_loss = HiDiscLoss.from_code(config.attack.levels, temperature=config.temperature)
-        self.inner = InnerAttack(config.attack, self.embeds, self.inner_loss, autocast=self.autocast)
+        self.inner = InnerAttack(config.attack, self.network, self.inner_loss, autocast=self.autocast)
 
     def step(
         self, batch: HierarchicalBatch, attack: PGD | None, *, number: int, clean_weight: float
@@ -145,7 +146,7 @@ class Optimization:
         generator = torch.Generator(home).manual_seed(_mix_seed(self.config.seed, number))
         self.parallel.train()
         if not self._compiled:
-            compile_in_place(self.embeds, self.device)
+            compile_in_place(self.network, self.device)
             self._compiled = True
         try:
             for result in self._results(

@@ -64,9 +64,10 @@ def test_two_ranks_are_one_process_with_two_parts(chosen, options, train, rows_o
 
 
 @pytest.mark.slow
-def test_free_training_on_two_ranks(options, train, rows_of, torchrun, finish, tmp_path):
+@pytest.mark.parametrize("layer", ["embedding", "features"])
+def test_free_training_on_two_ranks(layer, options, train, rows_of, torchrun, finish, tmp_path):
     """It ends, and learns from other images than one rank alone would: the ranks' weights are one."""
-    argv = [*options, *STEPS, "--attack.name", "free", "--attack.replays", "2", "--out"]
+    argv = [*options, *STEPS, "--attack.name", "free", "--attack.replays", "2", "--train.layer", layer, "--out"]
     process = torchrun("train", *argv, tmp_path / "ranks", cwd=tmp_path)
     train([*argv, tmp_path / "alone"])
     shown = finish(process)
