@@ -136,7 +136,7 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "report/page/tables": "report/page",
     "types/slides": "classifiers/mil",
     "data/assembly": "data/readers",
-    "data/values": "data/readers",
+    "types/names": "data/tables",
     "types/plain_batches": "embedding",
     "data/patch_store_writer": "data/patch_store",
 }

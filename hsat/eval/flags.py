@@ -21,7 +21,7 @@ from hsat.types import EmbeddingTable
 def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
     """Reasons to distrust every number that a bank gives on these queries.
 
-    Patients that are known already from the bank; a class of the queries of which the
+    Patients, or slides, that are known already from the bank; a class of the queries of which the
     bank has no row, which can never be right; and a bank or queries of a single class.  Classes are told apart by name.
 
     Args:
@@ -30,8 +30,10 @@ def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]
     """
     flags = []
     if bank.cohort and bank.cohort == queries.cohort:
-        shared = np.intersect1d(bank.patient, queries.patient)
-        flags += [f"bank and queries share {len(shared)} patients"] if len(shared) else []
+        for level in ("patient", "slide"):  # slides alone where one of the two does not know the patients
+            if len(shared := np.intersect1d(getattr(bank, level), getattr(queries, level))):
+                flags.append(f"bank and queries share {len(shared)} {level}s")
+                break
     held, asked = _class_counts(bank), _class_counts(queries)
     if len(held) == 1:
         flags.append(f"the bank holds one class only ({next(iter(held))}): no attack can change a decision")

@@ -4,6 +4,7 @@ Only torch and numpy are imported here; every other room may import this one and
 """
 
 from hsat.types.batch import LEVELS, HierarchicalBatch, Levels
+from hsat.types.columns import align_labels
 from hsat.types.protocols import (
     Attack,
     AttackResult,
@@ -17,7 +18,7 @@ from hsat.types.protocols import (
     ThreatModel,
 )
 from hsat.types.slides import SlideClassifier
-from hsat.types.table import GROUP_LABELS, EmbeddingTable, align_labels
+from hsat.types.table import GROUP_LABELS, EmbeddingTable
 
 __all__ = [
     "GROUP_LABELS",
