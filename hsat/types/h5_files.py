@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from hsat.untrusted import check_regular, shown
 
 PathLike = str | os.PathLike[str]
 
-_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scale-offset", 32000: "lzf"}
+_GZIP, _CHECKSUM = 1, 3
+_FILTERS = {_GZIP: "gzip", 2: "shuffle", _CHECKSUM: "fletcher32", 32000: "lzf"}  # lzf unpacks to at most 88 times
 _TEXT_BYTES = 64 << 20  # texts of any length that are read at a time
 _LONGEST_TEXT = 1000  # characters of an id or label, on average
 _KINDS = {"embeddings": "f", "ids or labels": "biufSO"}
@@ -151,7 +153,7 @@ def _read_file(
                         f" {len(z)} rows"
                     )
                 arrays[role] = column.reshape(len(z))
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, zlib.error) as error:
         raise ValueError(f"{path} is no HDF5 file that can be read: {error}") from error
     return arrays
 
@@ -162,6 +164,12 @@ def _import_h5py() -> Any:
     except ImportError as error:
         raise ImportError('EmbeddingTable.from_h5 needs h5py: pip install "hsat[wsi]"') from error
     return h5py
+
+
+def _filters_of(dataset: Any) -> list[int]:
+    """Codes of the filters of a dataset, in the order in which they pack."""
+    settings = dataset.id.get_create_plist()
+    return [int(settings.get_filter(number)[0]) for number in range(settings.get_nfilters())]
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,7 @@ class _H5Dataset:
             raise self._refused("is a virtual dataset, made of other files", "it is not followed. Copy the values")
         if settings.get_external_count():
             raise self._refused("is stored in other files", "they are not opened. Copy the values")
-        codes = [settings.get_filter(number)[0] for number in range(settings.get_nfilters())]
+        codes = _filters_of(dataset)
         if unknown := [code for code in codes if code not in _FILTERS]:
             known = ", ".join(_FILTERS.values())
             raise self._refused(
@@ -250,11 +258,11 @@ class _H5Dataset:
 
     def _check_size(self, dataset: Any, dtype: np.dtype[Any]) -> None:
         """Refuse what takes more memory than the file accounts for, before any of it is taken."""
-        settings, shape = dataset.id.get_create_plist(), dataset.shape
+        shape = dataset.shape
         declared, stored = math.prod(shape) * dtype.itemsize, dataset.id.get_storage_size()
         chunk = math.prod(dataset.chunks or ()) * dtype.itemsize if dataset.chunks else 0
         most = max(declared, chunk)
-        if not settings.get_nfilters():
+        if not _filters_of(dataset):
             if declared > min(stored, self.size):
                 raise self._refused(
                     f"says it has shape {tuple(shape)}, {declared:,} bytes, and holds {min(stored, self.size):,}",
@@ -272,6 +280,24 @@ class _H5Dataset:
             whole = math.prod(-(-size // step) for size, step in zip(shape, dataset.chunks, strict=True))
             if (there := dataset.id.get_num_chunks()) < whole:
                 raise self._refused(f"holds {there} of its {whole} chunks", "the others were never written")
+
+            if _GZIP in _filters_of(dataset):
+                self._check_gzip(dataset, chunk)
+
+    def _check_gzip(self, dataset: Any, chunk_bytes: int) -> None:
+        """Refuse a chunk that unpacks to more than a chunk: HDF5 would take as much memory as it asks for."""
+        codes, chunks = _filters_of(dataset), list[Any]()
+        place = codes.index(_GZIP)
+        if any(code != _CHECKSUM for code in codes[place + 1 :]):
+            raise self._refused("is packed by gzip and again by another filter", "save it with compression='gzip'")
+        dataset.id.chunk_iter(chunks.append)
+        for one in chunks:
+            if not one.filter_mask >> place & 1:
+                _, packed = dataset.id.read_direct_chunk(one.chunk_offset)
+                packed = packed[: len(packed) - 4 * codes.count(_CHECKSUM)]
+                if len(zlib.decompressobj().decompress(packed, chunk_bytes + 1)) > chunk_bytes:
+                    where = ", ".join(map(str, one.chunk_offset))
+                    raise self._refused(f"unpacks to more than it says, at ({where})", "the file is not to be trusted")
 
     def _read_texts(self, dataset: Any) -> np.ndarray:
         """Texts of any length: each is at most as long as the file, and all of them together have a limit."""
