@@ -58,6 +58,7 @@ from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.conventions import CONVENTIONS, Convention, conventions_table, rescore
 from hsat.eval.diagnostics import Diagnosis, diagnose
 from hsat.eval.export import ExportOptions, ExportResult, save_adversarial
+from hsat.eval.level_scores import LevelScores, score_levels
 from hsat.eval.metrics import Metrics, chance_levels, metrics, metrics_by_level
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
@@ -91,6 +92,7 @@ __all__ = [
     "ExportResult",
     "Interval",
     "LevelRows",
+    "LevelScores",
     "Metrics",
     "PatchBudget",
     "PooledScores",
@@ -133,6 +135,7 @@ __all__ = [
     "rescore",
     "save_adversarial",
     "save_scores",
+    "score_levels",
     "score_tables",
     "write_records",
 ]
