@@ -67,8 +67,8 @@ from hsat.eval import (
     evaluate_whitebox,
     score_tables,
 )
-from hsat.eval.cost import affordable_diagnosis
 from hsat.eval.options import TargetName
+from hsat.eval.passes import affordable_diagnosis
 from hsat.eval.result_files import RunAccount, save_conditions
 from hsat.models import Encoder, fold_batchnorm
 from hsat.report import (

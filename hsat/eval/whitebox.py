@@ -189,8 +189,7 @@ def attack_queries(
     diagnostics = DiagnosticsCollector(
         encoder, objectives, attacks, layer=layer, classifier=classifier, run=run, name=name
     )
-    if session.shows:
-        announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session)
+    announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session)
     conditions = AttackRunner(evaluation, objectives).run(
         queries,
         attacks,
