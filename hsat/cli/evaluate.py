@@ -1,4 +1,4 @@
-"""White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
+"""White-box robustness of one or several encoders: a page, tables, records, curves; on screen at most 10 lines.
 
     hsat evaluate --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
     hsat evaluate --checkpoint hidisc=runs/a/final.safetensors,hsat=runs/b/best.safetensors
@@ -24,12 +24,10 @@ same results (docs/devices.md):
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +45,7 @@ from hsat.cli.attacks import (
     check_radii,
     check_threat,
 )
-from hsat.cli.classifiers import PAPER_K, ClassifierOptions, choose_classifiers, describe_classifiers
+from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Pixels, say, split_commas
@@ -56,32 +54,20 @@ from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     PAPER,
-    EnsembleOutcome,
     Provenance,
-    Record,
     RunOptions,
     Scoring,
     Target,
     WhiteboxResult,
-    compare_models,
     evaluate_whitebox,
-    save_scores,
-    score_tables,
-    write_records,
 )
 from hsat.eval.cost import affordable_diagnosis
+from hsat.eval.default_neighbours import PAPER_K
 from hsat.eval.options import TargetName
-from hsat.files import write_file
 from hsat.models import Encoder, fold_batchnorm
-from hsat.report import (
-    ArtifactSource,
-    differences_table,
-    markdown_table,
-    plot_accuracy_vs_eps,
-    plot_patches,
-    write_artifacts,
-)
-from hsat.run_folder import write_json, write_run_file
+from hsat.report import short_summary, write_report
+from hsat.report.evaluation_files import PAGE, write_evaluation
+from hsat.run_folder import write_run_file
 from hsat.training.config import written
 from hsat.types import Attack, Classifier
 
@@ -280,7 +266,7 @@ def natural_shifts(settings: Evaluate, cohort: Cohort) -> dict[str, Attack]:
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
-    """Write records, table, plots and the account of the run.
+    """Write records, tables, figures, the page and the account of the run.
 
     Args:
         settings: The options.
@@ -288,79 +274,20 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
         results: By the name of the encoder.
 
     Returns:
-        The table, as Markdown.
+        What is printed: at most 10 lines, the last of which says where the page is.
     """
     out, scoring = settings.out, PAPER.scoring if settings.preset == "paper" else Scoring()
-    records: list[Record] = [record for result in results.values() for record in result.records]
-    write_records(out / "records.jsonl", records)
-    scores = [table for result in results.values() for table in score_tables(result)]
-    save_scores(out / "scores.npz", scores)
-    table = markdown_table(records)
-    if len(results) > 1:
-        differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
-        table += (
-            f"\n**Differences** from {differences[0].against}, on the same patients\n\n"
-            f"{differences_table([one for one in differences if one.condition not in NaturalShift.standard()])}"
-        )
-        write_json(out / "differences.json", [asdict(difference) for difference in differences])
-    table += write_ensembles(out, {title: result.outcomes for title, result in results.items()})
-    (out / "table.md").write_text(table)
+    scoring = replace(scoring, bootstrap=settings.bootstrap)
+    differences = write_evaluation(
+        out, results, target=settings.target, scoring=scoring, seed=settings.seed, pictures=settings.gallery > 0
+    )
+    records = [record for result in results.values() for record in result.records]
     about = {"classifiers": describe_classifiers(records)}
     write_run_file(out, settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, **about)
-    keep_artifacts(settings, results, scoring)
-    draw(settings, records, results)
+    page = write_report([out], out / PAGE)
     remove_state(settings)
-    return table
-
-
-def keep_artifacts(settings: Evaluate, results: dict[str, WhiteboxResult], scoring: Scoring) -> None:
-    """What hsat report shows besides numbers: predictions, a map of the embeddings, the first patches.
-
-    Not of natural shifts, of which it shows the numbers only.
-    """
-    for title, result in results.items():
-        names = [name for name in result.tables if name not in NaturalShift.standard()]
-        write_artifacts(
-            settings.out / "evidence",
-            ArtifactSource(
-                tables={name: result.tables[name] for name in names},
-                scores={name: result.scores[name] for name in names},
-                class_names=result.class_names,
-                examples={name: result.examples[name] for name in names if name in result.examples},
-            ),
-            target=settings.target,
-            provenance=Provenance(model=title, checkpoint=result.records[0].checkpoint),
-            scoring=scoring,
-        )
-
-
-def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
-    """Accuracy against eps for the first classifier, each encoder's patches under the first attack at its last eps."""
-    records = [record for record in records if record.classifier == records[0].classifier]
-    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=records[0].k)
-    for title, result in results.items():
-        shifts = NaturalShift.standard()
-        attacks = [one for one in result.examples if not one.startswith(("clean", "noise")) and one not in shifts]
-        if attacks and settings.gallery:
-            name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
-            clean, x_adv = result.examples["clean"], result.examples[name]
-            heads = [f"patch {i + 1}" for i in range(len(clean))]
-            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=heads)
-
-
-def write_ensembles(out: Path, outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:
-    """Write ensemble.csv, a line per encoder, ensemble and patch; returns the tables in Markdown, "" without any."""
-    text, file = "", io.StringIO()
-    lines = csv.writer(file, lineterminator="\n")
-    lines.writerow(["model", "attack", "patch", "broken_by", "margin"])
-    for title, ensembles in outcomes.items():
-        for name, outcome in ensembles.items():
-            text += f"\n**{name}** on {title}: how many patches each attack broke\n\n{outcome.to_markdown()}"
-            rows = zip(outcome.patch, outcome.broken_by, outcome.margin, strict=True)
-            lines.writerows([title, name, int(patch), by, f"{margin:.6f}"] for patch, by, margin in rows)
-    if text:
-        write_file(out / "ensemble.csv", file.getvalue())
-    return text
+    lines = short_summary(records, differences=differences)
+    return "\n".join((*lines, f"page: {page}"))
 
 
 def main(argv: list[str]) -> None:

@@ -25,6 +25,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import own_labels, pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
@@ -84,6 +85,8 @@ class BudgetResult:
     needed: np.ndarray
     clean: EmbeddingTable
     attacked: EmbeddingTable
+
+    __repr__ = result_repr
 
     @property
     def smallest_fraction(self) -> np.ndarray:

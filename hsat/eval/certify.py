@@ -21,6 +21,7 @@ from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.pooling import own_labels, unreported_levels
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
@@ -86,6 +87,8 @@ class CertificateResult:
     classifier: FittedClassifier
     smoothing: Smoothing
     layer: Layer
+
+    __repr__ = result_repr
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
 from hsat.eval.records import Record, software_versions
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
@@ -87,6 +88,8 @@ class ExportResult:
     records: tuple[Record, ...]
     tables: dict[str, EmbeddingTable]
     changed: float
+
+    __repr__ = result_repr
 
 
 @dataclass(frozen=True)

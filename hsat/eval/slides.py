@@ -20,6 +20,7 @@ from hsat.eval.outcomes import AttackStats
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.pooling import LevelRows
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, run_batches
 from hsat.eval.slide_attacks import (
     PatchOrder,
@@ -70,6 +71,8 @@ class SlidesResult:
     smallest_fraction: dict[str, np.ndarray]
     order: dict[int, np.ndarray]
     class_names: tuple[str, ...]
+
+    __repr__ = result_repr
 
     def accuracy(self, attack: str, fraction: float) -> float:
         """Share of the slides that are decided rightly.

@@ -26,6 +26,7 @@ from hsat.eval.evaluation import (
 from hsat.eval.objectives import ObjectiveFactory, attacks_decision
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import Record, RecordTemplate
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world, result_of, table_of
 from hsat.eval.transfer_drops import OTHERS, TransferDrop, average_drops, resample_metrics, transfer_drop
@@ -59,6 +60,8 @@ class TransferResult:
     queries: EmbeddingTable
     class_names: dict[str, tuple[str, ...]]
     made: tuple[Pair, ...]
+
+    __repr__ = result_repr
 
 
 def evaluate_transfer(

@@ -33,6 +33,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
@@ -72,6 +73,8 @@ class WhiteboxResult:
     examples: dict[str, Tensor]
     class_names: tuple[str, ...]
     outcomes: dict[str, EnsembleOutcome] = field(default_factory=dict)
+
+    __repr__ = result_repr
 
 
 class AttackedQueries(NamedTuple):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hsat.quantities import fields_repr
+
 LEVELS = ("patch", "slide", "patient")
 
 
@@ -82,6 +84,9 @@ class Levels:
 
     def __len__(self) -> int:
         return len(self.patch)
+
+    def __repr__(self) -> str:
+        return fields_repr(self, LEVELS)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Levels:
         """The same ids on another device, without counting again.
@@ -161,6 +166,9 @@ class HierarchicalBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        return fields_repr(self, ("images", *LEVELS, "label"))
 
     def replace(self, *, images: Tensor) -> HierarchicalBatch:
         """The same ids and labels with other images; nothing is counted or checked again but the number of images.
