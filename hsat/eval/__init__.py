@@ -19,6 +19,7 @@ from hsat.eval.comparison import (
 from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.conventions import CONVENTIONS, Convention, conventions_table, rescore
 from hsat.eval.diagnostics import Diagnosis, diagnose
+from hsat.eval.drift import evaluate_drift
 from hsat.eval.export import ExportOptions, ExportResult, save_adversarial
 from hsat.eval.metrics import Metrics, chance_levels, metrics, metrics_by_level
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
@@ -80,6 +81,7 @@ __all__ = [
     "ensemble_attacks",
     "evaluate_budget",
     "evaluate_classifier",
+    "evaluate_drift",
     "evaluate_slides",
     "evaluate_transfer",
     "evaluate_whitebox",

@@ -81,7 +81,7 @@ def evaluate_classifier(
         0.5
     """
     check_attacks(attacks)
-    batches, first = _open_batches(loader)
+    batches, first = open_batches(loader)
     names = _class_names(model, loader, first, class_names or provenance.class_names, run)
     logits = _LogitsModule(model, names) if isinstance(model, nn.Module) else _LogitsFunction(model, names)
     own = replace(provenance, class_names=_names_of_labels(loader, names))
@@ -95,7 +95,7 @@ def evaluate_classifier(
             evaluation, batches, chosen, open_session(run, settings, world, cache), classifier=head
         )
     result = measure_attacks(evaluation, attacked, chosen, classifiers, bank=None)
-    if not isinstance(batches, _PlainBatches):
+    if not isinstance(batches, PlainBatches):
         return result
     records = (record for record in result.records if record.level == "patch")
     return replace(result, records=tuple(replace(record, flags=(*record.flags, PATCH_ONLY)) for record in records))
@@ -165,7 +165,7 @@ def check_logits(logits: Any, n: int, class_names: Sequence[str] | None = None) 
     return logits
 
 
-class _PlainBatches:
+class PlainBatches:
     """Batches of (images, labels) as batches with ids: each image is a patch, a slide and a patient of its own."""
 
     def __init__(self, loader: Iterable[Sequence[Tensor]]) -> None:
@@ -196,7 +196,7 @@ def _pair(item: Any) -> tuple[Tensor, Tensor]:
     return item[0], item[1]
 
 
-def _open_batches(loader: Batches) -> tuple[Iterable[HierarchicalBatch], Any]:
+def open_batches(loader: Batches) -> tuple[Iterable[HierarchicalBatch], Any]:
     """Batches with ids, and the first item; a loader that can be read once is not read ahead."""
     source: Any = loader
     if hasattr(getattr(source, "dataset", None), "cohort"):  # hsat's own, whose batches need not be looked at
@@ -206,7 +206,7 @@ def _open_batches(loader: Batches) -> tuple[Iterable[HierarchicalBatch], Any]:
         raise ValueError("the loader gave no batches: nothing to evaluate")
     if isinstance(source, Iterator):
         source = itertools.chain((first,), source)
-    return (source if isinstance(first, HierarchicalBatch) else _PlainBatches(source)), first
+    return (source if isinstance(first, HierarchicalBatch) else PlainBatches(source)), first
 
 
 def _names_of_labels(loader: object, names: Sequence[str]) -> tuple[str, ...]:

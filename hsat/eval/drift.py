@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.data import UNLABELLED
 from hsat.eval.confidence import Interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
@@ -22,7 +23,6 @@ from hsat.eval.whitebox import WhiteboxResult, check_attacks
 from hsat.types import Attack, EmbeddingFunction, HierarchicalBatch
 
 DRIFT = "drift"
-UNLABELLED = "unlabelled"
 
 
 def evaluate_drift(
