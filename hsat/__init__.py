@@ -49,6 +49,7 @@ _ROOMS = {
         "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_slides"
         " evaluate_transfer evaluate_whitebox metrics pool"
     ),
+    "hsat.robustness": "evaluate_robustness",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
