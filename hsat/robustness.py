@@ -228,11 +228,10 @@ def evaluate_robustness(
         TypeError: For encoders and data of another kind.
 
     Example:
-        >>> import hsat, torch
-        >>> from tempfile import mkdtemp
-        >>> cohort = hsat.read_opensrh(hsat.write_synthetic_cohort(mkdtemp() + "/cohort", patients=2, patches=2))
-        >>> encoder = lambda x: torch.nn.functional.avg_pool2d(x, 32).flatten(1)
-        >>> result = hsat.evaluate_robustness(encoder, cohort, eps=8 / 255, norm="none")  # doctest: +SKIP
+        >>> images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> result = evaluate_robustness(lambda x: x.flatten(1), [images], eps=8 / 255, norm="none")
+        >>> print(result.summary().splitlines()[0])
+        model       <lambda> on 4 patches without labels: cosine distance between features before and after
     """
     encoders = _open_encoders(encoder, norm)
     radii = [float(one) for one in (eps if isinstance(eps, Sequence) else (eps,))]

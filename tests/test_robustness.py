@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,14 +23,14 @@ EPS = (2 / 255, 8 / 255)
 
 
 class Colours(nn.Module):
-    """The mean colour of each quarter."""
+    """The mean colour of each quarter, dark ones negative."""
 
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x):
-        return self.scale * nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        return self.scale * nn.functional.adaptive_avg_pool2d(x - 0.5, 2).flatten(1)
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +147,7 @@ def test_files_encoders_and_functions_agree(folder, tmp_path):
     assert file.records[0].model == "ours" and len(file.records[0].checkpoint) == 64
     assert file.records[0].settings["pixel_normalisation"]["stated_by"]
     own = hsat.evaluate_robustness(encoder, cohort, eps=8 / 255, image_size=32)
-    bare = hsat.evaluate_robustness(lambda x: encoder.backbone(x), cohort, eps=8 / 255, image_size=32, norm="imagenet")
+    bare = hsat.evaluate_robustness(encoder.backbone, cohort, eps=8 / 255, image_size=32, norm="imagenet")
     values = [[record.value for record in one.records] for one in (file, own, bare)]
     assert values[0] == values[1] and values[0][:2] == values[2][:2]
 
@@ -248,7 +249,7 @@ def test_tables_and_folders_in_no_layout(tmp_path):
     (root / "manifest.csv").rename(root / "other.csv")
     assert find_cohort(root / "other.csv").class_names == ("dark", "light")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no image .* lies in it.*Give the Cohort that a reader of hsat.data returns"):
+    with pytest.raises(ValueError, match=r"no image .* lies in it.*Give the Cohort that a reader of hsat.data returns"):
         find_cohort(tmp_path / "empty")
 
 
@@ -257,3 +258,11 @@ def test_the_attacks_are_the_standard_ensemble(monkeypatch):
     assert robustness.standard_attacks((8 / 255,)) == {"ensemble-8": AttackEnsemble.standard(Linf(8 / 255))}
     drift = robustness.standard_attacks((8 / 255,), labelled=False)["PGD-8"]
     assert isinstance(drift, PGD) and drift.steps == robustness.DRIFT_STEPS
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "quickstart.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+    assert len(lines_of(capsys.readouterr().out)) >= 5 and Path("runs/quickstart/report.html").exists()
