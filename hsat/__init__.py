@@ -35,7 +35,7 @@ _ROOMS = {
     "hsat.losses": "HiDiscLoss supcon_loss",
     "hsat.classifiers": "ABMIL DecisionModel Head KNNClassifier LinearProbe MIL MeanPooling NearestCentroid",
     "hsat.data": (
-        "BadPatch Cohort HierarchicalDataset PatchDataset collate from_frame hierarchical_loader patch_loader"
+        "BadPatch Cohort HierarchicalDataset PatchDataset from_frame hierarchical_loader patch_loader"
         " read_class_folders read_csv read_folders read_opensrh read_patch slide_loader srh_to_rgb"
         " write_synthetic_cohort"
     ),
