@@ -58,11 +58,15 @@ def _by_depth(folder: Path) -> Cohort:
     is_split = depth > 1 and _first_folders(folder) <= SPLIT_NAMES
     below = "split/" if is_split else ""
     fits: dict[int, tuple[Layout, ReadOptions, str]] = {
-        1: ("classes", ReadOptions(split_folders=is_split), f"{below}class/patch"),
-        3: ("folders", ReadOptions(split_folders=is_split), f"{below}class/patient/slide/patch"),
+        1: ("classes", ReadOptions(split_folders=is_split, on_empty="skip"), f"{below}class/patch"),
+        3: ("folders", ReadOptions(split_folders=is_split, on_empty="skip"), f"{below}class/patient/slide/patch"),
     }
     if not is_split:
-        fits[2] = ("classes", ReadOptions(patient=_PATIENT_FOLDER), "class/patient/patch, one slide for each patient")
+        fits[2] = (
+            "classes",
+            ReadOptions(patient=_PATIENT_FOLDER, on_empty="skip"),
+            "class/patient/patch, one slide for each patient",
+        )
     if depth - is_split in fits:
         layout, options, words = fits[depth - is_split]
         return _noted(_read(folder, layout, options), f"read as folders {words}")
