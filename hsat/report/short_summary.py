@@ -192,7 +192,7 @@ def _difference_row(
 
 def _doubts(records: Sequence[Record]) -> list[str]:
     """One line about the reasons to distrust the numbers; none where there is none."""
-    flags = [flag.reason for flag in record_flags(records)]
+    flags = [flag.reason for flag in record_flags([one for one in records if one.level == "patch"])]
     for key in dict.fromkeys((one.model, one.classifier, one.k) for one in records):
         rows = [one for one in records if (one.model, one.classifier, one.k) == key]
         flags += [
