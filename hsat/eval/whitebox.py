@@ -36,6 +36,7 @@ from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.result_files import save_conditions
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
@@ -79,11 +80,19 @@ class WhiteboxResult:
     example_rows: tuple[int, ...] = ()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write records, scores and evidence into a folder, as the commands do; returns the folder.
+        """Write records, scores and evidence into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_conditions(folder, [self])
+
+    __repr__ = result_repr
 
 
 class AttackedQueries(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hsat.files import atomic_folder, load_array
+from hsat.quantities import fields_repr
 
 _TABLE_IDS = ("label", "patch", "slide", "patient")
 GROUP_LABELS = ("slide_label", "patient_label")
@@ -114,6 +115,10 @@ class EmbeddingTable:
 
     def __len__(self) -> int:
         return len(self.z)
+
+    def __repr__(self) -> str:
+        texts = [name for name in _TABLE_TEXT if getattr(self, name)]
+        return fields_repr(self, ("z", *_TABLE_IDS, "class_names", *texts, "norm", *GROUP_LABELS))
 
     def save(self, path: str | os.PathLike[str], *, dtype: Literal["float32", "float16"] = "float32") -> Path:
         """Write the table as a folder of .npy files and a table.json; the folder appears whole or not at all.
