@@ -9,7 +9,7 @@ from hsat.data.cohort import Cohort, PatchRecord
 from hsat.data.datasets import HierarchicalDataset, PatchDataset, Sample
 from hsat.data.file_check import FileCheck, FileProblem, read_exclusions
 from hsat.data.folders import read_class_folders, read_folders
-from hsat.data.found_layout import UNLABELLED, find_cohort
+from hsat.data.found_layout import find_cohort
 from hsat.data.layouts import ReadOptions, read_cohort
 from hsat.data.loaders import SlideLoader, collate, hierarchical_loader, patch_loader, slide_loader
 from hsat.data.opensrh import read_opensrh
@@ -23,7 +23,6 @@ from hsat.data.tables import from_frame, read_csv
 from hsat.types import HierarchicalBatch
 
 __all__ = [
-    "UNLABELLED",
     "Augmentation",
     "AugmentationPolicy",
     "BadPatch",

@@ -13,9 +13,8 @@ from hsat.data.folders import NO_PATIENTS, layout_hint, survey_folder
 from hsat.data.layouts import Layout, ReadOptions, read_cohort
 from hsat.data.paths import resolve_root
 from hsat.data.records import PatchRecord
+from hsat.types.batch import UNLABELLED
 
-UNLABELLED = "unlabelled"
-"""The class of patches of a folder that has no classes."""
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "tune"})
 _PATIENT_FOLDER = r"^[^/]+/([^/]+)/"
 _COLUMNS = frozenset({"path", "class", "patient", "slide"})

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.data import UNLABELLED
 from hsat.eval.confidence import Interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
@@ -21,6 +20,7 @@ from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import WhiteboxResult, check_attacks
 from hsat.types import Attack, EmbeddingFunction, HierarchicalBatch
+from hsat.types.batch import UNLABELLED
 
 DRIFT = "drift"
 

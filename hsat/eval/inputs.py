@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hsat.data import UNLABELLED, Cohort, PatchDataset, find_cohort, patch_loader
+from hsat.data import Cohort, PatchDataset, find_cohort, patch_loader
 from hsat.data.folders import NO_PATIENTS
 from hsat.embedding import embed
 from hsat.eval.classifier import PATCH_ONLY, open_batches
@@ -21,6 +21,7 @@ from hsat.eval.options import RunOptions
 from hsat.models import Encoder, checkpoint_hash, load_encoder, wrap_encoder
 from hsat.models.pixel_normalisation import choose_normalisation
 from hsat.types import EmbeddingFunction, EmbeddingTable, HierarchicalBatch
+from hsat.types.batch import UNLABELLED
 from hsat.types.plain_batches import PlainBatches
 
 BATCH_SIZE = 32

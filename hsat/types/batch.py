@@ -13,6 +13,8 @@ from torch import Tensor
 from hsat.quantities import fields_repr
 
 LEVELS = ("patch", "slide", "patient")
+UNLABELLED = "unlabelled"
+"""The class of patches that have none."""
 
 
 def _as_ids(name: str, ids: Tensor, n: int) -> Tensor:
