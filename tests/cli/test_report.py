@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from hsat.classifiers import KNNClassifier
 from hsat.eval import Provenance, evaluate_whitebox, read_records
 from hsat.report import open_runs, records_csv, records_latex
 from hsat.types import HierarchicalBatch
 
 ROOT = Path(__file__).parents[2]
+PROVENANCE = Provenance(model="an encoder", class_names=("a", "b"))
 
 
 def report(argv):
@@ -99,7 +101,8 @@ def test_the_page_about_the_report_runs(tmp_path, capsys):
     text = (ROOT / "docs" / "report.md").read_text()
     ids = torch.arange(8)
     batch = HierarchicalBatch(torch.rand(8, 3, 8, 8), ids, ids, ids // 2, ids % 2)
-    result = evaluate_whitebox(lambda x: x.flatten(1), [batch], [batch], {}, provenance=Provenance(model="an encoder"))
+    knn = KNNClassifier(k=2)
+    result = evaluate_whitebox(lambda x: x.flatten(1), [batch], [batch], {}, classifier=knn, provenance=PROVENANCE)
     names = {"result": result}
     with contextlib.chdir(tmp_path):
         for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
