@@ -100,7 +100,7 @@ def test_a_folder_with_a_comma_is_refused(tmp_path, stops):
 def test_the_page_about_the_report_runs(tmp_path, capsys):
     text = (ROOT / "docs" / "report.md").read_text()
     ids = torch.arange(8)
-    batch = HierarchicalBatch(torch.rand(8, 3, 8, 8), ids, ids, ids // 2, ids % 2)
+    batch = HierarchicalBatch(torch.rand(8, 3, 8, 8), ids, ids, ids // 2, ids // 2 % 2)
     knn = KNNClassifier(k=2)
     result = evaluate_whitebox(lambda x: x.flatten(1), [batch], [batch], {}, classifier=knn, provenance=PROVENANCE)
     names = {"result": result}
@@ -109,7 +109,7 @@ def test_the_page_about_the_report_runs(tmp_path, capsys):
             exec(compile(code, "report.md", "exec", dont_inherit=True), names)
     assert "an encoder" in (tmp_path / "report.html").read_text()
     assert names["artifacts"].model == "mine"
-    assert read_records(tmp_path / "runs" / "mine" / "records.jsonl") == names["mine"].records
+    assert read_records(tmp_path / "runs" / "other" / "records.jsonl") == names["mine"].records
 
 
 def test_the_commands_of_the_page_parse():
