@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("hsat")
 DRIFT_STEPS = 40
+_SHOWN = RunOptions(progress=True, keep_examples=6)
 
 
 class SummaryText(str):
@@ -196,7 +197,7 @@ def evaluate_robustness(
     image_size: int | None = None,
     classifier: Classifier | None = None,
     val_fraction: float = 0.3,
-    run: RunOptions = RunOptions(),
+    run: RunOptions = _SHOWN,
 ) -> RobustnessResult:
     """How many patches an encoder still gets right under the strongest attacks of each strength.
 
@@ -217,7 +218,8 @@ def evaluate_robustness(
         image_size: Side to which patches are resized; by default the encoder's fixed size, else the patches' own.
         classifier: What decides; by default the nearest neighbours, whose number depends on the bank.
         val_fraction: Share of each class's patients that are attacked, where there is no split.
-        run: Seed, device, folders, progress; `RunOptions(progress=True)` shows bars and how long it will take.
+        run: Seed, device, folders, progress; by default bars and an estimate of the time are shown, and six patches of
+            each condition are kept for the page.
 
     Returns:
         The result; printing it shows the six lines that matter.

@@ -94,7 +94,14 @@ def evaluate_drift(
             )
         )
     examples = {name: torch.cat(one.examples) for name, one in conditions.items() if one.examples}
-    return WhiteboxResult(tuple(records), tables, {name: {} for name in tables}, examples, info.class_names)
+    return WhiteboxResult(
+        tuple(records),
+        tables,
+        {name: {} for name in tables},
+        examples,
+        info.class_names,
+        example_rows=conditions[CLEAN].example_rows,
+    )
 
 
 class UnlabelledBatches:

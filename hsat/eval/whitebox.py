@@ -51,8 +51,8 @@ from hsat.types import (
 _TOLERATED = 0.05  # share of the images robust to every gradient that a search without them may break by luck
 _FALSE_ALARM = 0.01
 POOLED = (
-    "pooled at each patch's worst case: a patch that is broken is not pushed further, so that an attack on the pool"
-    " may do more"
+    "slides and patients pool each patch's worst case; a patch that is broken is not pushed further, so that an attack"
+    " on the pool may do more"
 )
 
 
@@ -305,7 +305,7 @@ def condition_records(
             settings["natural_shift"] = {"kind": attack.kind, "strength": attack.strength, "text": attack.text}
         if condition.outcome is not None:
             flags += black_box_flags(condition.outcome)
-            settings |= ensemble_settings(condition.outcome)
+            settings |= ensemble_settings(condition.outcome) | {"note": POOLED}
         if surrogate_checkpoint is not None:
             settings["surrogate_checkpoint"] = surrogate_checkpoint
         if diagnosis is not None:
@@ -319,14 +319,7 @@ def condition_records(
             settings=settings,
             surrogate=surrogate,
         )
-        pooled = (POOLED,) if condition.outcome is not None else ()
-        records += template.measure(
-            facts,
-            classifier.facts(table, seed=template.seed),
-            scores[classifier.key],
-            table,
-            level_flags={"slide": pooled, "patient": pooled},
-        )
+        records += template.measure(facts, classifier.facts(table, seed=template.seed), scores[classifier.key], table)
     return records
 
 
