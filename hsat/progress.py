@@ -46,7 +46,7 @@ class Progress:
         self.done, self._initial = initial, initial
         self._began = self._spoke = time.monotonic()
         self._bar: Any = None
-        if shown and _is_watched():
+        if shown and is_watched():
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, initial=initial, desc=description, unit=unit)
@@ -110,6 +110,6 @@ def show_progress(items: Iterable[Item], description: str, *, unit: str = "batch
             progress.update()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a bar can move: on a terminal, and in a notebook."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()

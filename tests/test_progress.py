@@ -48,7 +48,7 @@ def test_short_loops_and_hidden_ones_say_nothing(clock, capsys):
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "_is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     assert list(show_progress([1, 2, 3], "attacking hsat")) == [1, 2, 3]
     shown = capsys.readouterr().err
     assert "attacking hsat" in shown and "3/3" in shown

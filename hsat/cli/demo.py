@@ -91,7 +91,8 @@ def evaluate_both(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[s
     settings = Evaluate.load(argv, recipe=recipe)
     cohort = open_cohort(settings.data, seed=demo.seed)
     with computing_threads(settings.threads):
-        return write_results(settings, cohort, evaluate(settings, cohort)), cohort
+        write_results(settings, cohort, evaluate(settings, cohort))
+        return (settings.out / "table.md").read_text(), cohort
 
 
 def chance(records: list[Record]) -> dict[str, float | None]:

@@ -38,6 +38,7 @@ RESULTS = (
     RECORDS,
     "run.json",
     "table.md",
+    "report.html",
     "scores.npz",
     "differences.json",
     "ensemble.csv",

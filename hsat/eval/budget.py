@@ -30,6 +30,7 @@ from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import own_labels, pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
@@ -98,11 +99,19 @@ class BudgetResult:
     attacked: EmbeddingTable
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write records and groups.csv into a folder, as the commands do; returns the folder.
+        """Write records and groups.csv into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return write_groups(save_records(folder, self.records), [self])
+
+    __repr__ = result_repr
 
     @property
     def smallest_fraction(self) -> np.ndarray:

@@ -25,6 +25,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target, software_
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
 from hsat.eval.records import Record
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
@@ -90,11 +91,19 @@ class ExportResult:
     changed: float
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do; returns the folder.
+        """Write the records into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_records(folder, self.records)
+
+    __repr__ = result_repr
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.records import Record
 from hsat.eval.result_files import save_conditions
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, Condition
 from hsat.eval.tables import ABSENT, Table
 from hsat.eval.whitebox import condition_records
@@ -139,9 +140,7 @@ class LevelScores:
     def __str__(self) -> str:
         return str(self.table())
 
-    def __repr__(self) -> str:
-        queries, levels = self.tables[CLEAN], dict.fromkeys(record.level for record in self.records)
-        return f"LevelScores({len(queries)} queries, {len(self.records)} records of {', '.join(levels)})\n\n{self}"
+    __repr__ = result_repr
 
 
 def _percent(value: float | None) -> str:

@@ -21,6 +21,7 @@ from hsat.eval.evaluation import ScoredClassifier, ScoresKey
 from hsat.eval.pooling import pool_by_level
 from hsat.eval.records import Record, RecordTemplate
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.types import EmbeddingTable
 
 OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
@@ -52,11 +53,19 @@ class TransferResult:
     made: tuple[Pair, ...]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do; returns the folder.
+        """Write the records into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_records(folder, self.records)
+
+    __repr__ = result_repr
 
 
 @dataclass(frozen=True, eq=False)

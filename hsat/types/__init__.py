@@ -4,7 +4,6 @@ Only torch and numpy are imported here; every other room may import this one and
 """
 
 from hsat.types.batch import LEVELS, HierarchicalBatch, Levels
-from hsat.types.columns import align_labels
 from hsat.types.protocols import (
     Attack,
     AttackResult,
@@ -17,6 +16,7 @@ from hsat.types.protocols import (
     SuccessTest,
     ThreatModel,
 )
+from hsat.types.row_checks import align_labels
 from hsat.types.slides import SlideClassifier
 from hsat.types.table import GROUP_LABELS, EmbeddingTable
 

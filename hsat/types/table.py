@@ -12,18 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from hsat.files import atomic_folder, load_array
-from hsat.types.columns import (
-    NAMED_IDS,
-    NamedColumns,
-    align_labels,
-    embedding_rows,
-    integer_column,
-    row_lengths,
-    rows_in_memory,
-    rows_of_index,
-    unit_rows,
-)
+from hsat.quantities import fields_repr
+from hsat.types.columns import NAMED_IDS, NamedColumns, embedding_rows, rows_of_index
 from hsat.types.h5_files import PathLike, read_h5_columns
+from hsat.types.row_checks import align_labels, integer_column, row_lengths, rows_in_memory, unit_rows
 
 _TABLE_IDS = ("label", "patch", "slide", "patient")
 GROUP_LABELS = ("slide_label", "patient_label")
@@ -303,6 +295,10 @@ class EmbeddingTable:
 
     def __len__(self) -> int:
         return len(self.z)
+
+    def __repr__(self) -> str:
+        texts = [name for name in _TABLE_TEXT if getattr(self, name)]
+        return fields_repr(self, ("z", *_TABLE_IDS, "class_names", *texts, "norm", *GROUP_LABELS))
 
     def save(self, path: str | os.PathLike[str], *, dtype: Literal["float32", "float16"] = "float32") -> Path:
         """Write the table as a folder of .npy files and a table.json; the folder appears whole or not at all.

@@ -78,7 +78,7 @@ def test_attacks_that_do_the_same_count_once():
 def test_it_is_said_where_progress_is_shown_and_nothing_moves(
     toy_encoder, toy_batches, bank, caplog, capsys, monkeypatch
 ):
-    monkeypatch.setattr("hsat.progress.EVERY", 0.0)  # a line for every batch
+    monkeypatch.setattr("hsat.progress.EVERY", 0.0)
     queries, attacks = toy_batches(seed=2, sizes=(6, 4)), {"PGD-8": ATTACKS["PGD"], "blur 1": NaturalShift("blur", 1)}
     with caplog.at_level(logging.INFO, logger="hsat"):
         silent = evaluate_whitebox(toy_encoder, bank, queries, attacks, run=RunOptions(diagnose=4), **FAST)
