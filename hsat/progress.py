@@ -99,11 +99,14 @@ def show_progress(items: Iterable[Item], description: str, *, unit: str = "batch
     """The items, with their `Progress`.
 
     Args:
-        items: Any; of those that have a length it is the total.
+        items: Any; of those that know their length it is the total.
         description: What is done with them.
         unit: What an item is.
     """
-    total = len(items) if isinstance(items, Sized) else None
+    try:
+        total = len(items) if isinstance(items, Sized) else None
+    except TypeError:  # a loader around one that does not know its length
+        total = None
     with Progress(description, total=total, unit=unit) as progress:
         for item in items:
             yield item

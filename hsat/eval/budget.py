@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from hsat.classifiers import KNNClassifier
+from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.confidence import (
     Interval,
     bootstrap_draws,
@@ -215,21 +217,23 @@ def evaluate_budget(
     Raises:
         ValueError: For unknown options, and what `embed` and the classifier raise.
     """
-    run = dataclasses.replace(run, keep_examples=0)
-    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
-    check_attacks({budget.name: attack})
+    run = dataclasses.replace(run, keep_examples=0, diagnose=0)
+    evaluation, attacks = Evaluation(encoder, Target.of(target), scoring, run, provenance), {budget.name: attack}
+    check_attacks(attacks)
     with open_world(run) as (world, cache):
-        table = evaluation.embed_bank(bank, world, cache)
+        table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
         objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
         if budget.objective is not None:
             objectives = objectives.with_custom(budget.objective)
-        settings = evaluation.settings(queries, {budget.name: attack}) | classifier_settings(classifiers, table)
+        settings = evaluation.settings(queries, attacks) | classifier_settings(classifiers, table)
+        session = open_session(run, settings, world, cache)
+        announce_cost(evaluation, objectives, queries, attacks, bank=table, session=session)
         conditions = AttackRunner(evaluation, objectives).run(
             queries,
-            {budget.name: attack},
-            open_session(run, settings, world, cache),
+            attacks,
+            session,
             evaluation.query_info(queries, fitted.class_names),
             clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_layer, to_device
+from hsat.eval.announcements import announce_bank, announce_votes
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
@@ -151,7 +153,7 @@ def certify(
     evaluation = Evaluation(encoder, Target(), scoring, run, provenance)
     with open_world(run) as (world, cache):
         images = NoisyLoader(cast(Queries, bank), smoothing) if options.noisy_bank else bank
-        table = evaluation.embed_bank(images, world, cache)
+        table = evaluation.embed_bank(images, world, cache, announce=partial(announce_bank, evaluation, world.size))
         _check_classes(table)
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
@@ -159,6 +161,9 @@ def certify(
         session = open_session(run, settings | classifier_settings(classifiers, table), world, cache)
         info = evaluation.query_info(queries, fitted.class_names)
         vote = classifier_vote(select_layer(encoder, scoring.layer), fitted)
+
+        if session.shows:
+            announce_votes(evaluation, vote, queries, smoothing, bank=table, session=session)
 
         def compute(_: int, batch: HierarchicalBatch) -> StoredResult:
             label = align_labels(require_labels(batch), info.class_names, fitted.class_names)

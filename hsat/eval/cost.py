@@ -1,8 +1,7 @@
-"""What an evaluation will cost, said before it begins: passes, time, memory."""
+"""What an evaluation will cost, estimated before it begins: passes, time, memory."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -16,17 +15,11 @@ from torch.utils.data import DataLoader
 from hsat.embedding import encode, eval_mode, select_layer, using_branch
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
-from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.passes import count_passes, diagnosis_passes, is_diagnosed
-from hsat.eval.store import Session
 from hsat.quantities import memory_text, time_text
-from hsat.types import Attack, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective
+from hsat.types import Attack, EmbeddingTable, HierarchicalBatch, Objective
 
-_log = logging.getLogger(__name__)
-
-_TIMED_IMAGES = 8  # on a CPU; a GPU is timed with a whole batch
-_LARGE_BANK = 100e6  # bytes, or seconds below: a bank that is announced
-LONG_BANK = 30.0
+TIMED_IMAGES = 8  # on a CPU; a GPU is timed with a whole batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +103,8 @@ class Workload:
         labels, n = torch.zeros(len(images), dtype=torch.int64, device=device), len(images)
         with ExitStack() as stack:
             stack.enter_context(eval_mode(encoder))
-            stack.enter_context(_own_random_state(device))
-            embed = _time(lambda: encode(layer, images), device)
+            stack.enter_context(own_random_state(device))
+            embed = time_of(lambda: encode(layer, images), device)
             if self.objective is None:
                 return PassTimes(embed / n)
             stack.enter_context(using_branch(encoder, self.branch))
@@ -121,8 +114,8 @@ class Workload:
                 with torch.no_grad():
                     return objective(images)
 
-            forward = _time(value, device)
-            both = _time(lambda: _gradient(objective, images), device)
+            forward = time_of(value, device)
+            both = time_of(lambda: _gradient(objective, images), device)
         return PassTimes(embed / n, forward / n, max(0.0, both - forward) / n)
 
 
@@ -151,12 +144,16 @@ def estimate_workloads(
         The cost of what is left.
     """
     images, seconds, diagnosis = count_images(queries), None, None
-    sample = sample_batch(queries, _sample_size(queries, workloads[0].evaluation.device))
+    sample = sample_batch(queries, sample_size(queries, workloads[0].evaluation.device))
     looked_at = 0 if not any(checks) else diagnosed if images is None else min(diagnosed, images)
     if sample is not None and images is not None:
-        times = [one.time(sample) for one in workloads]
-        seconds = images / ranks * sum(one.seconds(each) for one, each in zip(workloads, times, strict=True))
-        diagnosis = looked_at * (checks[0] * times[0].value + checks[1] * times[0].gradient) / ranks
+        times: dict[int, PassTimes] = {}
+        for one in sorted(workloads, key=lambda work: work.objective is None):  # an encoder is timed once
+            place = id(one.evaluation.encoder)
+            times[place] = times[place] if place in times else one.time(sample)
+        seconds = images / ranks * sum(one.seconds(times[id(one.evaluation.encoder)]) for one in workloads)
+        first = times[id(workloads[0].evaluation.encoder)]
+        diagnosis = looked_at * (checks[0] * first.value + checks[1] * first.gradient) / ranks
     return EvaluationCost(
         images=images,
         forwards=sum(one.forwards + one.embeddings for one in workloads),
@@ -222,81 +219,6 @@ def estimate_cost(
     )
 
 
-def announce_bank(evaluation: Evaluation, ranks: int, loader: Iterable[HierarchicalBatch]) -> None:
-    """Say what a large bank will cost before it is embedded; nothing for a small one."""
-    rows = count_images(loader)
-    sample = sample_batch(loader, _sample_size(loader, evaluation.device))
-    if rows is None or sample is None:
-        return
-    layer, device = select_layer(evaluation.encoder, evaluation.layer), evaluation.device
-    with eval_mode(evaluation.encoder), _own_random_state(device):
-        images = sample.images.to(device)
-        width = encode(layer, images[:1]).shape[1]
-        seconds = rows / ranks * _time(lambda: encode(layer, images), device) / len(images)
-    size = 4 * rows * width
-    if size >= _LARGE_BANK or seconds >= LONG_BANK:
-        _log.info("bank of %s patches: about %s to embed, %s", f"{rows:,}", time_text(seconds), memory_text(size))
-
-
-def announce_cost(
-    evaluation: Evaluation,
-    objectives: ObjectiveFactory,
-    queries: Iterable[HierarchicalBatch],
-    attacks: Mapping[str, Attack],
-    *,
-    bank: EmbeddingTable | None,
-    session: Session,
-    embeddings: int | None = None,
-) -> None:
-    """Say what is left of an evaluation, see `estimate_cost`, where progress is shown.
-
-    Nothing is measured or said for a classifier that has no bank, and where no progress is shown.
-    """
-    if bank is None or not session.shows:
-        return
-    finished = sum("batch-" in name for name in session.finished)
-    ranks = session.world.size
-    say_cost(
-        estimate_cost(
-            evaluation,
-            objectives,
-            queries,
-            attacks,
-            bank=bank,
-            finished=finished,
-            ranks=ranks,
-            embeddings=embeddings,
-        )
-    )
-
-
-def announce_fit(
-    encoder: EmbeddingFunction,
-    loader: Iterable[HierarchicalBatch],
-    *,
-    epochs: int,
-    device: torch.device | str | None = None,
-) -> None:
-    """Say what fitting a universal perturbation to the features will cost: a step is two passes forward, one back.
-
-    Args:
-        encoder: What it is fitted on.
-        loader: The images that it is fitted on.
-        epochs: Passes over the loader.
-        device: Where images go.
-    """
-    evaluation = Evaluation(encoder, Target("features"), Scoring(), RunOptions(device=device), Provenance())
-    objective = ObjectiveFactory(encoder, evaluation.target, evaluation.layer, None).objective
-    work = Workload(evaluation=evaluation, objective=objective, embeddings=epochs, forwards=epochs, backwards=epochs)
-    say_cost(estimate_workloads([work], loader, conditions=1))
-
-
-def say_cost(cost: EvaluationCost) -> None:
-    """Log a cost, a line each."""
-    for line in str(cost).splitlines():
-        _log.info("%s", line)
-
-
 def sample_batch(loader: object, count: int) -> HierarchicalBatch | None:
     """The first images of a loader, at most `count`, read anew; None where asking it would cost one of its batches."""
     if isinstance(loader, DataLoader):
@@ -342,9 +264,10 @@ def count_images(loader: object) -> int | None:
         return None
 
 
-def _sample_size(loader: object, device: torch.device) -> int:
-    size = getattr(loader, "batch_size", None) or _TIMED_IMAGES
-    return size if device.type == "cuda" else min(size, _TIMED_IMAGES)
+def sample_size(loader: object, device: torch.device) -> int:
+    """Images that are timed at once."""
+    size = getattr(loader, "batch_size", None) or TIMED_IMAGES
+    return size if device.type == "cuda" else min(size, TIMED_IMAGES)
 
 
 def _batch_bytes(loader: object, sample: HierarchicalBatch, conditions: int) -> int:
@@ -358,7 +281,7 @@ def _gradient(objective: Objective, images: Tensor) -> Tensor:
         return torch.autograd.grad(objective(leaf).sum(), leaf)[0]
 
 
-def _time(work: Callable[[], Tensor], device: torch.device) -> float:
+def time_of(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, after one that warms up."""
     work()
     _wait(device)
@@ -373,6 +296,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
+def own_random_state(device: torch.device) -> AbstractContextManager[None]:
     """A block that leaves torch's random states as they are: a randomised model draws from them."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

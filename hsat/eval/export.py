@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from hsat.classifiers import KNNClassifier
 from hsat.distributed import World
 from hsat.embedding import LoaderInfo, label_by_group
 from hsat.eval.adversarial_files import MANIFEST, AdversarialFiles
+from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank, score_queries
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target, software_versions
@@ -179,7 +181,7 @@ def save_adversarial(
     """
     from hsat.data import PatchDataset
 
-    run = dataclasses.replace(run, keep_examples=0)
+    run = dataclasses.replace(run, keep_examples=0, diagnose=0)
     evaluation = Evaluation(encoder, Target.of(target), Scoring(bootstrap=options.bootstrap), run, provenance)
     form, name = image_format(cohort, attack), options.name
     data = PatchDataset(cohort, options.split)
@@ -187,17 +189,19 @@ def save_adversarial(
     files = AdversarialFiles(root, cohort, data.rows.tolist(), resumable=run.resume_dir is not None)
     about = {"source_cohort": cohort.fingerprint(), "grid": form.grid.name}
     with open_world(run) as (world, cache):
-        table = evaluation.embed_bank(bank, world, cache)
+        table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
         align_labels(cohort.label[data.rows], cohort.class_names, fitted.class_names)  # before any work is done
         settings = evaluation.settings(queries, {name: attack}) | classifier_settings(classifiers, table)
         settings |= {"root": str(files.root), "cohort": cohort.fingerprint(), "batch_size": options.batch_size}
         session = open_session(run, settings, world, cache)
+        objectives = ObjectiveFactory(encoder, evaluation.target, evaluation.layer, fitted)
+        announce_cost(evaluation, objectives, queries, {name: attack}, bank=table, session=session, embeddings=3)
         with files.open(world):
             conditions = AttackRunner(
                 evaluation,
-                ObjectiveFactory(encoder, evaluation.target, evaluation.layer, fitted),
+                objectives,
                 inspect=lambda batch, _, images, result: _write_batch(files, form, batch, images, result),
                 accept=lambda batch, _: all(map(files.has, batch.patch.tolist())),
             ).run(

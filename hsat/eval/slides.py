@@ -15,6 +15,7 @@ from torch import nn
 
 from hsat.attacks.bags import SlideTarget
 from hsat.embedding import eval_mode
+from hsat.eval.announcements import announce_slides
 from hsat.eval.budget import mean_interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
@@ -220,6 +221,8 @@ def evaluate_slides(
             known=known,
         )
         session = open_session(run, settings, world, cache)
+        if session.shows:
+            announce_slides(attacker, session)
         results = run_batches(bags, attacker.attack_slide, session, description="attacking slides")
         known.close(len(results), world)
     if not results:

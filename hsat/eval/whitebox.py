@@ -17,8 +17,8 @@ from torch import Tensor
 from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import eval_mode
+from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.confidence import binomial_tail
-from hsat.eval.cost import announce_bank, announce_cost
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
     Bank,

@@ -115,7 +115,7 @@ class Slow(nn.Module):
 
 
 def test_a_large_bank_is_announced(toy_batches, bank, caplog, monkeypatch):
-    monkeypatch.setattr("hsat.eval.cost.LONG_BANK", 0.0)
+    monkeypatch.setattr("hsat.eval.announcements.LONG_BANK", 0.0)
     with caplog.at_level(logging.INFO, logger="hsat"):
         run = RunOptions(progress=True, noise=False)
         evaluate_whitebox(Slow(), bank, toy_batches(seed=2, sizes=(3,)), {"n": RandomNoise(BALL)}, run=run, **FAST)
