@@ -20,7 +20,7 @@ import numpy as np
 
 from hsat.files import MOST_GROWTH, SMALL
 from hsat.types.columns import embedding_rows
-from hsat.untrusted import check_regular, shown
+from hsat.untrusted import check_regular, open_regular, shown
 
 PathLike = str | os.PathLike[str]
 
@@ -28,6 +28,7 @@ _GZIP, _CHECKSUM = 1, 3
 _FILTERS = {_GZIP: "gzip", 2: "shuffle", _CHECKSUM: "fletcher32", 32000: "lzf"}  # lzf unpacks to at most 88 times
 _TEXT_BYTES = 64 << 20  # texts of any length that are read at a time
 _LONGEST_TEXT = 1000  # characters of an id or label, on average
+_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])  # to a text, as files hold it
 _KINDS = {"embeddings": "f", "ids or labels": "biufSO"}
 
 
@@ -258,9 +259,9 @@ class _H5Dataset:
 
     def _check_size(self, dataset: Any, dtype: np.dtype[Any]) -> None:
         """Refuse what takes more memory than the file accounts for, before any of it is taken."""
-        shape = dataset.shape
-        declared, stored = math.prod(shape) * dtype.itemsize, dataset.id.get_storage_size()
-        chunk = math.prod(dataset.chunks or ()) * dtype.itemsize if dataset.chunks else 0
+        shape, each = dataset.shape, _REFERENCE.itemsize if dtype.kind == "O" else dtype.itemsize
+        declared, stored = math.prod(shape) * each, dataset.id.get_storage_size()
+        chunk = math.prod(dataset.chunks) * each if dataset.chunks else 0
         most = max(declared, chunk)
         if not _filters_of(dataset):
             if declared > min(stored, self.size):
@@ -300,18 +301,42 @@ class _H5Dataset:
                     raise self._refused(f"unpacks to more than it says, at ({where})", "the file is not to be trusted")
 
     def _read_texts(self, dataset: Any) -> np.ndarray:
-        """Texts of any length: each is at most as long as the file, and all of them together have a limit."""
-        n = math.prod(dataset.shape)
+        """Texts of any length, at once where it is known how much they are, else a few at a time.
+
+        Each text is at most as long as the file, but many may be one and the same: a small file can hold terabytes.
+        """
+        n, limit = math.prod(dataset.shape), SMALL if self.max_bytes is None else self.max_bytes
         if dataset.ndim != 1:
             raise self._refused(f"has shape {dataset.shape}", "texts are one per row")
-        step = max(1, min(4096, _TEXT_BYTES // self.size))
-        limit = max(SMALL, _LONGEST_TEXT * n) if self.max_bytes is None else self.max_bytes
-        texts: list[bytes] = []
-        read = 0
+        limit = limit if self.max_bytes else max(limit, _LONGEST_TEXT * n)
+        stated = self._stated_text(dataset)
+        step = max(1, min(4096, _TEXT_BYTES // self.size)) if stated is None else max(1, n)
+        texts, read = list[Any](), stated or 0
         for begin in range(0, n, step):
-            part = [text if isinstance(text, bytes) else b"" for text in dataset[begin : begin + step].tolist()]
-            read += sum(map(len, part))
-            if read > limit:
-                raise self._refused(f"holds over {limit:,} bytes of text", "ids and labels are short")
-            texts += part
+            if read <= limit:
+                part = dataset[begin : begin + step].tolist()
+                read += 0 if stated else sum(map(len, part))
+                texts += part
+        if read > limit:
+            raise self._refused(f"holds over {limit:,} bytes of text", "ids and labels are short")
         return np.array(texts, dtype=object)
+
+    def _stated_text(self, dataset: Any) -> int | None:
+        """Bytes of all texts, as the references to them say and HDF5 will take; None where these are packed."""
+        if _filters_of(dataset):
+            return None
+        count = math.prod(dataset.shape)
+        if dataset.chunks:
+            chunks = list[Any]()
+            dataset.id.chunk_iter(chunks.append)
+            raw = b"".join(dataset.id.read_direct_chunk(one.chunk_offset)[1] for one in chunks)
+            count = len(chunks) * math.prod(dataset.chunks)
+        elif (offset := dataset.id.get_offset()) is None:
+            return None
+        else:
+            with open_regular(self.path, kind="HDF5 file") as file:
+                file.seek(offset)
+                raw = file.read(min(dataset.id.get_storage_size(), self.size))
+        if len(raw) != count * _REFERENCE.itemsize:
+            return None
+        return int(np.frombuffer(raw, dtype=_REFERENCE)["length"].sum())

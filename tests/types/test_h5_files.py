@@ -298,6 +298,34 @@ def test_objects_lists_and_long_texts_are_refused(tmp_path):
         read(path, labels="long", max_bytes=1_000_000)
 
 
+@pytest.mark.parametrize("options", [{}, {"chunks": (3,)}, {"chunks": (3,), "compression": "gzip"}])
+def test_texts_however_they_are_stored(tmp_path, options):
+    path = whole(tmp_path / "all.h5")
+    with h5py.File(path, "a") as file:
+        for name, values in (("label", ["grün", "", "x" * 500, "b"]), ("case", PATIENTS)):
+            file.create_dataset(name, data=values, dtype=h5py.string_dtype(), **options)
+    assert_same(read(path, patients="case"), WANTED)
+    with pytest.raises(ValueError, match="row 1: label is empty"):
+        read(path, labels="label")
+    with pytest.raises(ValueError, match="'label' holds over 300 bytes of text"):
+        read(path, labels="label", max_bytes=300)
+
+
+def test_a_text_that_stands_a_million_times_is_not_read(tmp_path):
+    """Each reference is 16 bytes, and all of them are to one text."""
+    n = 2000
+    path = write(tmp_path / "all.h5", features=np.ones((n, 2), np.float32), labels=["x" * 300_000] + ["y"] * (n - 1))
+    with h5py.File(path) as file:
+        offset = file["labels"].id.get_offset()
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 16 * n] = content[offset : offset + 16] * n
+    path.write_bytes(content)
+    with h5py.File(path) as file:
+        assert len(file["labels"][1500]) == 300_000
+    with pytest.raises(ValueError, match="'labels' holds over 268,435,456 bytes of text; ids and labels are short"):
+        read(path, patients=None, slides=None)
+
+
 def test_filters_that_need_a_plugin_are_refused(tmp_path):
     path = whole(tmp_path / "all.h5")
     with h5py.File(path, "a") as file:
