@@ -197,6 +197,7 @@ def evaluate_robustness(
     image_size: int | None = None,
     classifier: Classifier | None = None,
     val_fraction: float = 0.3,
+    query_patches: int | None = None,
     run: RunOptions = _SHOWN,
 ) -> RobustnessResult:
     """How many patches an encoder still gets right under the strongest attacks of each strength.
@@ -218,6 +219,7 @@ def evaluate_robustness(
         image_size: Side to which patches are resized; by default the encoder's fixed size, else the patches' own.
         classifier: What decides; by default the nearest neighbours, whose number depends on the bank.
         val_fraction: Share of each class's patients that are attacked, where there is no split.
+        query_patches: How many of a cohort's queries are attacked, evenly spread, for a first look; all by default.
         run: Seed, device, folders, progress; by default bars and an estimate of the time are shown, and six patches of
             each condition are kept for the page.
 
@@ -240,7 +242,12 @@ def evaluate_robustness(
     if not radii:
         raise ValueError("eps is empty; give Linf radii such as eps=(4/255, 8/255)")
     patches = open_patches(
-        data, {one.name: one.encoder for one in encoders}, image_size=image_size, val_fraction=val_fraction, run=run
+        data,
+        {one.name: one.encoder for one in encoders},
+        image_size=image_size,
+        val_fraction=val_fraction,
+        query_patches=query_patches,
+        run=run,
     )
     notes = [*(one.note for one in encoders), *patches.notes]
     with _shown_log(run.progress):
@@ -251,9 +258,10 @@ def evaluate_robustness(
         for note in notes:
             _log.warning("note: %s", note)
         attacks = standard_attacks(radii, labelled=patches.bank is not None)
-        results = {one.name: _evaluate(one, patches, attacks, classifier, run) for one in encoders}
-    settings = {"eps": radii, "norm": norm, "image_size": image_size, "val_fraction": val_fraction, "seed": run.seed}
-    settings |= {"classifier": None if classifier is None else repr(classifier), "bootstrap": Scoring().bootstrap}
+        results = {one.name: _evaluate(one, encoders, patches, attacks, classifier, run) for one in encoders}
+    settings = {"eps": radii, "norm": norm, "image_size": image_size, "val_fraction": val_fraction}
+    settings |= {"query_patches": query_patches, "seed": run.seed, "bootstrap": Scoring().bootstrap}
+    settings |= {"classifier": None if classifier is None else repr(classifier)}
     return RobustnessResult(
         results,
         compare_results(results, scoring=Scoring(), seed=run.seed),
@@ -293,22 +301,31 @@ def _open_encoders(encoder: object, norm: str | None) -> list[NamedEncoder]:
 
 def _evaluate(
     one: NamedEncoder,
+    encoders: Sequence[NamedEncoder],
     patches: EvaluationPatches,
     attacks: Mapping[str, Attack],
     classifier: Classifier | None,
     run: RunOptions,
 ) -> WhiteboxResult:
-    """One encoder, in folders of its own where several share those of the run."""
+    """One encoder, in folders of its own where several share those of the run; the others are surrogates."""
     provenance = Provenance(model=one.name, checkpoint=one.digest, class_names=patches.class_names)
     if run.resume_dir is not None:
         run = replace(run, resume_dir=Path(run.resume_dir) / one.name)
-    if isinstance(one.encoder, torch.nn.Module) and run.device is not None:
-        one.encoder.to(run.device)
+    for each in encoders:
+        if isinstance(each.encoder, torch.nn.Module) and run.device is not None:
+            each.encoder.to(run.device)
     if patches.bank is None or classifier is None:
         result = evaluate_drift(one.encoder, patches.queries, attacks, run=run, provenance=provenance)
     else:
         result = evaluate_whitebox(
-            one.encoder, patches.bank, patches.queries, attacks, classifier=classifier, run=run, provenance=provenance
+            one.encoder,
+            patches.bank,
+            patches.queries,
+            attacks,
+            classifier=classifier,
+            run=run,
+            provenance=provenance,
+            surrogates={other.name: other.encoder for other in encoders if other is not one},
         )
     records = [record for record in result.records if record.level == "patch" or not patches.patch_only]
     return replace(result, records=tuple(replace(one, flags=(*one.flags, *patches.flags)) for one in records))

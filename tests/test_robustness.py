@@ -267,3 +267,20 @@ def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {})
     assert len(lines_of(capsys.readouterr().out)) >= 5 and Path("runs/quickstart/report.html").exists()
+
+
+def test_few_queries_are_spread_over_all_and_said(folder):
+    result = hsat.evaluate_robustness(Colours(), folder, eps=8 / 255, norm="none", query_patches=3)
+    assert {record.n for record in result.records if record.level == "patch"} == {3}
+    assert any("3 of 4 queries are attacked" in note for note in result.notes)
+    assert result.settings["query_patches"] == 3
+    with pytest.raises(ValueError, match="query_patches is for cohorts"):
+        hsat.evaluate_robustness(Colours(), [torch.rand(2, 3, 8, 8)], norm="none", query_patches=3)
+    with pytest.raises(ValueError, match="at least 1"):
+        hsat.evaluate_robustness(Colours(), folder, norm="none", query_patches=0)
+
+
+def test_several_encoders_are_attacked_by_way_of_each_other(folder):
+    result = hsat.evaluate_robustness({"a": Colours(), "b": Colours()}, folder, eps=8 / 255, norm="none")
+    for outcome in (one.outcomes["ensemble-8"] for one in result.evaluations.values()):
+        assert any("transfer" in member.name.lower() for member in outcome.members)

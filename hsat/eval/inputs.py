@@ -149,6 +149,7 @@ def open_patches(
     *,
     image_size: int | None = None,
     val_fraction: float = 0.3,
+    query_patches: int | None = None,
     run: RunOptions = RunOptions(),
 ) -> EvaluationPatches:
     """The bank and the queries of an evaluation.
@@ -159,21 +160,24 @@ def open_patches(
         encoders: By name; their fixed size is the patches' default one, and the first embeds a bank of plain batches.
         image_size: Side to which patches of a cohort are resized.
         val_fraction: Share of each class's patients that become queries, where the cohort has no split.
+        query_patches: How many of a cohort's queries are taken, evenly spread; all by default.
         run: The device.
 
     Returns:
         The patches.
 
     Raises:
-        ValueError: Patches of several sizes without image_size, and what readers and splits refuse.
+        ValueError: Patches of several sizes without image_size, image_size or query_patches beside loaders, and what
+            readers and splits refuse.
         TypeError: For anything else.
     """
     if isinstance(data, str | os.PathLike):
         data = find_cohort(data)
     if isinstance(data, Cohort):
-        return _of_cohort(data, encoders, image_size, val_fraction)
-    if image_size is not None:
-        raise ValueError("image_size is for cohorts and folders; a loader gives images of its own size")
+        return _of_cohort(data, encoders, image_size, val_fraction, query_patches)
+    for name, value in (("image_size", image_size), ("query_patches", query_patches)):
+        if value is not None:
+            raise ValueError(f"{name} is for cohorts and folders; a loader gives its own images at their own size")
     if isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, Tensor) for part in data):
         return _of_pair(data[0], data[1], next(iter(encoders.values())), run)
     if isinstance(data, Iterable) and not isinstance(data, Mapping | Tensor):
@@ -185,7 +189,11 @@ def open_patches(
 
 
 def _of_cohort(
-    cohort: Cohort, encoders: Mapping[str, EmbeddingFunction], image_size: int | None, val_fraction: float
+    cohort: Cohort,
+    encoders: Mapping[str, EmbeddingFunction],
+    image_size: int | None,
+    val_fraction: float,
+    query_patches: int | None,
 ) -> EvaluationPatches:
     notes, flags = list(cohort.notes), []
     if any("no patients are known" in note for note in cohort.notes):
@@ -194,8 +202,10 @@ def _of_cohort(
     size, note = choose_size(cohort, encoders, image_size)
     notes.append(note)
     if not labelled:
-        queries = patch_loader(PatchDataset(cohort, None, image_size=size), batch_size=BATCH_SIZE)
-        return EvaluationPatches(None, queries, cohort=cohort, notes=(*notes, NO_LABELS), flags=tuple(flags))
+        patches = PatchDataset(cohort, None, image_size=size)
+        notes += [*_thinning_note(patches, query_patches), NO_LABELS]
+        queries = patch_loader(patches.thin(query_patches), batch_size=BATCH_SIZE)
+        return EvaluationPatches(None, queries, cohort=cohort, notes=tuple(notes), flags=tuple(flags))
     bank, held_out = (
         next((name for name in names if name in cohort.splits), "") for names in (BANK_SPLITS, QUERY_SPLITS)
     )
@@ -208,10 +218,16 @@ def _of_cohort(
             f"{replaced}, so patients were drawn (seed 0): {count[bank]} for the bank, {count[held_out]} as queries;"
             " cohort.with_split(...) draws others"
         )
-    loaders = [
-        patch_loader(PatchDataset(cohort, name, image_size=size), batch_size=BATCH_SIZE) for name in (bank, held_out)
-    ]
+    known, asked = (PatchDataset(cohort, name, image_size=size) for name in (bank, held_out))
+    notes += _thinning_note(asked, query_patches)
+    loaders = [patch_loader(part, batch_size=BATCH_SIZE) for part in (known, asked.thin(query_patches))]
     return EvaluationPatches(loaders[0], loaders[1], cohort=cohort, notes=tuple(notes), flags=tuple(flags))
+
+
+def _thinning_note(queries: PatchDataset, count: int | None) -> list[str]:
+    if count is None or count >= len(queries):
+        return []
+    return [f"{count} of {len(queries)} queries are attacked, evenly spread, as asked for"]
 
 
 def choose_size(
