@@ -105,7 +105,7 @@ class Workload:
             stack.enter_context(eval_mode(encoder))
             stack.enter_context(own_random_state(device))
             embed = time_of(lambda: encode(layer, images), device)
-            if self.objective is None:
+            if self.objective is None or not (self.forwards or self.backwards):
                 return PassTimes(embed / n)
             stack.enter_context(using_branch(encoder, self.branch))
             objective = self.objective(images, labels, encode(layer, images))
@@ -115,6 +115,8 @@ class Workload:
                     return objective(images)
 
             forward = time_of(value, device)
+            if not self.backwards:  # an attack without gradients may be on an encoder without any
+                return PassTimes(embed / n, forward / n)
             both = time_of(lambda: _gradient(objective, images), device)
         return PassTimes(embed / n, forward / n, max(0.0, both - forward) / n)
 
@@ -148,7 +150,7 @@ def estimate_workloads(
     looked_at = 0 if not any(checks) else diagnosed if images is None else min(diagnosed, images)
     if sample is not None and images is not None:
         times: dict[int, PassTimes] = {}
-        for one in sorted(workloads, key=lambda work: work.objective is None):  # an encoder is timed once
+        for one in sorted(workloads, key=lambda work: -work.backwards - work.forwards):  # an encoder is timed once
             place = id(one.evaluation.encoder)
             times[place] = times[place] if place in times else one.time(sample)
         seconds = images / ranks * sum(one.seconds(times[id(one.evaluation.encoder)]) for one in workloads)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hsat import embed
-from hsat.attacks import PGD, AttackEnsemble, Linf, UniversalPerturbation
+from hsat.attacks import PGD, AttackEnsemble, Linf, RandomNoise, Square, UniversalPerturbation
 from hsat.classifiers import MIL, GatedAttention, KNNClassifier
 from hsat.data import PatchDataset, patch_loader, read_folders
 from hsat.eval import (
@@ -247,6 +247,18 @@ def test_banks_of_every_evaluation_are_announced(encoder, toy_batches, monkeypat
         evaluate()
         assert caplog.messages[0].startswith("bank of 60 patches: about ")
         assert any(map(LINE.match, caplog.messages[1:]))
+
+
+def test_an_encoder_without_gradients_is_timed_as_far_as_it_goes(toy_batches, said):
+    def encoder(images):
+        mean = images.detach().mean((2, 3))
+        return torch.cat((40 * (mean - mean.mean(1, keepdim=True)), torch.ones(len(mean), 1)), 1)
+
+    bank, queries = embed(encoder, toy_batches(seed=1, sizes=(60,), first_id=1000)), toy_batches(seed=2, sizes=(6, 4))
+    square = Square(Linf(8 / 255), queries=4)
+    for target, attack in (("decision", square), ("features", RandomNoise(Linf(8 / 255)))):
+        evaluate_budget(encoder, bank, queries, attack, target=target, run=SHOWN, **FAST)
+        assert said()[2] == 0
 
 
 def test_loaders_that_cannot_be_asked_are_left_alone(encoder, toy_batches, caplog):
