@@ -22,7 +22,7 @@ NAMED_IDS = "named ids"
 _FIRST_DIGEST = 1 << 62  # ids from here on are digests of names; below are numbers as they were given
 _NO_PATIENTS = (
     "no patients are given, so that every row counts as a slide and a patient of its own: the three levels coincide,"
-    " and intervals are too narrow"
+    " intervals are too narrow, and a patient in both bank and queries is not seen"
 )
 _NO_PATIENTS_BUT_SLIDES = (
     "no patients are given, so that every slide counts as a patient: intervals are too narrow where a patient has"
@@ -47,12 +47,15 @@ class NamedColumns:
         class_names: The classes.
         patient: (n,) int64.
         slide: (n,) int64.
+        cohort: What the table is called, where the caller does not say: `NAMED_IDS`, or "" where nothing has a name,
+            so that nothing is compared.
     """
 
     label: np.ndarray
     class_names: tuple[str, ...]
     patient: np.ndarray
     slide: np.ndarray
+    cohort: str = NAMED_IDS
 
     @classmethod
     def of(
@@ -84,7 +87,7 @@ class NamedColumns:
             begin = digest_id(f"{text} {n} {names}".encode() + label.tobytes()) - _FIRST_DIGEST
             patient = slide = (begin + np.arange(n)) % _FIRST_DIGEST + _FIRST_DIGEST
             _warn(f"{_NO_PATIENTS}; give patients=, one name per row")
-            return cls(label, names, patient, slide)
+            return cls(label, names, patient, slide, cohort="")
         cells = {
             name: _cells(name, column, n, place)
             for name, column in (("patient", patients), ("slide", slides))

@@ -13,7 +13,7 @@ import numpy as np
 
 from hsat.files import atomic_folder, load_array
 from hsat.quantities import fields_repr
-from hsat.types.columns import NAMED_IDS, NamedColumns, embedding_rows, rows_of_index
+from hsat.types.columns import NamedColumns, embedding_rows, rows_of_index
 from hsat.types.h5_files import PathLike, read_h5_columns
 from hsat.types.row_checks import align_labels, integer_column, row_lengths, rows_in_memory, unit_rows
 
@@ -112,7 +112,7 @@ class EmbeddingTable:
         slides: Any = None,
         *,
         class_names: Sequence[str] | None = None,
-        cohort: str = NAMED_IDS,
+        cohort: str | None = None,
         split: str = "",
         encoder: str = "",
         norm: Any = None,
@@ -132,7 +132,8 @@ class EmbeddingTable:
             patients: (n,) texts or whole numbers.
             slides: (n,) texts or whole numbers, each of one patient.
             class_names: The classes in their order.
-            cohort: Its name; ids are compared among tables of one cohort only.
+            cohort: Its name; ids are compared among tables of one cohort only.  None: "named ids", or "", which is
+                compared with nothing, where neither patients nor slides are given.
             split: Name of the split.
             encoder: Name of the encoder.
             norm: (n,) lengths before normalisation, where z holds unit rows.
@@ -154,10 +155,10 @@ class EmbeddingTable:
         """
         rows = embedding_rows(z)
         columns = NamedColumns.of(len(rows), labels, patients, slides, class_names, text=f"{cohort} {split}")
-        return cls._of_columns(rows, columns, cohort=cohort, split=split, encoder=encoder, norm=norm)
+        return cls._of_columns(rows, columns, cohort, split=split, encoder=encoder, norm=norm)
 
     @classmethod
-    def _of_columns(cls, z: np.ndarray, columns: NamedColumns, **text: Any) -> EmbeddingTable:
+    def _of_columns(cls, z: np.ndarray, columns: NamedColumns, cohort: str | None, **text: Any) -> EmbeddingTable:
         return cls(
             z=z,
             label=columns.label,
@@ -165,6 +166,7 @@ class EmbeddingTable:
             slide=columns.slide,
             patient=columns.patient,
             class_names=columns.class_names,
+            cohort=columns.cohort if cohort is None else cohort,
             **text,
         )
 
@@ -178,7 +180,7 @@ class EmbeddingTable:
         patients: str | Mapping[Any, Any] | None = None,
         slides: str | None = None,
         class_names: Sequence[str] | None = None,
-        cohort: str = NAMED_IDS,
+        cohort: str | None = None,
         split: str = "",
         encoder: str = "",
         max_bytes: int | None = None,
@@ -222,7 +224,7 @@ class EmbeddingTable:
         columns = NamedColumns.of(
             len(z), read.labels, read.patients, read.slides, class_names, place=read.place(), text=text
         )
-        return cls._of_columns(z, columns, cohort=cohort, split=split, encoder=encoder)
+        return cls._of_columns(z, columns, cohort, split=split, encoder=encoder)
 
     @classmethod
     def concat(cls, tables: Iterable[EmbeddingTable]) -> EmbeddingTable:

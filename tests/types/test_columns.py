@@ -81,9 +81,12 @@ def test_missing_patients_are_said_aloud_and_no_table_shares_the_makeshift_ones(
     ):
         bank = table(patients=None)
     with pytest.warns(UserWarning, match="every row counts"):
-        queries = table(labels=LABELS[::-1], patients=None)
-    assert len(np.unique(bank.patient)) == 4
-    assert bank_flags(bank, queries) == () and bank_flags(bank, bank) != ()
+        queries = table(Z + 1, patients=None)
+    assert len(np.unique(bank.patient)) == 4 and bank.cohort == ""
+    assert bank_flags(bank, queries) == () == bank_flags(table(), queries)
+    with pytest.warns(UserWarning, match="every row counts"):
+        both = EmbeddingTable.concat([bank, table(labels=LABELS[::-1], patients=None)])
+    assert len(np.unique(both.patient)) == 8, "rows of two tables are different people"
     with pytest.warns(UserWarning, match="every row counts"):
         other_encoder = table(Z[:, ::-1], patients=None)
     np.testing.assert_array_equal(bank.patient, other_encoder.patient)  # the same patches, which can be compared
