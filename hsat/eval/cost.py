@@ -50,7 +50,7 @@ class EvaluationCost:
         count = "patches" if self.images is None else f"{self.images:,} patches"
         lines = f"{count}: at most {self.forwards:,.0f} forward and {self.backwards:,.0f} backward passes each"
         if self.seconds is not None:
-            lines += f", about {time_text(self.seconds)}"
+            lines += f", about {time_text(self.seconds)} at most"
             if self.diagnosed and self.diagnosis_seconds is not None:
                 lines += f"; diagnosis of {self.diagnosed} of them about {time_text(self.diagnosis_seconds)}"
         parts = [("bank", self.bank_bytes), ("images of a batch", self.batch_bytes)]
