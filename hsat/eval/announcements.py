@@ -64,14 +64,25 @@ def announce_cost(
     *,
     bank: EmbeddingTable | None,
     session: Session,
+    classes: int | None = None,
     embeddings: int | None = None,
 ) -> None:
-    """Say what is left of an evaluation, see `estimate_cost`, where progress is shown.
+    """Say what is left of an evaluation, see `estimate_cost`, where progress is shown; nothing is measured elsewhere.
 
-    Nothing is measured or said for a classifier that has no bank, and where no progress is shown.
+    Args:
+        evaluation: Encoder and options.
+        objectives: What the attacks maximise.
+        queries: Their loader.
+        attacks: By name.
+        bank: What the classifier was fitted on; None without one.
+        session: World, store, progress.
+        classes: That the classifier knows; by default those of the bank.
+        embeddings: Passes that embed each image, where they are not one for each condition.
     """
-    if bank is None or not session.shows:
+    if not session.shows:
         return
+    if classes is None:
+        classes = 2 if bank is None else len(bank.class_names)
     finished = sum("batch-" in name for name in session.finished)
     ranks = session.world.size
     say_cost(
@@ -80,7 +91,8 @@ def announce_cost(
             objectives,
             queries,
             attacks,
-            bank=bank,
+            classes=classes,
+            bank_bytes=0 if bank is None else 4 * bank.z.size,
             finished=finished,
             ranks=ranks,
             embeddings=embeddings,

@@ -17,7 +17,7 @@ from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.passes import count_passes, diagnosis_passes, is_diagnosed
 from hsat.quantities import memory_text, time_text
-from hsat.types import Attack, EmbeddingTable, HierarchicalBatch, Objective
+from hsat.types import Attack, HierarchicalBatch, Objective
 
 TIMED_IMAGES = 8  # on a CPU; a GPU is timed with a whole batch
 
@@ -174,7 +174,8 @@ def estimate_cost(
     queries: Iterable[HierarchicalBatch],
     attacks: Mapping[str, Attack],
     *,
-    bank: EmbeddingTable,
+    classes: int,
+    bank_bytes: int = 0,
     finished: int = 0,
     ranks: int = 1,
     embeddings: int | None = None,
@@ -190,7 +191,8 @@ def estimate_cost(
         objectives: What the attacks maximise.
         queries: Their loader.
         attacks: By name.
-        bank: The bank.
+        classes: That the classifier knows.
+        bank_bytes: Embeddings of the bank.
         finished: Batches that are finished already.
         ranks: Processes that share the work.
         embeddings: Passes that embed each image; None: one of the clean image and one for each attack.
@@ -198,7 +200,7 @@ def estimate_cost(
     Returns:
         The cost of what is left.
     """
-    passes = [count_passes(attack, classes=len(bank.class_names)) for attack in attacks.values()]
+    passes = [count_passes(attack, classes=classes) for attack in attacks.values()]
     work = Workload(
         evaluation=evaluation,
         objective=objectives.objective,
@@ -214,7 +216,7 @@ def estimate_cost(
         [work],
         queries,
         ranks=ranks,
-        bank_bytes=4 * bank.z.size,
+        bank_bytes=bank_bytes,
         conditions=len(attacks) + 1,
         diagnosed=diagnosed,
         checks=checks,

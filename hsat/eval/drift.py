@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.eval.announcements import announce_cost
 from hsat.eval.confidence import Interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
@@ -73,6 +74,7 @@ def evaluate_drift(
         session = open_session(run, evaluation.settings(batches, chosen) | {"measured": DRIFT}, world, cache)
         key = evaluation.clean_key(batches) if cache else None
         objectives = ObjectiveFactory(encoder, evaluation.target, evaluation.layer, None)
+        announce_cost(evaluation, objectives, batches, chosen, bank=None, session=session)
         conditions = AttackRunner(evaluation, objectives).run(
             batches, chosen, session, info, clean=CleanEmbeddings(cache, key)
         )

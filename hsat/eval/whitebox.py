@@ -198,8 +198,8 @@ def attack_queries(
     diagnostics = DiagnosticsCollector(
         encoder, objectives, attacks, layer=layer, classifier=classifier, run=run, name=name
     )
-    if session.shows:
-        announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session)
+    classes = len(classifier.class_names)
+    announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session, classes=classes)
     conditions = AttackRunner(evaluation, objectives).run(
         queries,
         attacks,

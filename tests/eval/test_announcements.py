@@ -21,6 +21,8 @@ from hsat.eval import (
     Smoothing,
     certify,
     evaluate_budget,
+    evaluate_classifier,
+    evaluate_drift,
     evaluate_slides,
     evaluate_transfer,
     evaluate_whitebox,
@@ -110,6 +112,28 @@ def test_whitebox(encoder, toy_batches, said):
         evaluate_whitebox(encoder, bank, queries, attacks, target="features", run=run, **FAST)
 
     assert_said(said, evaluate, 10, encoder)
+
+
+def test_a_classifier_without_a_bank(encoder, toy_batches, said):
+    queries, names = toy_batches(seed=2, sizes=(6, 4)), ("red", "green", "cyan")
+    attacks = {"PGD-8": PGD(Linf(8 / 255), step_size=0.0, steps=3, random_start=False)}  # nothing breaks, nothing stops
+
+    def evaluate(run):
+        evaluate_classifier(encoder, queries, attacks, class_names=names, scoring=Scoring(bootstrap=0), run=run)
+
+    evaluate(SILENT)
+    encoder.take()
+    evaluate(SHOWN)
+    n, forwards, backwards = said()
+    assert n == 10 and backwards == 3 and forwards >= 2 + 3
+
+
+def test_drift_without_labels_says_its_passes(encoder, caplog):
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.INFO, logger="hsat"):
+        evaluate_drift(encoder, [images], {"PGD-8": PGD8}, scoring=Scoring(bootstrap=0), run=SHOWN)
+    (line,) = [message for message in caplog.messages if message.startswith("patches: at most")]
+    assert " and 3 backward passes each" in line
 
 
 def test_budget(encoder, toy_batches, said):
