@@ -35,7 +35,7 @@ _ROOMS = {
     "hsat.losses": "HiDiscLoss supcon_loss",
     "hsat.classifiers": "ABMIL DecisionModel Head KNNClassifier LinearProbe MIL MeanPooling NearestCentroid",
     "hsat.data": (
-        "BadPatch Cohort HierarchicalDataset PatchDataset collate from_frame hierarchical_loader patch_loader"
+        "BadPatch Cohort HierarchicalDataset PatchDataset from_frame hierarchical_loader patch_loader"
         " read_class_folders read_csv read_folders read_opensrh read_patch slide_loader srh_to_rgb"
         " write_synthetic_cohort"
     ),
@@ -49,6 +49,7 @@ _ROOMS = {
         "PAPER PatchBudget Provenance RunOptions Scoring Target evaluate_budget evaluate_classifier evaluate_slides"
         " evaluate_transfer evaluate_whitebox metrics pool"
     ),
+    "hsat.robustness": "evaluate_robustness",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 

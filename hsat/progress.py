@@ -46,7 +46,7 @@ class Progress:
         self.done, self._initial = initial, initial
         self._began = self._spoke = time.monotonic()
         self._bar: Any = None
-        if shown and _is_watched():
+        if shown and is_watched():
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, initial=initial, desc=description, unit=unit)
@@ -99,17 +99,20 @@ def show_progress(items: Iterable[Item], description: str, *, unit: str = "batch
     """The items, with their `Progress`.
 
     Args:
-        items: Any; of those that have a length it is the total.
+        items: Any; of those that know their length it is the total.
         description: What is done with them.
         unit: What an item is.
     """
-    total = len(items) if isinstance(items, Sized) else None
+    try:
+        total = len(items) if isinstance(items, Sized) else None
+    except TypeError:  # a loader around one that does not know its length
+        total = None
     with Progress(description, total=total, unit=unit) as progress:
         for item in items:
             yield item
             progress.update()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a bar can move: on a terminal, and in a notebook."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()

@@ -32,6 +32,7 @@ FLOORS = (  # a room imports lower floors only, never a room of its own floor
     {"embedding"},
     {"eval", "training"},
     {"report"},
+    {"robustness"},
     {"cli"},
     {"__main__"},
 )

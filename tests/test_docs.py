@@ -174,6 +174,18 @@ def test_guide_reproducibility(guide):
     assert (whole != other).float().mean() > 0.05, "the ids did not matter"
 
 
+def test_the_page_of_data(tmp_path, capsys):
+    names = execute(ROOT / "docs" / "data.md", tmp_path)
+    assert names["same"] == names["cohort"] and len(names["cohort"]) == 12
+    assert "12 files: 8 contradicting, 3 duplicate" in str(names["check"])
+    assert (tmp_path / "files.csv").is_file()
+    result, shown = names["result"], capsys.readouterr().out
+    assert {record.level for record in result.records} == {"patch", "slide", "patient"}
+    assert all(record.chance < record.value for record in result.records if record.metric == "accuracy")
+    assert not any(record.flags for record in result.records)
+    assert str(result) in shown and "| patient | accuracy |" in shown
+
+
 def test_the_guide_names_everything_public():
     words = set(re.findall(r"\w+", GUIDE.read_text()))
     assert set(hsat.__all__) <= words

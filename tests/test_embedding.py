@@ -95,7 +95,8 @@ def test_the_clean_reference_is_embedded_once_per_batch(toy_encoder, toy_batches
     assert toy_encoder.forwards <= 2 * (1 + ATTACK.steps + 2)
 
 
-def test_progress_goes_to_standard_error_only_when_asked(toy_encoder, toy_batches, capfd):
+def test_progress_goes_to_standard_error_only_when_asked(toy_encoder, toy_batches, capfd, monkeypatch):
+    monkeypatch.setattr("hsat.progress.EVERY", 0.0)  # seconds between two lines
     embed(toy_encoder, toy_batches(seed=0, sizes=(4,)))
     assert capfd.readouterr() == ("", "")
     embed(toy_encoder, toy_batches(seed=0, sizes=(4,)), progress=True)

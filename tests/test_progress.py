@@ -48,7 +48,7 @@ def test_short_loops_and_hidden_ones_say_nothing(clock, capsys):
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "_is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     assert list(show_progress([1, 2, 3], "attacking hsat")) == [1, 2, 3]
     shown = capsys.readouterr().err
     assert "attacking hsat" in shown and "3/3" in shown
@@ -59,3 +59,17 @@ def test_the_length_is_unknown(clock):
     clock[0] += 5
     bar.update()
     assert bar.line() == "embedding: 1 batches, 5 s gone"
+
+
+def test_a_loop_over_what_does_not_know_its_length(clock, capsys):
+    class Batches:
+        def __len__(self):
+            raise TypeError("object of type 'Stream' has no len()")
+
+        def __iter__(self):
+            for number in range(2):
+                clock[0] += 31
+                yield number
+
+    assert list(show_progress(Batches(), "embedding")) == [0, 1]
+    assert "embedding: 1 batches, 31 s gone" in capsys.readouterr().err

@@ -16,7 +16,7 @@ MODULES = {
     for path in (ROOT / "hsat").rglob("*.py")
     if not path.stem.startswith("__")
 }
-OF_TUPLES = {"_replace", "_asdict", "_fields"}  # which are public, whatever they are called
+OF_TUPLES = {"_replace", "_asdict", "_fields", "_repr_html_"}  # public, whatever they are called: of tuples, notebooks
 SETTERS = ("setattr", "delattr", "setitem", "object", "getattr", "hasattr", "attrgetter")
 IN_TEXT = re.compile(r"^hsat(?:\.\w+)*\._(?!_)\w+$")
 
@@ -84,6 +84,7 @@ ABOUT_SEVERAL = {  # test files that belong to no single module, and what they a
     "classifiers/classifiers_page": "the numbers of docs/classifiers.md",
     "docstrings": "the sections of public docstrings",
     "eval/natural_shift": "natural shifts through an evaluation",
+    "eval/training_flags": "what records say of an encoder's training, from its file to the flags",
     "eval/slides_page": "the numbers of docs/slides.md",
     "data/labels_per_patch": "patients whose patches bear different labels, from reader to records",
 }
@@ -106,6 +107,17 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "data/splits": "data/cohort",
     "data/textures": "data/synthetic",
     "eval/adversarial_files": "eval/export",
+    "eval/passes": "eval/cost",
+    "eval/artifact_files": "report/artifacts",
+    "eval/default_neighbours": "cli/classifiers",
+    "eval/drift": "robustness",
+    "eval/inputs": "robustness",
+    "eval/result_text": "robustness",
+    "data/found_layout": "robustness",
+    "report/evaluation_files": "cli/evaluate",
+    "report/short_summary": "robustness",
+    "training/encoder_files": "eval/training_flags",
+    "training/reporting": "training/trainer",
     "eval/transfer_drops": "eval/transfer",
     "models/dual_norm": "models/factory",
     "models/heads": "models/factory",
@@ -138,7 +150,7 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "report/page/tables": "report/page",
     "types/slides": "classifiers/mil",
     "data/assembly": "data/readers",
-    "data/values": "data/readers",
+    "types/names": "data/tables",
     "types/plain_batches": "embedding",
     "data/patch_store_writer": "data/patch_store",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -178,31 +178,14 @@ def concat_tables(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
         tables: Of one width, one encoder and one cohort; classes are matched by name.
 
     Returns:
-        The rows of all tables in their order; `norm` is kept where every table has it.
+        The rows of all tables in their order; see `EmbeddingTable.concat`.
 
     Raises:
         ValueError: As `fit_shards` does, and for tables of different cohorts, whose ids cannot be told apart.
     """
     tables = list(tables)
-    names, label = _check_tables(tables)
-    for number, table in enumerate(tables):
-        if table.cohort != tables[0].cohort:
-            raise ValueError(f"shard {number} is of cohort {table.cohort!r}, shard 0 of {tables[0].cohort!r}")
-    columns: Any = {
-        name: np.concatenate([getattr(table, name) for table in tables]) for name in ("patch", "slide", "patient")
-    }
-    norms = [table.norm for table in tables if table.norm is not None]
-    return replace(
-        tables[0],
-        norm=np.concatenate(norms) if len(norms) == len(tables) else None,
-        z=np.concatenate([table.z for table in tables]),
-        label=label,
-        **columns,
-        class_names=names,
-        slide_label=None,
-        patient_label=None,
-        split="+".join(dict.fromkeys(table.split for table in tables)),
-    )
+    _check_tables(tables)
+    return EmbeddingTable.concat(tables)
 
 
 def _check_tables(tables: list[EmbeddingTable]) -> tuple[tuple[str, ...], np.ndarray]:

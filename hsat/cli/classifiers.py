@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Protocol, cast
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from hsat.classifiers import KNNClassifier, LinearProbe, NearestCentroid
 from hsat.cli.options import Counts, say, split_commas
-from hsat.data import Cohort, PatchDataset
+from hsat.data import PatchDataset
+from hsat.eval.default_neighbours import default_k, explain_default_k
 from hsat.training.config import written
 from hsat.types import Classifier
 
 ClassifierName = Literal["knn", "linear", "centroid"]
 ClassifierNames = Annotated[list[ClassifierName], BeforeValidator(split_commas)]
-PAPER_K = 200
-_SHARE = 20  # of the bank's rows, at least, for each neighbour
 
 
 class ClassifierOptions(BaseModel):
@@ -94,29 +92,6 @@ def choose_classifier(options: ClassifierOptions, bank: HasDataset) -> Classifie
     return choose_classifiers(options, bank)[0]
 
 
-def default_k(bank: PatchDataset) -> int:
-    """Neighbours where nobody gave a number: 200 for OpenSRH, as published; fewer for other banks.
-
-    A vote of 200 in a small bank is the share of each class in it, whatever the query.  So other banks get
-    min(200, smallest class, rows // 20), and at least 1.  The synthetic cohort has the files of OpenSRH and not its
-    size, and is one of the others.
-
-    Args:
-        bank: The clean training patches.
-    """
-    if is_opensrh(bank.cohort):
-        return PAPER_K
-    label = bank.cohort.label[bank.rows]
-    smallest = int(np.unique(label, return_counts=True)[1].min(initial=PAPER_K))
-    return min(PAPER_K, smallest, max(1, len(bank.rows) // _SHARE))
-
-
-def is_opensrh(cohort: Cohort) -> bool:
-    """Whether this is OpenSRH: SRH patches laid out as published, that hsat did not paint."""
-    meta = cohort.root / "meta"
-    return cohort.kind == "srh" and (meta / "opensrh.json").is_file() and not (meta / "synthetic.json").is_file()
-
-
 def describe_classifiers(records: Sequence[Any]) -> list[str]:
     """The classifiers that records were measured by, for run.json: k stands there even where nobody typed it."""
     return list(dict.fromkeys(record.classifier for record in records if record.classifier))
@@ -125,12 +100,5 @@ def describe_classifiers(records: Sequence[Any]) -> list[str]:
 def say_default_k(loader: HasDataset) -> int:
     """The default, after a line on standard error about where it comes from."""
     bank = cast(PatchDataset, loader.dataset)
-    k = default_k(bank)
-    if is_opensrh(bank.cohort):
-        say(f"kNN with k = {k}, as published; --k sets another number")
-    else:
-        say(
-            f"kNN with k = {k}: one in {_SHARE} of {len(bank.rows)} bank patches, no more than the smallest class has"
-            f" and at most {PAPER_K}; --k sets another number"
-        )
-    return k
+    say(f"{explain_default_k(bank)}; --k sets another number")
+    return default_k(bank)

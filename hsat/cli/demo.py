@@ -99,7 +99,8 @@ def evaluate_all(demo: Demo, encoders: dict[str, Path], target: str) -> tuple[st
     settings = Evaluate.load(argv, recipe=recipe)
     cohort = open_cohort(settings.data, seed=demo.seed)
     with computing_threads(settings.threads):
-        return write_results(settings, cohort, evaluate(settings, cohort)), cohort
+        write_results(settings, cohort, evaluate(settings, cohort))
+        return (settings.out / "table.md").read_text(), cohort
 
 
 def chance(records: list[Record]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""White-box robustness of one or several encoders: records.jsonl, table.md, curves and pictures.
+"""White-box robustness of one or several encoders: a page, tables, records, curves; on screen at most 10 lines.
 
     hsat evaluate --run runs/hsat
     hsat evaluate --checkpoint runs/hsat/best.safetensors --data.root /data/opensrh
@@ -28,11 +28,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -47,7 +46,7 @@ from hsat.cli.attacks import (
     check_radii,
     check_threat,
 )
-from hsat.cli.classifiers import PAPER_K, ClassifierOptions, choose_classifiers, describe_classifiers
+from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import OUT, Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
 from hsat.cli.options import Pixels, say, split_commas
@@ -56,28 +55,20 @@ from hsat.cli.threads import name_threads
 from hsat.data import Cohort
 from hsat.eval import (
     PAPER,
-    EnsembleOutcome,
     Provenance,
-    Record,
     RunOptions,
     Scoring,
     Target,
     WhiteboxResult,
-    compare_models,
     evaluate_whitebox,
-    score_tables,
 )
-from hsat.eval.cost import affordable_diagnosis
+from hsat.eval.default_neighbours import PAPER_K
 from hsat.eval.options import TargetName
-from hsat.eval.result_files import RunAccount, save_conditions
+from hsat.eval.passes import affordable_diagnosis
+from hsat.eval.result_files import RunAccount
 from hsat.models import Encoder, fold_batchnorm
-from hsat.report import (
-    differences_table,
-    markdown_table,
-    plot_accuracy_vs_eps,
-    plot_patches,
-)
-from hsat.run_folder import write_json
+from hsat.report import short_summary, write_report
+from hsat.report.evaluation_files import PAGE, write_evaluation
 from hsat.training.config import written
 from hsat.types import Attack, Classifier
 
@@ -276,7 +267,7 @@ def natural_shifts(settings: Evaluate, cohort: Cohort) -> dict[str, Attack]:
 
 
 def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, WhiteboxResult]) -> str:
-    """Write records, table, plots and the account of the run.
+    """Write records, tables, figures, the page and the account of the run.
 
     Args:
         settings: The options.
@@ -284,63 +275,20 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
         results: By the name of the encoder.
 
     Returns:
-        The table, as Markdown.
+        What is printed: at most 10 lines, the last of which says where the page is.
     """
     out, scoring = settings.out, PAPER.scoring if settings.preset == "paper" else Scoring()
-    records: list[Record] = [record for result in results.values() for record in result.records]
+    records = [record for result in results.values() for record in result.records]
     about = {"classifiers": describe_classifiers(records)}
     account = RunAccount(settings=settings.plain(), cohort=cohort.fingerprint(), command=sys.argv, about=about)
-    save_conditions(out, list(results.values()), account)
-    scores = [table for result in results.values() for table in score_tables(result)]
-    table = markdown_table(records)
-    if len(results) > 1:
-        differences = compare_models(scores, seed=settings.seed, scoring=replace(scoring, bootstrap=settings.bootstrap))
-        table += (
-            f"\n**Differences** from {differences[0].against}, on the same patients\n\n"
-            f"{differences_table([one for one in differences if one.condition not in NaturalShift.standard()])}"
-        )
-        write_json(out / "differences.json", [asdict(difference) for difference in differences])
-    table += describe_ensembles({title: result.outcomes for title, result in results.items()})
-    (out / "table.md").write_text(table)
-    draw(settings, records, results)
-    remove_state(settings)
-    return table
-
-
-def draw(settings: Evaluate, records: list[Record], results: dict[str, WhiteboxResult]) -> None:
-    """Accuracy against eps, and for each encoder a patch of each class under the first attack at its last eps."""
-    records = [record for record in records if record.classifier == records[0].classifier]
-    plot_accuracy_vs_eps(records, settings.out / "accuracy_vs_eps.png", k=records[0].k)
-    for title, result in results.items():
-        shifts = NaturalShift.standard()
-        attacks = [one for one in result.examples if not one.startswith(("clean", "noise")) and one not in shifts]
-        if attacks and settings.gallery:
-            name = [name for name in attacks if name.split("-")[0] == attacks[0].split("-")[0]][-1]
-            labels = result.tables["clean"].label[list(result.example_rows)]
-            chosen = np.unique(labels, return_index=True)[1]  # the first of each class
-            clean, x_adv = (result.examples[condition][chosen] for condition in ("clean", name))
-            titles = _patch_titles(result, name, [result.example_rows[place] for place in chosen])
-            plot_patches(clean, x_adv, settings.out / f"patches_{title}_{name}.png", titles=titles)
-
-
-def _patch_titles(result: WhiteboxResult, attack: str, rows: list[int]) -> list[str]:
-    """For each of these queries its class, and what the first classifier takes it for, clean and attacked."""
-    names, classes = result.class_names, result.tables["clean"].class_names
-    before, after = (next(iter(result.scores[name].values()))[rows].argmax(1) for name in ("clean", attack))
-    labels = result.tables["clean"].label[rows]
-    return [
-        f"{classes[label]}\n{names[clean]} → {names[attacked]}"
-        for label, clean, attacked in zip(labels, before, after, strict=True)
-    ]
-
-
-def describe_ensembles(outcomes: Mapping[str, Mapping[str, EnsembleOutcome]]) -> str:
-    """How many patches each attack of an ensemble broke, as tables in Markdown; "" without ensembles."""
-    return "".join(
-        f"\n**{name}** on {title}: how many patches each attack broke\n\n{outcome.to_markdown()}"
-        for title, ensembles in outcomes.items()
-        for name, outcome in ensembles.items()
+    scoring = replace(scoring, bootstrap=settings.bootstrap)
+    differences = write_evaluation(
+        out, results, scoring=scoring, seed=settings.seed, pictures=settings.gallery > 0, account=account
     )
+    page = write_report([out], out / PAGE)
+    remove_state(settings)
+    lines = short_summary(records, differences=differences)
+    return "\n".join((*lines, f"page: {page}"))
 
 
 def main(argv: list[str]) -> None:

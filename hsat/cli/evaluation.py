@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol, TypeVar, cast, get_args
 
-import numpy as np
 from pydantic import Field
 from torch.utils.data import DataLoader
 
@@ -38,6 +37,7 @@ RESULTS = (
     RECORDS,
     "run.json",
     "table.md",
+    "report.html",
     "scores.npz",
     "differences.json",
     "ensemble.csv",
@@ -125,9 +125,7 @@ def open_loaders(settings: HasPatches, cohort: Cohort, *, own_size: bool = False
     loaders = []
     on_gpu = device_of(settings.device).startswith("cuda")
     for split, count in (("train", settings.bank_patches), ("val", settings.query_patches)):
-        dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size)
-        if count is not None and count < len(dataset):
-            dataset = dataset.subset(np.linspace(0, len(dataset) - 1, count).round().astype(int))
+        dataset = PatchDataset(cohort, split, image_size=None if own_size else settings.data.image_size).thin(count)
         workers = settings.data.workers
         loaders.append(patch_loader(dataset, batch_size=settings.batch_size, workers=workers, pin_memory=on_gpu))
     return cast(Loader, loaders[0]), cast(Loader, loaders[1])  # datasets give samples, their loaders batches

@@ -31,6 +31,7 @@ from hsat.cli.threads import Threads, computing_threads
 from hsat.cli.training_runs import RunSettings, check_synthetic
 from hsat.data import Cohort
 from hsat.eval import Provenance, Record, RunOptions, Scoring, evaluate_whitebox, write_records
+from hsat.eval.announcements import announce_fit
 from hsat.models import frozen
 from hsat.report import markdown_table
 from hsat.run_folder import lock_folder, write_run_file
@@ -92,6 +93,8 @@ def run(settings: Universal, cohort: Cohort) -> tuple[FittedUniversal, list[Reco
     )
     encoder, _ = encoders[source]
     say(f"fitting on {source}")
+    if not settings.quiet:
+        announce_fit(encoder, bank, epochs=settings.epochs, device=device)
     with frozen(encoder):
         generator = torch.Generator().manual_seed(settings.seed)
         note = f"train split of {cohort.fingerprint()[:12]} on {source}"

@@ -9,6 +9,7 @@ from hsat.data.cohort import Cohort, PatchRecord
 from hsat.data.datasets import HierarchicalDataset, PatchDataset, Sample
 from hsat.data.file_check import FileCheck, FileProblem, read_exclusions
 from hsat.data.folders import read_class_folders, read_folders
+from hsat.data.found_layout import find_cohort
 from hsat.data.layouts import ReadOptions, read_cohort
 from hsat.data.loaders import SlideLoader, collate, hierarchical_loader, patch_loader, slide_loader
 from hsat.data.opensrh import read_opensrh
@@ -41,6 +42,7 @@ __all__ = [
     "augment_batch",
     "build_transform",
     "collate",
+    "find_cohort",
     "from_frame",
     "hierarchical_loader",
     "patch_loader",

@@ -14,7 +14,7 @@ from hsat.data.cohort import Cohort, PatchKind
 from hsat.data.paths import shorten_names
 from hsat.data.readers import probe_kind
 from hsat.data.records import PatchRecord, check_records, sorted_classes
-from hsat.data.values import warn_of_names
+from hsat.types.names import DIFFERENCE, alike_names, name_notes
 
 Mixed = Literal["keep", "error", "drop_minority"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -132,3 +132,32 @@ class Rows:
         if any(kinds.values()):
             self.notes.append(f"kind {kind!r}: the first TIFF files hold {found}")
         return kind
+
+
+def warn_of_names(records: Sequence[PatchRecord]) -> list[str]:
+    """Warn of names that a table may not mean.
+
+    That is ids or classes that differ only in case, spaces, Unicode form or leading zeros, numbers that a program
+    turned into decimals ("4.0"), and names that say that they are missing.
+
+    Args:
+        records: The rows.
+
+    Returns:
+        The warnings, as notes.
+    """
+    columns: dict[str, dict[str, None]] = {
+        "patient": dict.fromkeys(row.patient for row in records),
+        "class": dict.fromkeys(row.class_name for row in records),
+    }
+    notes = [note for name, values in columns.items() for note in name_notes(name, values)]
+    slides: dict[str, dict[str, None]] = {}
+    for row in records:
+        slides.setdefault(row.patient, {})[row.slide] = None
+    alike = [(patient, pair) for patient, names in slides.items() for pair in alike_names(names)]
+    if alike:
+        patient, pair = alike[0]
+        notes.append(f"slides {pair[0]!r} and {pair[1]!r} of patient {patient!r} differ only in {DIFFERENCE}")
+    for note in notes:
+        warnings.warn(f"{note}; if they are the same, write them alike", stacklevel=5)
+    return notes

@@ -122,6 +122,24 @@ class PatchDataset(Dataset[Sample]):
         part.rows = self.rows[np.array(numbers, dtype=np.int64)]
         return part
 
+    def thin(self, count: int | None) -> PatchDataset:
+        """The same dataset with at most so many of its items, evenly spread over it.
+
+        Args:
+            count: How many, at least 1; None keeps all.
+
+        Returns:
+            A dataset of these items.
+
+        Raises:
+            ValueError: For a count below 1.
+        """
+        if count is None or count >= len(self):
+            return self
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        return self.subset(np.linspace(0, len(self) - 1, count).round().astype(int))
+
     def __len__(self) -> int:
         return len(self.rows)
 

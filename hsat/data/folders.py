@@ -283,7 +283,7 @@ def layout_hint(root: Path, asked: Sequence[str] = ()) -> str:
     Returns:
         A sentence; "" where nothing fits.
     """
-    depths, others = _survey(root)
+    depths, others = survey_folder(root)
     if (root / "meta" / "opensrh.json").is_file() and tuple(asked) != ("opensrh",):
         return "it is an OpenSRH folder; call read_opensrh (layout='opensrh')"
     slides = sum(others[suffix] for suffix in SLIDE_SUFFIXES)
@@ -318,7 +318,7 @@ def layout_hint(root: Path, asked: Sequence[str] = ()) -> str:
     )
 
 
-def _survey(root: Path) -> tuple[Counter[int], Counter[str]]:
+def survey_folder(root: Path) -> tuple[Counter[int], Counter[str]]:
     """Images by depth, and other files by suffix, among the first entries below a folder; links are not followed."""
     depths, others, seen = Counter[int](), Counter[str](), 0
     for folder, folders, files in os.walk(root):

@@ -18,7 +18,7 @@ from hsat.data.cohort import Cohort, PatchKind
 from hsat.data.folders import NO_PATIENTS
 from hsat.data.paths import check_inside, resolve_root
 from hsat.data.records import PatchRecord, path_error
-from hsat.data.values import check_cells, is_missing
+from hsat.types.names import check_cells, is_missing
 
 ROLES = ("path", "class", "patient", "slide", "split", "slide_label", "patient_label")
 """What a column of a table can be."""

@@ -52,18 +52,20 @@ from hsat.eval.comparison import (
     load_scores,
     paired_difference,
     save_scores,
-    score_tables,
 )
 from hsat.eval.confidence import Interval, bootstrap_intervals
 from hsat.eval.conventions import CONVENTIONS, Convention, conventions_table, rescore
 from hsat.eval.diagnostics import Diagnosis, diagnose
+from hsat.eval.drift import evaluate_drift
 from hsat.eval.export import ExportOptions, ExportResult, save_adversarial
+from hsat.eval.level_scores import LevelScores, score_levels
 from hsat.eval.metrics import Metrics, chance_levels, metrics, metrics_by_level
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines, ensemble_attacks, paper_attacks
 from hsat.eval.pooling import LevelRows, PooledScores, pool, pool_by_level
 from hsat.eval.records import Record, read_records, write_records
+from hsat.eval.result_files import score_tables
 from hsat.eval.slide_cross_validation import SlideCrossValidation, cross_validate_slides
 from hsat.eval.slides import SlidesResult, evaluate_slides
 from hsat.eval.smoothing import Smoothing
@@ -91,6 +93,7 @@ __all__ = [
     "ExportResult",
     "Interval",
     "LevelRows",
+    "LevelScores",
     "Metrics",
     "PatchBudget",
     "PooledScores",
@@ -119,6 +122,7 @@ __all__ = [
     "ensemble_attacks",
     "evaluate_budget",
     "evaluate_classifier",
+    "evaluate_drift",
     "evaluate_slides",
     "evaluate_transfer",
     "evaluate_whitebox",
@@ -133,6 +137,7 @@ __all__ = [
     "rescore",
     "save_adversarial",
     "save_scores",
+    "score_levels",
     "score_tables",
     "write_records",
 ]

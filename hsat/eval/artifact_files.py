@@ -112,7 +112,8 @@ def write_artifacts(
             arrays |= _placed(plane, table, clean, rows, names)
             shown = result.examples.get(name)
             if shown is not None:
-                arrays["patch_rows"] = _patch_rows(result.example_rows, shown, table)
+                if result.scores[name]:  # rows among the predictions
+                    arrays["patch_rows"] = _patch_rows(result.example_rows, shown, table)
                 before = None if name == CLEAN else result.examples.get(CLEAN)
                 arrays["scale"] = np.float64(_write_patches(working, _file_name(name), shown, before))
             np.savez_compressed(working / f"{_file_name(name)}.npz", name=np.str_(name), **arrays)

@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from hsat.classifiers import KNNClassifier
+from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.confidence import (
     Interval,
     bootstrap_draws,
@@ -30,6 +32,7 @@ from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import own_labels, pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
@@ -98,11 +101,19 @@ class BudgetResult:
     attacked: EmbeddingTable
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write records and groups.csv into a folder, as the commands do; returns the folder.
+        """Write records and groups.csv into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return write_groups(save_records(folder, self.records), [self])
+
+    __repr__ = result_repr
 
     @property
     def smallest_fraction(self) -> np.ndarray:
@@ -206,21 +217,23 @@ def evaluate_budget(
     Raises:
         ValueError: For unknown options, and what `embed` and the classifier raise.
     """
-    run = dataclasses.replace(run, keep_examples=0)
-    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
-    check_attacks({budget.name: attack})
+    run = dataclasses.replace(run, keep_examples=0, diagnose=0)
+    evaluation, attacks = Evaluation(encoder, Target.of(target), scoring, run, provenance), {budget.name: attack}
+    check_attacks(attacks)
     with open_world(run) as (world, cache):
-        table = evaluation.embed_bank(bank, world, cache)
+        table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
         objectives = ObjectiveFactory(encoder, evaluation.target, scoring.layer, fitted)
         if budget.objective is not None:
             objectives = objectives.with_custom(budget.objective)
-        settings = evaluation.settings(queries, {budget.name: attack}) | classifier_settings(classifiers, table)
+        settings = evaluation.settings(queries, attacks) | classifier_settings(classifiers, table)
+        session = open_session(run, settings, world, cache)
+        announce_cost(evaluation, objectives, queries, attacks, bank=table, session=session)
         conditions = AttackRunner(evaluation, objectives).run(
             queries,
-            {budget.name: attack},
-            open_session(run, settings, world, cache),
+            attacks,
+            session,
             evaluation.query_info(queries, fitted.class_names),
             clean=CleanEmbeddings(cache, evaluation.clean_key(queries) if cache else None),
         )

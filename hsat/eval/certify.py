@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_layer, to_device
+from hsat.eval.announcements import announce_bank, announce_votes
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
@@ -24,6 +26,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.pooling import own_labels, unreported_levels
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
@@ -90,15 +93,23 @@ class CertificateResult:
     smoothing: Smoothing
     layer: Layer
 
+    __repr__ = result_repr
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes of the classifier."""
         return self.classifier.class_names
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do; returns the folder.
+        """Write the records into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_records(folder, self.records)
 
@@ -142,7 +153,7 @@ def certify(
     evaluation = Evaluation(encoder, Target(), scoring, run, provenance)
     with open_world(run) as (world, cache):
         images = NoisyLoader(cast(Queries, bank), smoothing) if options.noisy_bank else bank
-        table = evaluation.embed_bank(images, world, cache)
+        table = evaluation.embed_bank(images, world, cache, announce=partial(announce_bank, evaluation, world.size))
         _check_classes(table)
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
@@ -150,6 +161,9 @@ def certify(
         session = open_session(run, settings | classifier_settings(classifiers, table), world, cache)
         info = evaluation.query_info(queries, fitted.class_names)
         vote = classifier_vote(select_layer(encoder, scoring.layer), fitted)
+
+        if session.shows:
+            announce_votes(evaluation, vote, queries, smoothing, bank=table, session=session)
 
         def compute(_: int, batch: HierarchicalBatch) -> StoredResult:
             label = align_labels(require_labels(batch), info.class_names, fitted.class_names)

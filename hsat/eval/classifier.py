@@ -82,7 +82,7 @@ def evaluate_classifier(
         0.5
     """
     check_attacks(attacks)
-    batches, first = _open_batches(loader)
+    batches, first = open_batches(loader)
     names = _class_names(model, loader, first, class_names or provenance.class_names, run)
     logits = _LogitsModule(model, names) if isinstance(model, nn.Module) else _LogitsFunction(model, names)
     own = replace(provenance, class_names=_names_of_labels(loader, names))
@@ -166,7 +166,7 @@ def check_logits(logits: Any, n: int, class_names: Sequence[str] | None = None) 
     return logits
 
 
-def _open_batches(loader: Batches) -> tuple[Iterable[HierarchicalBatch], Any]:
+def open_batches(loader: Batches) -> tuple[Iterable[HierarchicalBatch], Any]:
     """Batches with ids, and the first item; a loader that can be read once is not read ahead."""
     source: Any = loader
     if hasattr(getattr(source, "dataset", None), "cohort"):  # hsat's own, whose batches need not be looked at

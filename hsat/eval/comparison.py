@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
-from hsat.eval.artifact_files import HasConditions
 from hsat.eval.confidence import (
     Interval,
     Method,
@@ -33,7 +32,7 @@ from hsat.eval.options import Scoring
 from hsat.eval.pooling import LevelRows, check_scores, pool_by_level
 from hsat.eval.records import Count
 from hsat.files import STRICT, atomic_path, load_arrays
-from hsat.types import GROUP_LABELS, LEVELS, align_labels
+from hsat.types import GROUP_LABELS, LEVELS
 from hsat.untrusted import open_regular
 
 _IDS = ("label", "patch", "slide", "patient")
@@ -318,44 +317,6 @@ def compare_models(
                 method=method,
             )
     return tuple(differences)
-
-
-def score_tables(result: HasConditions) -> tuple[ScoreTable, ...]:
-    """The scores of an evaluation as tables, one per condition and classifier.
-
-    Args:
-        result: What `evaluate_whitebox` gave.
-
-    Returns:
-        The tables; `model` is what the evaluation was given.
-    """
-    return tuple(
-        ScoreTable(
-            scores=scores,
-            label=align_labels(table.label, table.class_names, result.class_names),
-            patch=table.patch,
-            slide=table.slide,
-            patient=table.patient,
-            class_names=result.class_names,
-            cohort=table.cohort,
-            split=table.split,
-            model=table.encoder,
-            condition=condition,
-            k=key if isinstance(key, int) else 0,
-            classifier="" if isinstance(key, int) else key,
-            **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
-        )
-        for condition, table in result.tables.items()
-        for key, scores in result.scores[condition].items()
-    )
-
-
-def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:
-    """Labels of groups in other classes; -1 stays, and for a class that is not among them."""
-    if labels is None:
-        return None
-    places = np.array([names.index(name) if name in names else -1 for name in own] + [-1])
-    return np.asarray(places[labels])
 
 
 def save_scores(path: str | os.PathLike[str], tables: Iterable[ScoreTable]) -> Path:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ from hsat.classifiers import KNNClassifier
 from hsat.distributed import World
 from hsat.embedding import LoaderInfo, label_by_group
 from hsat.eval.adversarial_files import MANIFEST, AdversarialFiles
+from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.evaluation import Bank, Evaluation, classifier_settings, fit_bank, score_queries
 from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target, software_versions
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
 from hsat.eval.records import Record
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
@@ -90,11 +93,19 @@ class ExportResult:
     changed: float
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do; returns the folder.
+        """Write the records into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_records(folder, self.records)
+
+    __repr__ = result_repr
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ def save_adversarial(
     """
     from hsat.data import PatchDataset
 
-    run = dataclasses.replace(run, keep_examples=0)
+    run = dataclasses.replace(run, keep_examples=0, diagnose=0)
     evaluation = Evaluation(encoder, Target.of(target), Scoring(bootstrap=options.bootstrap), run, provenance)
     form, name = image_format(cohort, attack), options.name
     data = PatchDataset(cohort, options.split)
@@ -178,17 +189,19 @@ def save_adversarial(
     files = AdversarialFiles(root, cohort, data.rows.tolist(), resumable=run.resume_dir is not None)
     about = {"source_cohort": cohort.fingerprint(), "grid": form.grid.name}
     with open_world(run) as (world, cache):
-        table = evaluation.embed_bank(bank, world, cache)
+        table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)
         fitted = classifiers[0].fitted
         align_labels(cohort.label[data.rows], cohort.class_names, fitted.class_names)  # before any work is done
         settings = evaluation.settings(queries, {name: attack}) | classifier_settings(classifiers, table)
         settings |= {"root": str(files.root), "cohort": cohort.fingerprint(), "batch_size": options.batch_size}
         session = open_session(run, settings, world, cache)
+        objectives = ObjectiveFactory(encoder, evaluation.target, evaluation.layer, fitted)
+        announce_cost(evaluation, objectives, queries, {name: attack}, bank=table, session=session, embeddings=3)
         with files.open(world):
             conditions = AttackRunner(
                 evaluation,
-                ObjectiveFactory(encoder, evaluation.target, evaluation.layer, fitted),
+                objectives,
                 inspect=lambda batch, _, images, result: _write_batch(files, form, batch, images, result),
                 accept=lambda batch, _: all(map(files.has, batch.patch.tolist())),
             ).run(

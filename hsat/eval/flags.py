@@ -21,8 +21,9 @@ from hsat.types import EmbeddingTable
 def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
     """Reasons to distrust every number that a bank gives on these queries.
 
-    Patients that are known already from the bank; a class of the queries of which the
-    bank has no row, which can never be right; and a bank or queries of a single class.  Classes are told apart by name.
+    Patients that are known already from the bank, or slides where patients are not known; a class of the queries of
+    which the bank has no row, which can never be right; and a bank or queries of a single class.  Classes are told
+    apart by name.
 
     Args:
         bank: What the classifier was fitted on.
@@ -32,6 +33,9 @@ def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]
     if bank.cohort and bank.cohort == queries.cohort:
         shared = np.intersect1d(bank.patient, queries.patient)
         flags += [f"bank and queries share {len(shared)} patients"] if len(shared) else []
+        if not flags and any(np.array_equal(table.patient, table.slide) for table in (bank, queries)):
+            shared = np.intersect1d(bank.slide, queries.slide)  # one of them takes its slides for patients
+            flags += [f"bank and queries share {len(shared)} slides"] if len(shared) else []
     held, asked = _class_counts(bank), _class_counts(queries)
     if len(held) == 1:
         flags.append(f"the bank holds one class only ({next(iter(held))}): no attack can change a decision")

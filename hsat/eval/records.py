@@ -324,8 +324,6 @@ class RecordTemplate:
         classifier: ClassifierFacts,
         scores: np.ndarray,
         queries: EmbeddingTable,
-        *,
-        level_flags: Mapping[str, Sequence[str]] | None = None,
     ) -> list[Record]:
         """One record per level and metric of a condition.
 
@@ -334,7 +332,6 @@ class RecordTemplate:
             classifier: The classifier.
             scores: (n, classes), one row per query.
             queries: Ids and labels of the queries.
-            level_flags: Flags of the records of a level.
         """
         unreported = () if facts.attack else unreported_levels(queries, group_by=self.scoring.group_by)
         levels = measure_levels(scores, queries, class_names=self.class_names, scoring=self.scoring, seed=self.seed)
@@ -348,7 +345,7 @@ class RecordTemplate:
                 n=measured.n,
                 interval=intervals[metric],
                 chance=measured.chance[metric],
-                flags=(*(level_flags or {}).get(level, ()), *(unreported if level == "patch" else ())),
+                flags=unreported if level == "patch" else (),
             )
             for level, (measured, intervals) in levels.items()
             for metric in METRICS

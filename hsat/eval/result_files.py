@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from hsat.eval.artifact_files import ArtifactSource, HasConditions, write_artifacts
-from hsat.eval.comparison import save_scores, score_tables
+from hsat.eval.comparison import ScoreTable, save_scores
 from hsat.eval.options import Provenance, Scoring
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.records import Record, write_records
 from hsat.files import write_file
 from hsat.run_folder import write_run_file
+from hsat.types import GROUP_LABELS, align_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +92,51 @@ def save_conditions(
         ValueError: Without records.
     """
     folder = save_records(folder, [record for result in results for record in result.records], account)
-    save_scores(folder / "scores.npz", [table for result in results for table in score_tables(result)])
+    tables = [table for result in results for table in score_tables(result)]
+    if tables:  # drift has no scores
+        save_scores(folder / "scores.npz", tables)
     for result in results:
         _save_evidence(folder / "evidence", result)
     _save_ensembles(folder / "ensemble.csv", results)
     return folder
+
+
+def score_tables(result: HasConditions) -> tuple[ScoreTable, ...]:
+    """The scores of an evaluation as tables, one per condition and classifier.
+
+    Args:
+        result: What `evaluate_whitebox` gave.
+
+    Returns:
+        The tables; `model` is what the evaluation was given.
+    """
+    return tuple(
+        ScoreTable(
+            scores=scores,
+            label=align_labels(table.label, table.class_names, result.class_names),
+            patch=table.patch,
+            slide=table.slide,
+            patient=table.patient,
+            class_names=result.class_names,
+            cohort=table.cohort,
+            split=table.split,
+            model=table.encoder,
+            condition=condition,
+            k=key if isinstance(key, int) else 0,
+            classifier="" if isinstance(key, int) else key,
+            **{name: _aligned(getattr(table, name), table.class_names, result.class_names) for name in GROUP_LABELS},
+        )
+        for condition, table in result.tables.items()
+        for key, scores in result.scores[condition].items()
+    )
+
+
+def _aligned(labels: np.ndarray | None, own: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray | None:
+    """Labels of groups in other classes; -1 stays, and for a class that is not among them."""
+    if labels is None:
+        return None
+    places = np.array([names.index(name) if name in names else -1 for name in own] + [-1])
+    return np.asarray(places[labels])
 
 
 def _save_evidence(folder: Path, result: MeasuredConditions) -> None:

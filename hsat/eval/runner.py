@@ -72,7 +72,7 @@ def run_batches(
         ValueError: If the ranks see different batches, or the loader gives other batches now than at its first reading
             or than the store knows.
     """
-    numbers = _finished_numbers(session.finished, key)
+    numbers = finished_numbers(session.finished, key)
     shard = ShardedLoader(queries, session.world, finished=numbers)
     results: dict[int, StoredResult] = {}
     for number, batch in show_progress(shard, description) if session.shows else shard:
@@ -96,7 +96,7 @@ def run_batches(
     return session.world.gather_by_index(results)
 
 
-def _finished_numbers(finished: frozenset[str], key: Sequence[str]) -> list[int]:
+def finished_numbers(finished: frozenset[str], key: Sequence[str]) -> list[int]:
     """Numbers of the finished batches of a pass, ascending."""
     numbers = {int(match[1]) for name in finished if (match := _BATCH_NAME.search(name))}
     return sorted(number for number in numbers if ResultStore.file_name(*key, _batch_key(number)) in finished)

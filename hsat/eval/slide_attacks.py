@@ -41,7 +41,8 @@ class SlideBags:
 
     def __init__(self, loader: Iterable[HierarchicalBatch]) -> None:
         self.loader, self.dataset = loader, getattr(loader, "dataset", None)
-        self.chunk: int = getattr(loader, "batch_size", None) or 0
+        first = loader[0] if isinstance(loader, Sequence) and loader else ()
+        self.chunk: int = getattr(loader, "batch_size", None) or len(first)
 
     def __len__(self) -> int:
         """The number of slides; TypeError where the loader's dataset does not say it."""
@@ -49,6 +50,17 @@ class SlideBags:
         if rows is None or not hasattr(cohort, "slide"):
             raise TypeError(f"{type(self.loader).__name__} does not know its slides")
         return len(np.unique(cast(Any, cohort).slide[rows]))
+
+    def sizes(self) -> np.ndarray | None:
+        """Patches of each slide, (slides,), by what the loader says without being read; None where it does not."""
+        cohort, rows = getattr(self.dataset, "cohort", None), getattr(self.dataset, "rows", None)
+        if rows is not None and hasattr(cohort, "slide"):
+            return np.unique(cast(Any, cohort).slide[rows], return_counts=True)[1]
+        if isinstance(self.loader, Sequence) and self.loader:
+            return np.unique(np.concatenate([batch.slide.cpu().numpy() for batch in self.loader]), return_counts=True)[
+                1
+            ]
+        return None
 
     def __iter__(self) -> Iterator[HierarchicalBatch]:
         parts: list[HierarchicalBatch] = []

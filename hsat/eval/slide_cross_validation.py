@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -93,8 +93,8 @@ def cross_validate_slides(
     fitted: list[SlideClassifier] = []
     for number, held_out in enumerate(_fold_patients(label, patient, table.class_names, folds=folds, seed=seed)):
         mine, rows = np.isin(patient, held_out), np.isin(table.patient, held_out)
-        fitted.append(classifier.fit(_select_rows(table, ~rows)))
-        fold[mine], scores[mine] = number, predict_slides(fitted[-1], _select_rows(table, rows))
+        fitted.append(classifier.fit(table[~rows]))
+        fold[mine], scores[mine] = number, predict_slides(fitted[-1], table[rows])
     evaluation = Evaluation(lambda images: images, Target(), scoring, RunOptions(seed=seed), provenance)
     info = LoaderInfo(class_names=table.class_names, cohort=table.cohort, split=table.split)
     template = evaluation.template(None, info, table.class_names, loader=None)
@@ -134,16 +134,3 @@ def _fold_patients(
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     for _, held_out in splitter.split(people, classes):
         yield people[held_out]
-
-
-def _select_rows(table: EmbeddingTable, rows: np.ndarray) -> EmbeddingTable:
-    """The table of some rows (n,) bool."""
-    return replace(
-        table,
-        z=np.asarray(table.z[rows]),
-        label=table.label[rows],
-        patch=table.patch[rows],
-        slide=table.slide[rows],
-        patient=table.patient[rows],
-        norm=None if table.norm is None else table.norm[rows],
-    )

@@ -15,6 +15,7 @@ from torch import nn
 
 from hsat.attacks.bags import SlideTarget
 from hsat.embedding import eval_mode
+from hsat.eval.announcements import announce_slides
 from hsat.eval.budget import mean_interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
@@ -23,6 +24,7 @@ from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.pooling import LevelRows
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, run_batches
 from hsat.eval.slide_attacks import (
     PatchOrder,
@@ -75,11 +77,19 @@ class SlidesResult:
     class_names: tuple[str, ...]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do; returns the folder.
+        """Write the records into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_records(folder, self.records)
+
+    __repr__ = result_repr
 
     def accuracy(self, attack: str, fraction: float) -> float:
         """Share of the slides that are decided rightly.
@@ -211,6 +221,8 @@ def evaluate_slides(
             known=known,
         )
         session = open_session(run, settings, world, cache)
+        if session.shows:
+            announce_slides(attacker, session)
         results = run_batches(bags, attacker.attack_slide, session, description="attacking slides")
         known.close(len(results), world)
     if not results:

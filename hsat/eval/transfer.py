@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import LoaderInfo
+from hsat.eval.announcements import announce_bank, announce_transfer
 from hsat.eval.evaluation import (
     Evaluation,
     Queries,
@@ -29,11 +31,11 @@ from hsat.eval.records import Record, RecordTemplate
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world, result_of, table_of
 from hsat.eval.transfer_drops import (
-    OTHERS,
     Pair,
     TransferDrop,
     TransferResult,
     average_drops,
+    check_pairs,
     resample_metrics,
     transfer_drop,
 )
@@ -120,6 +122,7 @@ def evaluate_transfer(
         settings = _transfer_settings(evaluations, banks, queries, attacks, classifier)
         session = open_session(run, settings, world, cache, growing=_GROWING)
         work = _TransferWork(evaluations, queries, banks, classifier, session)
+        work.announce(chosen, attacks, decides=decides)
         clean = {name: work.clean(name) for name in dict.fromkeys(name for _, name in chosen)}
         conditions: dict[Pair, Condition] = {}
         made: list[Pair] = []
@@ -179,11 +182,23 @@ class _TransferWork:
             self._fitted[name] = FittedBank(table, fit_bank(self._classifier, table))
         return self._fitted[name]
 
+    def announce(self, pairs: Sequence[Pair], attacks: Mapping[str, Attack], *, decides: bool) -> None:
+        """Embed the banks, and say what is left, where progress is shown; decides: some attack is on the decision."""
+        needed = dict.fromkeys(name for pair in pairs for name in pair[not decides :])
+        banks = [self.fitted(name).table for name in needed]
+        if self._session.shows:
+            known = {name: self._objectives(name, decides=decides) for name, _ in pairs}
+            session, queries = self._session, self._queries
+            announce_transfer(self._evaluations, known, pairs, attacks, queries, banks=banks, session=session)
+
+    def _objectives(self, name: str, *, decides: bool) -> ObjectiveFactory:
+        evaluation, fitted = self._evaluations[name], self._decision(name) if decides else None
+        return ObjectiveFactory(evaluation.encoder, evaluation.target, evaluation.layer, fitted)
+
     def clean(self, name: str) -> EmbeddingTable:
         """A target's embeddings of the clean queries."""
         evaluation = self._evaluations[name]
-        objectives = ObjectiveFactory(evaluation.encoder, evaluation.target, evaluation.layer, self._decision(name))
-        runner = AttackRunner(evaluation, objectives, {name: evaluation.encoder})
+        runner = AttackRunner(evaluation, self._objectives(name, decides=True), {name: evaluation.encoder})
         conditions = self._pass(runner, evaluation, {}, self._info(name), key=("clean", name))
         return conditions[CLEAN].tables[name]
 
@@ -191,10 +206,9 @@ class _TransferWork:
         """The targets' embeddings of the queries attacked on a surrogate, and whether they were made just now."""
         evaluation = self._evaluations[surrogate]
         decides = attacks_decision(evaluation.target, attack)
-        fitted = self._decision(surrogate) if decides else None
         runner = AttackRunner(
             evaluation,
-            ObjectiveFactory(evaluation.encoder, evaluation.target, evaluation.layer, fitted),
+            self._objectives(surrogate, decides=decides),
             {reader: self._evaluations[reader].encoder for reader in readers},
             include_clean=False,
         )
@@ -238,7 +252,10 @@ class _TransferWork:
         evaluation, session, banks = self._evaluations[name], self._session, self._banks
         if isinstance(banks, Mapping):
             return banks[name]
-        return self._stored(lambda: evaluation.embed_bank(banks, session.world, session.cache), "bank", name)
+        announce = partial(announce_bank, evaluation, session.world.size)
+        return self._stored(
+            lambda: evaluation.embed_bank(banks, session.world, session.cache, announce=announce), "bank", name
+        )
 
     def _stored(self, embed: Callable[[], EmbeddingTable], *key: str) -> EmbeddingTable:
         """The table of a key from the store; else a new one, which all ranks embed together."""
@@ -321,34 +338,6 @@ def _transfer_settings(
     else:
         settings |= {f"banks.{key}": value for key, value in loader_settings(banks).items()}
     return settings | {f"queries.{key}": value for key, value in loader_settings(queries).items()}
-
-
-def check_pairs(encoders: Mapping[str, EncoderSource], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
-    """The pairs of surrogate and target: what was asked for, else all.
-
-    Raises:
-        TypeError: For encoders that are no mapping of callables, and pairs that are no pairs of names.
-        ValueError: For names that are unknown, doubled or taken, naming them.
-    """
-    if not isinstance(encoders, Mapping) or not encoders:
-        raise TypeError(f"encoders must be a mapping such as {{'a': encoder}}, got {type(encoders).__name__}")
-    for name, encoder in encoders.items():
-        if not isinstance(name, str) or not callable(encoder):
-            raise TypeError(
-                f"encoders must map names to encoders, or to functions that load one; got {name!r}: {encoder!r}"
-            )
-    if taken := {"", OTHERS} & encoders.keys():
-        raise ValueError(f"an encoder cannot be called {taken.pop()!r}: records need that name for something else")
-    if pairs is None:
-        return tuple((surrogate, target) for surrogate in encoders for target in encoders)
-    chosen = [tuple(pair) if not isinstance(pair, str) else () for pair in pairs]
-    if not chosen or any(len(pair) != 2 for pair in chosen):
-        raise TypeError(f"pairs must hold (surrogate, target) names, as in (('a', 'b'),); got {pairs!r}")
-    if unknown := sorted({name for pair in chosen for name in pair} - encoders.keys()):
-        raise ValueError(f"pairs name {unknown}, which are no encoders; there are {list(encoders)}")
-    if len(set(chosen)) < len(chosen):
-        raise ValueError(f"pairs hold a pair twice: {chosen}")
-    return cast(tuple[Pair, ...], tuple(chosen))
 
 
 def _check_banks(banks: Banks, names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from hsat.eval.evaluation import ScoredClassifier, ScoresKey
 from hsat.eval.pooling import pool_by_level
 from hsat.eval.records import Record, RecordTemplate
 from hsat.eval.result_files import save_records
+from hsat.eval.result_text import result_repr
 from hsat.types import EmbeddingTable
 
 OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
@@ -52,11 +54,19 @@ class TransferResult:
     made: tuple[Pair, ...]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do; returns the folder.
+        """Write the records into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_records(folder, self.records)
+
+    __repr__ = result_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,3 +171,31 @@ def _with_interval(record: Record, metric: str, value: float, resampled: np.ndar
     return dataclasses.replace(
         record, metric=metric, value=value, low=interval.low, high=interval.high, chance=None, settings=settings
     )
+
+
+def check_pairs(encoders: Mapping[str, object], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
+    """The pairs of surrogate and target: what was asked for, else all.
+
+    Raises:
+        TypeError: For encoders that are no mapping of callables, and pairs that are no pairs of names.
+        ValueError: For names that are unknown, doubled or taken, naming them.
+    """
+    if not isinstance(encoders, Mapping) or not encoders:
+        raise TypeError(f"encoders must be a mapping such as {{'a': encoder}}, got {type(encoders).__name__}")
+    for name, encoder in encoders.items():
+        if not isinstance(name, str) or not callable(encoder):
+            raise TypeError(
+                f"encoders must map names to encoders, or to functions that load one; got {name!r}: {encoder!r}"
+            )
+    if taken := {"", OTHERS} & encoders.keys():
+        raise ValueError(f"an encoder cannot be called {taken.pop()!r}: records need that name for something else")
+    if pairs is None:
+        return tuple((surrogate, target) for surrogate in encoders for target in encoders)
+    chosen = [tuple(pair) if not isinstance(pair, str) else () for pair in pairs]
+    if not chosen or any(len(pair) != 2 for pair in chosen):
+        raise TypeError(f"pairs must hold (surrogate, target) names, as in (('a', 'b'),); got {pairs!r}")
+    if unknown := sorted({name for pair in chosen for name in pair} - encoders.keys()):
+        raise ValueError(f"pairs name {unknown}, which are no encoders; there are {list(encoders)}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"pairs hold a pair twice: {chosen}")
+    return cast(tuple[Pair, ...], tuple(chosen))

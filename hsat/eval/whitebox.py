@@ -17,8 +17,8 @@ from torch import Tensor
 from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import eval_mode
+from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.confidence import binomial_tail
-from hsat.eval.cost import announce_bank, announce_cost
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
     Bank,
@@ -36,6 +36,7 @@ from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.result_files import save_conditions
+from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
@@ -50,8 +51,8 @@ from hsat.types import (
 _TOLERATED = 0.05  # share of the images robust to every gradient that a search without them may break by luck
 _FALSE_ALARM = 0.01
 POOLED = (
-    "pooled at each patch's worst case: a patch that is broken is not pushed further, so that an attack on the pool"
-    " may do more"
+    "slides and patients pool each patch's worst case; a patch that is broken is not pushed further, so that an attack"
+    " on the pool may do more"
 )
 
 
@@ -79,11 +80,19 @@ class WhiteboxResult:
     example_rows: tuple[int, ...] = ()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write records, scores and evidence into a folder, as the commands do; returns the folder.
+        """Write records, scores and evidence into a folder, as the commands do.
 
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.
+
+        Returns:
+            The folder.
         """
         return save_conditions(folder, [self])
+
+    __repr__ = result_repr
 
 
 class AttackedQueries(NamedTuple):
@@ -189,8 +198,8 @@ def attack_queries(
     diagnostics = DiagnosticsCollector(
         encoder, objectives, attacks, layer=layer, classifier=classifier, run=run, name=name
     )
-    if session.shows:
-        announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session)
+    classes = len(classifier.class_names)
+    announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session, classes=classes)
     conditions = AttackRunner(evaluation, objectives).run(
         queries,
         attacks,
@@ -296,7 +305,7 @@ def condition_records(
             settings["natural_shift"] = {"kind": attack.kind, "strength": attack.strength, "text": attack.text}
         if condition.outcome is not None:
             flags += black_box_flags(condition.outcome)
-            settings |= ensemble_settings(condition.outcome)
+            settings |= ensemble_settings(condition.outcome) | {"note": POOLED}
         if surrogate_checkpoint is not None:
             settings["surrogate_checkpoint"] = surrogate_checkpoint
         if diagnosis is not None:
@@ -310,14 +319,7 @@ def condition_records(
             settings=settings,
             surrogate=surrogate,
         )
-        pooled = (POOLED,) if condition.outcome is not None else ()
-        records += template.measure(
-            facts,
-            classifier.facts(table, seed=template.seed),
-            scores[classifier.key],
-            table,
-            level_flags={"slide": pooled, "patient": pooled},
-        )
+        records += template.measure(facts, classifier.facts(table, seed=template.seed), scores[classifier.key], table)
     return records
 
 

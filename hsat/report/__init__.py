@@ -13,6 +13,7 @@ from hsat.report.paper import PaperRow, PaperTable, paper_csv, paper_latex, pape
 from hsat.report.plots import plot_certified_accuracy, plot_patches, plot_transfer
 from hsat.report.record_files import record_tables, records_csv, records_frame, records_latex
 from hsat.report.run_folders import RunFolder, open_runs
+from hsat.report.short_summary import short_summary
 from hsat.report.tables import accuracy_tables, differences_table, markdown_table, transfer_markdown, transfer_tables
 from hsat.report.views_plot import plot_views
 
@@ -41,6 +42,7 @@ __all__ = [
     "records_csv",
     "records_frame",
     "records_latex",
+    "short_summary",
     "transfer_markdown",
     "transfer_tables",
     "write_report",

@@ -15,6 +15,7 @@ from hsat.attacks import hierarchical
 from hsat.losses import HiDiscTerms
 from hsat.models import branch, frozen, is_dual
 from hsat.models.dual_norm import BatchNorm
+from hsat.quantities import fields_repr
 from hsat.types import Attack, HierarchicalBatch
 
 Terms = HiDiscTerms | Tensor
@@ -36,6 +37,9 @@ class StepResult(NamedTuple):
     clean: Terms | None
     adversarial: Terms | None
     x_adv: Tensor | None
+
+    def __repr__(self) -> str:
+        return fields_repr(self, self._fields)
 
 
 def adversarial_step(

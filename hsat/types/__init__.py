@@ -16,8 +16,9 @@ from hsat.types.protocols import (
     SuccessTest,
     ThreatModel,
 )
+from hsat.types.row_checks import align_labels
 from hsat.types.slides import SlideClassifier
-from hsat.types.table import GROUP_LABELS, EmbeddingTable, align_labels
+from hsat.types.table import GROUP_LABELS, EmbeddingTable
 
 __all__ = [
     "GROUP_LABELS",

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsat.quantities import fields_repr
+
 LEVELS = ("patch", "slide", "patient")
+UNLABELLED = "unlabelled"
+"""The class of patches that have none."""
 
 
 def _as_ids(name: str, ids: Tensor, n: int) -> Tensor:
@@ -83,6 +87,9 @@ class Levels:
 
     def __len__(self) -> int:
         return len(self.patch)
+
+    def __repr__(self) -> str:
+        return fields_repr(self, LEVELS)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Levels:
         """The same ids on another device, without counting again.
@@ -162,6 +169,9 @@ class HierarchicalBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        return fields_repr(self, ("images", *LEVELS, "label"))
 
     def replace(self, *, images: Tensor) -> HierarchicalBatch:
         """The same ids and labels with other images; nothing is counted or checked again but the number of images.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hsat.quantities import fields_repr
 from hsat.types.table import EmbeddingTable
 
 Objective = Callable[[Tensor], Tensor]
@@ -219,6 +220,9 @@ class AttackResult:
     never_moved: Tensor | None = None
     embedding: Tensor | None = None
     outside: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return fields_repr(self, (one.name for one in fields(self)))
 
 
 @dataclass(frozen=True, kw_only=True)

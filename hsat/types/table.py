@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from hsat.files import atomic_folder, load_array
+from hsat.quantities import fields_repr
+from hsat.types.columns import NamedColumns, embedding_rows, rows_of_index
+from hsat.types.h5_files import PathLike, read_h5_columns
+from hsat.types.row_checks import align_labels, integer_column, row_lengths, rows_in_memory, unit_rows
 
 _TABLE_IDS = ("label", "patch", "slide", "patient")
 GROUP_LABELS = ("slide_label", "patient_label")
@@ -80,7 +84,7 @@ class EmbeddingTable:
         n = len(self.z)
         for name in (*_TABLE_IDS, *GROUP_LABELS):
             if getattr(self, name) is not None or name in _TABLE_IDS:
-                object.__setattr__(self, name, _checked_integers(name, getattr(self, name), n))
+                object.__setattr__(self, name, integer_column(name, getattr(self, name), n))
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if not all(isinstance(name, str) for name in self.class_names):
             raise TypeError(f"class_names must be names, got {self.class_names!r}")
@@ -94,10 +98,189 @@ class EmbeddingTable:
         _check_group_labels(self)
         lengths = self.norm
         if not isinstance(self.z, np.memmap):
-            z, own_lengths = _unit_rows(self.z)
+            z, own_lengths = unit_rows(self.z)
             object.__setattr__(self, "z", z)
             lengths = own_lengths if lengths is None else lengths
-        object.__setattr__(self, "norm", None if lengths is None else _checked_norm(lengths, n))
+        object.__setattr__(self, "norm", None if lengths is None else row_lengths(lengths, n))
+
+    @classmethod
+    def from_arrays(
+        cls,
+        z: Any,
+        labels: Any,
+        patients: Any = None,
+        slides: Any = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        cohort: str | None = None,
+        split: str = "",
+        encoder: str = "",
+        norm: Any = None,
+    ) -> EmbeddingTable:
+        """A table of embeddings that another program made, with labels, patients and slides by name.
+
+        Classes are sorted, texts by alphabet and numbers by size, unless `class_names` has them.  Ids of patients and
+        slides depend on their names alone ("004" is not 4, "4" is), so that tables that were made apart, a bank and
+        its queries, are compared: a patient that is in both is flagged.
+
+        Without patients every slide counts as a patient, and without both every row does; a warning says so, because
+        intervals are then too narrow.  Without slides a patient has one slide.
+
+        Args:
+            z: (n, d) floats, array or tensor, as the encoder gave them: rows become unit rows, `norm` keeps lengths.
+            labels: (n,) texts, or whole numbers: indices of `class_names` where that is given, else names themselves.
+            patients: (n,) texts or whole numbers.
+            slides: (n,) texts or whole numbers, each of one patient.
+            class_names: The classes in their order.
+            cohort: Its name; ids are compared among tables of one cohort only.  None: "named ids", or "", which is
+                compared with nothing, where neither patients nor slides are given.
+            split: Name of the split.
+            encoder: Name of the encoder.
+            norm: (n,) lengths before normalisation, where z holds unit rows.
+
+        Returns:
+            The table; row i is patch i.
+
+        Raises:
+            ValueError: For another number of values than rows, values that are missing ("", NaN, None, "NA", a number
+                below 0), a slide of two patients, rows of z that are zero or not finite, and labels that are no class,
+                with the row.
+            TypeError: For other kinds of values.
+
+        Example:
+            >>> z, patients = [[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], ["004", "004", "011"]
+            >>> table = EmbeddingTable.from_arrays(z, ["tumour", "normal", "tumour"], patients)
+            >>> table.class_names, table.label.tolist(), table.norm.tolist()
+            (('normal', 'tumour'), [1, 0, 1], [5.0, 2.0, 1.0])
+        """
+        rows = embedding_rows(z)
+        columns = NamedColumns.of(len(rows), labels, patients, slides, class_names, text=f"{cohort} {split}")
+        return cls._of_columns(rows, columns, cohort, split=split, encoder=encoder, norm=norm)
+
+    @classmethod
+    def _of_columns(cls, z: np.ndarray, columns: NamedColumns, cohort: str | None, **text: Any) -> EmbeddingTable:
+        return cls(
+            z=z,
+            label=columns.label,
+            patch=np.arange(len(z)),
+            slide=columns.slide,
+            patient=columns.patient,
+            class_names=columns.class_names,
+            cohort=columns.cohort if cohort is None else cohort,
+            **text,
+        )
+
+    @classmethod
+    def from_h5(
+        cls,
+        paths: PathLike | Iterable[PathLike],
+        *,
+        features: str = "features",
+        labels: str | Mapping[Any, Any] = "labels",
+        patients: str | Mapping[Any, Any] | None = None,
+        slides: str | None = None,
+        class_names: Sequence[str] | None = None,
+        cohort: str | None = None,
+        split: str = "",
+        encoder: str = "",
+        max_bytes: int | None = None,
+    ) -> EmbeddingTable:
+        """A table of the embeddings in HDF5 files: one of everything, or one per slide as CLAM and TRIDENT write them.
+
+        Where several files or a mapping are given and no `slides`, each file is a slide, which is called as the file
+        without its ending.  What is not known is filled in as in `from_arrays`.
+
+        Files may come from anybody: links, virtual datasets, values in other files, objects, and datasets that say
+        they are larger than what the file holds are refused before anything is followed or allocated.
+
+        Args:
+            paths: A file, or several; rows follow one another.
+            features: Name of the dataset (n, d), such as "features" or "patches/features".
+            labels: Name of a dataset (n,), or a mapping from each slide's name to its label.
+            patients: Likewise; None: not known.
+            slides: Name of a dataset (n,).
+            class_names, cohort, split, encoder: See `from_arrays`.
+            max_bytes: Most bytes of a dataset in memory.  By default what the file holds; of packed data 64 times that,
+                and always 256 MiB.
+
+        Returns:
+            The table.
+
+        Raises:
+            FileNotFoundError: For a file that is not there.
+            ImportError: Without h5py; it names the command that installs it.
+            ValueError: For a dataset that is missing or refused, with the file, for a slide that a mapping lacks, and
+                what `from_arrays` refuses, with file and row.
+            TypeError: For other kinds of values, and for labels or patients that are neither a name nor a mapping.
+
+        Example:
+            >>> files = sorted(Path("features").glob("*.h5"))
+            >>> EmbeddingTable.from_h5(files, labels={"S1": "tumour"}, patients={"S1": "004"})  # doctest: +SKIP
+        """
+        read = read_h5_columns(
+            paths, features=features, labels=labels, patients=patients, slides=slides, max_bytes=max_bytes
+        )
+        z, text = np.concatenate(read.z), f"{cohort} {split}"
+        columns = NamedColumns.of(
+            len(z), read.labels, read.patients, read.slides, class_names, place=read.place(), text=text
+        )
+        return cls._of_columns(z, columns, cohort, split=split, encoder=encoder)
+
+    @classmethod
+    def concat(cls, tables: Iterable[EmbeddingTable]) -> EmbeddingTable:
+        """The rows of several tables as one in memory; classes are matched by name.
+
+        Args:
+            tables: At least one, of one width, one encoder and one cohort.
+
+        Returns:
+            The rows in their order.  Its split is the names of the splits with "+" between; `norm`, `slide_label` and
+            `patient_label` are kept where every table has them.
+
+        Raises:
+            ValueError: Without tables, and for tables of other widths, encoders or cohorts, with their numbers.
+            TypeError: For what is no table.
+        """
+        parts = list(tables)
+        if not parts:
+            raise ValueError("no table is given, so there is nothing to concatenate")
+        first = parts[0]
+        for number, part in enumerate(parts):
+            if not isinstance(part, EmbeddingTable):
+                raise TypeError(f"table {number} is a {type(part).__name__}, not an EmbeddingTable")
+            for what, own, other in (
+                ("has width", part.z.shape[1], first.z.shape[1]),
+                ("was embedded by", part.encoder, first.encoder),
+                ("is of cohort", part.cohort, first.cohort),
+            ):
+                if own != other:
+                    raise ValueError(f"table {number} {what} {own!r}, and table 0 {what} {other!r}")
+        names = tuple(dict.fromkeys(name for part in parts for name in part.class_names))
+        columns: dict[str, Any] = {"z": np.concatenate([rows_in_memory(part.z) for part in parts])}
+        columns |= {name: np.concatenate([getattr(part, name) for part in parts]) for name in _TABLE_IDS}
+        columns["label"] = np.concatenate([align_labels(part.label, part.class_names, names) for part in parts])
+        for name in ("norm", *GROUP_LABELS):
+            known = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            columns[name] = np.concatenate(known) if len(known) == len(parts) else None
+        for name in GROUP_LABELS:
+            if columns[name] is not None:
+                places = [np.array([*map(names.index, part.class_names), -1]) for part in parts]
+                columns[name] = np.concatenate(
+                    [place[getattr(part, name)] for place, part in zip(places, parts, strict=True)]
+                )
+        split = "+".join(dict.fromkeys(part.split for part in parts))
+        return replace(first, **columns, class_names=names, split=split)
+
+    def __getitem__(self, index: Any) -> EmbeddingTable:
+        """The table of some rows: a slice, a mask (n,), or numbers of rows; classes and all else stay.
+
+        A slice of a memory-mapped table stays on the disk; masks and numbers read their rows into memory.
+        """
+        rows = rows_of_index(index, len(self))
+        columns = {name: getattr(self, name) for name in (*_TABLE_IDS, "norm", *GROUP_LABELS)}
+        chosen: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
+        z = self.z[rows]
+        return replace(self, z=z if isinstance(z, np.memmap) else rows_in_memory(z), **chosen)
 
     def raw(self) -> np.ndarray:
         """The rows as the encoder gave them, (n, d) float32: unit rows times their lengths.
@@ -114,6 +297,10 @@ class EmbeddingTable:
 
     def __len__(self) -> int:
         return len(self.z)
+
+    def __repr__(self) -> str:
+        texts = [name for name in _TABLE_TEXT if getattr(self, name)]
+        return fields_repr(self, ("z", *_TABLE_IDS, "class_names", *texts, "norm", *GROUP_LABELS))
 
     def save(self, path: str | os.PathLike[str], *, dtype: Literal["float32", "float16"] = "float32") -> Path:
         """Write the table as a folder of .npy files and a table.json; the folder appears whole or not at all.
@@ -180,38 +367,6 @@ class EmbeddingTable:
             raise ValueError(f"{path} is no table: {error}") from error
 
 
-def align_labels(labels: np.ndarray, own_names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
-    """Labels as indices into another list of class names, matched by name.
-
-    Args:
-        labels: (n,) indices into `own_names`.
-        own_names: The classes of the labels.
-        class_names: The other classes, those of a classifier.
-
-    Returns:
-        (n,) int64 indices into `class_names`.
-
-    Raises:
-        ValueError: Naming every class that occurs in the labels and is missing from `class_names`, or for a label that
-            is no index of `own_names`.
-    """
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(own_names):
-        raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}, and there are {len(own_names)} classes:"
-            f" {list(own_names)}"
-        )
-    position = {name: index for index, name in enumerate(class_names)}
-    used = {own_names[index] for index in np.unique(labels)}
-    if unknown := sorted(used - position.keys()):
-        raise ValueError(
-            f"the queries hold classes {unknown} that the bank does not know; it knows {list(class_names)}."
-            " Give both cohorts the same class names, or leave those rows out"
-        )
-    lookup = np.array([position.get(name, -1) for name in own_names], dtype=np.int64)
-    aligned: np.ndarray = lookup[labels]
-    return aligned
-
-
 def _read_text(path: Path) -> dict[str, Any]:
     """What `save` wrote into table.json."""
     try:
@@ -226,31 +381,6 @@ def _read_text(path: Path) -> dict[str, Any]:
     return dict(text)
 
 
-def _unit_rows(z: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Float32 unit rows, and their lengths before normalisation; None where they were unit rows already."""
-    if not np.issubdtype(z.dtype, np.floating):
-        raise TypeError(f"z must hold floats, got {z.dtype}")
-    z = z.astype(np.float64) if z.dtype.itemsize > np.dtype(np.float64).itemsize else z
-    lengths = np.sqrt(np.einsum("ij,ij->i", z, z, dtype=np.float64))
-    finite = np.isfinite(lengths)
-    if not finite.all():
-        rows = np.flatnonzero(~finite)
-        raise ValueError(f"z holds non-finite values in {len(rows)} of {len(z)} rows, first in row {rows[0]}")
-    if np.abs(lengths - 1.0).max(initial=0.0) <= 1e-5:
-        return np.ascontiguousarray(z, dtype=np.float32), None
-    unit = z / np.where(lengths > 0, lengths, 1.0)[:, None]
-    return np.ascontiguousarray(unit, dtype=np.float32), lengths.astype(np.float32)
-
-
-def _checked_integers(name: str, values: object, n: int) -> np.ndarray:
-    ids = np.asarray(values)
-    if ids.shape != (n,):
-        raise ValueError(f"{n} embeddings but {name} has shape {ids.shape}; expected ({n},)")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"{name} must hold integers, got {ids.dtype}")
-    return ids.astype(np.int64, copy=False)
-
-
 def _check_group_labels(table: EmbeddingTable) -> None:
     for name in GROUP_LABELS:
         stated = getattr(table, name)
@@ -259,15 +389,3 @@ def _check_group_labels(table: EmbeddingTable) -> None:
                 f"{name} runs from {stated.min()} to {stated.max()}; wanted -1 (not known) or a number below"
                 f" {len(table.class_names)}, of the classes {table.class_names}"
             )
-
-
-def _checked_norm(norm: np.ndarray, n: int) -> np.ndarray:
-    norm = np.asarray(norm)
-    if norm.shape != (n,):
-        raise ValueError(f"{n} embeddings but norm has shape {norm.shape}; expected ({n},)")
-    if not np.issubdtype(norm.dtype, np.floating):
-        raise TypeError(f"norm must hold floats, got {norm.dtype}")
-    if not (np.isfinite(norm) & (norm >= 0)).all():
-        row = int(np.flatnonzero(~(np.isfinite(norm) & (norm >= 0)))[0])
-        raise ValueError(f"norm must hold finite lengths of at least 0, got {norm[row]} in row {row}")
-    return norm.astype(np.float32, copy=False)

@@ -80,3 +80,12 @@ def test_mistakes_end_the_program_with_their_name(argv, named, start, tmp_path, 
 
     assert re.search(named, stops(budget, [*start, *argv, "--out", str(tmp_path / "out")]))
     assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_it_says_what_it_will_cost(start, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hsat")
+    budget([*[word for word in start if word != "--quiet"], "--attacks", "pgd", "--out", str(tmp_path)])
+    assert any(
+        message.startswith("12 patches: at most 4 forward and 2 backward passes each, about ")
+        for message in caplog.messages
+    )

@@ -64,3 +64,13 @@ def test_mistakes_end_the_program_with_their_name(argv, named, trained, root, tm
     start = ["--data.root", str(root), *QUICK, "--out", str(tmp_path)]
     start += ["--checkpoint", str(trained / "final.safetensors")] if argv else []
     assert named in stops(certify, [*start, *argv])
+
+
+def test_it_says_what_it_will_cost(trained, root, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hsat")
+    argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK]
+    certify([*[word for word in argv if word != "--quiet"], "--out", str(tmp_path / "out")])
+    assert any(
+        message.startswith("12 patches: at most 45 forward and 0 backward passes each, about ")
+        for message in caplog.messages
+    )

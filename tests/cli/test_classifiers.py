@@ -9,10 +9,11 @@ import pytest
 
 from hsat.classifiers import KNNClassifier, LinearProbe, NearestCentroid
 from hsat.cli import budget, certify, evaluate, export, reproduce, transfer, universal
-from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, default_k, is_opensrh
+from hsat.cli.classifiers import ClassifierOptions, choose_classifiers
 from hsat.cli.evaluation import upper_bound_note
 from hsat.data import PatchDataset, patch_loader, read_folders, read_opensrh
 from hsat.eval import load_scores, read_records
+from hsat.eval.default_neighbours import default_k, is_opensrh
 from hsat.report import write_report
 
 FEW = "--data.image_size 32 --batch_size 4 --quiet --bootstrap 10".split()

@@ -81,7 +81,7 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
     assert all(f" {name} |" in table for name in conditions) and "BIM" not in table
     assert "**Natural shift, patch level, Acc in %" in table and "| blur |" in table and "stain" not in table
     shown = capsys.readouterr()
-    assert table.strip() in shown.out and "natural shift without stain: SRH patches are not stained" in shown.err
+    assert len(shown.out.splitlines()) <= 10 and "natural shift without stain: SRH patches are not stained" in shown.err
     assert not list((out / "evidence").rglob("blur*"))
     for name in ("accuracy_vs_eps.png", "patches_run_PGD-8.png"):
         with Image.open(out / name) as picture:
@@ -163,7 +163,7 @@ def test_two_checkpoints_are_compared_on_the_same_patients(trained, root, tmp_pa
     argv = ["--checkpoint", both, "--data.root", str(root), *ONE, "--gallery", "0", "--untrained"]
     evaluate([*argv, "--out", str(tmp_path / "out")])
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "**Differences** from first" in table and table.strip() in capsys.readouterr().out
+    assert "**Differences** from first" in table and len(capsys.readouterr().out.splitlines()) <= 10
     found = json.loads((tmp_path / "out" / "differences.json").read_text())
     assert {(each["model"], each["against"]) for each in found} == {("second", "first"), ("untrained", "first")}
     measured = {model: values(tmp_path / "out", model) for model in ("first", "second", "untrained")}

@@ -52,3 +52,12 @@ def test_files_are_a_cohort_inside_the_ball_and_no_run_overwrites_another(start,
 def test_mistakes_end_the_program_with_their_name(argv, named, start, tmp_path, stops):
     assert named in stops(export, [*start, *argv, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_it_says_what_it_will_cost(start, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hsat")
+    export([*[word for word in start if word != "--quiet"], "--out", str(tmp_path / "adv")])
+    assert any(
+        message.startswith("12 patches: at most 5 forward and 2 backward passes each, about ")
+        for message in caplog.messages
+    )

@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from hsat.eval import read_records
+from hsat.classifiers import KNNClassifier
+from hsat.eval import Provenance, evaluate_whitebox, read_records
 from hsat.report import open_runs, records_csv, records_latex
+from hsat.types import HierarchicalBatch
 
 ROOT = Path(__file__).parents[2]
+PROVENANCE = Provenance(model="an encoder", class_names=("a", "b"))
 
 
 def report(argv):
@@ -95,13 +99,17 @@ def test_a_folder_with_a_comma_is_refused(tmp_path, stops):
 
 def test_the_page_about_the_report_runs(tmp_path, capsys):
     text = (ROOT / "docs" / "report.md").read_text()
-    names = {}
+    ids = torch.arange(8)
+    batch = HierarchicalBatch(torch.rand(8, 3, 8, 8), ids, ids, ids // 2, ids // 2 % 2)
+    knn = KNNClassifier(k=2)
+    result = evaluate_whitebox(lambda x: x.flatten(1), [batch], [batch], {}, classifier=knn, provenance=PROVENANCE)
+    names = {"result": result}
     with contextlib.chdir(tmp_path):
         for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             exec(compile(code, "report.md", "exec", dont_inherit=True), names)
-    assert "mine has 90.0 % [80.0, 95.0] accuracy" in (tmp_path / "report.html").read_text()
+    assert "an encoder" in (tmp_path / "report.html").read_text()
     assert names["artifacts"].model == "mine"
-    assert read_records(tmp_path / "runs" / "mine" / "records.jsonl") == (names["record"],)
+    assert read_records(tmp_path / "runs" / "other" / "records.jsonl") == names["mine"].records
 
 
 def test_the_commands_of_the_page_parse():

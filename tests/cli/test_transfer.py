@@ -132,3 +132,13 @@ def test_two_encoders_of_one_name_and_none_at_all(argv, files, root, tmp_path, s
     twice = f"a={files['a']},a={files['b']}"
     assert "two encoders are called 'a'" in stops(transfer, [*argv, "--checkpoint", twice, "--out", str(tmp_path)])
     assert "--checkpoint a=FILE" in stops(transfer, ["--data.root", str(root)])
+
+
+def test_it_says_what_it_will_cost(argv, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hsat")
+    short = [word for word in argv if word != "--quiet"]
+    transfer([*short, "--surrogates", "a", "--targets", "b", "--out", str(tmp_path / "out")])
+    assert any(
+        message.startswith("12 patches: at most 9 forward and 4 backward passes each, about ")
+        for message in caplog.messages
+    )

@@ -32,3 +32,11 @@ def test_one_perturbation_is_fitted_once_and_measured_on_all(trained, root, tmp_
         universal, [*start, "--fit_on", "c", "--out", str(tmp_path / "other")]
     )
     assert "--eps has 2" in stops(universal, [*start, "--eps", "4/255,8/255", "--out", str(tmp_path / "other")])
+
+
+def test_it_says_what_fitting_will_cost(trained, root, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hsat")
+    argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), "--data.image_size", "32"]
+    universal([*argv, *"--k 5 --epochs 2 --batch_size 12 --bootstrap 0".split(), "--out", str(tmp_path / "out")])
+    passes = [message.partition(",")[0] for message in caplog.messages if "passes each" in message]
+    assert passes[0].endswith("patches: at most 4 forward and 2 backward passes each")

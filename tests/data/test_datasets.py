@@ -126,6 +126,14 @@ def test_a_subset_shows_the_chosen_patches_in_the_order_given(cohort):
         part.subset([True, False, True])
 
 
+def test_a_thinned_dataset_spans_the_whole(cohort):
+    whole = PatchDataset(cohort, "train")
+    assert whole.thin(4).rows.tolist() == whole.rows[[0, 4, 8, 12]].tolist()
+    assert whole.thin(None) is whole and whole.thin(99) is whole and len(whole.thin(1)) == 1
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        whole.thin(0)
+
+
 def test_an_unreadable_patch_is_named(cohort):
     cohort.path(4).write_bytes(b"<html>not an image</html>")
     dataset = PatchDataset(cohort)

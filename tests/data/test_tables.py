@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hsat.data import from_frame, read_csv
-from hsat.data.values import alike_names, is_missing
+from hsat.types.names import alike_names, is_missing
 
 NAMES = {"path": "file", "class": "label", "patient": "case_id", "slide": "slide_id"}
 WILDS = "patches/patient_{patient}_node_{node}/patch_patient_{patient}_node_{node}_x_{x_coord}_y_{y_coord}.png"

@@ -169,16 +169,9 @@ def test_it_goes_on_with_the_same_model_only(trained, queries, tmp_path):
 
 
 def test_a_report_is_made_of_it(trained, queries, tmp_path):
-    from hsat.eval import write_records
-    from hsat.report import write_artifacts
-    from hsat.run_folder import write_run_file
-
     one = Provenance(model="trained")
     result = evaluate_classifier(trained, queries, {"PGD-8": PGD8}, provenance=one, **FAST)
-    write_records(tmp_path / "run" / "records.jsonl", result.records)
-    write_run_file(tmp_path / "run", {}, cohort="", command=[])
-    write_artifacts(tmp_path / "run" / "evidence", result, target="decision", provenance=one)
-    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+    page = write_report([result.save(tmp_path / "run")], tmp_path / "page.html").read_text()
     assert "the model&#39;s own logits" in page and "k&nbsp;=&nbsp;0" not in page
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from hsat.attacks import APGD, L2, MIFGSM, PGD, VMIFGSM, AttackEnsemble, Linf, Masked, NaturalShift, RandomNoise, Square
 from hsat.classifiers import KNNClassifier
 from hsat.eval import RunOptions, Scoring, evaluate_whitebox, paper_attacks
-from hsat.eval.cost import EvaluationCost, affordable_diagnosis, count_passes, diagnosis_passes, sample_batch
+from hsat.eval.cost import EvaluationCost, sample_batch
+from hsat.eval.passes import affordable_diagnosis, count_passes, diagnosis_passes
 
 BALL = Linf(8 / 255)
 ATTACKS = {
@@ -74,7 +75,10 @@ def test_attacks_that_do_the_same_count_once():
     assert diagnosis_passes([]) == (0, 0)
 
 
-def test_it_is_said_where_progress_is_shown_and_nothing_moves(toy_encoder, toy_batches, bank, caplog, capsys):
+def test_it_is_said_where_progress_is_shown_and_nothing_moves(
+    toy_encoder, toy_batches, bank, caplog, capsys, monkeypatch
+):
+    monkeypatch.setattr("hsat.progress.EVERY", 0.0)
     queries, attacks = toy_batches(seed=2, sizes=(6, 4)), {"PGD-8": ATTACKS["PGD"], "blur 1": NaturalShift("blur", 1)}
     with caplog.at_level(logging.INFO, logger="hsat"):
         silent = evaluate_whitebox(toy_encoder, bank, queries, attacks, run=RunOptions(diagnose=4), **FAST)
@@ -111,7 +115,7 @@ class Slow(nn.Module):
 
 
 def test_a_large_bank_is_announced(toy_batches, bank, caplog, monkeypatch):
-    monkeypatch.setattr("hsat.eval.cost.LONG_BANK", 0.0)
+    monkeypatch.setattr("hsat.eval.announcements.LONG_BANK", 0.0)
     with caplog.at_level(logging.INFO, logger="hsat"):
         run = RunOptions(progress=True, noise=False)
         evaluate_whitebox(Slow(), bank, toy_batches(seed=2, sizes=(3,)), {"n": RandomNoise(BALL)}, run=run, **FAST)

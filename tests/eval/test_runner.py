@@ -303,7 +303,7 @@ def test_a_bank_in_several_tables(toy_encoder, toy_batches):
         np.testing.assert_array_equal(found.scores[name][7], sharded.predict_proba(table))
     assert found.records[0].settings["bank_rows"] == 40
     other = parts[1].__class__(**{**vars(parts[1]), "cohort": "elsewhere"})
-    with pytest.raises(ValueError, match="shard 1 is of cohort 'elsewhere', shard 0 of 'toy'"):
+    with pytest.raises(ValueError, match="table 1 is of cohort 'elsewhere', and table 0 is of cohort 'toy'"):
         evaluate_whitebox(toy_encoder, [parts[0], other], queries, attacks, **options)
     with pytest.raises(TypeError, match="the bank must be an EmbeddingTable"):
         evaluate_whitebox(toy_encoder, [parts[0], toy_batches(seed=1, sizes=(3,))[0]], queries, attacks, **options)

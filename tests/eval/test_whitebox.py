@@ -481,10 +481,10 @@ def test_masked_gradients_are_found_by_transfer_and_flagged(toy_encoder, bank, q
         evaluate_whitebox(masked, bank, queries, attacks, surrogates={"b": 3}, **BARE)
 
 
-def test_a_sound_encoder_gets_no_flag_at_patch_level_and_pools_are_bounds(ensemble):
+def test_a_sound_encoder_gets_no_flag_and_a_note_that_pools_are_bounds(ensemble):
     ours = [record for record in ensemble.records if record.attack_name == "ensemble"]
-    assert all(record.flags == () for record in ours if record.level == "patch")
-    assert all("an attack on the pool may do more" in record.flags[-1] for record in ours if record.level != "patch")
+    assert all(record.flags == () for record in ours)
+    assert all("an attack on the pool may do more" in record.settings["note"] for record in ours)
     assert all(record.attack == repr(SMALL) and "APGD margin 1" in record.settings["member_attacks"] for record in ours)
 
 

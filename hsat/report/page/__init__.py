@@ -158,10 +158,12 @@ def _artifacts_of(folder: RunFolder, setting: EvaluationSetting) -> list[Artifac
 
 def _notes(records: Sequence[Record]) -> list[str]:
     """What a reader must know about the conditions and is no reason for doubt."""
-    notes: dict[str, None] = {}
+    stated: dict[str, dict[str, None]] = {}  # the conditions of each note
     for record in records:
         if note := record.settings.get("note"):
-            notes[f"{record.attack_name}: {note}."] = None
+            stated.setdefault(note, {})[record.attack_name] = None
+    notes: dict[str, None] = {f"{', '.join(names)}: {note}.": None for note, names in stated.items()}
+    for record in records:
         layer = record.settings.get("layer")
         if record.attack and record.target in LAYERS and not is_noise(record) and "members" not in record.settings:
             notes[

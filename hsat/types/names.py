@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-
-from hsat.data.records import PatchRecord
 
 _MISSING = frozenset(
     (
@@ -43,7 +40,7 @@ def check_cells(column: str, cells: Sequence[str], where: Callable[[int], str]) 
         cells: The column.
         where: Words the place of row i.
     """
-    allowed = _CLASSES if column == "class" else frozenset()
+    allowed = _CLASSES if column in ("class", "label") else frozenset()
     wrong = {
         text
         for text in set(cells)
@@ -66,44 +63,22 @@ def check_cells(column: str, cells: Sequence[str], where: Callable[[int], str]) 
     raise ValueError(f"{where(at)}: {column} {what}{more}; {cure}")
 
 
-def warn_of_names(records: Sequence[PatchRecord]) -> list[str]:
-    """Warn of names that a table may not mean.
+DIFFERENCE = "case, spaces, leading zeros or Unicode form"
+"""What names that people take for one differ in."""
 
-    That is ids or classes that differ only in case, spaces, Unicode form or leading zeros, numbers that a program
-    turned into decimals ("4.0"), and names that say that they are missing.
+
+def name_notes(name: str, values: Iterable[str]) -> list[str]:
+    """What is doubtful about the different names of a column, a text each: alike, decimals, or said to be missing.
 
     Args:
-        records: The rows.
-
-    Returns:
-        The warnings, as notes.
+        name: Of the column.
+        values: Its different names.
     """
-    columns: dict[str, dict[str, None]] = {
-        "patient": dict.fromkeys(row.patient for row in records),
-        "class": dict.fromkeys(row.class_name for row in records),
-    }
-    notes = [note for name, values in columns.items() for note in _name_notes(name, values)]
-    slides: dict[str, dict[str, None]] = {}
-    for row in records:
-        slides.setdefault(row.patient, {})[row.slide] = None
-    alike = [(patient, pair) for patient, names in slides.items() for pair in alike_names(names)]
-    if alike:
-        patient, pair = alike[0]
-        notes.append(f"slides {pair[0]!r} and {pair[1]!r} of patient {patient!r} differ only in {_DIFFERENCE}")
-    for note in notes:
-        warnings.warn(f"{note}; if they are the same, write them alike", stacklevel=5)
-    return notes
-
-
-_DIFFERENCE = "case, spaces, leading zeros or Unicode form"
-
-
-def _name_notes(name: str, values: Iterable[str]) -> list[str]:
     names = list(values)
     notes = []
     if pairs := alike_names(names):
         more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
-        notes.append(f"{name} {pairs[0][0]!r} and {name} {pairs[0][1]!r} differ only in {_DIFFERENCE}{more}")
+        notes.append(f"{name} {pairs[0][0]!r} and {name} {pairs[0][1]!r} differ only in {DIFFERENCE}{more}")
     decimals = [text for text in names if _DECIMAL.fullmatch(text)]
     if decimals:
         notes.append(

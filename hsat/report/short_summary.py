@@ -1,0 +1,227 @@
+"""An evaluation in a few lines of text: model, clean, noise, the strongest attack at each eps, chance, difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from hsat.eval import Difference, Record
+from hsat.quantities import LINE_WIDTH
+from hsat.report.aggregation import Estimate, format_estimate, format_points, mean_chance
+from hsat.report.summary import (
+    AccuracyPoint,
+    accuracy_points,
+    attack_kind,
+    cross_attack_flags,
+    is_shift,
+    main_norm,
+    norm_of,
+    record_flags,
+    strongest_per_eps,
+)
+
+Item = TypeVar("Item")
+MOST_LINES = 9
+_LABEL = 12  # characters of the first column
+
+
+@dataclass(frozen=True)
+class ModelNumbers:
+    """What the short summary says of one model, at the level of patches.
+
+    Attributes:
+        model: Its name.
+        clean: On clean images; None where only drift was measured.
+        noise: Under random noise of the largest eps that has any.
+        attacks: The strongest attack at each eps, by growing eps.
+        chance: What knowing nothing gives.
+        n: How many patches.
+        classifier: What decided.
+    """
+
+    model: str
+    clean: AccuracyPoint | None
+    noise: AccuracyPoint | None
+    attacks: tuple[AccuracyPoint, ...]
+    chance: float | None
+    n: int
+    classifier: str
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> ModelNumbers:
+        """Of the records of one model, level, metric and classifier."""
+        norm = main_norm(records)
+        mine = [one for one in records if not one.attack or norm_of(one) in (norm, "")]
+        clean, noise, attacks = (accuracy_points(mine, kind=kind) for kind in ("clean", "noise", "attack"))
+        return cls(
+            records[0].model or "encoder",
+            clean[0] if clean else None,
+            noise[-1] if noise else None,
+            tuple(strongest_per_eps(attacks)),
+            mean_chance(records),
+            records[0].n,
+            f"kNN, k = {records[0].k}" if records[0].k else records[0].classifier.partition("(")[0],
+        )
+
+
+def short_summary(
+    records: Sequence[Record], *, differences: Sequence[Difference] = (), most: int = MOST_LINES
+) -> tuple[str, ...]:
+    """The numbers that matter, of patches, in a few lines of at most 100 characters.
+
+    One model has a line for all its attacks where it fits; several have a column each.  Numbers are in percent with
+    their intervals, of the first classifier; drift without labels is a cosine distance.
+
+    Args:
+        records: Of one evaluation, of any number of models.
+        differences: Between models on the same patients.
+        most: How many lines there may be, at least 7; of more radii than fit, the first, the last and some between.
+
+    Returns:
+        The lines.
+
+    Raises:
+        ValueError: Without records of patches.
+    """
+    direct = [one for one in records if one.level == "patch" and not one.surrogate and not is_shift(one)]
+    metric = "accuracy" if any(one.metric == "accuracy" for one in direct) else "drift"
+    chosen = [one for one in direct if one.metric == metric]
+    if not chosen:
+        raise ValueError("no accuracy and no drift of patches was measured, so there is nothing to sum up")
+    chosen = [one for one in chosen if (one.classifier, one.k) == (chosen[0].classifier, chosen[0].k)]
+    names = dict.fromkeys(one.model for one in chosen)
+    models = [ModelNumbers.of([one for one in chosen if one.model == name]) for name in names]
+    show = _percent if metric == "accuracy" else _distance
+    doubts = _doubts(records)
+    room = most - len(doubts)
+    lines = _one_model(models[0], show, room) if len(models) == 1 else _several_models(models, differences, room)
+    return tuple(line if len(line) <= LINE_WIDTH else f"{line[: LINE_WIDTH - 3]}..." for line in (*lines, *doubts))
+
+
+def _percent(estimate: Estimate) -> str:
+    return format_estimate(estimate, unit=" %")
+
+
+def _distance(estimate: Estimate) -> str:
+    shown = f"{estimate.value:.3f}"
+    if estimate.low is not None and estimate.high is not None:
+        shown += f" [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return shown
+
+
+def _one_model(numbers: ModelNumbers, show: Callable[[Estimate], str], room: int) -> list[str]:
+    patches = f"{numbers.n} patches"
+    if numbers.clean is None:
+        about = f"{patches} without labels: cosine distance between features before and after"
+    else:
+        about = f"{patches}, {numbers.classifier}; accuracy with 95 % interval"
+    rows = [("model", f"{_clipped(numbers.model, 38)} on {about}")]
+    if numbers.clean is not None:
+        rows.append(("clean", show(numbers.clean.estimate)))
+    if numbers.noise is not None:
+        rows.append(("noise", f"{show(numbers.noise.estimate)} at {numbers.noise.eps_text}"))
+    after = [] if numbers.chance is None else [("chance", f"{format_points(numbers.chance)} %")]
+    label, named = _attack_label([numbers])
+    cells = [
+        f"{one.eps_text}: {show(one.estimate)}{f' ({one.name})' if named else ''}"
+        for one in _some(numbers.attacks, room - len(rows) - len(after))
+    ]
+    joined = "; ".join(cells)
+    if cells and len(joined) + _LABEL <= LINE_WIDTH and len(cells) == len(numbers.attacks):
+        rows.append((label, joined))
+    else:
+        rows += [(label, cell) for cell in cells]
+    return [f"{head:<{_LABEL}}{text}" for head, text in (*rows, *after)]
+
+
+def _several_models(models: Sequence[ModelNumbers], differences: Sequence[Difference], room: int) -> list[str]:
+    """A column per model; as many as have room."""
+    for interval in (True, False):
+        width = 21 if interval else 13
+        shown = models[: (LINE_WIDTH - _LABEL) // width]
+        if len(shown) == len(models):
+            break
+    radii = list(dict.fromkeys((one.eps, one.eps_text) for numbers in models for one in numbers.attacks))
+    label, _ = _attack_label(models)
+    difference = _difference_row(shown, differences, interval=interval)
+    rows: list[tuple[str, list[str]]] = [("model, %", [_clipped(one.model, width - 2) for one in shown])]
+    rows.append(("clean", [_cell(one.clean, interval) for one in shown]))
+    if any(one.noise for one in shown):
+        rows.append(("noise", [_cell(one.noise, interval) for one in shown]))
+    chance = next((one.chance for one in models if one.chance is not None), None)
+    left = room - len(rows) - (chance is not None) - len(difference)
+    for eps, text in _some(sorted(radii), left):
+        at = [next((point for point in one.attacks if point.eps == eps), None) for one in shown]
+        rows.append((f"{_clipped(label, 8)} {text.removesuffix('/255')}", [_cell(point, interval) for point in at]))
+    if chance is not None:
+        rows.append(("chance", [format_points(chance)] * len(shown)))
+    lines = [
+        f"{head:<{_LABEL}}" + "".join(f"{cell:<{width}}" for cell in cells) for head, cells in (*rows, *difference)
+    ]
+    if len(shown) < len(models):
+        lines[0] += f"and {len(models) - len(shown)} more"
+    return [line.rstrip() for line in lines]
+
+
+def _difference_row(
+    models: Sequence[ModelNumbers], differences: Sequence[Difference], *, interval: bool
+) -> list[tuple[str, list[str]]]:
+    """What each model has more than the first, under the strongest attack on the first at the largest eps."""
+    if not models[0].attacks:
+        return []
+    condition = models[0].attacks[-1].name
+    mine = {
+        one.model: one
+        for one in differences
+        if (one.condition, one.level, one.metric, one.against) == (condition, "patch", "accuracy", models[0].model)
+    }
+    if not mine:
+        return []
+    cells = [f"at {condition}"]
+    for numbers in models[1:]:
+        one = mine.get(numbers.model)
+        text = "–" if one is None else f"{100 * one.difference:+.1f}"
+        if one is not None and interval and one.low is not None and one.high is not None:
+            text += f" [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+        cells.append(text)
+    return [("difference", cells)]
+
+
+def _doubts(records: Sequence[Record]) -> list[str]:
+    """One line about the reasons to distrust the numbers; none where there is none."""
+    flags = [flag.reason for flag in record_flags([one for one in records if one.level == "patch"])]
+    for key in dict.fromkeys((one.model, one.classifier, one.k) for one in records):
+        rows = [one for one in records if (one.model, one.classifier, one.k) == key]
+        flags += [
+            flag.reason
+            for flag in cross_attack_flags([one for one in rows if (one.level, one.metric) == ("patch", "accuracy")])
+            if rows
+        ]
+    reasons = list(dict.fromkeys(flags))
+    if not reasons:
+        return []
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return [f"{'doubt':<{_LABEL}}{_clipped(reasons[0], LINE_WIDTH - _LABEL - len(more))}{more}"]
+
+
+def _attack_label(models: Sequence[ModelNumbers]) -> tuple[str, bool]:
+    """What the rows of attacks are called, and whether each has to be named beside that."""
+    kinds = {attack_kind(point.name) for one in models for point in one.attacks}
+    return (kinds.pop(), False) if len(kinds) == 1 else ("strongest", True)
+
+
+def _cell(point: AccuracyPoint | None, interval: bool) -> str:
+    return "–" if point is None else format_estimate(point.estimate, interval=interval)
+
+
+def _clipped(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _some(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of the items, evenly, the first and the last among them."""
+    places = np.unique(np.linspace(0, len(items) - 1, max(1, min(most, len(items)))).round().astype(int))
+    return [items[place] for place in places] if items else []

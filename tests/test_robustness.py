@@ -1,0 +1,286 @@
+"""The front door: evaluate_robustness on folders, cohorts, loaders, encoders of any kind, and what its result says."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import hsat
+from hsat import robustness
+from hsat.attacks import PGD, AttackEnsemble, Linf
+from hsat.data import PatchDataset, find_cohort, patch_loader, read_folders
+from hsat.eval import RunOptions, read_records
+from hsat.report import open_runs
+from hsat.types import EmbeddingTable
+
+EPS = (2 / 255, 8 / 255)
+
+
+class Colours(nn.Module):
+    """The mean colour of each quarter, dark ones negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * nn.functional.adaptive_avg_pool2d(x - 0.5, 2).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The standard ensemble is for strength; these tests are about everything around it."""
+
+    def attacks(eps, *, labelled=True):
+        real = real_attacks(eps, labelled=labelled)
+        return {
+            name: dataclasses.replace(one, steps=2, decision_steps=3, restarts=1, targets=1, queries=5)
+            if isinstance(one, AttackEnsemble)
+            else dataclasses.replace(one, steps=2)
+            for name, one in real.items()
+        }
+
+    real_attacks = robustness.standard_attacks
+    monkeypatch.setattr(robustness, "standard_attacks", attacks)
+
+
+def write(path, *, bright, seed, side=16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    low, high = (130, 255) if bright else (0, 125)
+    pixels = np.random.default_rng(seed).integers(low, high, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_patches(root, template, *, patients=3, patches=2):
+    seed = 0
+    for name, bright in (("dark", False), ("light", True)):
+        for patient in range(patients):
+            for patch in range(patches):
+                write(root / template.format(c=name, p=f"{name}{patient}", i=patch), bright=bright, seed=seed)
+                seed += 1
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_patches(tmp_path / "data", "{c}/{p}/s/{i}.png")
+
+
+def lines_of(text):
+    lines = str(text).splitlines()
+    assert len(lines) <= 10 and all(len(line) <= 100 for line in lines), text
+    return lines
+
+
+def test_a_folder_becomes_six_lines(folder, caplog):
+    result = hsat.evaluate_robustness(Colours(), folder, eps=EPS, norm="none")
+    lines = lines_of(result.summary())
+    assert [line.split()[0] for line in lines[:5]] == ["model", "clean", "noise", "ensemble", "chance"]
+    assert lines[0].startswith("model       Colours on 4 patches, kNN, k = 1") and "2/255: " in lines[3]
+    assert lines[1].startswith("clean       100.0 % [") and lines[4] == "chance      50.0 %"
+    assert repr(result) == str(result.summary()) == repr(result.summary())
+    assert {record.attack_name for record in result.records} == {
+        "clean",
+        "noise-2",
+        "noise-8",
+        "ensemble-2",
+        "ensemble-8",
+    }
+    said = " ".join(result.notes)
+    assert "read as folders class/patient/slide/patch" in said and "no split, so patients were drawn (seed 0)" in said
+    assert "own size, 16 x 16" in said and "pixels in [0, 1] as they are (stated by the caller)" in said
+    assert all(f"note: {note}" in caplog.messages for note in result.notes)
+    assert len(result.table().rows) == 3 and "50.0" in result.to_csv() + str(result.table())
+    assert "<table" in result._repr_html_() and "\\toprule" in result.to_latex()
+
+
+def test_the_same_seed_gives_the_same_records_and_files_open_as_a_run(folder, tmp_path):
+    one, two = (hsat.evaluate_robustness(Colours(), folder, eps=8 / 255, norm="none") for _ in range(2))
+    assert one.records == two.records
+    out = one.save(tmp_path / "out")
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"records.jsonl", "scores.npz", "table.md", "run.json", "evidence", "report.html", "ensemble.csv"}
+    assert read_records(out / "records.jsonl") == one.records
+    (run,) = open_runs([out])
+    assert run.artifacts and run.about["settings"]["eps"] == [8 / 255]
+    assert "ensemble-8" in one.report(tmp_path / "page.html").read_text()
+    assert one.plot(tmp_path / "figure.pdf").exists()
+    assert one.to_csv(tmp_path / "n.csv") == (tmp_path / "n.csv").read_text()
+    assert len(one.to_frame()) == len(one.records)
+
+
+def test_several_encoders_have_a_column_each_and_a_difference(folder):
+    result = hsat.evaluate_robustness({"a": Colours(), "b": Colours()}, folder, eps=EPS, norm="none")
+    lines = lines_of(result.summary())
+    assert lines[0].split() == ["model,", "%", "a", "b"]
+    assert lines[-1].startswith(("difference", "doubt")) and any("+0.0" in line for line in lines)
+    assert set(result.evaluations) == {"a", "b"} and result.differences
+
+
+def test_a_bare_module_or_function_is_refused_and_told_what_to_type(folder):
+    for encoder in (Colours(), lambda x: x.flatten(1)):
+        with pytest.raises(
+            ValueError, match=r"evaluate_robustness\(\.\.\., norm=\.\.\.\) with norm='imagenet', 'timm'"
+        ):
+            hsat.evaluate_robustness(encoder, folder)
+    with pytest.raises(TypeError, match="or the path of a file of hsat; got int"):
+        hsat.evaluate_robustness(3, folder)
+    with pytest.raises(ValueError, match="differs; leave norm out"):
+        hsat.evaluate_robustness(hsat.wrap_encoder(Colours(), norm="none"), folder, norm="imagenet")
+    with pytest.raises(TypeError, match="data must be a Cohort, a folder, a pair"):
+        hsat.evaluate_robustness(Colours(), 3, norm="none")
+    with pytest.raises(ValueError, match="eps is empty"):
+        hsat.evaluate_robustness(Colours(), folder, norm="none", eps=())
+
+
+def test_files_encoders_and_functions_agree(folder, tmp_path):
+    encoder = hsat.build_encoder("resnet10t", norm="imagenet", seed=0)
+    hsat.save_encoder(encoder, tmp_path / "ours.safetensors")
+    cohort = read_folders(folder).with_split(val_fraction=0.4, seed=0)
+    file = hsat.evaluate_robustness(tmp_path / "ours.safetensors", cohort, eps=8 / 255, image_size=32)
+    assert file.records[0].model == "ours" and len(file.records[0].checkpoint) == 64
+    assert file.records[0].settings["pixel_normalisation"]["stated_by"]
+    own = hsat.evaluate_robustness(encoder, cohort, eps=8 / 255, image_size=32)
+    bare = hsat.evaluate_robustness(encoder.backbone, cohort, eps=8 / 255, image_size=32, norm="imagenet")
+    values = [[record.value for record in one.records] for one in (file, own, bare)]
+    assert values[0] == values[1] and values[0][:2] == values[2][:2]
+
+
+def test_patches_of_several_sizes_are_refused_until_a_side_is_given(folder):
+    write(folder / "dark/dark9/s/0.png", bright=False, seed=99, side=20)
+    with pytest.raises(ValueError, match=r"2 sizes \(16 x 16, 20 x 20\).*image_size=224"):
+        hsat.evaluate_robustness(Colours(), folder, norm="none")
+    result = hsat.evaluate_robustness(Colours(), folder, norm="none", image_size=16, eps=8 / 255)
+    assert "patches resized to 16 x 16, as asked for" in result.notes
+
+
+def test_an_encoder_of_one_size_decides_the_size(folder):
+    encoder = hsat.wrap_encoder(Colours(), norm="none", input_size=8)
+    result = hsat.evaluate_robustness(encoder, folder, eps=8 / 255)
+    assert "patches resized to 8 x 8, the size that the encoder takes" in result.notes
+
+
+def test_folders_without_patients_are_flagged(tmp_path):
+    root = write_patches(tmp_path / "nct", "{c}/{p}-{i}.png")
+    result = hsat.evaluate_robustness(Colours(), root, norm="none", eps=8 / 255)
+    assert all(any("no patients are known" in flag for flag in record.flags) for record in result.records)
+    assert any(line.startswith("doubt") for line in lines_of(result.summary()))
+
+
+@pytest.mark.parametrize("template", ["{i}{p}.png", "all/{i}{p}.png"])
+def test_without_labels_there_is_drift_only(tmp_path, template):
+    root = write_patches(tmp_path / "plain", template)
+    result = hsat.evaluate_robustness(Colours(), root, norm="none", eps=EPS)
+    assert {record.metric for record in result.records} == {"drift"} and result.metric == "drift"
+    lines = lines_of(result.summary())
+    assert "without labels" in lines[0] and lines[1].startswith("noise") and lines[2].startswith("PGD")
+    assert any("only how far attacks move the features" in note for note in result.notes)
+    found = {record.attack_name: record for record in result.records}
+    assert found["PGD-8"].value > found["noise-8"].value and found["PGD-8"].low <= found["PGD-8"].value
+    assert (result.save(tmp_path / "out") / "report.html").exists() and len(result.table().rows) == 1
+    assert result.plot(tmp_path / "drift.png").exists()
+
+
+def test_drift_of_a_loader_of_bare_images():
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    tensors = hsat.evaluate_robustness(Colours(), [images[:3], images[3:]], norm="none", eps=8 / 255)
+    tuples = hsat.evaluate_robustness(Colours(), [(images[:3],), (images[3:],)], norm="none", eps=8 / 255)
+    assert [record.value for record in tensors.records] == [record.value for record in tuples.records]
+    moved = tensors.evaluations["Colours"].tables
+    expected = 1 - (moved["clean"].z.astype(np.float64) * moved["PGD-8"].z).sum(1).mean()
+    assert tensors.records[-1].value == pytest.approx(expected)
+    with pytest.raises(TypeError, match="batches of images"):
+        hsat.evaluate_robustness(Colours(), [{"image": images}], norm="none", eps=8 / 255)
+
+
+def test_pairs_of_loaders_tables_and_plain_batches(folder):
+    cohort = read_folders(folder).with_split(val_fraction=0.4, seed=0)
+    bank, queries = (patch_loader(PatchDataset(cohort, split), batch_size=4) for split in ("train", "val"))
+    whole = hsat.evaluate_robustness(Colours(), cohort, norm="none", eps=8 / 255)
+    pair = hsat.evaluate_robustness(Colours(), (bank, queries), norm="none", eps=8 / 255)
+    assert [record.value for record in pair.records] == [record.value for record in whole.records]
+    table = hsat.embed(hsat.wrap_encoder(Colours(), norm="none"), bank)
+    assert isinstance(table, EmbeddingTable)
+    given = hsat.evaluate_robustness(Colours(), (table, queries), norm="none", eps=8 / 255)
+    assert [record.value for record in given.records] == [record.value for record in whole.records]
+    plain = tuple([(batch.images, batch.label) for batch in loader] for loader in (bank, queries))
+    result = hsat.evaluate_robustness(Colours(), plain, norm="none", eps=8 / 255)
+    assert {record.level for record in result.records} == {"patch"}
+    assert all(any("without slides and patients" in flag for flag in record.flags) for record in result.records)
+
+
+def test_progress_says_how_long_it_will_take(folder, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hsat"), "hasHandlers", lambda: False)
+    hsat.evaluate_robustness(Colours(), folder, norm="none", eps=8 / 255, run=RunOptions(progress=True))
+    shown = capsys.readouterr().err
+    assert "forward and" in shown and "note: Colours: pixels" in shown
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{c}/{p}/s/{i}.png", "class/patient/slide/patch"),
+        ("{c}/{p}/{i}.png", "class/patient/patch"),
+        ("{c}/{p}{i}.png", "class/patch"),
+        ("train/{c}/{p}/s/{i}.png", "split/class/patient/slide/patch"),
+        ("val/{c}/{p}{i}.png", "split/class/patch"),
+    ],
+)
+def test_layouts_are_found(tmp_path, template, words):
+    cohort = find_cohort(write_patches(tmp_path / "root", template))
+    assert cohort.notes[0].endswith(f"read as folders {words}") or f"folders {words}," in cohort.notes[0]
+    assert cohort.class_names == ("dark", "light")
+    assert len(cohort.patient_names) == (6 if "/{p}/" in template else 12)
+
+
+def test_tables_and_folders_in_no_layout(tmp_path):
+    root = write_patches(tmp_path / "root", "images/x/{p}{i}.png")
+    rows = [
+        f"images/x/{name}{p}{i}.png,{name},{name}{p},s" for name in ("dark", "light") for p in range(3) for i in (0, 1)
+    ]
+    (root / "manifest.csv").write_text("\n".join(["path,class,patient,slide", *rows]) + "\n")
+    assert len(find_cohort(root).patient_names) == 6 and "manifest.csv" in find_cohort(root).notes[0]
+    (root / "manifest.csv").rename(root / "other.csv")
+    assert find_cohort(root / "other.csv").class_names == ("dark", "light")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no image .* lies in it.*Give the Cohort that a reader of hsat.data returns"):
+        find_cohort(tmp_path / "empty")
+
+
+def test_the_attacks_are_the_standard_ensemble(monkeypatch):
+    monkeypatch.undo()
+    assert robustness.standard_attacks((8 / 255,)) == {"ensemble-8": AttackEnsemble.standard(Linf(8 / 255))}
+    drift = robustness.standard_attacks((8 / 255,), labelled=False)["PGD-8"]
+    assert isinstance(drift, PGD) and drift.steps == robustness.DRIFT_STEPS
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "quickstart.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+    assert len(lines_of(capsys.readouterr().out)) >= 5 and Path("runs/quickstart/report.html").exists()
+
+
+def test_few_queries_are_spread_over_all_and_said(folder):
+    result = hsat.evaluate_robustness(Colours(), folder, eps=8 / 255, norm="none", query_patches=3)
+    assert {record.n for record in result.records if record.level == "patch"} == {3}
+    assert any("3 of 4 queries are attacked" in note for note in result.notes)
+    assert result.settings["query_patches"] == 3
+    with pytest.raises(ValueError, match="query_patches is for cohorts"):
+        hsat.evaluate_robustness(Colours(), [torch.rand(2, 3, 8, 8)], norm="none", query_patches=3)
+    with pytest.raises(ValueError, match="at least 1"):
+        hsat.evaluate_robustness(Colours(), folder, norm="none", query_patches=0)
+
+
+def test_several_encoders_are_attacked_by_way_of_each_other(folder):
+    result = hsat.evaluate_robustness({"a": Colours(), "b": Colours()}, folder, eps=8 / 255, norm="none")
+    for outcome in (one.outcomes["ensemble-8"] for one in result.evaluations.values()):
+        assert any("transfer" in member.name.lower() for member in outcome.members)
