@@ -38,7 +38,6 @@ from hsat.report import (
     records_frame,
     records_latex,
     short_summary,
-    write_report,
 )
 from hsat.report.evaluation_files import PAGE, compare_results, write_evaluation
 from hsat.types import Attack, Classifier, EmbeddingTable
@@ -157,15 +156,14 @@ class RobustnessResult:
         """Write everything: records, scores, tables, figures, what a page shows, the page itself (report.html).
 
         Args:
-            folder: The folder; it is made.  `hsat report` and `hsat compare` read it as those of `hsat evaluate`.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.  `hsat report` and
+                `hsat compare` read it as those of `hsat evaluate`.
 
         Returns:
             The folder.
         """
-        out = Path(folder)
-        self._write(out)
-        write_report([out], out / PAGE)
-        return out
+        self._write(Path(folder))
+        return Path(folder)
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the page alone: no other files, no network; see `hsat.report.write_report`.
@@ -178,7 +176,7 @@ class RobustnessResult:
         """
         with tempfile.TemporaryDirectory() as scratch:
             self._write(Path(scratch) / "evaluation")
-            return write_report([Path(scratch) / "evaluation"], path)
+            return write_file(path, (Path(scratch) / "evaluation" / PAGE).read_text(encoding="utf-8"))
 
     def _write(self, out: Path) -> None:
         scoring = Scoring(bootstrap=self.settings.get("bootstrap", Scoring().bootstrap))

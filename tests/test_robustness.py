@@ -116,6 +116,18 @@ def test_the_same_seed_gives_the_same_records_and_files_open_as_a_run(folder, tm
     assert len(one.to_frame()) == len(one.records)
 
 
+def test_one_model_saved_over_two_leaves_one(folder, tmp_path):
+    out = tmp_path / "out"
+    for encoder in ({"a": Colours(), "b": Colours()}, {"a": Colours()}):
+        result = hsat.evaluate_robustness(encoder, folder, eps=8 / 255, norm="none")
+        result.save(out)
+    assert not (out / "differences.json").exists() and [path.name for path in (out / "evidence").iterdir()] == ["a"]
+    page = (out / "report.html").read_text()
+    assert str(out) in page and ".saving-" not in page
+    result.save(out)
+    assert read_records(out / "records.jsonl") == result.records
+
+
 def test_several_encoders_have_a_column_each_and_a_difference(folder):
     result = hsat.evaluate_robustness({"a": Colours(), "b": Colours()}, folder, eps=EPS, norm="none")
     lines = lines_of(result.summary())

@@ -67,7 +67,7 @@ from hsat.eval.options import TargetName
 from hsat.eval.passes import affordable_diagnosis
 from hsat.eval.result_files import RunAccount
 from hsat.models import Encoder, fold_batchnorm
-from hsat.report import short_summary, write_report
+from hsat.report import short_summary
 from hsat.report.evaluation_files import PAGE, write_evaluation
 from hsat.training.config import written
 from hsat.types import Attack, Classifier
@@ -285,10 +285,9 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     differences = write_evaluation(
         out, results, scoring=scoring, seed=settings.seed, pictures=settings.gallery > 0, account=account
     )
-    page = write_report([out], out / PAGE)
     remove_state(settings)
     lines = short_summary(records, differences=differences)
-    return "\n".join((*lines, f"page: {page}"))
+    return "\n".join((*lines, f"page: {out / PAGE}"))
 
 
 def main(argv: list[str]) -> None:

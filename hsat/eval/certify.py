@@ -25,7 +25,7 @@ from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.pooling import own_labels, unreported_levels
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_records
+from hsat.eval.result_files import save_result
 from hsat.eval.result_text import result_repr
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
@@ -106,12 +106,12 @@ class CertificateResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_records(folder, self.records)
+        return save_result(folder, self.records)
 
 
 def certify(

@@ -35,7 +35,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_conditions
+from hsat.eval.result_files import replaced_result, save_conditions
 from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
@@ -85,12 +85,14 @@ class WhiteboxResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_conditions(folder, [self])
+        with replaced_result(folder) as working:
+            save_conditions(working, [self])
+        return Path(folder)
 
     __repr__ = result_repr
 
