@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hsat.classifiers import KNNClassifier
 from hsat.eval.announcements import announce_bank, announce_cost
+from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.confidence import (
     Interval,
     bootstrap_draws,
@@ -220,8 +221,9 @@ def evaluate_budget(
         ValueError: For unknown options, and what `embed` and the classifier raise.
     """
     run = dataclasses.replace(run, keep_examples=0, diagnose=0)
-    evaluation, attacks = Evaluation(encoder, Target.of(target), scoring, run, provenance), {budget.name: attack}
+    attacks = {budget.name: attack}
     check_attacks(attacks)
+    evaluation = check_encoder(Evaluation(encoder, Target.of(target), scoring, run, provenance), queries)
     with open_world(run) as (world, cache):
         table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hsat.eval.announcements import announce_cost
+from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.confidence import Interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
@@ -67,7 +68,7 @@ def evaluate_drift(
     check_attacks(attacks, queries)
     has_cohort = hasattr(getattr(queries, "dataset", None), "cohort")  # it says what it is, and labels its batches
     batches = queries if has_cohort else UnlabelledBatches(queries)
-    evaluation = Evaluation(encoder, Target("features"), scoring, run, provenance)
+    evaluation = check_encoder(Evaluation(encoder, Target("features"), scoring, run, provenance), batches)
     chosen = add_noise_baselines(attacks) if run.noise else dict(attacks)
     info = evaluation.query_info(batches, (UNLABELLED,))
     with open_world(run) as (world, cache):
@@ -110,15 +111,15 @@ class UnlabelledBatches:
     """Batches of one class, whatever labels they had or had not; images without ids are patients of their own."""
 
     def __init__(self, queries: Iterable[Any]) -> None:
-        self._queries = queries
+        self.source = queries
         self.dataset = _Unlabelled()
 
     def __len__(self) -> int:
-        return len(self._queries)  # type: ignore[arg-type]  # TypeError for loaders that do not know it
+        return len(self.source)  # type: ignore[arg-type]  # TypeError for loaders that do not know it
 
     def __iter__(self) -> Iterator[HierarchicalBatch]:
         start = 0
-        for item in self._queries:
+        for item in self.source:
             images = _images_of(item)
             label = torch.zeros(len(images), dtype=torch.int64)
             if isinstance(item, HierarchicalBatch):

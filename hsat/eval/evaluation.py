@@ -48,6 +48,7 @@ class Evaluation:
         scoring: How embeddings become numbers.
         run: Seed, device, folders.
         provenance: What records say of the encoder.
+        flags: Reasons to distrust all its records.
     """
 
     encoder: EmbeddingFunction
@@ -55,6 +56,7 @@ class Evaluation:
     scoring: Scoring
     run: RunOptions
     provenance: Provenance
+    flags: tuple[str, ...] = ()
 
     @property
     def layer(self) -> Layer:
@@ -192,7 +194,7 @@ class Evaluation:
             cohort=queries.cohort,
             split=queries.split,
             class_names=tuple(class_names),
-            flags=(*flags, *measured.flags(stated_training(self.encoder, self.provenance))),
+            flags=(*self.flags, *flags, *measured.flags(stated_training(self.encoder, self.provenance))),
             settings=settings,
         )
 

@@ -18,6 +18,7 @@ from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import eval_mode
 from hsat.eval.announcements import announce_bank, announce_cost
+from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.evaluation import (
@@ -157,8 +158,8 @@ def evaluate_whitebox(
             and the classifier raise.
         TypeError: For attacks that are no mapping of attacks.
     """
-    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
     check_attacks(attacks, queries)
+    evaluation = check_encoder(Evaluation(encoder, Target.of(target), scoring, run, provenance), queries, bank)
     others = dict(surrogates or {})
     chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), others)
     with open_world(run) as (world, cache):
