@@ -26,6 +26,7 @@ from hsat.eval import (
     evaluate_whitebox,
 )
 from hsat.eval.default_neighbours import default_k, explain_default_k
+from hsat.eval.doubts import list_doubts
 from hsat.eval.inputs import EvaluationPatches, NamedEncoder, open_encoder, open_patches
 from hsat.eval.options import Provenance, RunOptions, Scoring
 from hsat.eval.result_files import RunAccount
@@ -97,6 +98,16 @@ class RobustnessResult:
         """
         return SummaryText("\n".join(short_summary(self.records, differences=self.differences)))
 
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons to distrust the numbers, the weightiest first: flags of records, and what only several show.
+
+        The summary shows the first of them, of patches.
+
+        Returns:
+            The reasons in words, each once; none where there is nothing to say.
+        """
+        return list_doubts(self.records)
+
     def __repr__(self) -> str:
         return clip_lines(self.summary())
 
@@ -113,7 +124,7 @@ class RobustnessResult:
         tables = [table for table in record_tables(chosen) if table.rows]
         levels = [table.caption.partition(" level")[0] for table in tables]
         rows = [(level, *row) for level, table in zip(levels, tables, strict=True) for row in table.rows]
-        caption = "Accuracy in %" if self.metric == "accuracy" else "Drift, 100 (1 - cos)"
+        caption = "Accuracy in %" if self.metric == "accuracy" else "Drift, 1 - cos"
         return Table(("level", *tables[0].head), rows, caption=f"{caption}, with 95 % intervals")
 
     def to_frame(self) -> DataFrame:

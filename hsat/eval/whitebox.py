@@ -21,6 +21,7 @@ from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
+from hsat.eval.doubts import list_doubts
 from hsat.eval.evaluation import (
     Bank,
     Evaluation,
@@ -37,7 +38,7 @@ from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
 from hsat.eval.result_files import replaced_result, save_conditions
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_text import result_html, result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
@@ -95,7 +96,16 @@ class WhiteboxResult:
             save_conditions(working, [self])
         return Path(folder)
 
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons to distrust the numbers, the weightiest first: flags of records, and what only several show.
+
+        Returns:
+            The reasons in words, each once; none where there is nothing to say.
+        """
+        return list_doubts(self.records)
+
     __repr__ = result_repr
+    _repr_html_ = result_html
 
 
 class AttackedQueries(NamedTuple):

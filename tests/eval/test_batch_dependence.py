@@ -25,7 +25,7 @@ def test_a_function_around_a_module_in_training_mode_is_flagged(toy_batches, kin
 
     def evaluate():
         return evaluate_whitebox(
-            lambda x: module(x),
+            module.forward,
             bank,
             queries,
             attacks,
@@ -52,7 +52,7 @@ def test_loaders_of_every_kind_are_asked_and_iterators_are_left_alone():
     pairs = TensorDataset(images, torch.tensor([0, 1] * 3))
     for loader in ([images], [(images,)], DataLoader(pairs, batch_size=3)):
         with pytest.warns(UserWarning, match="others of its batch"):
-            evaluate_drift(lambda x: norm(x), loader, ATTACKS, run=RUN)
+            evaluate_drift(norm.forward, loader, ATTACKS, run=RUN)
     with pytest.warns(UserWarning, match="others of its batch"):
         evaluate_classifier(lambda x: norm(x)[:, :2], DataLoader(pairs, batch_size=3), ATTACKS, run=RUN)
     result = evaluate_drift(lambda x: x.flatten(1), iter([images]), ATTACKS, run=RUN)

@@ -7,7 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hsat.eval.flags import accuracy_flags, bank_flags
+from hsat.attacks import Linf, RandomNoise
+from hsat.classifiers import KNNClassifier
+from hsat.eval import RunOptions, Scoring, evaluate_whitebox
+from hsat.eval.flags import accuracy_flags, bank_flags, count_shared_rows
+from hsat.types import EmbeddingTable
 
 
 @pytest.fixture
@@ -16,7 +20,7 @@ def tables(table):
     label = np.array([0, 0, 1, 1])
     options = dict(class_names=("glioma", "normal"), cohort="one")
     bank = table(np.eye(4), label, patient=[1, 1, 2, 2], **options)
-    return bank, table(np.eye(4), label, patient=[3, 3, 4, 4], **options)
+    return bank, table(np.eye(4) + 0.1, label, patient=[3, 3, 4, 4], **options)
 
 
 def test_sound_tables_have_no_flags(tables):
@@ -89,5 +93,7 @@ def test_one_loader_as_bank_and_queries_is_flagged(toy_encoder, toy_batches):
     batches = toy_batches(seed=0, sizes=(24,))
     attack = RandomNoise(Linf(8 / 255))
     run, scoring = RunOptions(noise=False), Scoring(bootstrap=0)
-    result = evaluate_whitebox(toy_encoder, batches, batches, {"noise": attack}, run=run, scoring=scoring, classifier=KNNClassifier(k=3))
+    result = evaluate_whitebox(
+        toy_encoder, batches, batches, {"noise": attack}, run=run, scoring=scoring, classifier=KNNClassifier(k=3)
+    )
     assert all("24 of 24 queries are also in the bank, with the same embedding" in one.flags for one in result.records)
