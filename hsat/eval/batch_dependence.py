@@ -85,7 +85,9 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 def _first_images(loader: object) -> Tensor | None:
     """A few images (n, c, h, w) of a loader that can be read again; None of others."""
-    source: Any = getattr(loader, "source", loader)  # of plain batches
+    source: Any = loader
+    while hasattr(source, "source"):  # plain batches
+        source = source.source
     batch: Any = sample_batch(source, _IMAGES)
     if batch is None and isinstance(source, DataLoader):
         try:
@@ -97,5 +99,4 @@ def _first_images(loader: object) -> Tensor | None:
         batch = source[0]
     images = batch.images if isinstance(batch, HierarchicalBatch) else batch
     images = images[0] if isinstance(images, tuple | list) and images else images
-    is_images = isinstance(images, Tensor) and images.ndim == 4
-    return images[:_IMAGES] if is_images else None
+    return images[:_IMAGES] if isinstance(images, Tensor) and images.ndim == 4 else None

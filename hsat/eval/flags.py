@@ -39,8 +39,8 @@ def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]
         if not flags and any(np.array_equal(table.patient, table.slide) for table in (bank, queries)):
             shared = np.intersect1d(bank.slide, queries.slide)  # one of them takes its slides for patients
             flags += [f"bank and queries share {len(shared)} slides"] if len(shared) else []
-    if count := count_shared_rows(bank, queries):
-        flags.append(f"{count} of {len(queries)} queries are also in the bank, with the same embedding")
+    if repeated := count_shared_rows(bank, queries):
+        flags.append(f"{repeated} of {len(queries)} queries are also in the bank, with the same embedding")
     held, asked = _class_counts(bank), _class_counts(queries)
     if len(held) == 1:
         flags.append(f"the bank holds one class only ({next(iter(held))}): no attack can change a decision")
@@ -68,14 +68,16 @@ def count_shared_rows(bank: EmbeddingTable, queries: EmbeddingTable) -> int:
     if bank.z.shape[1] != queries.z.shape[1] or not len(bank):
         return 0
     direction = np.random.default_rng(0).standard_normal(bank.z.shape[1])
-    keys = np.concatenate([bank.z[start : start + _BLOCK] @ direction for start in range(0, len(bank), _BLOCK)])
+    blocks = [np.asarray(bank.z[start : start + _BLOCK]) @ direction for start in range(0, len(bank), _BLOCK)]
+    keys: np.ndarray = np.concatenate(blocks)
+    asked: np.ndarray = np.asarray(queries.z) @ direction
     order = np.argsort(keys, kind="stable")
-    places = np.searchsorted(keys[order], queries.z @ direction)
+    places = np.searchsorted(keys[order], asked)
     shared = np.zeros(len(queries), dtype=bool)
     lengths = None if bank.norm is None or queries.norm is None else (bank.norm, queries.norm)
     for step in range(-_NEIGHBOURS, _NEIGHBOURS):
         rows = order[np.clip(places + step, 0, len(bank) - 1)]
-        close = np.flatnonzero(~shared & (np.abs(keys[rows] - queries.z @ direction) < _SAME * len(direction)))
+        close = np.flatnonzero(~shared & (np.abs(keys[rows] - asked) < _SAME * bank.z.shape[1]))
         found = rows[close]
         equal = (np.abs(bank.z[found] - queries.z[close]) < _SAME).all(1)
         if lengths is not None:

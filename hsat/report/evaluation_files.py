@@ -78,7 +78,7 @@ def write_evaluation(
             write_json(out / "differences.json", [asdict(difference) for difference in differences])
         (out / "table.md").write_text(table, encoding="utf-8")
         _draw(out, records, results, pictures=pictures)
-    write_report([folder], Path(folder) / PAGE)
+    write_report([Path(folder)], Path(folder) / PAGE)
     return differences
 
 
