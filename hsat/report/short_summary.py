@@ -12,13 +12,16 @@ import numpy as np
 
 from hsat.eval import Difference, Record
 from hsat.eval.doubts import is_shift, list_doubts, norm_of
+from hsat.eval.transfer_drops import OTHERS
 from hsat.quantities import LINE_WIDTH
 from hsat.report.aggregation import Estimate, format_estimate, format_plain, format_points, mean_chance
 from hsat.report.summary import AccuracyPoint, accuracy_points, attack_kind, main_norm, strongest_per_eps
+from hsat.report.tables import MEAN_OF_OTHERS, list_surrogates, name_classifier
 
 Item = TypeVar("Item")
 MOST_LINES = 9
 _MOST_DOUBTS = 3
+_MOST_TARGETS, _MOST_SURROGATES = 6, 5  # of a transfer
 _WIDE = 0.9  # an interval of a share that says next to nothing
 _LABEL = 12  # characters of the first column
 
@@ -235,3 +238,49 @@ def _some(items: Sequence[Item], most: int) -> list[Item]:
     """At most so many of the items, evenly, the first and the last among them."""
     places = np.unique(np.linspace(0, len(items) - 1, max(1, min(most, len(items)))).round().astype(int))
     return [items[place] for place in places] if items else []
+
+
+def transfer_summary(records: Sequence[Record]) -> tuple[str, ...]:
+    """The drops of a transfer at the level of patches, under the attack that takes most at the largest eps.
+
+    A row per surrogate, a column per target, for the first classifier; as many of both as have room.
+
+    Args:
+        records: Of `evaluate_transfer`.
+
+    Returns:
+        At most 9 lines of at most 100 characters.
+
+    Raises:
+        ValueError: Without drops of patches.
+    """
+    drops = [one for one in records if (one.level, one.metric) == ("patch", "accuracy_drop")]
+    if not drops:
+        raise ValueError("no drop of patches was measured, so there is nothing to sum up; evaluate_transfer makes them")
+    first, largest = drops[0], max(one.eps_value for one in drops)
+    drops = [one for one in drops if (one.classifier, one.k, one.eps_value) == (first.classifier, first.k, largest)]
+    names = dict.fromkeys(one.attack_name for one in drops)
+    attack = max(names, key=lambda name: np.mean([one.value for one in drops if one.attack_name == name]))
+    drops = [one for one in drops if one.attack_name == attack]
+    clean = [one for one in records if (one.level, one.metric, one.surrogate) == ("patch", "accuracy", "")]
+    clean = [one for one in clean if (one.classifier, one.k) == (first.classifier, first.k)]
+    targets, surrogates = list(dict.fromkeys(one.model for one in drops)), list_surrogates(drops)
+    shown, rows = targets[:_MOST_TARGETS], surrogates[:_MOST_SURROGATES]
+
+    def line(head: str, cells: Sequence[Record | None]) -> str:
+        texts = ("–" if one is None else format_points(one.value) for one in cells)
+        return f"{_clipped(head, 20):<21}" + "".join(f"{text:>13}" for text in texts)
+
+    def find(among: Sequence[Record], **values: str) -> Record | None:
+        return next((one for one in among if all(getattr(one, key) == value for key, value in values.items())), None)
+
+    lines = [f"accuracy of patches lost to {attack}, {name_classifier(first)}: clean minus attacked, in points of %"]
+    lines.append(f"{'attacked on':<21}" + "".join(f"{_clipped(name, 12):>13}" for name in shown))
+    lines.append(line("(clean, %)", [find(clean, model=name) for name in shown]))
+    lines += [
+        line(MEAN_OF_OTHERS if row == OTHERS else row, [find(drops, surrogate=row, model=name) for name in shown])
+        for row in rows
+    ]
+    if len(shown) < len(targets) or len(rows) < len(surrogates):
+        lines.append(f"and {len(targets) - len(shown)} more targets, {len(surrogates) - len(rows)} more surrogates")
+    return tuple(clip_words(one, LINE_WIDTH) for one in lines)

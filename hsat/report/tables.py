@@ -30,6 +30,10 @@ from hsat.report.natural_shift import shift_markdown
 from hsat.types import LEVELS
 
 MEAN_OF_OTHERS = "mean of the others"
+DROPS = (
+    "Acc-D and MCA-D are drops: the accuracy and the mean class accuracy of the encoder that is measured (target) on"
+    " clean images, minus those on images that were attacked on another (surrogate), in points of %"
+)
 
 
 def accuracy_tables(
@@ -171,7 +175,7 @@ def transfer_markdown(
     metrics: Sequence[str] = ("accuracy_drop", "mca_drop"),
     intervals: bool = False,
 ) -> str:
-    """`transfer_tables` as Markdown, and below them the notes and flags of the records.
+    """`transfer_tables` as Markdown, and below them what a drop is, the notes and flags of the records.
 
     Args:
         records, levels, metrics, intervals: See `transfer_tables`.
@@ -184,7 +188,8 @@ def transfer_markdown(
     """
     tables = transfer_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [r for r in records if r.level in levels and r.metric in metrics and r.surrogate]
-    remarks = dict.fromkeys(f"- {r.attack_name}: {r.settings['note']}" for r in shown if r.settings.get("note"))
+    remarks = {f"- {DROPS}": None}
+    remarks |= dict.fromkeys(f"- {r.attack_name}: {r.settings['note']}" for r in shown if r.settings.get("note"))
     remarks |= dict.fromkeys(
         f"- {record.surrogate} → {record.model}, {record.attack_name}: {flag}"
         for record in shown
@@ -372,6 +377,7 @@ def drop_table(records: Sequence[Record], *, level: str, attack: str) -> Table |
         rows=rows,
         caption=f"{attack}, {level} level, points of % (n = {sizes})",
         groups=[(target, len(drops)) for target in targets],
+        notes=(f"{DROPS}.",),
     )
 
 

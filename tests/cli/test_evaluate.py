@@ -135,11 +135,14 @@ def test_the_published_evaluation_has_no_shifts_unless_asked_for():
     assert Evaluate.load([]).diagnose is None
 
 
-def test_k_above_the_bank_warns_with_both_numbers(trained, root, tmp_path):
-    argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--attacks", "pgd"]
+def test_k_above_the_bank_is_said_once_in_a_plain_line(trained, root, tmp_path, capsys):
+    given = ",".join(f"{name}={trained / 'final.safetensors'}" for name in "ab")
+    argv = ["--checkpoint", given, "--data.root", str(root), *QUICK, "--attacks", "pgd"]
     argv += ["--k", "200"]
-    with pytest.warns(UserWarning, match=r"k=200 is more than the 36 rows of the bank; using k=36"):
-        evaluate([*argv, "--out", str(tmp_path / "out")])
+    evaluate([*argv, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert said.count("k=200 is more than") == 1 and ".py:" not in said and "UserWarning" not in said
+    assert "note: k=200 is more than the 36 rows of the bank; using k=36\n" in said
     assert {record.k for record in read_records(tmp_path / "out" / "records.jsonl")} == {36}
 
 
