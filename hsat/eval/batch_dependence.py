@@ -4,18 +4,13 @@ not.
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hsat.embedding import select_layer
-from hsat.eval.cost import own_random_state, sample_batch
-from hsat.eval.evaluation import Evaluation
 from hsat.types import EmbeddingFunction, HierarchicalBatch
 
 _IMAGES = 4
@@ -27,30 +22,19 @@ _CAUSE = (
 )
 
 
-def check_encoder(evaluation: Evaluation, *loaders: object) -> Evaluation:
-    """The evaluation, with a flag for all its records where the encoder is a function whose embeddings are not stable.
+def find_instability(layer: EmbeddingFunction, loaders: Sequence[object], device: torch.device) -> str:
+    """How the embeddings of a few images differ from call to call or with the batch; "" where they do not.
 
-    Modules are put into evaluation mode by every evaluation; what a function calls is out of its reach.  So a few
-    images are embedded twice, and some of them by themselves, before anything else is done.  The random state stays as
-    it was.  Loaders that can be read only once are not asked for images.
+    The random state stays as it was.  Loaders that can be read only once are not asked for images.
 
     Args:
-        evaluation: Encoder and options.
-        loaders: Of the queries, and of the bank; the first that gives images is asked.
-
-    Returns:
-        The evaluation; a warning says what is wrong with the encoder.
+        layer: Images -> embeddings.
+        loaders: The first that gives images is asked.
+        device: Where the images go.
     """
-    if isinstance(evaluation.encoder, nn.Module):
-        return evaluation
-    layer, device = select_layer(evaluation.encoder, evaluation.layer), evaluation.device
-    with own_random_state(device):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         images = next((found for one in loaders if (found := _first_images(one)) is not None), None)
-        reason = "" if images is None else describe_instability(layer, images.to(device))
-    if not reason:
-        return evaluation
-    warnings.warn(f"{evaluation.provenance.model or 'the encoder'}: {reason}", stacklevel=3)
-    return dataclasses.replace(evaluation, flags=(*evaluation.flags, reason))
+        return "" if images is None else describe_instability(layer, images.to(device))
 
 
 def describe_instability(layer: EmbeddingFunction, images: Tensor) -> str:
@@ -88,14 +72,14 @@ def _first_images(loader: object) -> Tensor | None:
     source: Any = loader
     while hasattr(source, "source"):  # plain batches
         source = source.source
-    batch: Any = sample_batch(source, _IMAGES)
-    if batch is None and isinstance(source, DataLoader):
+    batch: Any = None
+    if isinstance(source, DataLoader):
         try:
             rows = range(min(_IMAGES, len(source.dataset)))  # type: ignore[arg-type]
             batch = source.collate_fn([source.dataset[row] for row in rows])
         except Exception:  # what cannot be read is the loader's to report
             return None
-    elif batch is None and isinstance(source, Sequence) and len(source):
+    elif isinstance(source, Sequence) and len(source):
         batch = source[0]
     images = batch.images if isinstance(batch, HierarchicalBatch) else batch
     images = images[0] if isinstance(images, tuple | list) and images else images

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hsat.classifiers import KNNClassifier
 from hsat.eval.announcements import announce_bank, announce_cost
-from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.confidence import (
     Interval,
     bootstrap_draws,
@@ -223,7 +222,7 @@ def evaluate_budget(
     run = dataclasses.replace(run, keep_examples=0, diagnose=0)
     attacks = {budget.name: attack}
     check_attacks(attacks)
-    evaluation = check_encoder(Evaluation(encoder, Target.of(target), scoring, run, provenance), queries)
+    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance).checked(queries)
     with open_world(run) as (world, cache):
         table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)

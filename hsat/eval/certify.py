@@ -17,7 +17,6 @@ from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import Layer, LoaderInfo, eval_mode, require_labels, select_layer, to_device
 from hsat.eval.announcements import announce_bank, announce_votes
-from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.certificates import ABSTAIN, POOLINGS, Certificates, GroupPooling, group_radius, patch_radius
 from hsat.eval.confidence import bootstrap_intervals
 from hsat.eval.evaluation import Evaluation, Queries, ScoredClassifier, classifier_settings, fit_bank
@@ -151,7 +150,7 @@ def certify(
     """
     if options.noisy_bank and isinstance(bank, EmbeddingTable):
         raise ValueError("noisy_bank=True needs the bank's images, and a table has none; give its loader")
-    evaluation = check_encoder(Evaluation(encoder, Target(), scoring, run, provenance), queries)
+    evaluation = Evaluation(encoder, Target(), scoring, run, provenance).checked(queries)
     with open_world(run) as (world, cache):
         images = NoisyLoader(cast(Queries, bank), smoothing) if options.noisy_bank else bank
         table = evaluation.embed_bank(images, world, cache, announce=partial(announce_bank, evaluation, world.size))

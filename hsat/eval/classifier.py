@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hsat.classifiers import Head
 from hsat.embedding import eval_mode, resolve_device, to_device
-from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.evaluation import Evaluation, ScoredClassifier
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.paper_attacks import add_noise_baselines
@@ -87,7 +86,7 @@ def evaluate_classifier(
     names = _class_names(model, loader, first, class_names or provenance.class_names, run)
     logits = _LogitsModule(model, names) if isinstance(model, nn.Module) else _LogitsFunction(model, names)
     own = replace(provenance, class_names=_names_of_labels(loader, names))
-    evaluation = check_encoder(Evaluation(logits, Target("decision"), scoring, run, own), batches)
+    evaluation = Evaluation(logits, Target("decision"), scoring, run, own).checked(batches)
     chosen = add_noise_baselines(attacks) if run.noise else dict(attacks)
     head = _OwnLogits(nn.Identity(), names)
     classifiers = (ScoredClassifier(head, head, attacked=True),)

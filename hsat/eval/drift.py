@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hsat.eval.announcements import announce_cost
-from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.confidence import Interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
@@ -68,7 +67,7 @@ def evaluate_drift(
     check_attacks(attacks, queries)
     has_cohort = hasattr(getattr(queries, "dataset", None), "cohort")  # it says what it is, and labels its batches
     batches = queries if has_cohort else UnlabelledBatches(queries)
-    evaluation = check_encoder(Evaluation(encoder, Target("features"), scoring, run, provenance), batches)
+    evaluation = Evaluation(encoder, Target("features"), scoring, run, provenance).checked(batches)
     chosen = add_noise_baselines(attacks) if run.noise else dict(attacks)
     info = evaluation.query_info(batches, (UNLABELLED,))
     with open_world(run) as (world, cache):

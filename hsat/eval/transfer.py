@@ -15,7 +15,6 @@ from torch import nn
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import LoaderInfo
 from hsat.eval.announcements import announce_bank, announce_transfer
-from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.evaluation import (
     Evaluation,
     Queries,
@@ -118,7 +117,7 @@ def evaluate_transfer(
         known = (provenance or {}).get(encoder, Provenance())
         known = dataclasses.replace(known, model=known.model or encoder)
         source = load_source(encoder, encoders[encoder])
-        evaluations[encoder] = check_encoder(Evaluation(source, target, scoring, run, known), queries)
+        evaluations[encoder] = Evaluation(source, target, scoring, run, known).checked(queries)
     with open_world(run) as (world, cache):
         settings = _transfer_settings(evaluations, banks, queries, attacks, classifier)
         session = open_session(run, settings, world, cache, growing=_GROWING)

@@ -18,7 +18,6 @@ from hsat.attacks import AttackEnsemble, NaturalShift, RandomNoise
 from hsat.classifiers import KNNClassifier
 from hsat.embedding import eval_mode
 from hsat.eval.announcements import announce_bank, announce_cost
-from hsat.eval.batch_dependence import check_encoder
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
 from hsat.eval.doubts import list_doubts
@@ -169,7 +168,7 @@ def evaluate_whitebox(
         TypeError: For attacks that are no mapping of attacks.
     """
     check_attacks(attacks, queries)
-    evaluation = check_encoder(Evaluation(encoder, Target.of(target), scoring, run, provenance), queries, bank)
+    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance).checked(queries, bank)
     others = dict(surrogates or {})
     chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), others)
     with open_world(run) as (world, cache):
@@ -212,7 +211,8 @@ def attack_queries(
         encoder, objectives, attacks, layer=layer, classifier=classifier, run=run, name=name
     )
     classes = len(classifier.class_names)
-    announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session, classes=classes)
+    if session.shows:
+        announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session, classes=classes)
     conditions = AttackRunner(evaluation, objectives).run(
         queries,
         attacks,

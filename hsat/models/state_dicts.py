@@ -277,7 +277,7 @@ def _advice(missing: list[str], extra: list[str], shapes: list[str], state: Mapp
                 f" load_encoder(path, name) builds the head of the file, with head=None it takes the backbone alone"
             )
     if extra and not missing and not shapes and all(map(_CLASSIFIER.search, extra)):
-        return "; these are a classifier on top of the backbone: load_encoder(path, name, head=None) leaves it out"
+        return "; these are a classifier on top of the backbone, which load_encoder leaves out for head=None"
     names = find_matching_backbones(state)
     return f"; its backbone is that of {', '.join(names)}" if names else ""
 
