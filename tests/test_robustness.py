@@ -249,7 +249,7 @@ def test_splits_of_known_names_are_bank_and_queries(tmp_path, names):
             lines.append(f"{name}{i}.png,{name},{name}{i},s,{split}")
     (tmp_path / "manifest.csv").write_text("\n".join(lines))
     if names == ("0", "1"):
-        with pytest.raises(ValueError, match=r"'0', '1' do not say which .* rename_splits.* cohort.with_split"):
+        with pytest.raises(ValueError, match=r"'0', '1' do not say which one .*rename_splits.* cohort.with_split"):
             hsat.evaluate_robustness(Colours(), tmp_path, norm="none")
         return
     result = hsat.evaluate_robustness(Colours(), tmp_path, norm="none", eps=8 / 255)
