@@ -260,6 +260,14 @@ def test_splits_of_known_names_are_bank_and_queries(tmp_path, names):
     assert (f"the queries are split {names[1]!r}" in said) == (names[1] != "val")
 
 
+def test_a_bad_file_says_how_to_find_them_all(folder):
+    file = folder / "dark/dark0/s/0.png"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(hsat.data.BadPatch, match="not a readable PNG") as caught:
+        hsat.evaluate_robustness(Colours(), folder, norm="none", eps=8 / 255)
+    assert "cohort.check_files() lists all bad files, as `hsat check DATA` does" in caught.value.__notes__
+
+
 def test_a_single_split_is_divided_by_patient(tmp_path):
     root = write_patches(tmp_path / "root", "train/{c}/{p}/s/{i}.png")
     result = hsat.evaluate_robustness(Colours(), root, norm="none", eps=8 / 255)

@@ -77,7 +77,7 @@ def split_settings_cohort(cohort: Cohort, data: SourceSettings) -> Cohort:
 
     Args:
         cohort: As it was read.
-        data: Options; splits names those that are meant, and else they are found by their names.
+        data: Options; splits names those that are meant, or draws anew; else they are found by their names.
 
     Returns:
         The cohort.
@@ -87,6 +87,8 @@ def split_settings_cohort(cohort: Cohort, data: SourceSettings) -> Cohort:
     """
     if isinstance(data.splits, dict):
         cohort = rename_splits(cohort, data.splits)
+    if data.splits == "draw":
+        return cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
     train, val = find_splits(cohort.splits)
     if train and val:
         found = {"train": train, "val": val}
@@ -95,7 +97,7 @@ def split_settings_cohort(cohort: Cohort, data: SourceSettings) -> Cohort:
         have = ", ".join(map(repr, cohort.splits))
         raise ValueError(
             f"the names of the splits do not say which one to train on and which one to attack; there are {have}:"
-            f" name them with --data.splits train=NAME,val=NAME"
+            " name them with --data.splits train=NAME,val=NAME, or draw patients anew with --data.splits draw"
         )
     return cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
 

@@ -57,8 +57,10 @@ class SourceSettings(Section):
     patient: str | None = Field(None, description="classes layout: regular expression that finds the patient in a path")
     slide: str | None = Field(None, description="classes layout: regular expression that finds the slide in a path")
     split_folders: bool = Field(False, description="folders and classes layout: the first level is the split")
-    splits: Pairs | None = Field(
-        None, description="names of the splits to train on and to attack, where they are others: train=0,val=1"
+    splits: Literal["draw"] | Pairs | None = Field(
+        None,
+        description="names of the splits to train on and to attack, where they are others: train=0,val=1; draw:"
+        " patients are drawn anew",
     )
     mixed: Mixed = Field("keep", description="what to do with patients whose patches are of several classes")
     on_empty: Literal["error", "skip"] = Field("error", description="what to do with folders without a patch")

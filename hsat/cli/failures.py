@@ -18,7 +18,7 @@ _ARGUMENT = re.compile(
     r"(?P<value>'[^']*'|True|\{[^}]*\})"
 )
 _PHRASES = (
-    (r", after \.with_split\(\)", " and --data.splits train=NAME,val=NAME"),
+    (r", after \.with_split\(\)", " and --data.splits draw"),
     (r" and give the Cohort that it returns", ""),
     (r"\. Give the Cohort that a reader of hsat\.data returns in place of the folder", ""),
     (r"(?:hsat\.data\.)?rename_splits\(cohort, \{'(\w+)': '([^']*)'\}\)", r"--data.splits \1=\2"),

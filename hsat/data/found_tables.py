@@ -129,7 +129,7 @@ class FoundTable:
                 if parts[place] in self.column(column):
                     inner = "" if place == len(parts) - 2 else "/".join(parts[place + 1 : -1]) + "/"
                     return "/".join([*parts[:place], f"{{{column}}}/{inner}*{Path(example).suffix}"])
-        return "/".join([*parts[:-1], f"...{{COLUMN}}...{Path(example).suffix or '.png'}"])
+        return "/".join([*parts[:-1][:1], f"...{{COLUMN}}...{Path(example).suffix or '.png'}"])
 
 
 def find_tables(folder: Path) -> list[FoundTable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -23,10 +24,12 @@ def count_sizes(cohort: Cohort, *, most: int | None = None) -> Counter[tuple[int
 
     rows = range(len(cohort)) if most is None or most >= len(cohort) else np.linspace(0, len(cohort) - 1, most)
     sizes = Counter[tuple[int, int]]()
-    for row in rows:
-        try:
-            with Image.open(cohort.path(int(row))) as image:
-                sizes[image.height, image.width] += 1
-        except (OSError, ValueError, SyntaxError):
-            continue
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of damaged files, too
+        for row in rows:
+            try:
+                with Image.open(cohort.path(int(row))) as image:
+                    sizes[image.height, image.width] += 1
+            except (OSError, ValueError, SyntaxError):
+                continue
     return sizes

@@ -41,6 +41,8 @@ def test_other_names_are_given(make, capsys, stops):
     assert "there are '0', '1': name them with --data.splits train=NAME,val=NAME" in message
     cohort = open_cohort(EvaluationDataSettings(**options, splits="train=1,val=0"))
     assert all(cohort.records[i].path.startswith("0/") for i in cohort.rows("val"))
+    drawn = open_cohort(EvaluationDataSettings(**options, splits="draw", val_fraction=0.25))
+    assert len(drawn.rows("val")) == 2 and len(drawn.rows("train")) == 6, "one patient of four of each class"
     message = stops(lambda argv: open_cohort(EvaluationDataSettings(**options, splits="train=2,val=0")), [])
     assert "no split '2'; it has '0', '1'" in message
 
@@ -68,9 +70,11 @@ def test_messages_name_options(make, tmp_path, stops):
     assert len(asked(root=root, layout="opensrh")) < 800 and "--data.layout folders" in asked(
         root=root, layout="opensrh"
     )
-    message = asked(root=make("left/ADI/1.png", "right/ADI/1.png").rename(tmp_path / "two"))
-    assert "--data.layout classes" in message or "--data.layout" in message
-    assert "read_" not in message and "Cohort" not in message
+    root.rename(tmp_path / "one")
+    message = asked(root=make("left/ADI/1.png", "right/ADI/1.png", "right/TUM/1.png"))
+    assert "give --data.layout classes --data.split_folders true and --data.splits draw, or rename" in message
+    assert "give --data.layout classes --data.patient '^[^/]+/([^/]+)/'" in message
+    assert "read_" not in message and "Cohort" not in message and "with_split" not in message
     (tmp_path / "slides").mkdir()
     (tmp_path / "slides/1.svs").write_bytes(b"x")
     message = asked(root=tmp_path / "slides")
