@@ -77,7 +77,7 @@ def diagnose(
     made = {"8/255, 10 steps": attacks()["8/255, 10 steps"]}
     transfer = evaluate_transfer(
         encoders,
-        dict.fromkeys(encoders, bank),
+        bank,
         queries,
         made,
         pairs=[(name, "target") for name in others],

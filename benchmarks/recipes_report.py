@@ -6,6 +6,7 @@ python benchmarks/recipes_report.py    # writes benchmarks/results/recipes.md an
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -186,6 +187,32 @@ def difference_lines(results: Results, cohort: str) -> list[str]:
     return [*lines, "", "Points of patch accuracy, kNN decision, with 95 % intervals over patients.", ""]
 
 
+def diagnosis_lines(path: Path) -> list[str]:
+    """What benchmarks/recipe_diagnosis.py found."""
+    if not path.exists():
+        return ["## Is the gradient masked?", "", "Not diagnosed.", ""]
+    found = json.loads(path.read_text())
+    left = found["left"]
+    lines = ["## Is the gradient masked?", ""]
+    lines.append(
+        f"`benchmarks/recipe_diagnosis.py`: {RECIPES[found['recipe']].change}, painted seed {found['seed']},"
+        f" {found['patches']} patches, of which {percent(left['clean'])} % are right.  PGD on the vote, unless it says"
+        " otherwise."
+    )
+    lines += ["", "| attack | left, % |", "| --- | --- |"]
+    order = sorted(left, key=lambda name: (int(name.split("/")[0]) if "/" in name else 0, name))
+    lines += [f"| {name} | {percent(left[name])} |" for name in order]
+    lines += [f"| 8/255, 10 steps, made on {name} | {percent(value)} |" for name, value in found["transfer"].items()]
+    tested, changed = found["certificates"]["tested"], found["certificates"]["changed"]
+    flags = "; ".join(found["flags"]) or "none"
+    return [
+        *lines,
+        "",
+        f"Flags of hsat's own diagnosis: {flags}.  Certified patches attacked: {tested}, changed: {changed}.",
+        "",
+    ]
+
+
 def missing_lines(results: Results) -> list[str]:
     """What the study has planned and not run, and what failed."""
     chosen = {cohort: choose(results, cohort) for cohort in (PAINTED, EBHI)}
@@ -201,8 +228,13 @@ def missing_lines(results: Results) -> list[str]:
     return [*lines, "", *(failed or ["No run failed."]), ""]
 
 
-def document(results: Results) -> str:
-    """The page."""
+def document(results: Results, diagnosis: Path) -> str:
+    """The page.
+
+    Args:
+        results: Every run, by key.
+        diagnosis: The file of the diagnosis, where there is one.
+    """
     versions = sorted({str(one["versions"]) for one in results.values()})
     commits = sorted({one["commit"][:12] for one in results.values()})
     lines = [
@@ -224,6 +256,7 @@ def document(results: Results) -> str:
         place = "seed" if cohort == PAINTED else "split"
         attack = "PGD-10 on the vote, which is cheaper than the ensemble"
         lines += [f"### Trials, on {place} 0, under {attack}", "", *trial_lines(results, cohort)]
+    lines += diagnosis_lines(diagnosis)
     lines += missing_lines(results)
     return "\n".join([*lines, f"Versions: {'; '.join(versions)}.  Commits: {', '.join(commits)}.", ""])
 
@@ -264,7 +297,7 @@ def draw_cohort(panel: Any, results: Results, cohort: str) -> None:
         chance = 100 * statistics.mean(one["chance"] for one in done)
         panel.axhline(chance, color=GREY, linestyle=":", linewidth=1.1, label="largest class")
     panel.set(title=f"{NAMES[cohort]}, {RADII[cohort][0]}/255", xlabel="training, CPU seconds")
-    panel.set_xlim(left=0)
+    panel.set_xlim(0, 1.08 * max((one["train_cpu_seconds"] for one in done), default=100))
 
 
 def main() -> None:
@@ -276,7 +309,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     results = read_results(options.runs)
-    options.out.write_text(document(results))
+    options.out.write_text(document(results, options.runs / "diagnosis.json"))
     plot(results, options.out.with_suffix(".png"))
 
 

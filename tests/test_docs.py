@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import hsat
+from hsat import robustness
 from hsat.attacks import L2, PGD, Linf, RandomNoise, feature_drift
 from hsat.cli.main import COMMANDS
 from hsat.cli.options import Settings, collect_words
@@ -54,7 +56,14 @@ def guide(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory):
-    return execute(README, tmp_path_factory.mktemp("readme"))
+    """The README, as a reader with a folder of patches runs it; nothing is downloaded, and one step stands for all."""
+    folder, real = tmp_path_factory.mktemp("readme"), timm.create_model
+    hsat.write_synthetic_cohort(folder / "patches", patients_per_class=2, patches=2, size=32)
+    short = {f"ensemble-{n}": PGD(Linf(n / 255), step_size=n / 255, steps=1) for n in (2, 4, 8)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, pretrained, **how: real("resnet10t", **how))
+        patch.setattr(robustness, "standard_attacks", lambda eps, labelled: short)
+        return execute(README, folder) | {"folder": folder}
 
 
 def beats_noise(x_adv, x, encode, threat):
@@ -66,9 +75,16 @@ def beats_noise(x_adv, x, encode, threat):
         return bool((drift(x_adv) > drift(noisy)).all())
 
 
-def test_the_readme_takes_ten_lines():
-    ((_, code),) = blocks(README, "python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+def test_the_readme_takes_six_lines_and_ten_lines():
+    (_, front), (_, loop) = blocks(README, "python")
+    front, loop = ([line for line in code.splitlines() if line.strip()] for code in (front, loop))
+    assert len(front) <= 6 and len(loop) <= 10 and max(map(len, (*front, *loop))) <= 120
+
+
+def test_the_readme_evaluates_a_folder(readme):
+    lines = readme["result"].summary().splitlines()
+    assert 5 <= len(lines) <= 10 and lines[0].startswith("model ") and lines[-1].startswith("chance")
+    assert (readme["folder"] / "runs" / "first" / "report.html").is_file()
 
 
 def test_the_readme_trains_and_attacks(readme):

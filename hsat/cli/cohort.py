@@ -24,6 +24,7 @@ from hsat.data import (
     write_synthetic_cohort,
 )
 from hsat.data.split_names import describe_unused, split_role
+from hsat.quantities import LINE_WIDTH
 
 SYNTHETIC = Path("runs/synthetic")
 
@@ -132,14 +133,24 @@ def _files_named(cohort: Cohort) -> str:
 
 
 def describe(cohort: Cohort) -> str:
-    """Patients, slides and patches of each split, in a line each."""
+    """Patients, slides and patches of each split, in a line of at most `LINE_WIDTH` characters each."""
     lines = []
     for split, classes in cohort.summary().items():
         rows = cohort.rows(split) if split else [i for i, row in enumerate(cohort.records) if not row.split]
         patients, slides = (len(np.unique(ids[rows])) for ids in (cohort.patient, cohort.slide))
-        per_class = ", ".join(f"{name} {c['patches']}" for name, c in classes.items())
-        lines.append(f"{split or 'no split'}: {patients} patients, {slides} slides, {len(rows)} patches ({per_class})")
+        start = f"{split or 'no split'}: {patients} patients, {slides} slides, {len(rows)} patches"
+        counts = [f"{name} {c['patches']}" for name, c in classes.items()]
+        lines.append(f"{start} ({_fitting(counts, LINE_WIDTH - len(start) - 3)})")
     return "\n".join(lines)
+
+
+def _fitting(parts: list[str], width: int) -> str:
+    """As many parts as a line has room for, and how many classes there are beside them."""
+    for shown in range(len(parts), 0, -1):
+        text = ", ".join(parts[:shown]) + (f" and {len(parts) - shown} more classes" if shown < len(parts) else "")
+        if len(text) <= width:
+            return text
+    return f"{len(parts)} classes"
 
 
 def source_words(data: SourceSettings) -> list[str]:

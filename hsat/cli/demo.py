@@ -58,7 +58,7 @@ class Demo(Settings):
     steps: int = Field(
         120, gt=0, description="training steps of HiDisc and HSAT, half of the recipe's; HSAT+ makes as many passes"
     )
-    query_patches: int = Field(112, gt=0, description="attack this many validation patches, at most all 224")
+    query_patches: int = Field(84, gt=0, description="attack this many validation patches, at most all 224")
     quiet: bool = Field(False, description="no progress bars")
 
 

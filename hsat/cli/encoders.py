@@ -32,6 +32,8 @@ from hsat.models import (
 from hsat.models.checkpoints import load_backbone, read_weights
 from hsat.models.state_dicts import find_head
 
+_NOT_OF_FACTORIES = {"dual_norm", "image_size", "pretrained"}  # a backbone may come from a recipe, and is replaced
+
 
 class NamedEncoder(NamedTuple):
     """An encoder to evaluate; digest: the SHA-256 of its file."""
@@ -66,8 +68,13 @@ def own_encoder(model: EncoderSettings, *, seed: int, head: HeadSpec | None) -> 
     """The encoder around what the user's own function makes, its random weights drawn from the seed.
 
     Raises:
-        ValueError: Where there is no such function, or it gives no module.
+        ValueError: Where there is no such function, it gives no module, or for options that concern other networks.
     """
+    if unused := sorted(_NOT_OF_FACTORIES & model.model_fields_set):
+        listed = ", ".join(f"--model.{name}" for name in unused)
+        raise ValueError(
+            f"--model.factory makes the network by itself, so that {listed} would change nothing; leave out"
+        )
     name, colon, function = str(model.factory).partition(":")
     if not colon:
         raise ValueError(f"--model.factory {model.factory}: write package.module:function")
@@ -133,6 +140,7 @@ def stored_encoder(model: StoredModelSettings, path: Path, *, alone: bool = True
             embedding_dim=model.embedding_dim,
             dual_norm=model.dual_norm,
             input_size=model.input_size,
+            image_size=model.image_size,
             norm=model.norm if alone or not own else None,
         )
     except ValueError as error:
@@ -197,6 +205,7 @@ def untrained_encoder(encoder: Encoder, *, seed: int) -> Encoder:
         mean=spec["mean"],
         std=spec["std"],
         dual_norm=spec["dual_norm"],
+        image_size=spec.get("image_size"),
         seed=seed,
     ).eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +35,10 @@ class RunSettings(Settings):
         config = find_option(argv, "config", Path)
         named = find_option(argv, "run", str) or (read_yaml(config).get("run") if config else None)
         layer = {} if not named else options_of_trainings(split_commas(named), cls)
-        return super().load(argv, recipe=merge_layers(recipe or {}, layer))
+        settings = super().load(argv, recipe=merge_layers(recipe or {}, layer))
+        if named:
+            say(f"from --run: {layer['checkpoint']}; {_data_text(getattr(settings, 'data', None))}")
+        return settings
 
 
 def options_of_trainings(folders: Sequence[str], settings: type[BaseModel]) -> dict[str, Any]:
@@ -72,9 +74,14 @@ def options_of_trainings(folders: Sequence[str], settings: type[BaseModel]) -> d
     model = of_run.get("model", {})
     if isinstance(model, Mapping) and model.get("factory"):
         layer["model"] = {name: model[name] for name in OF_OWN_MODELS if model.get(name) is not None}
-    words = [word for name, value in layer["data"].items() for word in (f"--data.{name}", str(value))]
-    say(f"from --run: {layer['checkpoint']}, {shlex.join(words)}")
     return layer
+
+
+def _data_text(data: Any) -> str:
+    """The data that are measured, after options of the command line have replaced those of the training."""
+    root, size = getattr(data, "root", None), getattr(data, "image_size", None)
+    text = "the synthetic cohort" if root is None else f"data {root}, layout {getattr(data, 'layout', '')}"
+    return text if size is None else f"{text}, images of {size} pixels a side"
 
 
 def _encoder_in(folder: Path) -> Path:

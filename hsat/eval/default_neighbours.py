@@ -36,10 +36,7 @@ def explain_default_k(bank: PatchDataset | EmbeddingTable) -> str:
     k = default_k(bank)
     if isinstance(bank, PatchDataset) and is_opensrh(bank.cohort):
         return f"kNN with k = {k}, as published"
-    return (
-        f"kNN with k = {k}: one in {_SHARE} of {len(bank)} bank patches, no more than the smallest class has and at"
-        f" most {PAPER_K}"
-    )
+    return f"kNN with k = {k}: one in {_SHARE} of {len(bank)} bank patches, at most the smallest class and {PAPER_K}"
 
 
 def is_opensrh(cohort: Cohort) -> bool:

@@ -166,6 +166,7 @@ def load_encoder(
     embedding_dim: int | None = None,
     dual_norm: bool = False,
     input_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
     norm: str | None = None,
@@ -186,6 +187,7 @@ def load_encoder(
         embedding_dim: Width of the head's output, where the file does not say it.
         dual_norm: Two BatchNorm branches; also taken from the file.
         input_size: See `build_encoder`.
+        image_size: See `build_encoder`; where it is not given, the file may say it.
         mean: Pixel normalisation that the weights were trained with, on the [0, 1] scale, together with std.  Files of
             `save_encoder` and names of the paper state it; for any other file it has to be given, here or by norm.
         std: See mean.
@@ -218,11 +220,12 @@ def load_encoder(
         encoder.weights_report = load_state(encoder, path, content)
         return encoder.eval()
     options: dict[str, Any] = {"dual_norm": dual_norm or any(".bn_list." in key for key in content.state)}
-    options |= {"input_size": input_size, "mean": mean, "std": std, "norm": norm}
+    options |= {"input_size": input_size, "image_size": image_size, "mean": mean, "std": std, "norm": norm}
     if spec is not None and spec.name == backbone:
         if norm is None and mean is None and std is None:
             options |= {"mean": spec.mean, "std": spec.std}
         options["input_size"] = spec.input_size if input_size is None else input_size
+        options["image_size"] = spec.image_size if image_size is None else image_size
     chosen = None if head is None else _choose_head(path, content.state, head, embedding_dim)
     build = partial(build_encoder, backbone, head=chosen, **options, seed=0)
     other = "" if spec is None or spec.name == backbone else f"the file says that it holds {spec.name!r}"

@@ -85,7 +85,9 @@ class StepClock:
     def __init__(self, *, after: int = 2) -> None:
         self._after, self._ticks, self._begin, self._last = after, 0, 0.0, 0.0
         self._other: dict[str, list[float]] = {}
-        self._between = 0.0  # seconds of other work since the first step
+        self._made = time.perf_counter()
+        self._between = 0.0  # seconds of other work from the first step to the last one
+        self._since_last = 0.0  # and after that
 
     def tick(self, left: int) -> str | None:
         """The sentence to show after a step, or None.
@@ -95,6 +97,7 @@ class StepClock:
         """
         self._ticks += 1
         self._last = time.perf_counter()
+        self._between, self._since_last = self._between + self._since_last, 0.0
         if self._ticks == 1:
             self._begin, self._between = self._last, 0.0
         if self._ticks != self._after + 1:
@@ -105,7 +108,9 @@ class StepClock:
     @property
     def _seconds(self) -> float:
         """Per step; of the first step where there is no other one."""
-        return (self._last - self._begin - self._between) / max(1, self._ticks - 1)
+        if self._ticks < 2:
+            return self._last - self._made
+        return (self._last - self._begin - self._between) / (self._ticks - 1)
 
     @contextmanager
     def other_work(self, name: str) -> Iterator[None]:
@@ -118,7 +123,7 @@ class StepClock:
         yield
         seconds = time.perf_counter() - begin
         self._other.setdefault(name, []).append(seconds)
-        self._between += seconds
+        self._since_last += seconds
 
     def whole(self, left: int, others: Mapping[str, int]) -> str:
         """The sentence about all that is still to be done.

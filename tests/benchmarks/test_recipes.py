@@ -104,10 +104,10 @@ def test_a_difference_is_paired_over_patients_of_all_seeds(study):
 
 def test_the_page_says_what_is_missing_and_what_failed(study, tmp_path):
     run = result(study, "plus", right="11", stage="trial", failure="ValueError: no pairs")
-    page = study["recipes_report"].document({"trial-painted-0-plus-0.5x": run})
+    page = study["recipes_report"].document({"trial-painted-0-plus-0.5x": run}, tmp_path / "no.json")
     assert "- `trial-painted-0-plus-0.5x` failed: ValueError: no pairs" in page
     assert "- trial, painted: 17 of 18 runs: " in page and "`trial-ebhi-0-plus-small-0.5x`" in page
-    assert "`final-ebhi-4-hsat-1x`" in page and "No finalist has been run." in page
+    assert "`final-ebhi-4-hsat-1x`" in page and "No finalist has been run." in page and "Not diagnosed." in page
     study["recipes_report"].plot({"a": result(study, "plus", right="10", index=3)}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 

@@ -155,5 +155,7 @@ def test_a_network_of_the_users_own_is_trained_and_evaluated_by_command(
         json.dumps(r.settings["pixel_normalisation"]) for r in read_records(tmp_path / "out" / "records.jsonl")
     }
     assert json.loads(pixels) == {"mean": [0.5], "std": [0.25], "stated_by": "the caller"}
+    message = stops(train, [*trained_so, "--model.norm", "none", "--model.dual_norm", "true"])
+    assert "--model.dual_norm would change nothing" in message
     assert "my_networks:large" in stops(train, [*trained_so, "--model.factory", "my_networks:large"])
     assert "package.module:function" in stops(train, [*trained_so, "--model.factory", "my_networks"])

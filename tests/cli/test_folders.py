@@ -80,6 +80,7 @@ def test_processes_that_are_started_anew_go_on_where_the_others_were(tmp_path, m
     assert other.out != first.out
 
 
+@pytest.mark.slow
 def test_two_ranks_write_into_one_folder(torchrun, finish, options, tmp_path):
     shown = finish(torchrun("train", *options, "--train.steps", "1", cwd=tmp_path))
     (folder,) = (tmp_path / "runs").iterdir()

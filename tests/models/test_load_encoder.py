@@ -179,3 +179,14 @@ def test_every_backbone_is_told_from_its_names_and_shapes(name):
     found = find_matching_backbones(state)
     assert name in found and set(found) <= {name, *find_equivalent_backbones(name)}
     assert find_matching_backbones({key: value for key, value in list(state.items())[1:]}) == []
+
+
+def test_a_vit_of_another_size_is_read_with_its_size(tmp_path):
+    source = build_encoder("test_vit", image_size=64, head=None, norm="none", seed=1)
+    torch.save(source.backbone.state_dict(), tmp_path / "vit.pth")
+    encoder = load_encoder(tmp_path / "vit.pth", "test_vit", image_size=64, norm="none")
+    assert fingerprint_weights(encoder.backbone) == fingerprint_weights(source.backbone)
+    with torch.no_grad():
+        assert encoder(torch.rand(1, 3, 64, 64)).shape == (1, 64)
+    with pytest.raises(ValueError, match="pos_embed"):
+        load_encoder(tmp_path / "vit.pth", "test_vit", norm="none")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +144,12 @@ def test_the_guard_replaces_replays_until_they_find_as_much_as_pgd_again(caplog)
     first, second = [record.getMessage() for record in caplog.records]
     assert first.startswith("step 10: free training finds ") and second.endswith("free again")
     assert inner.logged()["free_share"] > 0.8
+
+
+def test_the_python_of_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    exec(compile(code, "docs/recipes.md", "exec", dont_inherit=True), names)
+    assert capsys.readouterr().out == "free 4 0.6 features\n"
+    assert names["encoder"].head is None

@@ -62,9 +62,27 @@ def test_peak_memory_of_this_process_grows():
 
 
 def test_the_clock_speaks_once_and_leaves_out_the_first_step(monkeypatch):
-    now = iter([100.0, 102.0, 104.0, 106.0])
+    now = iter([99.0, 100.0, 102.0, 104.0, 106.0])
     monkeypatch.setattr("hsat.training.resources.time.perf_counter", lambda: next(now))
     clock = StepClock(after=2)
     assert clock.tick(9) is None and clock.tick(8) is None
     assert clock.tick(60) == "2 s per step (over 2 steps), about 2 min for 60 more steps"
     assert clock.tick(59) is None
+
+
+def test_the_clock_counts_other_work_once_and_no_time_is_negative(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hsat.training.resources.time.perf_counter", lambda: now[0])
+    clock = StepClock()
+    now[0] = 3.0
+    clock.tick(9)
+    with clock.other_work("held-out evaluation"):  # after the first step, before the second
+        now[0] = 23.0
+    assert "(3 s each)" in clock.whole(8, {"held-out evaluation": 2})
+    now[0] = 25.0
+    clock.tick(8)
+    with clock.other_work("held-out evaluation"):
+        now[0] = 45.0
+    assert clock.whole(7, {"held-out evaluation": 2}) == (
+        "about 54 s to go: 7 more steps (2 s each), 2 held-out evaluations (20 s each)"
+    )
