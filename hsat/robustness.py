@@ -16,6 +16,7 @@ import torch
 from hsat.attacks import PGD, AttackEnsemble, Linf
 from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
+from hsat.data import BadPatch
 from hsat.eval import (
     Difference,
     Record,
@@ -248,9 +249,9 @@ def evaluate_robustness(
         encoder: An `Encoder`, any torch module or function of images (n, 3, h, w) in [0, 1], the path of a file of
             hsat, or several by name, {"ours": ..., "baseline": ...}, which are compared on the same patches.
         data: A `Cohort`; a folder in any layout, which is found (OpenSRH, class/patient/slide/patch, class/patch, a
-            table); a pair (bank loader or `EmbeddingTable`, query loader); a loader of images without labels.  A cohort
-            without train and val is split by patient.  Without patients the numbers are flagged; without labels only
-            the drift of the features is measured.
+            table); a pair (bank loader or `EmbeddingTable`, query loader); a loader of images without labels.  Splits
+            are known by their names (train, Training, val, test); a cohort without any is split by patient.  Without
+            patients the numbers are flagged; without labels only the drift of the features is measured.
         eps: Linf radii as shares of the pixel range, as numbers or texts: 8/255, (4/255, 8/255), "4/255,8/255".
         norm: How the pixels were normalised that a module was trained on: "imagenet", "timm", "none", or
             "m,m,m/s,s,s".  It must be given for a module or function, for nobody else knows it.
@@ -298,21 +299,21 @@ def evaluate_robustness(
             _log.warning("note: %s", note)
         attacks = standard_attacks(radii, labelled=bank is not None)
         results = {}
-        for one in encoders:
-            own = replace(patches, bank=bank if one is encoders[0] else _bank_of(one, patches, run))
-            results[one.name] = _evaluate(one, encoders, own, attacks, classifier, run)
+        try:
+            for one in encoders:
+                own = replace(patches, bank=bank if one is encoders[0] else _bank_of(one, patches, run))
+                results[one.name] = _evaluate(one, encoders, own, attacks, classifier, run)
+        except BadPatch as error:
+            error.add_note("cohort.check_files() lists all bad files, as `hsat check DATA` does")
+            raise
     flags = size_flags(patches.bank, patches.queries)
     results = {name: _flagged(result, flags) for name, result in results.items()}
     settings = {"eps": radii, "norm": norm, "image_size": image_size, "val_fraction": val_fraction}
     settings |= {"query_patches": query_patches, "seed": run.seed, "bootstrap": Scoring().bootstrap}
     settings |= {"classifier": None if classifier is None else repr(classifier)}
-    return RobustnessResult(
-        results,
-        compare_results(results, scoring=Scoring(), seed=run.seed),
-        tuple(notes),
-        settings,
-        "" if patches.cohort is None else patches.cohort.fingerprint(),
-    )
+    differences = compare_results(results, scoring=Scoring(), seed=run.seed)
+    cohort = "" if patches.cohort is None else patches.cohort.fingerprint()
+    return RobustnessResult(results, differences, tuple(notes), settings, cohort)
 
 
 def standard_attacks(eps: Sequence[float], *, labelled: bool = True) -> dict[str, Attack]:

@@ -253,6 +253,40 @@ def test_layouts_are_found(tmp_path, template, words):
     assert len(cohort.patient_names) == (6 if "/{p}/" in template else 12)
 
 
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Val"), ("Training", "Testing"), ("0", "1")])
+def test_splits_of_known_names_are_bank_and_queries(tmp_path, names):
+    lines = ["path,class,patient,slide,split"]
+    for name, bright in (("dark", False), ("light", True)):
+        for i, split in enumerate((*names, names[0], "")):
+            write(tmp_path / f"{name}{i}.png", bright=bright, seed=i)
+            lines.append(f"{name}{i}.png,{name},{name}{i},s,{split}")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines))
+    if names == ("0", "1"):
+        with pytest.raises(ValueError, match=r"'0', '1' do not say which one .*rename_splits.* cohort.with_split"):
+            hsat.evaluate_robustness(Colours(), tmp_path, norm="none")
+        return
+    result = hsat.evaluate_robustness(Colours(), tmp_path, norm="none", eps=8 / 255)
+    said = " ".join(result.notes)
+    assert {record.n for record in result.records if record.level == "patch"} == {2} and "drawn" not in said
+    assert f"left out: 2 of {2 * len(names) + 4} patches, which are in no split" in said
+    assert ("split 'test' (2 patches)" in said) == ("test" in names)
+    assert (f"the queries are split {names[1]!r}" in said) == (names[1] != "val")
+
+
+def test_a_bad_file_says_how_to_find_them_all(folder):
+    file = folder / "dark/dark0/s/0.png"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(hsat.data.BadPatch, match="not a readable PNG") as caught:
+        hsat.evaluate_robustness(Colours(), folder, norm="none", eps=8 / 255)
+    assert "cohort.check_files() lists all bad files, as `hsat check DATA` does" in caught.value.__notes__
+
+
+def test_a_single_split_is_divided_by_patient(tmp_path):
+    root = write_patches(tmp_path / "root", "train/{c}/{p}/s/{i}.png")
+    result = hsat.evaluate_robustness(Colours(), root, norm="none", eps=8 / 255)
+    assert any("it has the split 'train' only, so patients were drawn" in note for note in result.notes)
+
+
 def test_tables_and_folders_in_no_layout(tmp_path):
     root = write_patches(tmp_path / "root", "images/x/{p}{i}.png")
     rows = [

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsat.data import Cohort, PatchDataset, find_cohort, patch_loader
+from hsat.data import Cohort, PatchDataset, find_cohort, find_splits, patch_loader
 from hsat.data.folders import NO_PATIENTS
+from hsat.data.patch_sizes import count_sizes
+from hsat.data.split_names import describe_unused, split_role
 from hsat.eval.loader_inputs import NO_BANK, open_alone, open_pair
 from hsat.models import Encoder, checkpoint_hash, load_encoder, wrap_encoder
 from hsat.models.pixel_normalisation import choose_normalisation
@@ -21,8 +23,6 @@ from hsat.types import EmbeddingFunction
 from hsat.types.batch import UNLABELLED
 
 BATCH_SIZE = 32
-QUERY_SPLITS = ("val", "valid", "validation", "test", "testing")
-BANK_SPLITS = ("train", "training")
 NORMS = "norm='imagenet', 'timm', 'none' (it takes [0, 1], or normalises by itself) or 'm,m,m/s,s,s'"
 NO_LABELS = (
     "the patches have no labels, or all the same, so that no decision can be measured: only how far attacks move the"
@@ -217,22 +217,40 @@ def _of_cohort(
         notes += [*_thinning_note(patches, query_patches), NO_LABELS]
         queries = patch_loader(patches.thin(query_patches), batch_size=BATCH_SIZE)
         return EvaluationPatches(None, queries, cohort=cohort, notes=tuple(notes), flags=tuple(flags))
-    bank, held_out = (
-        next((name for name in names if name in cohort.splits), "") for names in (BANK_SPLITS, QUERY_SPLITS)
-    )
-    if not bank or not held_out:
-        replaced = f"its splits {', '.join(cohort.splits)} are no train and val" if cohort.splits else "it has no split"
-        cohort = cohort.with_split(val_fraction=val_fraction, seed=0)
-        bank, held_out = "train", "val"
-        count = {name: len(np.unique(cohort.patient[cohort.rows(name)])) for name in (bank, held_out)}
-        notes.append(
-            f"{replaced}, so patients were drawn (seed 0): {count[bank]} for the bank, {count[held_out]} as queries;"
-            " cohort.with_split(...) draws others"
-        )
+    cohort, (bank, held_out), more = _settle_splits(cohort, val_fraction)
+    notes += more
     known, asked = (PatchDataset(cohort, name, image_size=size) for name in (bank, held_out))
     notes += _thinning_note(asked, query_patches)
     loaders = [patch_loader(part, batch_size=BATCH_SIZE) for part in (known, asked.thin(query_patches))]
     return EvaluationPatches(loaders[0], loaders[1], cohort=cohort, notes=tuple(notes), flags=tuple(flags))
+
+
+def _settle_splits(cohort: Cohort, val_fraction: float) -> tuple[Cohort, tuple[str, str], list[str]]:
+    """The cohort with a split for the bank and one for the queries, their names, and notes.
+
+    Raises:
+        ValueError: Splits whose names do not say what they are for.
+    """
+    bank, held_out = find_splits(cohort.splits)
+    if bank and held_out:
+        note = [f"the bank is split {bank!r}, the queries are split {held_out!r}"] * bool(
+            {bank, held_out} - {"train", "val"}
+        )
+        return cohort, (bank, held_out), [*note, *describe_unused(cohort, (bank, held_out))]
+    if unknown := [name for name in cohort.splits if not split_role(name)]:
+        raise ValueError(
+            f"the names of the splits {', '.join(map(repr, unknown))} do not say which one is the bank of training"
+            " patches and which one is attacked: hsat.data.rename_splits(cohort, {'train': ..., 'val': ...}) says it,"
+            " and cohort.with_split(val_fraction=0.3) draws patients anew without regard to these splits"
+        )
+    alone = f"it has the split {cohort.splits[0]!r} only" if cohort.splits else "it has no split"
+    cohort = cohort.with_split(val_fraction=val_fraction, seed=0)
+    count = {name: len(np.unique(cohort.patient[cohort.rows(name)])) for name in ("train", "val")}
+    drawn = (
+        f"{alone}, so patients were drawn (seed 0): {count['train']} for the bank, {count['val']} as queries;"
+        " cohort.with_split(...) draws others"
+    )
+    return cohort, ("train", "val"), [drawn]
 
 
 def _thinning_note(queries: PatchDataset, count: int | None) -> list[str]:
@@ -260,7 +278,7 @@ def choose_size(
             f"the encoders take different sizes ({listed}), and all must see the same patches; wrap them with"
             " hsat.wrap_encoder(module, norm=..., input_size=...), which resizes inside, and give image_size=..."
         )
-    own = _own_sizes(cohort)
+    own = set(count_sizes(cohort))
     if wanted:
         size = next(iter(wanted.values()))
         if own == {size}:
@@ -287,17 +305,3 @@ def _size_of(encoder: EmbeddingFunction) -> tuple[int, int] | None:
         fixed = None
     size = encoder.fixed_size or encoder.input_size or fixed
     return None if size is None else (int(size[0]), int(size[1]))
-
-
-def _own_sizes(cohort: Cohort) -> set[tuple[int, int]]:
-    """(height, width) of the patches, from the heads of their files; those that cannot be read are reported later."""
-    from PIL import Image
-
-    sizes = set()
-    for row in range(len(cohort)):
-        try:
-            with Image.open(cohort.path(row)) as image:
-                sizes.add((image.height, image.width))
-        except (OSError, ValueError, SyntaxError):
-            continue
-    return sizes
