@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,20 +12,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from hsat.data import Cohort, PatchDataset, find_cohort, find_splits, patch_loader
+from hsat.data import BadPatch, Cohort, PatchDataset, find_cohort, find_splits, patch_loader
 from hsat.data.folders import NO_PATIENTS
 from hsat.data.patch_sizes import count_sizes
 from hsat.data.split_names import describe_unused, split_role
-from hsat.embedding import embed
-from hsat.eval.classifier import PATCH_ONLY, open_batches
-from hsat.eval.options import RunOptions
+from hsat.eval.loader_inputs import NO_BANK, open_alone, open_pair
 from hsat.models import Encoder, checkpoint_hash, load_encoder, wrap_encoder
 from hsat.models.pixel_normalisation import choose_normalisation
-from hsat.types import EmbeddingFunction, EmbeddingTable, HierarchicalBatch
+from hsat.types import EmbeddingFunction
 from hsat.types.batch import UNLABELLED
-from hsat.types.plain_batches import PlainBatches
 
 BATCH_SIZE = 32
 NORMS = "norm='imagenet', 'timm', 'none' (it takes [0, 1], or normalises by itself) or 'm,m,m/s,s,s'"
@@ -48,7 +45,7 @@ class EvaluationPatches:
     """The patches of an evaluation.
 
     Attributes:
-        bank: Clean training patches; None where nothing has labels.
+        bank: Clean training patches: their loader, their table, or a `LoaderBank`; None where nothing has labels.
         queries: The patches that are attacked.
         class_names: Of the queries' labels, where their loader does not say.
         cohort: The cohort behind both, where there is one.
@@ -117,8 +114,8 @@ def open_encoder(encoder: object, *, norm: str | None = None, name: str = "") ->
         )
     if isinstance(encoder, nn.Module):
         wrapped = wrap_encoder(encoder, norm=norm)
-        title = name or _timm_name(encoder) or title
-        return NamedEncoder(title, wrapped, "", f"{title}: {wrapped.pixels}{_head_note(encoder)}")
+        title, note = name or _timm_name(encoder) or title, describe_logits(encoder)
+        return NamedEncoder(title, wrapped, "", f"{title}: {wrapped.pixels}{'; ' * bool(note)}{note}")
     pixels = choose_normalisation(norm, None, None)
     assert pixels is not None
     function = cast(EmbeddingFunction, encoder)
@@ -132,15 +129,29 @@ def _timm_name(module: nn.Module) -> str:
     return str(settings.get("architecture", "")) if isinstance(settings, Mapping) else ""
 
 
-def _head_note(module: nn.Module) -> str:
-    """A classifier's logits are no features; one that is still on is worth a word."""
+def describe_logits(module: nn.Module) -> str:
+    """What to say of a whole classifier that serves as encoder: its logits are no features; "" of any other module.
+
+    Args:
+        module: The module, before or after it was wrapped.
+    """
+    if isinstance(module, Encoder):
+        module = module.backbone
     classes = getattr(module, "num_classes", 0)
     if not callable(getattr(module, "get_classifier", None)) or not isinstance(classes, int) or classes < 1:
+        last = list(module.children())[-1:] if getattr(module, "fc", None) is None else [module.fc]
+        classes = getattr(last[0], "out_features", 0) if _is_torchvision(module) and last else 0
+        remedy = "replace its last layer: module.fc = torch.nn.Identity(), or what it is called"
+    else:
+        remedy = "build it with timm.create_model(..., num_classes=0), or call module.reset_classifier(0)"
+    if not classes:
         return ""
-    return (
-        f"; its output are the {classes} logits of a classifier: for its features build it with"
-        " timm.create_model(..., num_classes=0), or call module.reset_classifier(0)"
-    )
+    return f"its output are the {classes} logits of a classifier: for its features {remedy}"
+
+
+def _is_torchvision(module: nn.Module) -> bool:
+    """Whether this is a classifier of torchvision, which all end in a linear layer."""
+    return type(module).__module__.startswith("torchvision.models.")
 
 
 def open_patches(
@@ -150,18 +161,16 @@ def open_patches(
     image_size: int | None = None,
     val_fraction: float = 0.3,
     query_patches: int | None = None,
-    run: RunOptions = RunOptions(),
 ) -> EvaluationPatches:
     """The bank and the queries of an evaluation.
 
     Args:
         data: A Cohort, a folder or CSV file (`find_cohort`), a pair (bank loader or table, query loader), or a loader
             without labels.
-        encoders: By name; their fixed size is the patches' default one, and the first embeds a bank of plain batches.
+        encoders: By name; their fixed size is the patches' default one.
         image_size: Side to which patches of a cohort are resized.
         val_fraction: Share of each class's patients that become queries, where the cohort has no split.
         query_patches: How many of a cohort's queries are taken, evenly spread; all by default.
-        run: The device.
 
     Returns:
         The patches.
@@ -179,9 +188,12 @@ def open_patches(
         if value is not None:
             raise ValueError(f"{name} is for cohorts and folders; a loader gives its own images at their own size")
     if isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, Tensor) for part in data):
-        return _of_pair(data[0], data[1], next(iter(encoders.values())), run)
+        pair = open_pair(data[0], data[1], encoders=len(encoders))
+        names, plain = pair.class_names, pair.patch_only
+        return EvaluationPatches(pair.bank, pair.queries, names, notes=pair.flags, flags=pair.flags, patch_only=plain)
     if isinstance(data, Iterable) and not isinstance(data, Mapping | Tensor):
-        return EvaluationPatches(None, data, notes=(NO_LABELS,), flags=(), patch_only=True)
+        queries, labelled = open_alone(data)
+        return EvaluationPatches(None, queries, notes=(NO_BANK if labelled else NO_LABELS,), patch_only=True)
     raise TypeError(
         "data must be a Cohort, a folder, a pair (bank loader or table, query loader), or a loader of images without"
         f" labels; got {type(data).__name__}"
@@ -296,39 +308,11 @@ def _size_of(encoder: EmbeddingFunction) -> tuple[int, int] | None:
     return None if size is None else (int(size[0]), int(size[1]))
 
 
-def _of_pair(bank: Any, queries: Any, encoder: EmbeddingFunction, run: RunOptions) -> EvaluationPatches:
-    """A bank and queries of the caller's own; plain batches of images and labels are taken, too."""
-    batches, first = open_batches(queries)
-    plain = isinstance(batches, PlainBatches)
-    names = _class_names(queries)
-    flags = (PATCH_ONLY,) if plain else ()
-    if not isinstance(bank, EmbeddingTable) and not _is_own(bank):
-        bank_batches, _ = open_batches(bank)
-        bank_names = _class_names(bank) or names
-        bank = embed(
-            encoder, bank_batches, class_names=bank_names or _numbers(bank_batches), device=run.device, split="bank"
-        )
-    if names is None and first is not None:
-        names = bank.class_names if isinstance(bank, EmbeddingTable) else None
-    return EvaluationPatches(bank, batches, class_names=names, notes=flags, flags=flags, patch_only=plain)
-
-
-def _is_own(loader: object) -> bool:
-    return isinstance(loader, DataLoader) and hasattr(loader.dataset, "cohort")
-
-
-def _class_names(loader: object) -> tuple[str, ...] | None:
-    dataset = getattr(loader, "dataset", None)
-    for place in ("class_names", "classes"):
-        names = getattr(dataset, place, None)
-        if names is not None:
-            return tuple(map(str, names))
-    return None
-
-
-def _numbers(batches: Iterable[HierarchicalBatch]) -> tuple[str, ...]:
-    """Numbers as names of the classes of a loader that has none."""
-    largest = max((int(batch.label.max()) for batch in batches if batch.label is not None), default=-1)
-    if largest < 0:
-        raise ValueError("the bank's batches have no labels; give (images, labels), or a loader without labels alone")
-    return tuple(map(str, range(largest + 1)))
+@contextmanager
+def naming_the_check() -> Iterator[None]:
+    """A block in which a patch that cannot be read says what lists all of them."""
+    try:
+        yield
+    except BadPatch as error:
+        error.add_note("cohort.check_files() lists all bad files, as `hsat check DATA` does")
+        raise
