@@ -16,6 +16,7 @@ import torch
 from hsat.attacks import PGD, AttackEnsemble, Linf
 from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
+from hsat.data import BadPatch
 from hsat.eval import (
     Difference,
     Record,
@@ -26,7 +27,7 @@ from hsat.eval import (
 )
 from hsat.eval.default_neighbours import default_k, explain_default_k
 from hsat.eval.doubts import list_doubts
-from hsat.eval.inputs import EvaluationPatches, NamedEncoder, naming_the_check, open_encoder, open_patches
+from hsat.eval.inputs import EvaluationPatches, NamedEncoder, open_encoder, open_patches
 from hsat.eval.loader_inputs import LoaderBank, size_flags
 from hsat.eval.options import Provenance, RunOptions, Scoring
 from hsat.eval.result_files import RunAccount
@@ -285,7 +286,7 @@ def evaluate_robustness(
         query_patches=query_patches,
     )
     notes = [*(one.note for one in encoders), *patches.notes]
-    with shown_log(run.progress), naming_the_check():
+    with shown_log(run.progress):
         if run.device is not None:
             for module in (one.encoder for one in encoders if isinstance(one.encoder, torch.nn.Module)):
                 module.to(run.device)
@@ -298,21 +299,21 @@ def evaluate_robustness(
             _log.warning("note: %s", note)
         attacks = standard_attacks(radii, labelled=bank is not None)
         results = {}
-        for one in encoders:
-            own = replace(patches, bank=bank if one is encoders[0] else _bank_of(one, patches, run))
-            results[one.name] = _evaluate(one, encoders, own, attacks, classifier, run)
+        try:
+            for one in encoders:
+                own = replace(patches, bank=bank if one is encoders[0] else _bank_of(one, patches, run))
+                results[one.name] = _evaluate(one, encoders, own, attacks, classifier, run)
+        except BadPatch as error:
+            error.add_note("cohort.check_files() lists all bad files, as `hsat check DATA` does")
+            raise
     flags = size_flags(patches.bank, patches.queries)
     results = {name: _flagged(result, flags) for name, result in results.items()}
     settings = {"eps": radii, "norm": norm, "image_size": image_size, "val_fraction": val_fraction}
     settings |= {"query_patches": query_patches, "seed": run.seed, "bootstrap": Scoring().bootstrap}
     settings |= {"classifier": None if classifier is None else repr(classifier)}
-    return RobustnessResult(
-        results,
-        compare_results(results, scoring=Scoring(), seed=run.seed),
-        tuple(notes),
-        settings,
-        "" if patches.cohort is None else patches.cohort.fingerprint(),
-    )
+    differences = compare_results(results, scoring=Scoring(), seed=run.seed)
+    cohort = "" if patches.cohort is None else patches.cohort.fingerprint()
+    return RobustnessResult(results, differences, tuple(notes), settings, cohort)
 
 
 def standard_attacks(eps: Sequence[float], *, labelled: bool = True) -> dict[str, Attack]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsat.data import BadPatch, Cohort, PatchDataset, find_cohort, find_splits, patch_loader
+from hsat.data import Cohort, PatchDataset, find_cohort, find_splits, patch_loader
 from hsat.data.folders import NO_PATIENTS
 from hsat.data.patch_sizes import count_sizes
 from hsat.data.split_names import describe_unused, split_role
@@ -306,13 +305,3 @@ def _size_of(encoder: EmbeddingFunction) -> tuple[int, int] | None:
         fixed = None
     size = encoder.fixed_size or encoder.input_size or fixed
     return None if size is None else (int(size[0]), int(size[1]))
-
-
-@contextmanager
-def naming_the_check() -> Iterator[None]:
-    """A block in which a patch that cannot be read says what lists all of them."""
-    try:
-        yield
-    except BadPatch as error:
-        error.add_note("cohort.check_files() lists all bad files, as `hsat check DATA` does")
-        raise
