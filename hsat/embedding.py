@@ -190,7 +190,7 @@ class EmbeddingBuffer:
     def append(self, batch: HierarchicalBatch, z: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Append embeddings z (n, d) of the images of a batch; returns unit rows and lengths, as they are kept."""
         check_rows(z, len(batch), "the encoder")
-        rows, norms = normalize_rows(z, batch.patch)
+        rows, norms = normalize_rows(z, batch.patch, batch.images)
         self.append_normalized(ids_of(batch), rows, norms)
         return rows, norms
 
@@ -228,17 +228,24 @@ def ids_of(batch: HierarchicalBatch) -> dict[str, np.ndarray]:
     return {name: getattr(batch, name).cpu().numpy() for name in IDS}
 
 
-def normalize_rows(z: Tensor, patch: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def normalize_rows(z: Tensor, patch: Tensor, images: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings z (n, d) as float32 unit rows, and their lengths (n,) float32.
 
     Raises:
-        ValueError: If z is not finite, naming the patch ids (n,).
+        ValueError: If z is not finite, naming the patch ids (n,), and the images (n, c, h, w) that are not finite
+            themselves.
     """
     value = z.detach().cpu().double()
     bad = ~torch.isfinite(value).all(1)
     if bad.any():
         ids = patch.cpu()[bad].tolist()
         shown = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+        broken = None if images is None else (~images.detach().cpu().isfinite()).flatten(1).sum(1)
+        if broken is not None and broken.any():
+            named = [
+                f"{one} ({count} values)" for one, count in zip(patch.tolist(), broken.tolist(), strict=True) if count
+            ]
+            raise ValueError(f"images hold NaN or infinity before any attack: patch ids {', '.join(named[:10])}")
         raise ValueError(f"embeddings of {len(ids)} of {len(z)} images are not finite: patch ids {shown}")
     length = value.norm(dim=1, keepdim=True)
     rows = value / torch.where(length > 0, length, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -10,7 +11,9 @@ from typing import Any, TypeVar
 
 from hsat.quantities import time_text
 
-__all__ = ["Progress", "show_progress"]
+__all__ = ["Progress", "show_progress", "shown_log"]
+
+_library_log = logging.getLogger("hsat")
 
 EVERY = 30.0
 """Seconds between two lines."""
@@ -116,3 +119,24 @@ def show_progress(items: Iterable[Item], description: str, *, unit: str = "batch
 def is_watched() -> bool:
     """Whether a bar can move: on a terminal, and in a notebook."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()
+
+
+@contextmanager
+def shown_log(shown: bool) -> Iterator[None]:
+    """A block in which the library's notes and estimates of time are seen, where nobody set up logging.
+
+    Args:
+        shown: Whether to show anything.
+    """
+    if not shown or _library_log.hasHandlers():
+        yield
+        return
+    handler, level = logging.StreamHandler(sys.stderr), _library_log.level
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _library_log.addHandler(handler)
+    _library_log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _library_log.removeHandler(handler)
+        _library_log.setLevel(level)

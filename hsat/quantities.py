@@ -59,7 +59,7 @@ def value_text(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if shape is not None and hasattr(value, "dtype"):
         if tuple(shape) == ():
-            return f"{float(value):.4g}"
+            return f"{float(value.detach() if hasattr(value, 'detach') else value):.4g}"
         device = str(getattr(value, "device", "cpu"))
         place = "" if device == "cpu" else f" on {device}"
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(shape)}{place}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from hsat.attacks import PGD, AttackEnsemble, Linf
 from hsat.attacks.threat import eps_text
 from hsat.classifiers import KNNClassifier
+from hsat.data import BadPatch
 from hsat.eval import (
     Difference,
     Record,
@@ -26,10 +26,13 @@ from hsat.eval import (
     evaluate_whitebox,
 )
 from hsat.eval.default_neighbours import default_k, explain_default_k
+from hsat.eval.doubts import list_doubts
 from hsat.eval.inputs import EvaluationPatches, NamedEncoder, open_encoder, open_patches
+from hsat.eval.loader_inputs import LoaderBank, size_flags
 from hsat.eval.options import Provenance, RunOptions, Scoring
 from hsat.eval.result_files import RunAccount
 from hsat.files import write_file
+from hsat.progress import shown_log
 from hsat.quantities import clip_lines
 from hsat.report import (
     plot_accuracy_vs_eps,
@@ -38,10 +41,9 @@ from hsat.report import (
     records_frame,
     records_latex,
     short_summary,
-    write_report,
 )
 from hsat.report.evaluation_files import PAGE, compare_results, write_evaluation
-from hsat.types import Attack, Classifier, EmbeddingTable
+from hsat.types import LEVELS, Attack, Classifier, EmbeddingTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,11 +100,21 @@ class RobustnessResult:
         """
         return SummaryText("\n".join(short_summary(self.records, differences=self.differences)))
 
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons to distrust the numbers, the weightiest first: flags of records, and what only several show.
+
+        The summary shows the first of them, of patches.
+
+        Returns:
+            The reasons in words, each once; none where there is nothing to say.
+        """
+        return list_doubts(self.records)
+
     def __repr__(self) -> str:
         return clip_lines(self.summary())
 
     def _repr_html_(self) -> str:
-        return f"{self.table().to_html()}\n" + "".join(f"<p>{note}</p>" for note in map(_escaped, self.notes))
+        return f"{self.table().to_html()}\n" + "".join(f"<p>{note}</p>" for note in map(escape, self.notes))
 
     def table(self) -> Table:
         """Accuracy with its interval, a row per level and model, a column per condition; without labels the drift.
@@ -114,16 +126,39 @@ class RobustnessResult:
         tables = [table for table in record_tables(chosen) if table.rows]
         levels = [table.caption.partition(" level")[0] for table in tables]
         rows = [(level, *row) for level, table in zip(levels, tables, strict=True) for row in table.rows]
-        caption = "Accuracy in %" if self.metric == "accuracy" else "Drift, 100 (1 - cos)"
+        caption = "Accuracy in %" if self.metric == "accuracy" else "Drift, 1 - cos"
         return Table(("level", *tables[0].head), rows, caption=f"{caption}, with 95 % intervals")
 
     def to_frame(self) -> DataFrame:
         """All numbers as a DataFrame of pandas; see `hsat.report.records_frame`."""
         return records_frame(self.records)
 
-    def to_latex(self) -> str:
-        """The tables for a paper, with the rules of booktabs; see `hsat.report.records_latex`."""
-        return records_latex(self.records)
+    def to_latex(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        levels: Sequence[str] = LEVELS,
+        metrics: Sequence[str] | None = None,
+    ) -> str:
+        """The tables for a paper, with the rules of booktabs; see `hsat.report.records_latex`.
+
+        Args:
+            path: A file to write, too.
+            levels: Which levels.
+            metrics: Which metrics; all by default.
+
+        Returns:
+            LaTeX text.
+
+        Raises:
+            ValueError: Where nothing of that was measured.
+        """
+        text = records_latex(
+            one for one in self.records if one.level in levels and (metrics is None or one.metric in metrics)
+        )
+        if path is not None:
+            write_file(path, text)
+        return text
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """All numbers as CSV, a line each.
@@ -140,32 +175,36 @@ class RobustnessResult:
         return text
 
     def plot(
-        self, path: str | os.PathLike[str] | None = None, *, axes: Axes | Sequence[Axes] | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        levels: Sequence[str] = LEVELS,
+        axes: Axes | Sequence[Axes] | None = None,
     ) -> Path | Figure:
         """Accuracy against eps, a panel per level; see `hsat.report.plot_accuracy_vs_eps`.
 
         Args:
             path: The file, a .png, .pdf or .svg.
+            levels: Which levels, each a panel: plot(axes=ax, levels=("patch",)).
             axes: Where to draw instead, one for each level.
 
         Returns:
             The path, or the figure where none was given.
         """
-        return plot_accuracy_vs_eps(self.records, path, metric=self.metric, axes=axes)
+        return plot_accuracy_vs_eps(self.records, path, metric=self.metric, levels=levels, axes=axes)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything: records, scores, tables, figures, what a page shows, the page itself (report.html).
 
         Args:
-            folder: The folder; it is made.  `hsat report` and `hsat compare` read it as those of `hsat evaluate`.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.  `hsat report` and
+                `hsat compare` read it as those of `hsat evaluate`.
 
         Returns:
             The folder.
         """
-        out = Path(folder)
-        self._write(out)
-        write_report([out], out / PAGE)
-        return out
+        self._write(Path(folder))
+        return Path(folder)
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the page alone: no other files, no network; see `hsat.report.write_report`.
@@ -178,7 +217,7 @@ class RobustnessResult:
         """
         with tempfile.TemporaryDirectory() as scratch:
             self._write(Path(scratch) / "evaluation")
-            return write_report([Path(scratch) / "evaluation"], path)
+            return write_file(path, (Path(scratch) / "evaluation" / PAGE).read_text(encoding="utf-8"))
 
     def _write(self, out: Path) -> None:
         scoring = Scoring(bootstrap=self.settings.get("bootstrap", Scoring().bootstrap))
@@ -192,7 +231,7 @@ def evaluate_robustness(
     encoder: object,
     data: object,
     *,
-    eps: Sequence[float] | float = (2 / 255, 4 / 255, 8 / 255),
+    eps: Sequence[float | str] | float | str = (2 / 255, 4 / 255, 8 / 255),
     norm: str | None = None,
     image_size: int | None = None,
     classifier: Classifier | None = None,
@@ -210,10 +249,10 @@ def evaluate_robustness(
         encoder: An `Encoder`, any torch module or function of images (n, 3, h, w) in [0, 1], the path of a file of
             hsat, or several by name, {"ours": ..., "baseline": ...}, which are compared on the same patches.
         data: A `Cohort`; a folder in any layout, which is found (OpenSRH, class/patient/slide/patch, class/patch, a
-            table); a pair (bank loader or `EmbeddingTable`, query loader); a loader of images without labels.  A cohort
-            without train and val is split by patient.  Without patients the numbers are flagged; without labels only
-            the drift of the features is measured.
-        eps: Linf radii as shares of the pixel range.
+            table); a pair (bank loader or `EmbeddingTable`, query loader); a loader of images without labels.  Splits
+            are known by their names (train, Training, val, test); a cohort without any is split by patient.  Without
+            patients the numbers are flagged; without labels only the drift of the features is measured.
+        eps: Linf radii as shares of the pixel range, as numbers or texts: 8/255, (4/255, 8/255), "4/255,8/255".
         norm: How the pixels were normalised that a module was trained on: "imagenet", "timm", "none", or
             "m,m,m/s,s,s".  It must be given for a module or function, for nobody else knows it.
         image_size: Side to which patches are resized; by default the encoder's fixed size, else the patches' own.
@@ -235,40 +274,46 @@ def evaluate_robustness(
         >>> images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> result = evaluate_robustness(lambda x: x.flatten(1), [images], eps=8 / 255, norm="none")
         >>> print(result.summary().splitlines()[0])
-        model       <lambda> on 4 patches without labels: cosine distance between features before and after
+        model       <lambda> on 4 patches without labels: drift of the features, 1 - cos
     """
+    radii = _read_eps(eps)
     encoders = _open_encoders(encoder, norm)
-    radii = [float(one) for one in (eps if isinstance(eps, Sequence) else (eps,))]
-    if not radii:
-        raise ValueError("eps is empty; give Linf radii such as eps=(4/255, 8/255)")
     patches = open_patches(
         data,
         {one.name: one.encoder for one in encoders},
         image_size=image_size,
         val_fraction=val_fraction,
         query_patches=query_patches,
-        run=run,
     )
     notes = [*(one.note for one in encoders), *patches.notes]
-    with _shown_log(run.progress):
-        if patches.bank is not None and classifier is None:
-            source = patches.bank if isinstance(patches.bank, EmbeddingTable) else patches.bank.dataset
+    with shown_log(run.progress):
+        if run.device is not None:
+            for module in (one.encoder for one in encoders if isinstance(one.encoder, torch.nn.Module)):
+                module.to(run.device)
+        bank = _bank_of(encoders[0], patches, run)
+        if bank is not None and classifier is None:
+            source = bank if isinstance(bank, EmbeddingTable) else bank.dataset
             classifier = KNNClassifier(k=default_k(source))
             notes.append(f"{explain_default_k(source)}; classifier=KNNClassifier(k=...) sets another number")
         for note in notes:
             _log.warning("note: %s", note)
-        attacks = standard_attacks(radii, labelled=patches.bank is not None)
-        results = {one.name: _evaluate(one, encoders, patches, attacks, classifier, run) for one in encoders}
+        attacks = standard_attacks(radii, labelled=bank is not None)
+        results = {}
+        try:
+            for one in encoders:
+                own = replace(patches, bank=bank if one is encoders[0] else _bank_of(one, patches, run))
+                results[one.name] = _evaluate(one, encoders, own, attacks, classifier, run)
+        except BadPatch as error:
+            error.add_note("cohort.check_files() lists all bad files, as `hsat check DATA` does")
+            raise
+    flags = size_flags(patches.bank, patches.queries)
+    results = {name: _flagged(result, flags) for name, result in results.items()}
     settings = {"eps": radii, "norm": norm, "image_size": image_size, "val_fraction": val_fraction}
     settings |= {"query_patches": query_patches, "seed": run.seed, "bootstrap": Scoring().bootstrap}
     settings |= {"classifier": None if classifier is None else repr(classifier)}
-    return RobustnessResult(
-        results,
-        compare_results(results, scoring=Scoring(), seed=run.seed),
-        tuple(notes),
-        settings,
-        "" if patches.cohort is None else patches.cohort.fingerprint(),
-    )
+    differences = compare_results(results, scoring=Scoring(), seed=run.seed)
+    cohort = "" if patches.cohort is None else patches.cohort.fingerprint()
+    return RobustnessResult(results, differences, tuple(notes), settings, cohort)
 
 
 def standard_attacks(eps: Sequence[float], *, labelled: bool = True) -> dict[str, Attack]:
@@ -311,9 +356,6 @@ def _evaluate(
     provenance = Provenance(model=one.name, checkpoint=one.digest, class_names=patches.class_names)
     if run.resume_dir is not None:
         run = replace(run, resume_dir=Path(run.resume_dir) / one.name)
-    for each in encoders:
-        if isinstance(each.encoder, torch.nn.Module) and run.device is not None:
-            each.encoder.to(run.device)
     if patches.bank is None or classifier is None:
         result = evaluate_drift(one.encoder, patches.queries, attacks, run=run, provenance=provenance)
     else:
@@ -328,27 +370,30 @@ def _evaluate(
             surrogates={other.name: other.encoder for other in encoders if other is not one},
         )
     records = [record for record in result.records if record.level == "patch" or not patches.patch_only]
-    return replace(result, records=tuple(replace(one, flags=(*one.flags, *patches.flags)) for one in records))
+    return _flagged(replace(result, records=tuple(records)), patches.flags)
 
 
-@contextmanager
-def _shown_log(shown: bool) -> Iterator[None]:
-    """A block in which the library's notes and estimates of time are seen, where nobody set up logging."""
-    if not shown or _log.hasHandlers():
-        yield
-        return
-    handler, level = logging.StreamHandler(sys.stderr), _log.level
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    _log.addHandler(handler)
-    _log.setLevel(logging.INFO)
+def _bank_of(one: NamedEncoder, patches: EvaluationPatches, run: RunOptions) -> Any:
+    """The bank for one encoder, which embeds a loader of the caller's own; None without a bank."""
+    if not isinstance(patches.bank, LoaderBank):
+        return patches.bank
+    return patches.bank.embed(one.encoder, name=one.name, run=run)
+
+
+def _flagged(result: WhiteboxResult, flags: Sequence[str]) -> WhiteboxResult:
+    """The result with further flags on all its records."""
+    return replace(result, records=tuple(replace(one, flags=(*one.flags, *flags)) for one in result.records))
+
+
+def _read_eps(eps: Sequence[float | str] | float | str) -> list[float]:
+    """Linf radii, from numbers and texts such as "4/255" or "2/255,4/255"."""
+    from hsat.training.config import parse_pixels
+
+    given = eps.split(",") if isinstance(eps, str) else eps if isinstance(eps, Iterable) else (eps,)
     try:
-        yield
-    finally:
-        _log.removeHandler(handler)
-        _log.setLevel(level)
-
-
-def _escaped(text: str) -> str:
-    from html import escape
-
-    return escape(text)
+        radii = [parse_pixels(one if isinstance(one, str) else float(one)) for one in given]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"eps: {error}") from None
+    if not radii:
+        raise ValueError("eps is empty; give Linf radii such as eps=(4/255, 8/255)")
+    return radii

@@ -116,11 +116,24 @@ def test_the_same_seed_gives_the_same_records_and_files_open_as_a_run(folder, tm
     assert len(one.to_frame()) == len(one.records)
 
 
+def test_one_model_saved_over_two_leaves_one(folder, tmp_path):
+    out = tmp_path / "out"
+    for encoder in ({"a": Colours(), "b": Colours()}, {"a": Colours()}):
+        result = hsat.evaluate_robustness(encoder, folder, eps=8 / 255, norm="none")
+        result.save(out)
+    assert not (out / "differences.json").exists() and [path.name for path in (out / "evidence").iterdir()] == ["a"]
+    page = (out / "report.html").read_text()
+    assert str(out) in page and ".saving-" not in page
+    result.save(out)
+    assert read_records(out / "records.jsonl") == result.records
+
+
 def test_several_encoders_have_a_column_each_and_a_difference(folder):
     result = hsat.evaluate_robustness({"a": Colours(), "b": Colours()}, folder, eps=EPS, norm="none")
     lines = lines_of(result.summary())
     assert lines[0].split() == ["model,", "%", "a", "b"]
-    assert lines[-1].startswith(("difference", "doubt")) and any("+0.0" in line for line in lines)
+    assert any(line.startswith("difference") and "+0.0" in line for line in lines)
+    assert any(line.startswith("doubt") for line in lines) and lines[-1].startswith(("doubt", "note", " "))
     assert set(result.evaluations) == {"a", "b"} and result.differences
 
 
@@ -240,6 +253,40 @@ def test_layouts_are_found(tmp_path, template, words):
     assert len(cohort.patient_names) == (6 if "/{p}/" in template else 12)
 
 
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Val"), ("Training", "Testing"), ("0", "1")])
+def test_splits_of_known_names_are_bank_and_queries(tmp_path, names):
+    lines = ["path,class,patient,slide,split"]
+    for name, bright in (("dark", False), ("light", True)):
+        for i, split in enumerate((*names, names[0], "")):
+            write(tmp_path / f"{name}{i}.png", bright=bright, seed=i)
+            lines.append(f"{name}{i}.png,{name},{name}{i},s,{split}")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines))
+    if names == ("0", "1"):
+        with pytest.raises(ValueError, match=r"'0', '1' do not say which one .*rename_splits.* cohort.with_split"):
+            hsat.evaluate_robustness(Colours(), tmp_path, norm="none")
+        return
+    result = hsat.evaluate_robustness(Colours(), tmp_path, norm="none", eps=8 / 255)
+    said = " ".join(result.notes)
+    assert {record.n for record in result.records if record.level == "patch"} == {2} and "drawn" not in said
+    assert f"left out: 2 of {2 * len(names) + 4} patches, which are in no split" in said
+    assert ("split 'test' (2 patches)" in said) == ("test" in names)
+    assert (f"the queries are split {names[1]!r}" in said) == (names[1] != "val")
+
+
+def test_a_bad_file_says_how_to_find_them_all(folder):
+    file = folder / "dark/dark0/s/0.png"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(hsat.data.BadPatch, match="not a readable PNG") as caught:
+        hsat.evaluate_robustness(Colours(), folder, norm="none", eps=8 / 255)
+    assert "cohort.check_files() lists all bad files, as `hsat check DATA` does" in caught.value.__notes__
+
+
+def test_a_single_split_is_divided_by_patient(tmp_path):
+    root = write_patches(tmp_path / "root", "train/{c}/{p}/s/{i}.png")
+    result = hsat.evaluate_robustness(Colours(), root, norm="none", eps=8 / 255)
+    assert any("it has the split 'train' only, so patients were drawn" in note for note in result.notes)
+
+
 def test_tables_and_folders_in_no_layout(tmp_path):
     root = write_patches(tmp_path / "root", "images/x/{p}{i}.png")
     rows = [
@@ -284,3 +331,118 @@ def test_several_encoders_are_attacked_by_way_of_each_other(folder):
     result = hsat.evaluate_robustness({"a": Colours(), "b": Colours()}, folder, eps=8 / 255, norm="none")
     for outcome in (one.outcomes["ensemble-8"] for one in result.evaluations.values()):
         assert any("transfer" in member.name.lower() for member in outcome.members)
+
+
+def pixels(count, *, seed=0, side=16):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def pairs(count, *, seed=0, side=16):
+    images = pixels(count, seed=seed, side=side)
+    return [(images[start : start + 4], torch.arange(start, start + 4) % 2) for start in range(0, count, 4)]
+
+
+class Linear(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 6, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) @ self.weight
+
+
+def test_each_encoder_embeds_a_bank_of_plain_batches_itself():
+    data = (pairs(24), pairs(8, seed=1))
+    both = hsat.evaluate_robustness({"a": Linear(0), "b": Linear(1)}, data, norm="none", eps=8 / 255)
+    alone = hsat.evaluate_robustness({"b": Linear(1)}, data, norm="none", eps=8 / 255)
+    clean = [
+        next(one.value for one in result.evaluations["b"].records if one.metric == "map") for result in (both, alone)
+    ]
+    assert clean[0] == clean[1]
+    table = hsat.embed(hsat.wrap_encoder(Linear(0), norm="none"), data[0], class_names=("0", "1"))
+    with pytest.raises(ValueError, match="the bank is a table, which one encoder made, and there are 2 encoders"):
+        hsat.evaluate_robustness({"a": Linear(0), "b": Linear(1)}, (table, data[1]), norm="none")
+
+
+def test_a_loader_with_labels_alone_is_told_that_the_bank_is_missing():
+    result = hsat.evaluate_robustness(Linear(0), pairs(8), norm="none", eps=8 / 255)
+    assert any("there is no bank" in note and "(bank, queries)" in note for note in result.notes)
+    assert result.metric == "drift" and not any("have no labels" in note for note in result.notes)
+    bare = hsat.evaluate_robustness(Linear(0), [pixels(4)], norm="none", eps=8 / 255)
+    assert any("have no labels" in note for note in bare.notes)
+
+
+def test_the_bank_is_the_queries(folder):
+    data = pairs(8)
+    result = hsat.evaluate_robustness(Linear(0), (data, data), norm="none", eps=8 / 255)
+    assert "8 of 8 queries are also in the bank, with the same embedding" in result.doubts()
+    assert any("8 of 8 queries are also in the bank" in line for line in lines_of(result.summary()))
+    assert result.doubts()[-1].startswith("the loader gives images and labels without slides and patients")
+
+
+def test_a_function_around_a_module_in_training_mode_is_the_first_doubt():
+    norm = nn.Sequential(nn.BatchNorm2d(3), Linear(0)).train()
+    with pytest.warns(
+        UserWarning, match=r"function: the embedding of an image depends on .*call \.eval\(\) on it first"
+    ):
+        result = hsat.evaluate_robustness(
+            {"function": norm.forward}, (pairs(24), pairs(8, seed=1)), norm="none", eps=8 / 255
+        )
+    assert "others of its batch" in result.doubts()[0]
+    assert "others of its batch" in next(line for line in lines_of(result.summary()) if line.startswith("doubt"))
+
+
+def test_images_of_several_sizes_are_flagged():
+    data = (pairs(8), pairs(8, seed=1, side=24))
+    result = hsat.evaluate_robustness(Linear(0), data, norm="none", eps=8 / 255)
+    assert all("images of several sizes: 16 x 16, 24 x 24; resize them alike" in one.flags for one in result.records)
+
+
+def test_a_broken_pixel_names_the_image():
+    data = pairs(8, seed=1)
+    data[1][0][2, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"images hold NaN or infinity before any attack: patch ids 6 \(1 values\)"):
+        hsat.evaluate_robustness(Linear(0), (pairs(8), data), norm="none", eps=8 / 255)
+
+
+class Counted:
+    def __init__(self, batches):
+        self.batches, self.items = batches, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.items += 1
+            yield batch
+
+
+def test_the_bank_is_read_once_and_wrong_eps_before_anything():
+    bank = Counted(pairs(24))
+    hsat.evaluate_robustness(Linear(0), (bank, pairs(8, seed=1)), norm="none", eps="4/255")
+    assert bank.items == 6
+    for eps, words in ((8, r"eps: it must lie in \[0, 1\].*8/255"), ("x/255", "eps: write a fraction such as 8/255")):
+        with pytest.raises(ValueError, match=words):
+            hsat.evaluate_robustness(Linear(0), (bank, pairs(8, seed=1)), norm="none", eps=eps)
+    assert bank.items == 6
+    texts = hsat.evaluate_robustness(Linear(0), [pixels(4)], norm="none", eps="2/255, 4/255")
+    assert texts.settings["eps"] == [2 / 255, 4 / 255]
+
+
+def test_latex_levels_and_panels_can_be_chosen(folder, tmp_path):
+    result = hsat.evaluate_robustness(Colours(), folder, eps=8 / 255, norm="none")
+    text = result.to_latex(tmp_path / "t.tex", levels=("patch",), metrics=("accuracy",))
+    assert (tmp_path / "t.tex").read_text() == text
+    assert "Patch level (Acc, " in text.replace("\\", "") and "Slide level" not in text and "MCA" not in text
+    figure = result.plot(levels=("patch",))
+    assert [axes.get_title() for axes in figure.axes] == ["patch level"]
+    axes = figure.axes[0]
+    assert result.plot(axes=axes, levels=("patch",)) is figure
+    html = next(iter(result.evaluations.values()))._repr_html_()
+    assert "<table" in html and "ensemble-8" in html and result.table()._repr_html_() == result.table().to_html()
+
+
+def test_logits_as_features_are_said():
+    import timm
+
+    whole = timm.create_model("resnet10t", num_classes=7)
+    assert "the 7 logits of a classifier" in hsat.eval.inputs.open_encoder(whole, norm="none").note
+    assert "logits" not in hsat.eval.inputs.open_encoder(whole.reset_classifier(0) or whole, norm="none").note

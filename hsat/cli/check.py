@@ -1,12 +1,13 @@
 r"""All that is wrong with a cohort's files, before hours are spent on them: files.csv, which --data.exclude reads.
 
-    hsat check /data/patches --data.layout folders
-    hsat train --data.root /data/patches --data.layout folders --data.exclude runs/check/files.csv
+    hsat check /data/patches
+    hsat train --data.root /data/patches --data.exclude runs/check/files.csv
 
 Reads every file once, in parallel, and lists files that cannot be read, equal files (by content; "contradicting" where
 their classes differ), files that look like one of another split, files of an odd size, and blank ones.  files.csv has a
 row for each; those that say exclude = yes are left out by --data.exclude of every command, and --exclude chooses which
-problems say so.  The status is 1 if there is anything to exclude.
+problems say so.  The status is 1 if there is anything to exclude.  A list that is there already, and may have been
+edited, is replaced with --overwrite true only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from hsat.cli.cohort import describe, read_settings_cohort, split_settings_cohort
+from hsat.cli.failures import as_typed
 from hsat.cli.options import Settings, SourceSettings, collect_words, say, split_commas
 from hsat.data import FileCheck
 from hsat.data.file_check import PROBLEMS
@@ -41,22 +43,28 @@ class Check(Settings):
     )
     workers: int | None = Field(None, gt=0, description="threads that read; one per processor if not given")
     out: Path = Field(written("runs/check"), description="folder for files.csv")
+    overwrite: bool = Field(False, description="replace the files.csv of an earlier check in --out")
 
 
 def main(argv: list[str]) -> None:
     """Read the options, read the files, write the list, say what is in it."""
     settings = Check.load(collect_words(argv, "data.root"))
     if settings.data.root is None:
-        raise SystemExit("error: give the folder of the cohort: hsat check /data/patches --data.layout folders")
+        raise SystemExit("error: give the folder of the cohort: hsat check /data/patches")
     listed = settings.out / "files.csv"
     if settings.data.exclude is not None and settings.data.exclude.resolve() == listed.resolve():
         raise SystemExit(f"error: {listed} is the list that --data.exclude reads; choose another --out for the new one")
+    if listed.exists() and not settings.overwrite:
+        raise SystemExit(
+            f"error: {listed} is the list of an earlier check, which may have been edited; choose another --out, or"
+            " replace it: --overwrite true"
+        )
     try:
         cohort = split_settings_cohort(read_settings_cohort(settings.data), settings.data)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {as_typed(str(error))}") from None
     for note in cohort.notes:
-        say(f"note: {note}")
+        say(f"note: {as_typed(note)}")
     say(describe(cohort))
     from tqdm import tqdm
 

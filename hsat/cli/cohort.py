@@ -7,16 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from hsat.cli.options import DataSettings, SourceSettings, say
+from hsat.cli.data_options import DataSettings, EvaluationDataSettings, SourceSettings
+from hsat.cli.failures import as_typed
+from hsat.cli.image_size import say_image_size
+from hsat.cli.options import say
 from hsat.data import (
     Cohort,
     PatchStore,
+    find_cohort,
+    find_splits,
     read_cohort,
     read_exclusions,
     read_opensrh,
+    rename_splits,
     write_patch_store,
     write_synthetic_cohort,
 )
+from hsat.data.split_names import describe_unused, split_role
 from hsat.quantities import LINE_WIDTH
 
 SYNTHETIC = Path("runs/synthetic")
@@ -29,13 +36,14 @@ def open_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
     """
     try:
         cohort = split_settings_cohort(read_settings_cohort(data, seed=seed), data)
-        for split in ("train", "val"):
-            cohort.rows(split)
         cohort.file_sizes()
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    for note in cohort.notes:
-        say(f"note: {note}")
+        raise SystemExit(f"error: {as_typed(str(error))}") from None
+    evaluated = isinstance(data, EvaluationDataSettings)
+    for note in [*cohort.notes, *(describe_unused(cohort, ("train", "val")) if evaluated else [])]:
+        say(f"note: {as_typed(note)}")
+    if isinstance(data, DataSettings) and data.root is not None:
+        say_image_size(cohort, data.image_size)
     return cohort
 
 
@@ -58,14 +66,40 @@ def read_settings_cohort(data: SourceSettings, *, seed: int = 0) -> Cohort:
         return read_opensrh(root)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the cohort's notes say the same, and are printed
-        cohort = read_cohort(data.root, data.layout, options=data.reader_options())
+        if data.layout == "found":
+            cohort = find_cohort(data.root, options=data.reader_options())
+        else:
+            cohort = read_cohort(data.root, data.layout, options=data.reader_options())
     return cohort if data.exclude is None else cohort.without(read_exclusions(data.exclude))
 
 
 def split_settings_cohort(cohort: Cohort, data: SourceSettings) -> Cohort:
-    """The cohort, split by patient where it has no splits of its own."""
-    if cohort.splits:
-        return cohort
+    """The cohort with the splits "train" and "val": its own ones, or split by patient where it has none, or one alone.
+
+    Args:
+        cohort: As it was read.
+        data: Options; splits names those that are meant, or draws anew; else they are found by their names.
+
+    Returns:
+        The cohort.
+
+    Raises:
+        ValueError: Splits whose names do not say what they are for.
+    """
+    if isinstance(data.splits, dict):
+        cohort = rename_splits(cohort, data.splits)
+    if data.splits == "draw":
+        return cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
+    train, val = find_splits(cohort.splits)
+    if train and val:
+        found = {"train": train, "val": val}
+        return cohort if found == {"train": "train", "val": "val"} else rename_splits(cohort, found)
+    if len(cohort.splits) > 1 or any(not split_role(name) for name in cohort.splits):
+        have = ", ".join(map(repr, cohort.splits))
+        raise ValueError(
+            f"the names of the splits do not say which one to train on and which one to attack; there are {have}:"
+            " name them with --data.splits train=NAME,val=NAME, or draw patients anew with --data.splits draw"
+        )
     return cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
 
 

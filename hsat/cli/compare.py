@@ -24,6 +24,7 @@ from hsat.cli.encoders import naming_branch, stored_encoder
 from hsat.cli.evaluation import OUT, check_folder, open_loaders, remove_results
 from hsat.cli.failures import explain_failure
 from hsat.cli.folders import choose_folder
+from hsat.cli.image_size import settle_image_size
 from hsat.cli.options import (
     EvaluationDataSettings,
     Names,
@@ -252,6 +253,8 @@ def main(argv: list[str]) -> None:
                 check_synthetic([file])
             cohort = open_cohort(settings.data, seed=settings.seed)
             say(describe(cohort))
+            data = settle_image_size(settings.data, cohort, [file], settings.model)
+            settings = settings.model_copy(update={"data": data})
             results = evaluate(settings, cohort, file)
             if settings.overwrite:
                 remove_results(settings.out)

@@ -26,8 +26,9 @@ same results (docs/devices.md):
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,7 +50,7 @@ from hsat.cli.attacks import (
 from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import NamedEncoder, check_titles, naming_branch, open_encoders, untrained_encoder
 from hsat.cli.evaluation import OUT, Loader, PatchSettings, begin_run, open_loaders, remove_state, run_evaluation
-from hsat.cli.options import Pixels, say, split_commas
+from hsat.cli.options import Pixels, StoredModelSettings, say, split_commas
 from hsat.cli.ranks import Ranks
 from hsat.cli.threads import name_threads
 from hsat.data import Cohort
@@ -63,11 +64,12 @@ from hsat.eval import (
     evaluate_whitebox,
 )
 from hsat.eval.default_neighbours import PAPER_K
+from hsat.eval.inputs import describe_logits
 from hsat.eval.options import TargetName
 from hsat.eval.passes import affordable_diagnosis
 from hsat.eval.result_files import RunAccount
 from hsat.models import Encoder, fold_batchnorm
-from hsat.report import short_summary, write_report
+from hsat.report import short_summary
 from hsat.report.evaluation_files import PAGE, write_evaluation
 from hsat.training.config import written
 from hsat.types import Attack, Classifier
@@ -173,6 +175,7 @@ def evaluate(settings: Evaluate, cohort: Cohort, ranks: Ranks | None = None) -> 
     check_threat(settings.threat, cohort)
     ranks = ranks or Ranks.alone(settings.device)
     encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
+    say_logits(settings.model, encoders)
     if settings.untrained:
         encoders.append(NamedEncoder("untrained", untrained_encoder(encoders[0].encoder, seed=settings.seed), ""))
     check_titles(one.title for one in encoders)
@@ -285,15 +288,47 @@ def write_results(settings: Evaluate, cohort: Cohort, results: dict[str, Whitebo
     differences = write_evaluation(
         out, results, scoring=scoring, seed=settings.seed, pictures=settings.gallery > 0, account=account
     )
-    page = write_report([out], out / PAGE)
     remove_state(settings)
     lines = short_summary(records, differences=differences)
-    return "\n".join((*lines, f"page: {page}"))
+    return "\n".join((*lines, f"page: {out / PAGE}"))
 
 
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    run_evaluation(Evaluate.load(argv), evaluate, write_results)
+    with plain_warnings():
+        run_evaluation(Evaluate.load(argv), evaluate, write_results)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """A block whose warnings for users are lines for people, each once: without path, number of line and code."""
+    said: set[str] = set()
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if not issubclass(category, UserWarning):
+            before(message, category, filename, lineno, file, line)
+        elif str(message) not in said:
+            said.add(str(message))
+            say(f"note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning)
+        before, warnings.showwarning = warnings.showwarning, show
+        yield
+
+
+def say_logits(model: StoredModelSettings, encoders: Sequence[NamedEncoder]) -> None:
+    """Say of which encoders the output are a classifier's logits, where no --model.features picks another one.
+
+    Args:
+        model: The options.
+        encoders: With their names.
+    """
+    for one in encoders if model.features is None else ():
+        if note := describe_logits(one.encoder):
+            say(f"{one.title}: {note}")
 
 
 def convert_encoder(encoder: Encoder, ways: Sequence[Compute]) -> Encoder:

@@ -18,6 +18,7 @@ from hsat.cli.cohort import describe, open_cohort
 from hsat.cli.encoders import name_file
 from hsat.cli.failures import explain_failure
 from hsat.cli.folders import settle_folder
+from hsat.cli.image_size import settle_image_size
 from hsat.cli.options import EvaluationDataSettings, Names, StoredModelSettings, device_of, say
 from hsat.cli.ranks import Ranks, first_rank_first, join_ranks, silence_other_ranks
 from hsat.cli.threads import Threads, computing_threads, settle_threads
@@ -234,6 +235,9 @@ def run_evaluation(
             settings = settle_folder(settings, ranks, resume=settings.resume, is_unfinished=has_state)
             with lock_folder(settings.out) if ranks.is_main else nullcontext():
                 cohort = open_run(settings, ranks)
+                files = [name_file(text)[1] for text in settings.checkpoint]
+                data = settle_image_size(settings.data, cohort, files, settings.model)
+                settings = settings.model_copy(update={"data": data})
                 result = evaluate(settings, cohort, ranks)
                 table = write(settings, cohort, result) if ranks.is_main else ""
         if not ranks.is_main:

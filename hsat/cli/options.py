@@ -7,7 +7,6 @@ names.  A key that does not exist is an error.  Nothing is read from the environ
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import logging
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -26,11 +25,22 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from hsat.data import ReadOptions
-from hsat.data.assembly import Mixed
-from hsat.training.config import Pixels, Section, ViewConfig, parse_pixels
+from hsat.cli.data_options import DataSettings, EvaluationDataSettings, SourceSettings
+from hsat.training.config import Pixels, Section, parse_pixels
 
-__all__ = ["Counts", "Names", "Pixels", "PixelsList", "Section", "Settings", "parse_pixels", "split_commas"]
+__all__ = [
+    "Counts",
+    "DataSettings",
+    "EvaluationDataSettings",
+    "Names",
+    "Pixels",
+    "PixelsList",
+    "Section",
+    "Settings",
+    "SourceSettings",
+    "parse_pixels",
+    "split_commas",
+]
 
 
 class _StandardError(logging.Handler):
@@ -55,74 +65,6 @@ def split_commas(value: Any) -> Any:
 PixelsList = Annotated[list[Pixels], BeforeValidator(split_commas)]
 Names = Annotated[list[str], BeforeValidator(split_commas)]
 Counts = Annotated[list[int], BeforeValidator(split_commas)]
-
-
-def split_pairs(value: Any) -> Any:
-    """a=b,c=d as a mapping; mappings stay.
-
-    Args:
-        value: The text or the mapping.
-
-    Returns:
-        The mapping.
-
-    Raises:
-        ValueError: For a part without "=".
-    """
-    if not isinstance(value, str):
-        return value
-    parts = [part.strip() for part in value.split(",")]
-    if wrong := [part for part in parts if "=" not in part]:
-        raise ValueError(f"write class=label,patient=case_id: what a column is, and its name; got {wrong[0]!r}")
-    return {key.strip(): name.strip() for key, _, name in (part.partition("=") for part in parts)}
-
-
-Columns = Annotated[str | dict[str, str], AfterValidator(split_pairs)]
-
-
-class SourceSettings(Section):
-    """Where the patches are, and how they are laid out."""
-
-    root: Path | None = Field(None, description="folder of the cohort; without it a synthetic cohort is written")
-    layout: Literal["opensrh", "folders", "classes", "csv"] = Field("opensrh", description="how the folder is laid out")
-    manifest: str = Field("manifest.csv", description="csv layout: the table, relative to the root")
-    columns: Columns | None = Field(
-        None, description="csv layout: which column is what, path=file,class=label,patient=case_id,slide=slide_id"
-    )
-    path_template: str | None = Field(
-        None, description="csv layout: paths made of cells, patches/{patient}/{slide}_{x_coord}.png"
-    )
-    patient: str | None = Field(None, description="classes layout: regular expression that finds the patient in a path")
-    slide: str | None = Field(None, description="classes layout: regular expression that finds the slide in a path")
-    split_folders: bool = Field(False, description="folders and classes layout: the first level is the split")
-    mixed: Mixed = Field("keep", description="what to do with patients whose patches are of several classes")
-    on_empty: Literal["error", "skip"] = Field("error", description="what to do with folders without a patch")
-    kind: Literal["srh", "rgb"] | None = Field(None, description="what the files hold; found from the first files")
-    allow_links: bool = Field(False, description="read files outside of the root that links lead to")
-    exclude: Path | None = Field(None, description="list of patches to leave out, as hsat check writes it")
-    val_fraction: float = Field(0.3, gt=0, lt=1, description="share of patients to validate on, without split files")
-    split_seed: int = Field(0, ge=0, description="seed of that split")
-
-    def reader_options(self) -> ReadOptions:
-        """The options of the layout's reader."""
-        names = {one.name for one in dataclasses.fields(ReadOptions)} & type(self).model_fields.keys()
-        return ReadOptions(**{name: getattr(self, name) for name in names})
-
-
-class DataSettings(ViewConfig, SourceSettings):
-    """Where the patches are, and how batches are drawn from them."""
-
-    tune_fraction: float = Field(0.15, ge=0, lt=1, description="share of training patients held out to choose the best")
-    packed: Literal["auto"] | Path | None = Field(
-        None, description="folder of packed patches, made where it does not exist; auto puts one beside the run"
-    )
-
-
-class EvaluationDataSettings(SourceSettings):
-    """Where the patches are."""
-
-    image_size: int = Field(300, gt=0, description="side of the square the network sees, in pixels")
-    workers: int = Field(0, ge=0, description="processes that read patches")
 
 
 class EncoderSettings(Section):

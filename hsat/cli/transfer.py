@@ -1,4 +1,4 @@
-"""Black-box transfer between encoders: records.jsonl, table.md, heat maps.
+"""Black-box transfer between encoders: tables, records, heat maps; on screen at most 10 lines.
 
     hsat transfer --checkpoint a=runs/a/best.safetensors,b=FILE,c=FILE --data.root /data/opensrh
     hsat transfer --checkpoint a=FILE,b=FILE,c=FILE --surrogates a,b --target embedding --resume
@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from hsat.cli.attacks import AttackNames, attacks_under
 from hsat.cli.classifiers import ClassifierOptions, choose_classifiers, describe_classifiers
 from hsat.cli.encoders import open_encoders
-from hsat.cli.evaluate import published_options, target_and_scoring
+from hsat.cli.evaluate import plain_warnings, published_options, say_logits, target_and_scoring
 from hsat.cli.evaluation import OUT, PatchSettings, begin_run, open_loaders, run_evaluation
 from hsat.cli.options import Names, Pixels, PixelsList
 from hsat.cli.ranks import Ranks
@@ -39,6 +39,7 @@ from hsat.eval import Provenance, Record, RunOptions, TransferResult, evaluate_t
 from hsat.eval.result_files import RunAccount, save_records
 from hsat.models import active_branch
 from hsat.report import plot_transfer, transfer_markdown
+from hsat.report.short_summary import transfer_summary
 from hsat.training.config import written
 
 
@@ -108,6 +109,7 @@ def evaluate(settings: Transfer, cohort: Cohort, ranks: Ranks | None = None) -> 
     """
     ranks = ranks or Ranks.alone(settings.device)
     encoders = open_encoders(settings.checkpoint, settings.model, paper=settings.preset == "paper")
+    say_logits(settings.model, encoders)
     pairs = pairs_of(settings, [one.title for one in encoders])
     bank, queries = open_loaders(settings, cohort)
     classifiers = choose_classifiers(settings, bank)
@@ -147,7 +149,7 @@ def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) ->
         result: The whole matrix.
 
     Returns:
-        The table, as Markdown.
+        What is printed: at most 10 lines, the last of which says where all tables are.
     """
     out = settings.out
     table = transfer_markdown(result.records, intervals=settings.intervals)
@@ -158,9 +160,10 @@ def write_results(settings: Transfer, cohort: Cohort, result: TransferResult) ->
     k = result.records[0].k
     for metric, title in (("accuracy_drop", "acc_d"), ("mca_drop", "mca_d")):
         plot_transfer(result.records, out / f"transfer_{title}.png", metric=metric, k=k)
-    return table
+    return "\n".join((*transfer_summary(result.records), f"all levels and attacks: {out / 'table.md'}"))
 
 
 def main(argv: list[str]) -> None:
     """Read the options, evaluate, write, print."""
-    run_evaluation(Transfer.load(argv), evaluate, write_results)
+    with plain_warnings():
+        run_evaluation(Transfer.load(argv), evaluate, write_results)

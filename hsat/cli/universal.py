@@ -26,6 +26,7 @@ from hsat.cli.encoders import name_file, open_encoders
 from hsat.cli.evaluation import OUT, check_folder, open_loaders, remove_results, upper_bound_note
 from hsat.cli.failures import explain_failure
 from hsat.cli.folders import choose_folder
+from hsat.cli.image_size import settle_image_size
 from hsat.cli.options import EvaluationDataSettings, Names, Pixels, StoredModelSettings, device_of, say
 from hsat.cli.threads import Threads, computing_threads
 from hsat.cli.training_runs import RunSettings, check_synthetic
@@ -131,6 +132,9 @@ def main(argv: list[str]) -> None:
                 check_synthetic([name_file(text)[1] for text in settings.checkpoint])
             cohort = open_cohort(settings.data, seed=settings.seed)
             say(describe(cohort))
+            files = [name_file(text)[1] for text in settings.checkpoint]
+            data = settle_image_size(settings.data, cohort, files, settings.model)
+            settings = settings.model_copy(update={"data": data})
             delta, records = run(settings, cohort)
             if settings.overwrite:
                 remove_results(settings.out)

@@ -17,6 +17,7 @@ from hsat.data.patch_store import PatchStore
 from hsat.data.patch_store_writer import write_patch_store
 from hsat.data.readers import BadPatch, read_patch
 from hsat.data.sampler import PatientBatchSampler, PatientDraw
+from hsat.data.split_names import find_splits, rename_splits
 from hsat.data.srh import srh_to_rgb
 from hsat.data.synthetic import write_synthetic_cohort
 from hsat.data.tables import from_frame, read_csv
@@ -43,6 +44,7 @@ __all__ = [
     "build_transform",
     "collate",
     "find_cohort",
+    "find_splits",
     "from_frame",
     "hierarchical_loader",
     "patch_loader",
@@ -53,6 +55,7 @@ __all__ = [
     "read_folders",
     "read_opensrh",
     "read_patch",
+    "rename_splits",
     "slide_loader",
     "srh_to_rgb",
     "write_patch_store",

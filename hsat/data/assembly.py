@@ -159,5 +159,6 @@ def warn_of_names(records: Sequence[PatchRecord]) -> list[str]:
         patient, pair = alike[0]
         notes.append(f"slides {pair[0]!r} and {pair[1]!r} of patient {patient!r} differ only in {DIFFERENCE}")
     for note in notes:
-        warnings.warn(f"{note}; if they are the same, write them alike", stacklevel=5)
+        cure = "; if they are the same, write them alike" if DIFFERENCE in note else ""
+        warnings.warn(f"{note}{cure}", stacklevel=5)
     return notes

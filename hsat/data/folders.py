@@ -18,6 +18,7 @@ from hsat.data.records import PatchRecord
 
 _LEVELS = ("class", "patient", "slide")
 _JUNK = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini", "lost+found"})
+_MASK = re.compile(r"(.+?)[-_. ](?:mask|masks|label|labels|seg|segmentation|annotation|gt)", re.IGNORECASE)
 _SURVEYED = 20_000  # entries that are looked at for a hint
 NO_PATIENTS = (
     "no patients are known, so that every patch counts as a slide and a patient of its own: the three levels coincide,"
@@ -202,6 +203,7 @@ def _list_images(root: Path, levels: tuple[str, ...], on_empty: str, *, deeper: 
             f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)}) in {'/'.join(levels)} folders"
             + f"; {hint}" * bool(hint)
         )
+    _note_masks(listing)
     if listing.outside:
         shown = ", ".join(listing.outside[:5])
         listing.notes.append(f"passed over: {len(listing.outside)} files outside {levels[-1]} folders, {shown}")
@@ -336,6 +338,36 @@ def survey_folder(root: Path) -> tuple[Counter[int], Counter[str]]:
         if seen > _SURVEYED:
             break
     return depths, others
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, in order, without hidden ones and what computers add.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The names.
+    """
+    with os.scandir(folder) as entries:
+        return sorted(
+            one.name for one in entries if one.is_dir() and one.name[0] != "." and one.name.lower() not in _JUNK
+        )
+
+
+def _note_masks(listing: _Listing) -> None:
+    """Count images that are masks or labels of another one by their names; they are read as patches."""
+    stems = {os.path.splitext(path)[0] for path in listing.images}
+    masks = [
+        path for path in listing.images if (match := _MASK.fullmatch(os.path.splitext(path)[0])) and match[1] in stems
+    ]
+    if masks:
+        note = (
+            f"{len(masks)} images are called as masks or labels of others and were read as patches:"
+            f" {shorten_names(masks)}; move them out of the folder"
+        )
+        listing.notes.append(note)
+        warnings.warn(note, stacklevel=4)
 
 
 def _entries(folder: Path, listing: _Listing) -> Iterator[os.DirEntry[str]]:

@@ -60,7 +60,9 @@ def file_sizes(root: Path, names: Iterable[str], paths: Iterable[Path]) -> list[
     if missing:
         raise FileNotFoundError(f"files missing from the cohort at {root}: {shorten_names(missing)}")
     if empty:
-        raise ValueError(f"empty files in the cohort at {root}: {shorten_names(empty)}")
+        raise ValueError(
+            f"empty files in the cohort at {root}: {shorten_names(empty)}; hsat check {root} lists all bad files"
+        )
     return sizes
 
 

@@ -20,6 +20,10 @@ MAX_PIXELS = 4096 * 4096
 """Larger images are refused before their pixels are read: a patch is small, a decompression bomb is not."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
+_TO_8_BITS = (
+    "divide values of 16 bits by 257 (65535 becomes 255) and store them as 8 bits, as in"
+    " PIL.Image.fromarray((pixels // 257).astype('uint8')).convert('RGB')"
+)
 _IN_MESSAGE = re.compile(
     r"cannot read patch (?P<path>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"): (?P<reason>.*)\Z", re.DOTALL
 )
@@ -242,10 +246,11 @@ def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
 
 def _check_colour(path: str | os.PathLike[str], image: Any) -> None:
     if image.mode not in ("RGB", "RGBA"):
-        raise BadPatch(
-            path,
-            f"its mode is {image.mode}; wanted three 8-bit channels, so store image.convert('RGB') if that is right",
-        )
+        if image.mode.startswith(("I", "F")):
+            cure = f", and image.convert('RGB') would make most of its values white: {_TO_8_BITS}"
+        else:
+            cure = ", so store image.convert('RGB') if that is right"
+        raise BadPatch(path, f"its mode is {image.mode}; wanted three 8-bit channels{cure}")
     bits = {8}
     if image.format == "PNG":
         # Pillow reads 16-bit colour PNGs as 8-bit ones without a word; the depth stands in byte 24 of the header.
@@ -254,4 +259,4 @@ def _check_colour(path: str | os.PathLike[str], image: Any) -> None:
     elif image.format == "TIFF":
         bits = set(image.tag_v2.get(258, (1,)))
     if bits != {8}:
-        raise BadPatch(path, f"its channels have {sorted(bits)} bits; wanted 8")
+        raise BadPatch(path, f"its channels have {sorted(bits)} bits; wanted 8: {_TO_8_BITS}")

@@ -31,7 +31,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import own_labels, pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_records
+from hsat.eval.result_files import replaced_result, save_records
 from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
@@ -106,12 +106,14 @@ class BudgetResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return write_groups(save_records(folder, self.records), [self])
+        with replaced_result(folder) as working:
+            write_groups(save_records(working, self.records), [self])
+        return Path(folder)
 
     __repr__ = result_repr
 
@@ -218,8 +220,9 @@ def evaluate_budget(
         ValueError: For unknown options, and what `embed` and the classifier raise.
     """
     run = dataclasses.replace(run, keep_examples=0, diagnose=0)
-    evaluation, attacks = Evaluation(encoder, Target.of(target), scoring, run, provenance), {budget.name: attack}
+    attacks = {budget.name: attack}
     check_attacks(attacks)
+    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance).checked(queries)
     with open_world(run) as (world, cache):
         table = evaluation.embed_bank(bank, world, cache, announce=partial(announce_bank, evaluation, world.size))
         classifiers = fit_bank(classifier, table)

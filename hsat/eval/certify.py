@@ -25,7 +25,7 @@ from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.pooling import own_labels, unreported_levels
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_records
+from hsat.eval.result_files import save_result
 from hsat.eval.result_text import result_repr
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
@@ -106,12 +106,12 @@ class CertificateResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_records(folder, self.records)
+        return save_result(folder, self.records)
 
 
 def certify(
@@ -150,7 +150,7 @@ def certify(
     """
     if options.noisy_bank and isinstance(bank, EmbeddingTable):
         raise ValueError("noisy_bank=True needs the bank's images, and a table has none; give its loader")
-    evaluation = Evaluation(encoder, Target(), scoring, run, provenance)
+    evaluation = Evaluation(encoder, Target(), scoring, run, provenance).checked(queries)
     with open_world(run) as (world, cache):
         images = NoisyLoader(cast(Queries, bank), smoothing) if options.noisy_bank else bank
         table = evaluation.embed_bank(images, world, cache, announce=partial(announce_bank, evaluation, world.size))

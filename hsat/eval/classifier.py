@@ -86,7 +86,7 @@ def evaluate_classifier(
     names = _class_names(model, loader, first, class_names or provenance.class_names, run)
     logits = _LogitsModule(model, names) if isinstance(model, nn.Module) else _LogitsFunction(model, names)
     own = replace(provenance, class_names=_names_of_labels(loader, names))
-    evaluation = Evaluation(logits, Target("decision"), scoring, run, own)
+    evaluation = Evaluation(logits, Target("decision"), scoring, run, own).checked(batches)
     chosen = add_noise_baselines(attacks) if run.noise else dict(attacks)
     head = _OwnLogits(nn.Identity(), names)
     classifiers = (ScoredClassifier(head, head, attacked=True),)

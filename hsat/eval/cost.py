@@ -225,6 +225,7 @@ def estimate_cost(
 
 def sample_batch(loader: object, count: int) -> HierarchicalBatch | None:
     """The first images of a loader, at most `count`, read anew; None where asking it would cost one of its batches."""
+    loader = getattr(loader, "source", loader)  # of plain batches
     if isinstance(loader, DataLoader):
         try:
             samples = [loader.dataset[row] for row in range(min(count, len(loader.dataset)))]  # type: ignore[arg-type]
@@ -260,6 +261,7 @@ def finished_share(loader: object, batches: int) -> float:
 
 def count_images(loader: object) -> int | None:
     """Images of a loader; None where it does not say."""
+    loader = getattr(loader, "source", loader)  # of plain batches
     if isinstance(loader, Sequence) and all(isinstance(batch, HierarchicalBatch) for batch in loader):
         return sum(map(len, loader))
     try:

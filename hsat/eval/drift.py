@@ -67,7 +67,7 @@ def evaluate_drift(
     check_attacks(attacks, queries)
     has_cohort = hasattr(getattr(queries, "dataset", None), "cohort")  # it says what it is, and labels its batches
     batches = queries if has_cohort else UnlabelledBatches(queries)
-    evaluation = Evaluation(encoder, Target("features"), scoring, run, provenance)
+    evaluation = Evaluation(encoder, Target("features"), scoring, run, provenance).checked(batches)
     chosen = add_noise_baselines(attacks) if run.noise else dict(attacks)
     info = evaluation.query_info(batches, (UNLABELLED,))
     with open_world(run) as (world, cache):
@@ -110,15 +110,15 @@ class UnlabelledBatches:
     """Batches of one class, whatever labels they had or had not; images without ids are patients of their own."""
 
     def __init__(self, queries: Iterable[Any]) -> None:
-        self._queries = queries
+        self.source = queries
         self.dataset = _Unlabelled()
 
     def __len__(self) -> int:
-        return len(self._queries)  # type: ignore[arg-type]  # TypeError for loaders that do not know it
+        return len(self.source)  # type: ignore[arg-type]  # TypeError for loaders that do not know it
 
     def __iter__(self) -> Iterator[HierarchicalBatch]:
         start = 0
-        for item in self._queries:
+        for item in self.source:
             images = _images_of(item)
             label = torch.zeros(len(images), dtype=torch.int64)
             if isinstance(item, HierarchicalBatch):

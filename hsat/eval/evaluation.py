@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 
 from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
 from hsat.distributed import World
-from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device
+from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device, select_layer
 from hsat.eval.flags import MeasuredData, bank_flags, stated_training
 from hsat.eval.options import PAPER, Provenance, RunOptions, Scoring, Target
 from hsat.eval.records import ClassifierFacts, RecordTemplate
@@ -48,6 +49,7 @@ class Evaluation:
         scoring: How embeddings become numbers.
         run: Seed, device, folders.
         provenance: What records say of the encoder.
+        flags: Reasons to distrust all its records.
     """
 
     encoder: EmbeddingFunction
@@ -55,6 +57,7 @@ class Evaluation:
     scoring: Scoring
     run: RunOptions
     provenance: Provenance
+    flags: tuple[str, ...] = ()
 
     @property
     def layer(self) -> Layer:
@@ -65,6 +68,28 @@ class Evaluation:
     def device(self) -> torch.device:
         """Where images go."""
         return resolve_device(self.encoder, self.run.device)
+
+    def checked(self, *loaders: object) -> Evaluation:
+        """The evaluation, with a flag for all its records where the encoder is a function whose embeddings vary.
+
+        Modules are put into evaluation mode by every evaluation; what a function calls is out of its reach.  So a few
+        images are embedded twice, and some of them by themselves, before anything else is done.
+
+        Args:
+            loaders: Of the queries, and of the bank.
+
+        Returns:
+            The evaluation; a warning says what is wrong with the encoder.
+        """
+        if isinstance(self.encoder, nn.Module):
+            return self
+        from hsat.eval.batch_dependence import find_instability
+
+        reason = find_instability(select_layer(self.encoder, self.layer), loaders, self.device)
+        if not reason:
+            return self
+        warnings.warn(f"{self.provenance.model or 'the encoder'}: {reason}", stacklevel=3)
+        return dataclasses.replace(self, flags=(*self.flags, reason))
 
     def embedder(self, name: str) -> Embedder:
         """What embeds loaders with the scored layer; `name` is what tables call the encoder."""
@@ -192,7 +217,7 @@ class Evaluation:
             cohort=queries.cohort,
             split=queries.split,
             class_names=tuple(class_names),
-            flags=(*flags, *measured.flags(stated_training(self.encoder, self.provenance))),
+            flags=(*self.flags, *flags, *measured.flags(stated_training(self.encoder, self.provenance))),
             settings=settings,
         )
 

@@ -26,7 +26,7 @@ from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target, software_versions
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
 from hsat.eval.records import Record
-from hsat.eval.result_files import save_records
+from hsat.eval.result_files import save_result
 from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
@@ -98,12 +98,12 @@ class ExportResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_records(folder, self.records)
+        return save_result(folder, self.records)
 
     __repr__ = result_repr
 

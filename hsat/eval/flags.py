@@ -17,13 +17,16 @@ from hsat.fingerprints import digest_patient
 from hsat.models.metadata import check_training
 from hsat.types import EmbeddingTable
 
+_SAME = 1e-6  # of an entry of a unit row: less is rounding
+_BLOCK, _NEIGHBOURS = 65_536, 4  # rows of a bank at a time; rows around a query's place that are compared with it
+
 
 def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]:
     """Reasons to distrust every number that a bank gives on these queries.
 
     Patients that are known already from the bank, or slides where patients are not known; a class of the queries of
     which the bank has no row, which can never be right; and a bank or queries of a single class.  Classes are told
-    apart by name.
+    apart by name.  Equal embeddings tell of images that are in both, whatever is known of cohorts.
 
     Args:
         bank: What the classifier was fitted on.
@@ -36,6 +39,8 @@ def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]
         if not flags and any(np.array_equal(table.patient, table.slide) for table in (bank, queries)):
             shared = np.intersect1d(bank.slide, queries.slide)  # one of them takes its slides for patients
             flags += [f"bank and queries share {len(shared)} slides"] if len(shared) else []
+    if repeated := count_shared_rows(bank, queries):
+        flags.append(f"{repeated} of {len(queries)} queries are also in the bank, with the same embedding")
     held, asked = _class_counts(bank), _class_counts(queries)
     if len(held) == 1:
         flags.append(f"the bank holds one class only ({next(iter(held))}): no attack can change a decision")
@@ -48,6 +53,37 @@ def bank_flags(bank: EmbeddingTable, queries: EmbeddingTable) -> tuple[str, ...]
     if len(asked) == 1:
         flags.append(f"the queries hold one class only ({next(iter(asked))}): always saying it is right every time")
     return tuple(flags)
+
+
+def count_shared_rows(bank: EmbeddingTable, queries: EmbeddingTable) -> int:
+    """How many queries have the embedding of a row of the bank, up to the rounding of other batch sizes.
+
+    Rows are compared that have nearly the same product with one random direction, so that a bank of a million rows
+    costs one product and a sort.
+
+    Args:
+        bank: (n, d).
+        queries: (m, d); of another width, nothing is shared.
+    """
+    if bank.z.shape[1] != queries.z.shape[1] or not len(bank):
+        return 0
+    direction = np.random.default_rng(0).standard_normal(bank.z.shape[1])
+    blocks = [np.asarray(bank.z[start : start + _BLOCK]) @ direction for start in range(0, len(bank), _BLOCK)]
+    keys: np.ndarray = np.concatenate(blocks)
+    asked: np.ndarray = np.asarray(queries.z) @ direction
+    order = np.argsort(keys, kind="stable")
+    places = np.searchsorted(keys[order], asked)
+    shared = np.zeros(len(queries), dtype=bool)
+    lengths = None if bank.norm is None or queries.norm is None else (bank.norm, queries.norm)
+    for step in range(-_NEIGHBOURS, _NEIGHBOURS):
+        rows = order[np.clip(places + step, 0, len(bank) - 1)]
+        close = np.flatnonzero(~shared & (np.abs(keys[rows] - asked) < _SAME * bank.z.shape[1]))
+        found = rows[close]
+        equal = (np.abs(bank.z[found] - queries.z[close]) < _SAME).all(1)
+        if lengths is not None:
+            equal &= np.isclose(lengths[0][found], lengths[1][close], rtol=100 * _SAME, atol=0)
+        shared[close[equal]] = True
+    return int(shared.sum())
 
 
 def _class_counts(table: EmbeddingTable) -> dict[str, int]:

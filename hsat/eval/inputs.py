@@ -11,22 +11,18 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from hsat.data import Cohort, PatchDataset, find_cohort, patch_loader
+from hsat.data import Cohort, PatchDataset, find_cohort, find_splits, patch_loader
 from hsat.data.folders import NO_PATIENTS
-from hsat.embedding import embed
-from hsat.eval.classifier import PATCH_ONLY, open_batches
-from hsat.eval.options import RunOptions
+from hsat.data.patch_sizes import count_sizes
+from hsat.data.split_names import describe_unused, split_role
+from hsat.eval.loader_inputs import NO_BANK, open_alone, open_pair
 from hsat.models import Encoder, checkpoint_hash, load_encoder, wrap_encoder
 from hsat.models.pixel_normalisation import choose_normalisation
-from hsat.types import EmbeddingFunction, EmbeddingTable, HierarchicalBatch
+from hsat.types import EmbeddingFunction
 from hsat.types.batch import UNLABELLED
-from hsat.types.plain_batches import PlainBatches
 
 BATCH_SIZE = 32
-QUERY_SPLITS = ("val", "valid", "validation", "test", "testing")
-BANK_SPLITS = ("train", "training")
 NORMS = "norm='imagenet', 'timm', 'none' (it takes [0, 1], or normalises by itself) or 'm,m,m/s,s,s'"
 NO_LABELS = (
     "the patches have no labels, or all the same, so that no decision can be measured: only how far attacks move the"
@@ -48,7 +44,7 @@ class EvaluationPatches:
     """The patches of an evaluation.
 
     Attributes:
-        bank: Clean training patches; None where nothing has labels.
+        bank: Clean training patches: their loader, their table, or a `LoaderBank`; None where nothing has labels.
         queries: The patches that are attacked.
         class_names: Of the queries' labels, where their loader does not say.
         cohort: The cohort behind both, where there is one.
@@ -117,8 +113,8 @@ def open_encoder(encoder: object, *, norm: str | None = None, name: str = "") ->
         )
     if isinstance(encoder, nn.Module):
         wrapped = wrap_encoder(encoder, norm=norm)
-        title = name or _timm_name(encoder) or title
-        return NamedEncoder(title, wrapped, "", f"{title}: {wrapped.pixels}{_head_note(encoder)}")
+        title, note = name or _timm_name(encoder) or title, describe_logits(encoder)
+        return NamedEncoder(title, wrapped, "", f"{title}: {wrapped.pixels}{'; ' * bool(note)}{note}")
     pixels = choose_normalisation(norm, None, None)
     assert pixels is not None
     function = cast(EmbeddingFunction, encoder)
@@ -132,15 +128,29 @@ def _timm_name(module: nn.Module) -> str:
     return str(settings.get("architecture", "")) if isinstance(settings, Mapping) else ""
 
 
-def _head_note(module: nn.Module) -> str:
-    """A classifier's logits are no features; one that is still on is worth a word."""
+def describe_logits(module: nn.Module) -> str:
+    """What to say of a whole classifier that serves as encoder: its logits are no features; "" of any other module.
+
+    Args:
+        module: The module, before or after it was wrapped.
+    """
+    if isinstance(module, Encoder):
+        module = module.backbone
     classes = getattr(module, "num_classes", 0)
     if not callable(getattr(module, "get_classifier", None)) or not isinstance(classes, int) or classes < 1:
+        last = list(module.children())[-1:] if getattr(module, "fc", None) is None else [module.fc]
+        classes = getattr(last[0], "out_features", 0) if _is_torchvision(module) and last else 0
+        remedy = "replace its last layer: module.fc = torch.nn.Identity(), or what it is called"
+    else:
+        remedy = "build it with timm.create_model(..., num_classes=0), or call module.reset_classifier(0)"
+    if not classes:
         return ""
-    return (
-        f"; its output are the {classes} logits of a classifier: for its features build it with"
-        " timm.create_model(..., num_classes=0), or call module.reset_classifier(0)"
-    )
+    return f"its output are the {classes} logits of a classifier: for its features {remedy}"
+
+
+def _is_torchvision(module: nn.Module) -> bool:
+    """Whether this is a classifier of torchvision, which all end in a linear layer."""
+    return type(module).__module__.startswith("torchvision.models.")
 
 
 def open_patches(
@@ -150,18 +160,16 @@ def open_patches(
     image_size: int | None = None,
     val_fraction: float = 0.3,
     query_patches: int | None = None,
-    run: RunOptions = RunOptions(),
 ) -> EvaluationPatches:
     """The bank and the queries of an evaluation.
 
     Args:
         data: A Cohort, a folder or CSV file (`find_cohort`), a pair (bank loader or table, query loader), or a loader
             without labels.
-        encoders: By name; their fixed size is the patches' default one, and the first embeds a bank of plain batches.
+        encoders: By name; their fixed size is the patches' default one.
         image_size: Side to which patches of a cohort are resized.
         val_fraction: Share of each class's patients that become queries, where the cohort has no split.
         query_patches: How many of a cohort's queries are taken, evenly spread; all by default.
-        run: The device.
 
     Returns:
         The patches.
@@ -179,9 +187,12 @@ def open_patches(
         if value is not None:
             raise ValueError(f"{name} is for cohorts and folders; a loader gives its own images at their own size")
     if isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, Tensor) for part in data):
-        return _of_pair(data[0], data[1], next(iter(encoders.values())), run)
+        pair = open_pair(data[0], data[1], encoders=len(encoders))
+        names, plain = pair.class_names, pair.patch_only
+        return EvaluationPatches(pair.bank, pair.queries, names, notes=pair.flags, flags=pair.flags, patch_only=plain)
     if isinstance(data, Iterable) and not isinstance(data, Mapping | Tensor):
-        return EvaluationPatches(None, data, notes=(NO_LABELS,), flags=(), patch_only=True)
+        queries, labelled = open_alone(data)
+        return EvaluationPatches(None, queries, notes=(NO_BANK if labelled else NO_LABELS,), patch_only=True)
     raise TypeError(
         "data must be a Cohort, a folder, a pair (bank loader or table, query loader), or a loader of images without"
         f" labels; got {type(data).__name__}"
@@ -206,22 +217,40 @@ def _of_cohort(
         notes += [*_thinning_note(patches, query_patches), NO_LABELS]
         queries = patch_loader(patches.thin(query_patches), batch_size=BATCH_SIZE)
         return EvaluationPatches(None, queries, cohort=cohort, notes=tuple(notes), flags=tuple(flags))
-    bank, held_out = (
-        next((name for name in names if name in cohort.splits), "") for names in (BANK_SPLITS, QUERY_SPLITS)
-    )
-    if not bank or not held_out:
-        replaced = f"its splits {', '.join(cohort.splits)} are no train and val" if cohort.splits else "it has no split"
-        cohort = cohort.with_split(val_fraction=val_fraction, seed=0)
-        bank, held_out = "train", "val"
-        count = {name: len(np.unique(cohort.patient[cohort.rows(name)])) for name in (bank, held_out)}
-        notes.append(
-            f"{replaced}, so patients were drawn (seed 0): {count[bank]} for the bank, {count[held_out]} as queries;"
-            " cohort.with_split(...) draws others"
-        )
+    cohort, (bank, held_out), more = _settle_splits(cohort, val_fraction)
+    notes += more
     known, asked = (PatchDataset(cohort, name, image_size=size) for name in (bank, held_out))
     notes += _thinning_note(asked, query_patches)
     loaders = [patch_loader(part, batch_size=BATCH_SIZE) for part in (known, asked.thin(query_patches))]
     return EvaluationPatches(loaders[0], loaders[1], cohort=cohort, notes=tuple(notes), flags=tuple(flags))
+
+
+def _settle_splits(cohort: Cohort, val_fraction: float) -> tuple[Cohort, tuple[str, str], list[str]]:
+    """The cohort with a split for the bank and one for the queries, their names, and notes.
+
+    Raises:
+        ValueError: Splits whose names do not say what they are for.
+    """
+    bank, held_out = find_splits(cohort.splits)
+    if bank and held_out:
+        note = [f"the bank is split {bank!r}, the queries are split {held_out!r}"] * bool(
+            {bank, held_out} - {"train", "val"}
+        )
+        return cohort, (bank, held_out), [*note, *describe_unused(cohort, (bank, held_out))]
+    if unknown := [name for name in cohort.splits if not split_role(name)]:
+        raise ValueError(
+            f"the names of the splits {', '.join(map(repr, unknown))} do not say which one is the bank of training"
+            " patches and which one is attacked: hsat.data.rename_splits(cohort, {'train': ..., 'val': ...}) says it,"
+            " and cohort.with_split(val_fraction=0.3) draws patients anew without regard to these splits"
+        )
+    alone = f"it has the split {cohort.splits[0]!r} only" if cohort.splits else "it has no split"
+    cohort = cohort.with_split(val_fraction=val_fraction, seed=0)
+    count = {name: len(np.unique(cohort.patient[cohort.rows(name)])) for name in ("train", "val")}
+    drawn = (
+        f"{alone}, so patients were drawn (seed 0): {count['train']} for the bank, {count['val']} as queries;"
+        " cohort.with_split(...) draws others"
+    )
+    return cohort, ("train", "val"), [drawn]
 
 
 def _thinning_note(queries: PatchDataset, count: int | None) -> list[str]:
@@ -249,7 +278,7 @@ def choose_size(
             f"the encoders take different sizes ({listed}), and all must see the same patches; wrap them with"
             " hsat.wrap_encoder(module, norm=..., input_size=...), which resizes inside, and give image_size=..."
         )
-    own = _own_sizes(cohort)
+    own = set(count_sizes(cohort))
     if wanted:
         size = next(iter(wanted.values()))
         if own == {size}:
@@ -276,55 +305,3 @@ def _size_of(encoder: EmbeddingFunction) -> tuple[int, int] | None:
         fixed = None
     size = encoder.fixed_size or encoder.input_size or fixed
     return None if size is None else (int(size[0]), int(size[1]))
-
-
-def _own_sizes(cohort: Cohort) -> set[tuple[int, int]]:
-    """(height, width) of the patches, from the heads of their files; those that cannot be read are reported later."""
-    from PIL import Image
-
-    sizes = set()
-    for row in range(len(cohort)):
-        try:
-            with Image.open(cohort.path(row)) as image:
-                sizes.add((image.height, image.width))
-        except (OSError, ValueError, SyntaxError):
-            continue
-    return sizes
-
-
-def _of_pair(bank: Any, queries: Any, encoder: EmbeddingFunction, run: RunOptions) -> EvaluationPatches:
-    """A bank and queries of the caller's own; plain batches of images and labels are taken, too."""
-    batches, first = open_batches(queries)
-    plain = isinstance(batches, PlainBatches)
-    names = _class_names(queries)
-    flags = (PATCH_ONLY,) if plain else ()
-    if not isinstance(bank, EmbeddingTable) and not _is_own(bank):
-        bank_batches, _ = open_batches(bank)
-        bank_names = _class_names(bank) or names
-        bank = embed(
-            encoder, bank_batches, class_names=bank_names or _numbers(bank_batches), device=run.device, split="bank"
-        )
-    if names is None and first is not None:
-        names = bank.class_names if isinstance(bank, EmbeddingTable) else None
-    return EvaluationPatches(bank, batches, class_names=names, notes=flags, flags=flags, patch_only=plain)
-
-
-def _is_own(loader: object) -> bool:
-    return isinstance(loader, DataLoader) and hasattr(loader.dataset, "cohort")
-
-
-def _class_names(loader: object) -> tuple[str, ...] | None:
-    dataset = getattr(loader, "dataset", None)
-    for place in ("class_names", "classes"):
-        names = getattr(dataset, place, None)
-        if names is not None:
-            return tuple(map(str, names))
-    return None
-
-
-def _numbers(batches: Iterable[HierarchicalBatch]) -> tuple[str, ...]:
-    """Numbers as names of the classes of a loader that has none."""
-    largest = max((int(batch.label.max()) for batch in batches if batch.label is not None), default=-1)
-    if largest < 0:
-        raise ValueError("the bank's batches have no labels; give (images, labels), or a loader without labels alone")
-    return tuple(map(str, range(largest + 1)))

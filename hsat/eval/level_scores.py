@@ -17,7 +17,7 @@ from hsat.eval.metrics import METRICS
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.records import Record
-from hsat.eval.result_files import save_conditions
+from hsat.eval.result_files import replaced_result, save_conditions
 from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, Condition
 from hsat.eval.tables import ABSENT, Table
@@ -130,12 +130,14 @@ class LevelScores:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder of the run.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_conditions(folder, [self])
+        with replaced_result(folder) as working:
+            save_conditions(working, [self])
+        return Path(folder)
 
     def __str__(self) -> str:
         return str(self.table())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +21,27 @@ from hsat.eval.options import Provenance, Scoring
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.records import Record, write_records
 from hsat.files import write_file
-from hsat.run_folder import write_run_file
+from hsat.run_folder import LOG_FILE, write_run_file
 from hsat.types import GROUP_LABELS, align_labels
+
+RECORDS, EVIDENCE = "records.jsonl", "evidence"
+RESULT_FILES = (
+    RECORDS,
+    "run.json",
+    "table.md",
+    "report.html",
+    "scores.npz",
+    "differences.json",
+    "ensemble.csv",
+    "groups.csv",
+    "universal.safetensors",
+    "accuracy_vs_eps.png",
+    "certified_accuracy.png",
+    "patches_*.png",
+    "transfer_*.png",
+)
+"""Names of the files that results leave in a folder, beside evidence/<model>."""
+_SCRATCH = ".saving-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +70,78 @@ class MeasuredConditions(HasConditions, Protocol):
     def outcomes(self) -> Mapping[str, EnsembleOutcome]: ...  # noqa: D102
 
 
+@contextmanager
+def replaced_result(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A block that writes a result into an empty folder, which then takes the place of the result in `folder`.
+
+    Afterwards `folder` holds the new result and nothing of an earlier one; files under other names stay.  A block that
+    fails changes nothing.  A process that is killed meanwhile leaves either result, or a folder without records.jsonl,
+    which no reader takes for one; the next block cleans up.
+
+    Args:
+        folder: The folder of the result; it is made if need be.
+
+    Yields:
+        Where the block writes: an empty folder of the same name.
+
+    Raises:
+        ValueError: For the folder of a training, whose files belong to it.
+    """
+    folder = Path(folder)
+    if (folder / LOG_FILE).exists() and not (folder / RECORDS).exists():
+        raise ValueError(f"{folder} holds a training; save the result into another folder")
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    leftovers = list(folder.glob(f"{_SCRATCH}*"))
+    try:
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
+            working = Path(scratch) / (folder.resolve().name or "result")
+            working.mkdir()
+            yield working
+            if leftovers or (folder / RECORDS).exists():
+                _remove_result(folder)
+            for path in (working / EVIDENCE).glob("*"):
+                (folder / EVIDENCE).mkdir(exist_ok=True)
+                shutil.rmtree(folder / EVIDENCE / path.name, ignore_errors=True)
+                path.replace(folder / EVIDENCE / path.name)
+            written = sorted(working.iterdir(), key=lambda path: path.name == RECORDS)  # the records come last
+            for path in (one for one in written if one.name != EVIDENCE):
+                path.replace(folder / path.name)
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+    except BaseException:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _remove_result(folder: Path) -> None:
+    """Remove what results write into a folder, the records first, and nothing else."""
+    for path in [path for pattern in RESULT_FILES for path in folder.glob(pattern)]:
+        path.unlink()
+    if (folder / EVIDENCE).is_symlink():
+        (folder / EVIDENCE).unlink()
+    for about in (folder / EVIDENCE).glob("*/about.json"):
+        shutil.rmtree(about.parent)
+    if (folder / EVIDENCE).is_dir() and not any((folder / EVIDENCE).iterdir()):
+        (folder / EVIDENCE).rmdir()
+
+
+def save_result(folder: str | os.PathLike[str], records: Sequence[Record]) -> Path:
+    """`save_records` in place of the result that the folder holds; see `replaced_result`.
+
+    Args:
+        folder: The folder of the result.
+        records: Of any evaluation.
+
+    Returns:
+        The folder.
+    """
+    with replaced_result(folder) as working:
+        save_records(working, records)
+    return Path(folder)
+
+
 def save_records(folder: str | os.PathLike[str], records: Sequence[Record], account: RunAccount = RunAccount()) -> Path:
     """Write records.jsonl and run.json into a folder, which is made if need be; earlier ones are replaced.
 
@@ -66,7 +160,7 @@ def save_records(folder: str | os.PathLike[str], records: Sequence[Record], acco
         raise ValueError("no records, so there is nothing to save")
     folder, first = Path(folder), records[0]
     folder.mkdir(parents=True, exist_ok=True)
-    write_records(folder / "records.jsonl", records)
+    write_records(folder / RECORDS, records)
     stated = account.settings or {"model": first.model, "target": first.target, "seed": first.seed}
     cohort = account.cohort or first.cohort
     write_run_file(folder, stated, cohort=cohort, command=account.command, **account.about)
@@ -96,7 +190,7 @@ def save_conditions(
     if tables:  # drift has no scores
         save_scores(folder / "scores.npz", tables)
     for result in results:
-        _save_evidence(folder / "evidence", result)
+        _save_evidence(folder / EVIDENCE, result)
     _save_ensembles(folder / "ensemble.csv", results)
     return folder
 

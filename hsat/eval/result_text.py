@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hsat.eval.records import Record
+from hsat.eval.tables import ABSENT, Table
 from hsat.quantities import LINE_WIDTH, clip_lines
 
 
@@ -53,7 +54,7 @@ def _condition(record: Record) -> str:
 
 
 def _number(record: Record) -> str:
-    return f"{100 * record.value:.1f} %"
+    return f"{record.value:.3g}" if record.metric == "drift" else f"{100 * record.value:.1f} %"
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
@@ -69,3 +70,40 @@ def _fitting(start: str, parts: Sequence[str], most: int = 3 * LINE_WIDTH) -> st
             return f"{text} and {len(parts) - place} more"
         text += part if place == 0 else f", {part}"
     return text
+
+
+def result_html(result: HasRecords) -> str:
+    """A result as a table for notebooks: a row per condition, a column per level, of the first classifier.
+
+    It serves as `_repr_html_` of results.
+
+    Args:
+        result: The result.
+
+    Returns:
+        HTML text.
+    """
+    from html import escape
+
+    records = [record for record in result.records if record.metric in ("accuracy", "drift")]
+    if not records:
+        return f"<pre>{escape(repr(result))}</pre>"
+    first = records[0]
+    mine = [one for one in records if (one.classifier, one.k, one.metric) == (first.classifier, first.k, first.metric)]
+    levels = list(dict.fromkeys(one.level for one in mine))
+    rows = []
+    for model, name in dict.fromkeys((one.model, _condition(one)) for one in mine):
+        here = {one.level: one for one in mine if (one.model, _condition(one)) == (model, name)}
+        rows.append((model, name, *(_interval(here[level]) if level in here else ABSENT for level in levels)))
+    notes = [] if not first.classifier else [f"classifier: {first.classifier}"]
+    unit = "%" if first.metric == "accuracy" else "1 - cos"
+    caption = f"{type(result).__name__}: {first.metric}, {unit}, with 95 % intervals"
+    return Table(("model", "condition", *levels), rows, caption, notes=notes).to_html()
+
+
+def _interval(record: Record) -> str:
+    scale, digits = (100.0, ".1f") if record.metric == "accuracy" else (1.0, ".3g")
+    shown = f"{scale * record.value:{digits}}"
+    if record.low is None or record.high is None:
+        return shown
+    return f"{shown} [{scale * record.low:{digits}}, {scale * record.high:{digits}}]"

@@ -334,7 +334,9 @@ class _BatchRecord:
         """Take in the images of a condition, their embeddings by reader, what was counted, and an ensemble's result."""
         for reader, z in rows.items():
             place = _place(name, reader)
-            self._arrays[f"z {place}"], self._arrays[f"norm {place}"] = normalize_rows(z, self._batch.patch)
+            self._arrays[f"z {place}"], self._arrays[f"norm {place}"] = normalize_rows(
+                z, self._batch.patch, self._batch.images
+            )
         kept = images.detach()[self._keep].cpu()
         self._arrays[f"kept {name}"] = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()
         self._header["counts"][name] = stats.counts()

@@ -23,7 +23,7 @@ from hsat.eval.outcomes import AttackStats
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.pooling import LevelRows
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_records
+from hsat.eval.result_files import save_result
 from hsat.eval.result_text import result_repr
 from hsat.eval.runner import CLEAN, run_batches
 from hsat.eval.slide_attacks import (
@@ -82,12 +82,12 @@ class SlidesResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_records(folder, self.records)
+        return save_result(folder, self.records)
 
     __repr__ = result_repr
 

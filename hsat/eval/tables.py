@@ -140,6 +140,9 @@ class Table:
         parts += ["</tbody>", "</table>", "</div>", *(f'<p class="note">{escape(note)}</p>' for note in self.notes)]
         return "\n".join(parts)
 
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
     def _flat_head(self) -> list[str]:
         """The head in one line: the group before the label."""
         if not self.groups:

@@ -117,7 +117,7 @@ def evaluate_transfer(
         known = (provenance or {}).get(encoder, Provenance())
         known = dataclasses.replace(known, model=known.model or encoder)
         source = load_source(encoder, encoders[encoder])
-        evaluations[encoder] = Evaluation(source, target, scoring, run, known)
+        evaluations[encoder] = Evaluation(source, target, scoring, run, known).checked(queries)
     with open_world(run) as (world, cache):
         settings = _transfer_settings(evaluations, banks, queries, attacks, classifier)
         session = open_session(run, settings, world, cache, growing=_GROWING)

@@ -21,7 +21,7 @@ from hsat.eval.confidence import (
 from hsat.eval.evaluation import ScoredClassifier, ScoresKey
 from hsat.eval.pooling import pool_by_level
 from hsat.eval.records import Record, RecordTemplate
-from hsat.eval.result_files import save_records
+from hsat.eval.result_files import save_result
 from hsat.eval.result_text import result_repr
 from hsat.types import EmbeddingTable
 
@@ -59,12 +59,12 @@ class TransferResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_records(folder, self.records)
+        return save_result(folder, self.records)
 
     __repr__ = result_repr
 

@@ -20,6 +20,7 @@ from hsat.embedding import eval_mode
 from hsat.eval.announcements import announce_bank, announce_cost
 from hsat.eval.confidence import binomial_tail
 from hsat.eval.diagnostics import Diagnosis, DiagnosticsCollector
+from hsat.eval.doubts import list_doubts
 from hsat.eval.evaluation import (
     Bank,
     Evaluation,
@@ -35,8 +36,8 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_conditions
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_files import replaced_result, save_conditions
+from hsat.eval.result_text import result_html, result_repr
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
@@ -85,14 +86,25 @@ class WhiteboxResult:
         `hsat.report.write_report([folder], "page.html")` makes a page of it.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
 
         Returns:
             The folder.
         """
-        return save_conditions(folder, [self])
+        with replaced_result(folder) as working:
+            save_conditions(working, [self])
+        return Path(folder)
+
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons to distrust the numbers, the weightiest first: flags of records, and what only several show.
+
+        Returns:
+            The reasons in words, each once; none where there is nothing to say.
+        """
+        return list_doubts(self.records)
 
     __repr__ = result_repr
+    _repr_html_ = result_html
 
 
 class AttackedQueries(NamedTuple):
@@ -155,8 +167,8 @@ def evaluate_whitebox(
             and the classifier raise.
         TypeError: For attacks that are no mapping of attacks.
     """
-    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance)
     check_attacks(attacks, queries)
+    evaluation = Evaluation(encoder, Target.of(target), scoring, run, provenance).checked(queries, bank)
     others = dict(surrogates or {})
     chosen = _with_surrogates(add_noise_baselines(attacks) if run.noise else dict(attacks), others)
     with open_world(run) as (world, cache):
@@ -199,7 +211,8 @@ def attack_queries(
         encoder, objectives, attacks, layer=layer, classifier=classifier, run=run, name=name
     )
     classes = len(classifier.class_names)
-    announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session, classes=classes)
+    if session.shows:
+        announce_cost(evaluation, objectives, queries, attacks, bank=bank, session=session, classes=classes)
     conditions = AttackRunner(evaluation, objectives).run(
         queries,
         attacks,

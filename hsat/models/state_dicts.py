@@ -263,6 +263,9 @@ def _is_finite(value: Tensor) -> bool:
     return bool(wide.isfinite().all())
 
 
+_CLASSIFIER = re.compile(r"(^|\.)(fc|head|classifier|head\.fc)\.(weight|bias)$")
+
+
 def _advice(missing: list[str], extra: list[str], shapes: list[str], state: Mapping[str, Tensor]) -> str:
     """What to type instead, where that can be told."""
     if missing and not extra and not shapes and all(key.startswith("head.") for key in missing):
@@ -273,6 +276,8 @@ def _advice(missing: list[str], extra: list[str], shapes: list[str], state: Mapp
                 f"; the file's head is {head.spec}, on features of width {head.in_features}."
                 f" load_encoder(path, name) builds the head of the file, with head=None it takes the backbone alone"
             )
+    if extra and not missing and not shapes and all(map(_CLASSIFIER.search, extra)):
+        return "; these are a classifier on top of the backbone, which load_encoder leaves out for head=None"
     names = find_matching_backbones(state)
     return f"; its backbone is that of {', '.join(names)}" if names else ""
 

@@ -9,11 +9,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from hsat.eval import Record
+from hsat.eval.doubts import norm_of
+from hsat.report.aggregation import PLAIN_METRICS, metrics_unit
 from hsat.report.line_labels import LineLabel, labels_fit, place_labels
 from hsat.report.panels import (
     COLOURS,
@@ -24,16 +26,25 @@ from hsat.report.panels import (
     figure_style,
     finish_figure,
     legend_below,
+    number_axis,
     open_panels,
     panels_width,
     percent_axis,
 )
-from hsat.report.summary import AccuracyLine, accuracy_lines, eps_ticks, main_norm, norm_of
+from hsat.report.summary import AccuracyLine, accuracy_lines, eps_ticks, main_norm
 from hsat.types import LEVELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class _Units(NamedTuple):
+    """What eps and the values of a metric are multiplied by."""
+
+    eps: float
+    value: float
+
 
 _SAME = 5e-4  # lines of attacks that differ by less at every eps are one
 
@@ -127,9 +138,10 @@ def plot_accuracy_vs_eps(
         named = []
         for panel, level, rows_here in zip(panels, drawn, here, strict=True):
             named.append(draw_accuracy(panel, rows_here, styles, norm=norm, attacks=names))
-            percent_axis(panel, first=panel is panels[0] or axes is not None)
+            first = panel is panels[0] or axes is not None
+            (number_axis if metric in PLAIN_METRICS else percent_axis)(panel, first=first)
             panel.set_title(f"{level} level")
-        panels[0].set_ylabel(f"{metric}, %")
+        panels[0].set_ylabel(f"{metric}, {metrics_unit([metric])}")
         name_lines(figure, panels, named, own=axes is None)
         return finish_figure(figure, path)
 
@@ -157,16 +169,17 @@ def draw_accuracy(
     Returns:
         The names of the lines, at the heights of their ends: models first, then noise and chance.
     """
-    unit = 1.0 if norm == "L2" else 255.0
+    plain = any(record.metric in PLAIN_METRICS for record in records)
+    units = _Units(1.0 if norm == "L2" else 255.0, 1.0 if plain else 100.0)
     lines = accuracy_lines(records, every_attack=attacks is not None)
     if attacks is None:
-        labels = _draw_strongest(panel, lines, styles, unit=unit, palette=palette)
+        labels = _draw_strongest(panel, lines, styles, units=units, palette=palette)
     else:
-        labels = _draw_kinds(panel, lines, styles, attacks, unit=unit, palette=palette)
-    labels += _draw_noise(panel, lines, {} if attacks else styles, unit=unit, palette=palette)
+        labels = _draw_kinds(panel, lines, styles, attacks, units=units, palette=palette)
+    labels += _draw_noise(panel, lines, {} if attacks else styles, units=units, palette=palette)
     for height in draw_chance(panel, records, colour=palette.grey)[:1]:
         labels.append(LineLabel("chance", height, palette.grey_ink))
-    eps = [unit * record.eps_value for record in records]
+    eps = [units.eps * record.eps_value for record in records]
     largest = max(eps) or 1.0
     panel.set_xlabel(f"eps ({norm})" if norm == "L2" else "eps in grey levels (of 255)")
     panel.set_xlim(-0.06 * largest, 1.06 * largest)
@@ -224,7 +237,7 @@ def _coincide(one: AccuracyLine, other: AccuracyLine) -> bool:
 
 
 def _draw_strongest(
-    panel: Any, lines: Sequence[AccuracyLine], styles: Mapping[tuple[str, str], int], *, unit: float, palette: Palette
+    panel: Any, lines: Sequence[AccuracyLine], styles: Mapping[tuple[str, str], int], *, units: _Units, palette: Palette
 ) -> list[LineLabel]:
     """A line with a band for each model and target; returns the labels."""
     shown = [line for line in lines if line.kind != "noise"]
@@ -232,7 +245,7 @@ def _draw_strongest(
     for number, line in enumerate(shown):
         colour, ink, marker = palette.style(styles[line.model, line.target])
         hides = any(_coincide(line, earlier) for earlier in shown[:number])  # both colours must show
-        x, y, low, high = _coordinates(line, unit)
+        x, y, low, high = _coordinates(line, units)
         name = _line_name(line, styles)
         panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, gid="band")
         stroke = {"color": colour, "marker": marker, "linestyle": LINES[hides]}
@@ -248,7 +261,7 @@ def _draw_kinds(
     styles: Mapping[tuple[str, str], int],
     attacks: Mapping[_Attacked, str],
     *,
-    unit: float,
+    units: _Units,
     palette: Palette,
 ) -> list[LineLabel]:
     """A line with bars for each name of attacks; colour tells models apart, marker and stroke the attacks."""
@@ -263,7 +276,7 @@ def _draw_kinds(
         style, kind = styles[model, target], kinds.index(attack)
         colour, ink, marker = palette.style(style)
         marker = palette.markers[kind % len(palette.markers)] if len(kinds) > 1 else marker
-        x, y, low, high = _coordinates(line, unit)
+        x, y, low, high = _coordinates(line, units)
         # moved aside around the true eps, so that intervals of models and attacks do not hide each other
         aside = 0.18 * (style - (len(styles) - 1) / 2) + 0.05 * (kind - (len(kinds) - 1) / 2)
         ends = np.maximum(0.0, np.nan_to_num([y - low, high - y]))  # an interval need not hold the value
@@ -286,7 +299,7 @@ def _draw_noise(
     lines: Sequence[AccuracyLine],
     styles: Mapping[tuple[str, str], int],
     *,
-    unit: float,
+    units: _Units,
     palette: Palette,
 ) -> list[LineLabel]:
     """The lines of random noise in grey, with the markers of the models in `styles`; returns their one label."""
@@ -294,7 +307,7 @@ def _draw_noise(
     for line in lines:
         if line.kind != "noise" or any(_coincide(line, other) for other in drawn):
             continue
-        x, y, _, _ = _coordinates(line, unit)
+        x, y, _, _ = _coordinates(line, units)
         label = "_" if drawn else "noise"
         panel.plot(x, y, color=palette.grey, linestyle="--", linewidth=1.0, zorder=1.5, label=label, gid="noise")
         if styles:
@@ -302,17 +315,17 @@ def _draw_noise(
             dots = {"color": palette.grey, "markerfacecolor": palette.background, "markeredgewidth": 0.8}
             panel.plot(x[1:], y[1:], linestyle="none", marker=marker, zorder=1.6, gid="mark", **dots)
         drawn.append(line)
-    ends = [100 * line.points[-1].estimate.value for line in drawn]
+    ends = [units.value * line.points[-1].estimate.value for line in drawn]
     return [LineLabel("noise", max(ends), palette.grey_ink)] if ends else []
 
 
-def _coordinates(line: AccuracyLine, unit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """eps, value, and the ends of the interval in percent, NaN where there is none."""
+def _coordinates(line: AccuracyLine, units: _Units) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """eps, value, and the ends of the interval in their units, NaN where there is none."""
     ends = [point.estimate.interval or (np.nan, np.nan) for point in line.points]
-    low, high = np.clip(100 * np.array(ends).T, 0, 100)  # a standard deviation may reach beyond
+    low, high = np.clip(units.value * np.array(ends).T, 0, max(units.value, 2.0))  # a deviation may reach beyond
     return (
-        unit * np.array([point.eps for point in line.points]),
-        100 * np.array([point.estimate.value for point in line.points]),
+        units.eps * np.array([point.eps for point in line.points]),
+        units.value * np.array([point.estimate.value for point in line.points]),
         low,
         high,
     )

@@ -15,6 +15,8 @@ CLEAN = "clean"
 TITLES = {"accuracy": "Acc", "mca": "MCA", "map": "mAP", "top2": "Top-2", "top3": "Top-3"}
 TITLES |= {"accuracy_drop": "Acc-D", "mca_drop": "MCA-D"}
 TITLES |= {"certified_accuracy": "certified Acc", "smallest_fraction": "smallest fraction"}
+PLAIN_METRICS = {"drift": "1 - cos"}
+"""Metrics that are no shares, and their unit: shown as they are, and not in percent."""
 _ARITHMETIC = ("how", "absent", "keys")  # of pooling and of the mean class accuracy
 _TARGETS = {
     "decision": "Attacks on the decision of the classifier",
@@ -249,16 +251,51 @@ def format_estimate(estimate: Estimate, *, digits: int = 1, unit: str = "", inte
     return shown
 
 
+def format_plain(estimate: Estimate, *, interval: bool = True) -> str:
+    """An estimate of a metric that is no share, with three significant digits: "0.0123 [0.011, 0.0135]".
+
+    Args:
+        estimate: The number.
+        interval: Whether to show the interval of a single run.
+    """
+    if estimate.sd is not None:
+        return f"{estimate.value:.3g} ± {estimate.sd:.2g} ({estimate.runs} runs)"
+    shown = f"{estimate.value:.3g}"
+    if interval and estimate.low is not None and estimate.high is not None:
+        shown += f" [{estimate.low:.3g}, {estimate.high:.3g}]"
+    return shown
+
+
+def format_number(estimate: Estimate, metric: str, *, interval: bool = True) -> str:
+    """An estimate in the unit of its metric: in percent, or as it is.
+
+    Args:
+        estimate: The number.
+        metric: Of which metric.
+        interval: Whether to show the interval of a single run.
+    """
+    show = format_plain if metric in PLAIN_METRICS else format_estimate
+    return show(estimate, interval=interval)
+
+
+def metrics_unit(metrics: Iterable[str]) -> str:
+    """The unit of metrics that share a table, "%" for shares."""
+    return " / ".join(dict.fromkeys(PLAIN_METRICS.get(metric, "%") for metric in metrics))
+
+
 def format_points(share: float, *, digits: int = 1) -> str:
     """A share in points of a percent, without a sign before zero."""
     text = f"{100 * share:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
 
-def page_cell(estimate: Estimate | None) -> TableCell:
-    """A cell of a page in percent: with its interval, or with the standard deviation over several runs."""
+def page_cell(estimate: Estimate | None, metric: str = "") -> TableCell:
+    """A cell of a page in the unit of its metric: with its interval, or the standard deviation over several runs."""
     if estimate is None:
         return TableCell(ABSENT)
+    if metric in PLAIN_METRICS:
+        shown, _, interval = format_plain(estimate).partition(" ")
+        return TableCell(minus_signs(shown), minus_signs(interval.strip("[]").replace(", ", " to ")))
     if estimate.sd is not None:
         small = f"± {100 * estimate.sd:.1f}, {estimate.runs} runs"
     elif estimate.low is None or estimate.high is None:

@@ -11,8 +11,9 @@ import numpy as np
 
 from hsat.attacks import NaturalShift
 from hsat.eval import Difference, EnsembleOutcome, Record, Scoring, WhiteboxResult, compare_models
-from hsat.eval.result_files import RunAccount, save_conditions, score_tables
+from hsat.eval.result_files import RunAccount, replaced_result, save_conditions, score_tables
 from hsat.report.accuracy_plot import plot_accuracy_vs_eps
+from hsat.report.page import write_report
 from hsat.report.plots import plot_patches
 from hsat.report.record_files import record_tables
 from hsat.report.tables import differences_table, markdown_table
@@ -48,10 +49,10 @@ def write_evaluation(
     pictures: bool = True,
     account: RunAccount = _UNKNOWN,
 ) -> tuple[Difference, ...]:
-    """Write what `hsat.eval.result_files.save_conditions` does, and table.md, differences.json and the figures.
+    """Write what `hsat.eval.result_files.save_conditions` does, table.md, differences.json, the figures and the page.
 
     Args:
-        folder: The folder of the run; it is made.
+        folder: The folder of the run; it is made.  A result that it holds is replaced; other files stay.
         results: By the name of the model.
         scoring: As in the evaluation.
         seed: Of the comparison.
@@ -61,7 +62,6 @@ def write_evaluation(
     Returns:
         The differences between the models.
     """
-    out = save_conditions(folder, list(results.values()), account)
     records = [record for result in results.values() for record in result.records]
     with_scores = any(any(result.scores.values()) for result in results.values())
     table = markdown_table(records) if with_scores else "\n".join(one.to_markdown() for one in record_tables(records))
@@ -71,10 +71,14 @@ def write_evaluation(
             f"\n**Differences** from {differences[0].against}, on the same patients\n\n"
             f"{differences_table([one for one in differences if one.condition not in NaturalShift.standard()])}"
         )
-        write_json(out / "differences.json", [asdict(difference) for difference in differences])
     table += _describe_ensembles({title: result.outcomes for title, result in results.items()})
-    (out / "table.md").write_text(table, encoding="utf-8")
-    _draw(out, records, results, pictures=pictures)
+    with replaced_result(folder) as out:
+        save_conditions(out, list(results.values()), account)
+        if differences:
+            write_json(out / "differences.json", [asdict(difference) for difference in differences])
+        (out / "table.md").write_text(table, encoding="utf-8")
+        _draw(out, records, results, pictures=pictures)
+    write_report([Path(folder)], Path(folder) / PAGE)
     return differences
 
 

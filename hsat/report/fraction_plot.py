@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hsat.eval import Record
+from hsat.eval.doubts import is_noise
 from hsat.report.aggregation import CLEAN, aggregate_runs
 from hsat.report.panels import (
     COLOURS,
@@ -24,7 +25,6 @@ from hsat.report.panels import (
     panels_width,
     percent_axis,
 )
-from hsat.report.summary import is_noise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

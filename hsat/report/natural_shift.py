@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from hsat.attacks.natural_shift import STRENGTHS
 from hsat.eval import Record, Table
+from hsat.eval.doubts import is_shift
 from hsat.eval.tables import Row, TableCell
 from hsat.report.aggregation import CLEAN, TITLES, aggregate_runs, page_cell
-from hsat.report.summary import is_shift
 
 OWN = "own"  # the column of amounts that are none of the standard ones
 

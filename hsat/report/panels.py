@@ -125,6 +125,16 @@ def percent_axis(panel: Any, *, first: bool = True) -> None:
     """0 to 100 % upwards, with faint lines across; panels beside the first one leave the numbers to it."""
     panel.set_ylim(-2, 102)
     panel.set_yticks(range(0, 101, 20))
+    _plain_frame(panel, first=first)
+
+
+def number_axis(panel: Any, *, first: bool = True) -> None:
+    """Numbers from 0 upwards that fit what is drawn, with faint lines across, for what is no share."""
+    panel.set_ylim(bottom=0)
+    _plain_frame(panel, first=first)
+
+
+def _plain_frame(panel: Any, *, first: bool) -> None:
     panel.grid(axis="y")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

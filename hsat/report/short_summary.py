@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from hsat.eval import Difference, Record
+from hsat.eval.doubts import is_shift, list_doubts, norm_of
+from hsat.eval.transfer_drops import OTHERS
 from hsat.quantities import LINE_WIDTH
-from hsat.report.aggregation import Estimate, format_estimate, format_points, mean_chance
-from hsat.report.summary import (
-    AccuracyPoint,
-    accuracy_points,
-    attack_kind,
-    cross_attack_flags,
-    is_shift,
-    main_norm,
-    norm_of,
-    record_flags,
-    strongest_per_eps,
-)
+from hsat.report.aggregation import Estimate, format_estimate, format_plain, format_points, mean_chance
+from hsat.report.summary import AccuracyPoint, accuracy_points, attack_kind, main_norm, strongest_per_eps
+from hsat.report.tables import MEAN_OF_OTHERS, list_surrogates, name_classifier
 
 Item = TypeVar("Item")
 MOST_LINES = 9
+_MOST_DOUBTS = 3
+_MOST_TARGETS, _MOST_SURROGATES = 6, 5  # of a transfer
+_WIDE = 0.9  # an interval of a share that says next to nothing
 _LABEL = 12  # characters of the first column
 
 
@@ -73,7 +71,8 @@ def short_summary(
     """The numbers that matter, of patches, in a few lines of at most 100 characters.
 
     One model has a line for all its attacks where it fits; several have a column each.  Numbers are in percent with
-    their intervals, of the first classifier; drift without labels is a cosine distance.
+    their intervals, of the first classifier; drift without labels is 1 - cos.  Below them stand the weightiest reasons
+    for doubt, as many as have room, and why a number has no interval, or one that says nothing.
 
     Args:
         records: Of one evaluation, of any number of models.
@@ -94,28 +93,24 @@ def short_summary(
     chosen = [one for one in chosen if (one.classifier, one.k) == (chosen[0].classifier, chosen[0].k)]
     names = dict.fromkeys(one.model for one in chosen)
     models = [ModelNumbers.of([one for one in chosen if one.model == name]) for name in names]
-    show = _percent if metric == "accuracy" else _distance
-    doubts = _doubts(records)
-    room = most - len(doubts)
-    lines = _one_model(models[0], show, room) if len(models) == 1 else _several_models(models, differences, room)
-    return tuple(line if len(line) <= LINE_WIDTH else f"{line[: LINE_WIDTH - 3]}..." for line in (*lines, *doubts))
+    show = _percent if metric == "accuracy" else format_plain
+    about = [one for one in direct if (one.classifier, one.k) == (chosen[0].classifier, chosen[0].k)]
+    doubts, notes = list_doubts(about), _interval_notes(chosen, records)
+    rows = partial(_one_model, models[0], show) if len(models) == 1 else partial(_several_models, models, differences)
+    free = most - len(notes) - len(rows(most))
+    said = _doubt_lines(doubts, max(1, min(_MOST_DOUBTS, free)))
+    lines = (*rows(most - len(notes) - len(said)), *said, *notes)
+    return tuple(clip_words(line, LINE_WIDTH) for line in lines)
 
 
 def _percent(estimate: Estimate) -> str:
     return format_estimate(estimate, unit=" %")
 
 
-def _distance(estimate: Estimate) -> str:
-    shown = f"{estimate.value:.3f}"
-    if estimate.low is not None and estimate.high is not None:
-        shown += f" [{estimate.low:.3f}, {estimate.high:.3f}]"
-    return shown
-
-
 def _one_model(numbers: ModelNumbers, show: Callable[[Estimate], str], room: int) -> list[str]:
     patches = f"{numbers.n} patches"
     if numbers.clean is None:
-        about = f"{patches} without labels: cosine distance between features before and after"
+        about = f"{patches} without labels: drift of the features, 1 - cos"
     else:
         about = f"{patches}, {numbers.classifier}; accuracy with 95 % interval"
     rows = [("model", f"{_clipped(numbers.model, 38)} on {about}")]
@@ -190,21 +185,39 @@ def _difference_row(
     return [("difference", cells)]
 
 
-def _doubts(records: Sequence[Record]) -> list[str]:
-    """One line about the reasons to distrust the numbers; none where there is none."""
-    flags = [flag.reason for flag in record_flags([one for one in records if one.level == "patch"])]
-    for key in dict.fromkeys((one.model, one.classifier, one.k) for one in records):
-        rows = [one for one in records if (one.model, one.classifier, one.k) == key]
-        flags += [
-            flag.reason
-            for flag in cross_attack_flags([one for one in rows if (one.level, one.metric) == ("patch", "accuracy")])
-            if rows
-        ]
-    reasons = list(dict.fromkeys(flags))
-    if not reasons:
-        return []
-    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    return [f"{'doubt':<{_LABEL}}{_clipped(reasons[0], LINE_WIDTH - _LABEL - len(more))}{more}"]
+def _doubt_lines(doubts: Sequence[str], most: int) -> list[str]:
+    """The first reasons to distrust the numbers, with the number of those that have no room."""
+    lines: list[str] = []
+    shown, hidden = doubts[:most], len(doubts[most:])
+    for place, doubt in enumerate(shown):
+        following = len(shown) - place - 1  # have a line each
+        room = most - len(lines) - following
+        more = f" (and {hidden} more)" if hidden and not following else ""
+        wrapped = textwrap.wrap(doubt, LINE_WIDTH - _LABEL, break_on_hyphens=False)
+        fits = len(wrapped) <= room and len(wrapped[-1]) + len(more) <= LINE_WIDTH - _LABEL
+        kept = wrapped if fits else [*wrapped[: room - 1], " ".join(wrapped[room - 1 :])]
+        kept[-1] = clip_words(kept[-1], LINE_WIDTH - _LABEL - len(more)) + more
+        lines += [f"{'' if number else 'doubt':<{_LABEL}}{line}" for number, line in enumerate(kept)]
+    return lines
+
+
+def _interval_notes(shown: Sequence[Record], records: Sequence[Record]) -> list[str]:
+    """One line on numbers without interval, and on intervals that say next to nothing; none where all are well."""
+    count = max((one.n for one in records if one.level == "patient"), default=0)
+    patients = f"{count} patient{'s' if count != 1 else ''}" if count else "few patients"
+    shown = [one for one in shown if one.metric == "drift" or one.level == "patch"]
+    reasons = {str(one.settings["no_interval"]) for one in shown if one.low is None and one.settings.get("no_interval")}
+    texts = [f"{'no interval':<{_LABEL}}{'; '.join(sorted(reasons))} ({patients})"] if reasons else []
+    if any(one.low is not None and one.high is not None and one.high - one.low >= _WIDE for one in shown):
+        texts.append(f"{'note':<{_LABEL}}an interval that spans nearly all from 0 to 100 says nothing: {patients}")
+    return texts
+
+
+def clip_words(text: str, length: int) -> str:
+    """A text of at most so many characters, cut behind a word."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length - 3].rpartition(' ')[0].rstrip(' ,;:(')}..."
 
 
 def _attack_label(models: Sequence[ModelNumbers]) -> tuple[str, bool]:
@@ -225,3 +238,49 @@ def _some(items: Sequence[Item], most: int) -> list[Item]:
     """At most so many of the items, evenly, the first and the last among them."""
     places = np.unique(np.linspace(0, len(items) - 1, max(1, min(most, len(items)))).round().astype(int))
     return [items[place] for place in places] if items else []
+
+
+def transfer_summary(records: Sequence[Record]) -> tuple[str, ...]:
+    """The drops of a transfer at the level of patches, under the attack that takes most at the largest eps.
+
+    A row per surrogate, a column per target, for the first classifier; as many of both as have room.
+
+    Args:
+        records: Of `evaluate_transfer`.
+
+    Returns:
+        At most 9 lines of at most 100 characters.
+
+    Raises:
+        ValueError: Without drops of patches.
+    """
+    drops = [one for one in records if (one.level, one.metric) == ("patch", "accuracy_drop")]
+    if not drops:
+        raise ValueError("no drop of patches was measured, so there is nothing to sum up; evaluate_transfer makes them")
+    first, largest = drops[0], max(one.eps_value for one in drops)
+    drops = [one for one in drops if (one.classifier, one.k, one.eps_value) == (first.classifier, first.k, largest)]
+    names = dict.fromkeys(one.attack_name for one in drops)
+    attack = max(names, key=lambda name: np.mean([one.value for one in drops if one.attack_name == name]))
+    drops = [one for one in drops if one.attack_name == attack]
+    clean = [one for one in records if (one.level, one.metric, one.surrogate) == ("patch", "accuracy", "")]
+    clean = [one for one in clean if (one.classifier, one.k) == (first.classifier, first.k)]
+    targets, surrogates = list(dict.fromkeys(one.model for one in drops)), list_surrogates(drops)
+    shown, rows = targets[:_MOST_TARGETS], surrogates[:_MOST_SURROGATES]
+
+    def line(head: str, cells: Sequence[Record | None]) -> str:
+        texts = ("–" if one is None else format_points(one.value) for one in cells)
+        return f"{_clipped(head, 20):<21}" + "".join(f"{text:>13}" for text in texts)
+
+    def find(among: Sequence[Record], **values: str) -> Record | None:
+        return next((one for one in among if all(getattr(one, key) == value for key, value in values.items())), None)
+
+    lines = [f"accuracy of patches lost to {attack}, {name_classifier(first)}: clean minus attacked, in points of %"]
+    lines.append(f"{'attacked on':<21}" + "".join(f"{_clipped(name, 12):>13}" for name in shown))
+    lines.append(line("(clean, %)", [find(clean, model=name) for name in shown]))
+    lines += [
+        line(MEAN_OF_OTHERS if row == OTHERS else row, [find(drops, surrogate=row, model=name) for name in shown])
+        for row in rows
+    ]
+    if len(shown) < len(targets) or len(rows) < len(surrogates):
+        lines.append(f"and {len(targets) - len(shown)} more targets, {len(surrogates) - len(rows)} more surrogates")
+    return tuple(clip_words(one, LINE_WIDTH) for one in lines)

@@ -1,4 +1,4 @@
-"""What records say in a sentence, and flags: reasons to doubt it."""
+"""What records say in a sentence."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+from hsat.eval.doubts import is_noise, is_shift, norm_of
 from hsat.eval.records import Record
 from hsat.report.aggregation import CLEAN, Estimate, aggregate_runs, format_estimate, format_points, mean_chance
 from hsat.types import LEVELS
@@ -61,35 +62,6 @@ class RobustnessSummary:
     worst: AccuracyPoint | None
     attacks: int
     chance: float | None = None
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A reason to distrust the numbers of a model under some conditions."""
-
-    model: str
-    conditions: tuple[str, ...]
-    reason: str
-
-
-def norm_of(record: Record) -> str:
-    """The threat model's name in the attack's repr: "Linf", "L2", or "" where it names neither."""
-    return next((name for name in ("Linf", "L2") if f"{name}(" in record.attack), "")
-
-
-def is_noise(record: Record) -> bool:
-    """Whether the condition is random noise and no attack."""
-    return record.attack.startswith("RandomNoise(") or record.attack_name.startswith("noise-")
-
-
-def is_shift(record: Record) -> bool:
-    """Whether the condition is a natural shift: without an adversary, and without eps."""
-    return record.attack.startswith("NaturalShift(")
-
-
-def is_attack(record: Record) -> bool:
-    """Whether the condition has an adversary."""
-    return bool(record.attack) and not is_noise(record) and not is_shift(record)
 
 
 def accuracy_points(records: Sequence[Record], *, kind: str) -> list[AccuracyPoint]:
@@ -264,43 +236,6 @@ def transfer_sentence(records: Sequence[Record]) -> str:
         return ""
     listed = "; ".join(text for _, text in sorted(parts))
     return f"Attacks at eps {taken[0]} that were made on other encoders take, on average over these, {listed}."
-
-
-def record_flags(records: Sequence[Record]) -> list[Flag]:
-    """The flags that records carry, each once per model with the conditions it concerns."""
-    conditions: dict[tuple[str, str], dict[str, None]] = {}
-    for record in records:
-        name = f"{record.surrogate} → {record.model}" if record.surrogate else record.model
-        for flag in record.flags:
-            conditions.setdefault((name, flag), {})[record.attack_name] = None
-    return [Flag(model, tuple(names), flag) for (model, flag), names in conditions.items()]
-
-
-def cross_attack_flags(records: Sequence[Record]) -> list[Flag]:
-    """Signs of a failed attack that only several records together show, for one model, level, metric and k.
-
-    An attack that leaves as much as random noise of its size (and more than nothing), and one that leaves over one
-    percentage point more at a larger eps than the strongest attack does at a smaller one: both happen when gradients
-    are masked.
-    """
-    flags = []
-    for norm in dict.fromkeys(norm_of(record) for record in records if _kind(record) == "attack"):
-        mine = [record for record in records if norm_of(record) == norm]
-        worst = strongest_per_eps(accuracy_points(mine, kind="attack"))
-        noise = {point.eps: point for point in accuracy_points(mine, kind="noise")}
-        for point in worst:
-            beside = noise.get(point.eps)
-            if beside and point.estimate.value >= beside.estimate.value and point.estimate.value > 0:
-                left = f"{100 * point.estimate.value:.1f} % against {100 * beside.estimate.value:.1f} %"
-                reason = f"the strongest attack leaves no less than random noise of the same size ({left})"
-                flags.append(Flag(records[0].model, (point.name,), reason))
-        for smaller, larger in pairwise(worst):
-            if larger.estimate.value > smaller.estimate.value + 0.01:
-                before = f"{100 * smaller.estimate.value:.1f} % before"
-                left = f"{100 * larger.estimate.value:.1f} % at {larger.eps_text}, {before}"
-                reason = f"a larger eps leaves more than a smaller one ({left})"
-                flags.append(Flag(records[0].model, (larger.name,), reason))
-    return flags
 
 
 def _kind(record: Record) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from hsat.eval import Difference, Record, Table, TableCell
+from hsat.eval.doubts import is_shift
 from hsat.eval.tables import ABSENT, Row
 from hsat.eval.transfer_drops import OTHERS
 from hsat.report.aggregation import (
@@ -18,17 +19,21 @@ from hsat.report.aggregation import (
     ConditionColumn,
     Estimate,
     aggregate_runs,
-    format_estimate,
+    format_number,
     format_points,
     list_conditions,
     mean_chance,
+    metrics_unit,
     page_cell,
 )
 from hsat.report.natural_shift import shift_markdown
-from hsat.report.summary import is_shift
 from hsat.types import LEVELS
 
 MEAN_OF_OTHERS = "mean of the others"
+DROPS = (
+    "Acc-D and MCA-D are drops: the accuracy and the mean class accuracy of the encoder that is measured (target) on"
+    " clean images, minus those on images that were attacked on another (surrogate), in points of %"
+)
 
 
 def accuracy_tables(
@@ -86,7 +91,7 @@ def accuracy_tables(
             rows.append((*row, *numbers, _joined_chance(mine, metrics))[: len(head)])
         if rows:
             sizes = f"n = {', '.join(map(str, sorted({record.n for record in here})))}"
-            details = f" ({_titles(metrics)}, %; {sizes})"
+            details = f" ({_titles(metrics)}, {metrics_unit(metrics)}; {sizes})"
             tables.append(Table(head, rows, f"{level.capitalize()} level", details))
     return tuple(tables)
 
@@ -170,7 +175,7 @@ def transfer_markdown(
     metrics: Sequence[str] = ("accuracy_drop", "mca_drop"),
     intervals: bool = False,
 ) -> str:
-    """`transfer_tables` as Markdown, and below them the notes and flags of the records.
+    """`transfer_tables` as Markdown, and below them what a drop is, the notes and flags of the records.
 
     Args:
         records, levels, metrics, intervals: See `transfer_tables`.
@@ -183,7 +188,8 @@ def transfer_markdown(
     """
     tables = transfer_tables(records, levels=levels, metrics=metrics, intervals=intervals)
     shown = [r for r in records if r.level in levels and r.metric in metrics and r.surrogate]
-    remarks = dict.fromkeys(f"- {r.attack_name}: {r.settings['note']}" for r in shown if r.settings.get("note"))
+    remarks = {f"- {DROPS}": None}
+    remarks |= dict.fromkeys(f"- {r.attack_name}: {r.settings['note']}" for r in shown if r.settings.get("note"))
     remarks |= dict.fromkeys(
         f"- {record.surrogate} → {record.model}, {record.attack_name}: {flag}"
         for record in shown
@@ -223,7 +229,12 @@ def list_surrogates(records: Iterable[Record]) -> list[str]:
 
 def _joined_cell(records: Sequence[Record], metrics: Sequence[str], intervals: bool) -> str:
     estimates = [aggregate_runs([record for record in records if record.metric == name]) for name in metrics]
-    return join_estimates(estimates, lambda estimate: format_estimate(estimate, interval=intervals))
+    if not any(estimates):
+        return ABSENT
+    return " / ".join(
+        ABSENT if estimate is None else format_number(estimate, name, interval=intervals)
+        for name, estimate in zip(metrics, estimates, strict=True)
+    )
 
 
 def _joined_chance(records: Sequence[Record], metrics: Sequence[str]) -> str:
@@ -303,7 +314,7 @@ def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]
         cells = []
         for model in models:
             mine = [record for record in here if record.model == model and column.matches(record)]
-            cells += [page_cell(aggregate_runs([record for record in mine if record.metric == name])) for name in used]
+            cells += [page_cell(aggregate_runs([r for r in mine if r.metric == name]), name) for name in used]
         rows.append((column.label, *cells))
     if mean_chance(here) is not None:
         by_model = [[record for record in here if record.model == model] for model in models]
@@ -315,7 +326,7 @@ def level_table(records: Sequence[Record], *, level: str, metrics: Sequence[str]
     return Table(
         head=("condition", *(TITLES.get(name, name) for _ in models for name in used)),
         rows=rows,
-        caption=f"{level.capitalize()} level, % (n = {sizes})",
+        caption=f"{level.capitalize()} level, {metrics_unit(used)} (n = {sizes})",
         groups=[(model, len(used)) for model in models],
         notes=notes,
     )
@@ -366,6 +377,7 @@ def drop_table(records: Sequence[Record], *, level: str, attack: str) -> Table |
         rows=rows,
         caption=f"{attack}, {level} level, points of % (n = {sizes})",
         groups=[(target, len(drops)) for target in targets],
+        notes=(f"{DROPS}.",),
     )
 
 

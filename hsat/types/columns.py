@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.types.names import check_cells, name_notes
+from hsat.types.names import DIFFERENCE, check_cells, name_notes
 
 NAMED_IDS = "named ids"
 """What tables of named patients and slides are called: their ids come from the names, and so can be compared."""
@@ -224,7 +224,8 @@ def _ids(name: str, cells: np.ndarray | list[int | str], place: Place) -> np.nda
 
 def _warn_of(name: str, different: dict[str, Any]) -> None:
     for note in name_notes(name, different):
-        warnings.warn(f"{note}; if they are the same, write them alike", stacklevel=6)
+        cure = "; if they are the same, write them alike" if DIFFERENCE in note else ""
+        warnings.warn(f"{note}{cure}", stacklevel=6)
 
 
 def _check_nesting(cells: dict[str, Any], ids: dict[str, np.ndarray], place: Place) -> None:

@@ -86,7 +86,10 @@ def name_notes(name: str, values: Iterable[str]) -> list[str]:
             " decimals because values were missing"
         )
     if missing := [text for text in names if is_missing(text)]:
-        notes.append(f"{name} {missing[0]!r} is what programs write where a value is missing")
+        notes.append(
+            f"{name} {missing[0]!r} is what programs write where a value is missing; if it is no {name}, take these"
+            " rows or this folder out"
+        )
     return notes
 
 

@@ -22,15 +22,15 @@ class PlainBatches:
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader = loader
+        self.source = loader
         self.dataset = getattr(loader, "dataset", None)
 
     def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # TypeError for loaders that do not know it
+        return len(self.source)  # type: ignore[arg-type]  # TypeError for loaders that do not know it
 
     def __iter__(self) -> Iterator[HierarchicalBatch]:
         start = 0
-        for item in self._loader:
+        for item in self.source:
             if isinstance(item, HierarchicalBatch):
                 yield item
                 continue

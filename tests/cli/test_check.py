@@ -49,6 +49,28 @@ def test_bad_files_are_listed_and_left_out(root, tmp_path, capsys):
     main(["check", str(root), *words, "--out", str(tmp_path / "again"), "--data.exclude", str(listed)])
 
 
+def test_an_edited_list_is_not_overwritten_unasked(root, tmp_path, capsys):
+    (root / "a/p0/s/2.png").write_text("no image")
+    words = ["check", str(root), "--out", str(tmp_path / "check")]
+    with pytest.raises(SystemExit):
+        main(words)
+    listed = tmp_path / "check/files.csv"
+    listed.write_text(edited := listed.read_text().replace(",yes", ",no"))
+    with pytest.raises(
+        SystemExit, match=r"may have been edited; choose another --out, or replace it: --overwrite true"
+    ):
+        main(words)
+    assert listed.read_text() == edited
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--overwrite", "true"])
+    assert stop.value.code == 1 and ",yes" in listed.read_text()
+
+
+def test_without_a_layout_it_is_found_and_said(root, tmp_path, capsys):
+    main(["check", str(root), "--out", str(tmp_path / "check")])
+    assert f"note: {root}: read as folders class/patient/slide/patch" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -59,7 +81,7 @@ def test_bad_files_are_listed_and_left_out(root, tmp_path, capsys):
             ["DATA", "--data.layout", "folders", "--data.columns", "path=file"],
             "layout 'folders' has no option columns; .* csv",
         ),
-        (["DATA", "--data.layout", "csv", "--data.columns", "file"], "write class=label,patient=case_id"),
+        (["DATA", "--data.layout", "csv", "--data.columns", "file"], "such as class=label,patient=case_id"),
     ],
 )
 def test_what_cannot_be_done(root, words, message):

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -135,11 +136,14 @@ def test_the_published_evaluation_has_no_shifts_unless_asked_for():
     assert Evaluate.load([]).diagnose is None
 
 
-def test_k_above_the_bank_warns_with_both_numbers(trained, root, tmp_path):
-    argv = ["--checkpoint", str(trained / "final.safetensors"), "--data.root", str(root), *QUICK, "--attacks", "pgd"]
+def test_k_above_the_bank_is_said_once_in_a_plain_line(trained, root, tmp_path, capsys):
+    given = ",".join(f"{name}={trained / 'final.safetensors'}" for name in "ab")
+    argv = ["--checkpoint", given, "--data.root", str(root), *QUICK, "--attacks", "pgd"]
     argv += ["--k", "200"]
-    with pytest.warns(UserWarning, match=r"k=200 is more than the 36 rows of the bank; using k=36"):
-        evaluate([*argv, "--out", str(tmp_path / "out")])
+    evaluate([*argv, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert said.count("k=200 is more than") == 1 and ".py:" not in said and "UserWarning" not in said
+    assert "note: k=200 is more than the 36 rows of the bank; using k=36\n" in said
     assert {record.k for record in read_records(tmp_path / "out" / "records.jsonl")} == {36}
 
 
@@ -283,3 +287,26 @@ def test_loaders_lock_pages_for_a_gpu_alone(root, monkeypatch, kind):
     settings = Evaluate.load(["--data.root", str(root), "--checkpoint", "x"])
     for loader in evaluation.open_loaders(settings, read_opensrh(root)):
         assert loader.pin_memory == (kind == "cuda")
+
+
+def test_a_whole_classifier_from_a_factory_is_said(root, tmp_path, monkeypatch, capsys):
+    text = "import timm\n\n\ndef whole():\n    return timm.create_model('test_resnet', num_classes=7)\n"
+    (tmp_path / "my_classifiers.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = timm.create_model("test_resnet", num_classes=7)
+    torch.save(module.state_dict(), tmp_path / "whole.pth")
+    argv = ["--checkpoint", str(tmp_path / "whole.pth"), "--data.root", str(root), *ONE, "--model.norm", "none"]
+    evaluate([*argv, "--model.factory", "my_classifiers:whole", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert said.count("whole: its output are the 7 logits of a classifier: for its features build it with timm") == 1
+
+
+def test_the_checkpoint_of_a_classifier_names_the_option_that_leaves_its_head_out(root, tmp_path, stops):
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "whole.pth")
+    argv = ["--checkpoint", str(tmp_path / "whole.pth"), "--data.root", str(root), *ONE, "--model.norm", "none"]
+    argv += ["--model.backbone", "test_resnet", "--out", str(tmp_path / "out")]
+    message = stops(evaluate, argv)
+    assert "fc.weight" in message and "leaves out for head=None (--model.head none)" in message
+    evaluate([*argv, "--model.head", "none"])
+    assert (tmp_path / "out" / "records.jsonl").exists()

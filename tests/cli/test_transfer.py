@@ -72,6 +72,25 @@ def test_writes_the_matrix(whole, files, root):
     assert about["attacked_in_this_run"] == [[s, a] for s in "abc" for a in ("PGD-8", "MIFGSM-8")]
 
 
+def test_at_most_ten_lines_are_printed_and_the_tables_say_what_a_drop_is(argv, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole / "state", out / "state")
+    transfer([*argv, "--out", str(out), "--resume"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 5 <= len(lines) <= 10 and all(len(line) <= 100 for line in lines[:-1])
+    assert "clean minus attacked, in points of %" in lines[0] and lines[1].split() == ["attacked", "on", "a", "b", "c"]
+    assert [line.split()[0] for line in lines[2:6]] == ["(clean,", "a", "b", "c"]
+    records = read_records(out / "records.jsonl")
+    attack = next(name for name in ("PGD-8", "MIFGSM-8") if name in lines[0])
+    drops = [one for one in records if (one.level, one.metric, one.attack_name) == ("patch", "accuracy_drop", attack)]
+    shown = [float(cell) for cell in lines[3].split()[1:]]
+    assert shown == [
+        round(100 * one.value, 1) for name in "abc" for one in drops if (one.surrogate, one.model) == ("a", name)
+    ]
+    assert lines[-1] == f"all levels and attacks: {out / 'table.md'}"
+    assert (out / "table.md").read_text().count("Acc-D and MCA-D are drops") == 1
+
+
 @pytest.mark.slow
 def test_killed_and_resumed(argv, whole, launch, kill, tmp_path):
     out = tmp_path / "out"

@@ -197,7 +197,7 @@ def test_file_sizes_names_missing_empty_and_odd_files(tmp_path: Path) -> None:
     cohort.file_sizes()
     file = tmp_path / ROWS[2].path
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"empty files in the cohort at .*: 'b/p2/s2/1\.tif'$"):
+    with pytest.raises(ValueError, match=r"empty files in the cohort at .*: 'b/p2/s2/1\.tif'; hsat check .* lists all"):
         cohort.file_sizes()
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"files missing from the cohort at .*: 'b/p2/s2/1\.tif'$"):

@@ -109,3 +109,19 @@ def test_the_kind_is_found_in_the_first_files_and_stated(tmp_path):
     assert read_folders(tmp_path / "rgb", kind="rgb").kind == "rgb"
     (tmp_path / "rgb/m.csv").write_text("path,class,patient,slide\nnone.tif,a,p,s")
     assert read_csv(tmp_path / "rgb", "m.csv").kind == "srh"
+
+
+def test_masks_beside_patches_are_counted(tmp_path, write_png):
+    names = (
+        "a/p1/s/x.png",
+        "a/p1/s/x_mask.png",
+        "a/p1/s/y-Label.png",
+        "b/p2/s/face_mask.png",
+        "b/p2/s/z_seg.png",
+        "b/p2/s/z.png",
+    )
+    for seed, name in enumerate(names):
+        write_png(tmp_path / name, seed=seed)
+    with pytest.warns(UserWarning, match="2 images are called as masks or labels of others and were read as patches"):
+        cohort = read_folders(tmp_path)
+    assert len(cohort) == 6 and "'a/p1/s/x_mask.png', 'b/p2/s/z_seg.png'" in cohort.notes[0]

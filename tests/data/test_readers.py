@@ -174,7 +174,20 @@ def _png(width: int, height: int, depth: int, rows: bytes) -> bytes:
 def test_sixteen_bit_colour_is_refused_and_not_silently_reduced(tmp_path: Path) -> None:
     path = tmp_path / "patch.png"
     path.write_bytes(_png(4, 3, 16, (b"\0" + bytes(24)) * 3))
-    assert refused(path, "rgb").reason == "its channels have [16] bits; wanted 8"
+    reason = refused(path, "rgb").reason
+    assert reason.startswith("its channels have [16] bits; wanted 8: divide values of 16 bits by 257")
+
+
+def test_the_hint_for_16_bit_grey_keeps_its_values(tmp_path: Path) -> None:
+    path = tmp_path / "patch.png"
+    pixels = np.array([[0, 257, 25700], [32896, 60000, 65535]], dtype=np.uint16)
+    Image.fromarray(pixels).save(path)
+    reason = refused(path, "rgb").reason
+    assert "would make most of its values white" in reason
+    code = reason.partition(", as in PIL.")[2]
+    eval(code, {"Image": Image, "pixels": pixels}).save(path)
+    kept = (read_patch(path, kind="rgb") * 255).round().int()
+    assert kept[0].tolist() == [[0, 1, 100], [128, 233, 255]]
 
 
 @pytest.mark.parametrize("side", [5000, 20000])

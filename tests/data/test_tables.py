@@ -137,7 +137,7 @@ def test_formulas_and_wrong_encodings_are_refused(tmp_path):
 
 def test_classes_that_may_be_meant_are_warned_of(tmp_path):
     root = write(tmp_path / "manifest.csv", "path,class,patient,slide", "a.png,none,p1,s", "b.png,b,p2,s")
-    with pytest.warns(UserWarning, match="class 'none' is what programs write where a value is missing"):
+    with pytest.warns(UserWarning, match="class 'none' .* if it is no class, take these rows or this folder out$"):
         assert read_csv(root).class_names == ("b", "none")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from hsat.attacks import PGD, AttackEnsemble, Linf, NaturalShift
 from hsat.classifiers import KNNClassifier
+from hsat.cli.evaluation import RESULTS
 from hsat.eval import (
     CertifyOptions,
     Provenance,
@@ -23,6 +25,7 @@ from hsat.eval import (
     load_scores,
     read_records,
 )
+from hsat.eval.result_files import EVIDENCE, RESULT_FILES
 from hsat.report import open_runs, read_artifacts, write_report
 
 ATTACK = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
@@ -88,3 +91,53 @@ def test_budgets_transfers_and_certificates(parts, tmp_path):
         result.save(tmp_path / name)
         assert read_records(tmp_path / name / "records.jsonl") == result.records
         assert (tmp_path / name / "run.json").exists()
+
+
+def test_a_smaller_result_leaves_nothing_of_a_larger_one_and_other_files_stay(parts, tmp_path):
+    ensemble = AttackEnsemble.standard(Linf(8 / 255), steps=1, targets=1, queries=2)
+    run = RunOptions(noise=False)
+    first = evaluate_whitebox(*parts, {"ensemble-8": ensemble}, classifier=KNN, run=run, provenance=NAME)
+    other = Provenance(model="other")
+    second = evaluate_whitebox(*parts, {"PGD-8": ATTACK}, classifier=KNN, run=run, provenance=other)
+    first.save(tmp_path)
+    mine = ("notes.txt", "evidence/notes.txt", "patches.png")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    second.save(tmp_path)
+    alone = second.save(tmp_path / "alone")
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if alone not in (path, *path.parents)}
+    assert names == {str(path.relative_to(alone)) for path in alone.rglob("*")} | set(mine)
+    assert (tmp_path / "evidence" / "other").is_dir() and not (tmp_path / "ensemble.csv").exists()
+    assert second.save(tmp_path) == tmp_path and read_records(tmp_path / "records.jsonl") == second.records
+
+
+def test_a_result_stays_whole_when_the_next_one_cannot_be_written(parts, tmp_path):
+    result = evaluate_whitebox(*parts, {"PGD-8": ATTACK}, classifier=KNN, run=RunOptions(noise=False), provenance=NAME)
+    result.save(tmp_path / "a")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    broken = dataclasses.replace(result, tables={})
+    for place in ("a", "new"):
+        with pytest.raises(ValueError, match="clean"):
+            broken.save(tmp_path / place)
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_process_left_is_no_result_and_goes(parts, tmp_path):
+    result = evaluate_whitebox(*parts, {"PGD-8": ATTACK}, classifier=KNN, run=RunOptions(noise=False), provenance=NAME)
+    (tmp_path / ".saving-killed" / "a").mkdir(parents=True)
+    (tmp_path / "differences.json").write_text("[")
+    result.save(tmp_path)
+    assert not (tmp_path / "differences.json").exists() and not list(tmp_path.glob(".saving-*"))
+
+
+def test_a_training_is_not_written_over(parts, tmp_path):
+    result = evaluate_whitebox(*parts, {"PGD-8": ATTACK}, classifier=KNN, run=RunOptions(noise=False))
+    (tmp_path / "train.csv").write_text("step\n")
+    with pytest.raises(ValueError, match="holds a training"):
+        result.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+
+
+def test_the_commands_know_the_same_names():
+    assert {*RESULT_FILES, EVIDENCE} == set(RESULTS)

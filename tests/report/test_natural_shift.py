@@ -9,11 +9,12 @@ import pytest
 
 from hsat.attacks import NaturalShift
 from hsat.eval import write_records
+from hsat.eval.doubts import cross_attack_flags, is_shift
 from hsat.report import accuracy_tables, markdown_table, records_csv, records_latex, write_report
 from hsat.report.natural_shift import shift_table
 from hsat.report.page.figures import shift_figures
 from hsat.report.page.tables import effort_table
-from hsat.report.summary import accuracy_points, cross_attack_flags, is_shift, summarize_model
+from hsat.report.summary import accuracy_points, summarize_model
 
 
 def with_shifts(records, *, value=0.5, extra=()):

@@ -6,13 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hsat.report.summary import (
-    chance_line,
-    cross_attack_flags,
-    record_flags,
-    summarize_model,
-    summary_sentence,
-)
+from hsat.eval.doubts import cross_attack_flags, record_flags
+from hsat.report.summary import chance_line, summarize_model, summary_sentence
 
 
 def chosen(records, level="patch", metric="accuracy"):

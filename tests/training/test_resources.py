@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hsat.quantities import value_text
 from hsat.training.resources import (
     StepClock,
     is_out_of_memory,
@@ -86,3 +87,7 @@ def test_the_clock_counts_other_work_once_and_no_time_is_negative(monkeypatch):
     assert clock.whole(7, {"held-out evaluation": 2}) == (
         "about 54 s to go: 7 more steps (2 s each), 2 held-out evaluations (20 s each)"
     )
+
+
+def test_a_number_with_a_gradient_is_shown_without_a_warning():
+    assert value_text(torch.tensor(0.25, requires_grad=True)) == "0.25"

@@ -10,6 +10,7 @@ from typing import Any
 
 from hsat.embedding import LAYERS
 from hsat.eval import Record, Table
+from hsat.eval.doubts import Flag, cross_attack_flags, is_noise, record_flags
 from hsat.eval.options import software_versions
 from hsat.files import write_file
 from hsat.report.aggregation import EvaluationSetting, describe_setting, drop_duplicates, group_by_setting
@@ -18,16 +19,7 @@ from hsat.report.page.figures import PageFigure, training_figures
 from hsat.report.page.sections import TransferSection, numbers_section, run_provenance, transfer_section
 from hsat.report.page.tables import effort_table, page_differences_table
 from hsat.report.run_folders import RunFolder, open_runs, split_by_branch
-from hsat.report.summary import (
-    Flag,
-    RobustnessSummary,
-    certificate_sentence,
-    cross_attack_flags,
-    is_noise,
-    record_flags,
-    summarize_model,
-    summary_sentence,
-)
+from hsat.report.summary import RobustnessSummary, certificate_sentence, summarize_model, summary_sentence
 
 _PAGE = Path(__file__).parent
 

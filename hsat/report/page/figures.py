@@ -10,11 +10,12 @@ import numpy as np
 
 from hsat.attacks.natural_shift import STRENGTHS
 from hsat.eval import Record
+from hsat.eval.doubts import is_shift, norm_of
 from hsat.report.aggregation import CLEAN, aggregate_runs, mean_chance
 from hsat.report.artifacts import Artifacts
 from hsat.report.natural_shift import shift_place
 from hsat.report.page.drawing import Axis, Series, draw_accuracy_panel, draw_lines, draw_map, grey_swatch, swatch
-from hsat.report.summary import accuracy_lines, is_shift, norm_of
+from hsat.report.summary import accuracy_lines
 
 _PERCENT = tuple(range(0, 101, 20))
 _MAX_POINTS = 240

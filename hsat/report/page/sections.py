@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hsat.eval import Record, Table
+from hsat.eval.doubts import is_attack, is_noise, is_shift, norm_of
 from hsat.report.aggregation import CLEAN, mean_chance
 from hsat.report.artifacts import Artifacts
 from hsat.report.natural_shift import shift_table
@@ -23,7 +24,7 @@ from hsat.report.page.figures import (
 )
 from hsat.report.page.tables import confusion_table
 from hsat.report.run_folders import RunFolder
-from hsat.report.summary import is_attack, is_noise, is_shift, norm_of, summarize_model, transfer_sentence
+from hsat.report.summary import summarize_model, transfer_sentence
 from hsat.report.tables import drop_table, level_table, prefix_caption
 from hsat.types import LEVELS
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from hsat.eval import Difference, Record, Table, TableCell
+from hsat.eval.doubts import is_shift
 from hsat.eval.tables import ABSENT, Row
 from hsat.report.aggregation import TITLES, minus_signs
 from hsat.report.artifacts import Artifacts
-from hsat.report.summary import is_shift
 from hsat.types import LEVELS
 
 
