@@ -184,6 +184,8 @@ def difference_lines(results: Results, cohort: str) -> list[str]:
                 if cells[0] != "not run":
                     title = RECIPES[rival].family
                     lines.append(f"| {title} | {multiple}x, equal {equal} | {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return []
     return [*lines, "", "Points of patch accuracy, kNN decision, with 95 % intervals over patients.", ""]
 
 
