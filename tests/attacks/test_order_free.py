@@ -191,6 +191,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_process_gives(tmp_path):
     expected = {name: attacked(attack, OBJECTIVES["vote"], [torch.arange(N)]) for name, attack in ATTACKS.items()}
     store = f"file://{tmp_path}/store"

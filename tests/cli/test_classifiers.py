@@ -89,6 +89,7 @@ def test_a_probe_is_attacked_and_a_vote_is_beside_it(argv, tmp_path, capsys):
     assert "upper bound" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_encoders_are_compared_by_each_classifier(argv, trained, tmp_path):
     both = [f"a={trained / 'final.safetensors'},b={trained / 'best.safetensors'}" if "=" in w else w for w in argv]
     out = tmp_path / "both"
@@ -98,6 +99,7 @@ def test_two_encoders_are_compared_by_each_classifier(argv, trained, tmp_path):
     assert repr(LinearProbe()) in (out / "table.md").read_text().split("**Differences**")[1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_same_probe_only(argv, tmp_path, monkeypatch):
     out, words = tmp_path / "run", [*argv, *QUICK, "--classifier", "linear", "--gallery", "0", "--cache", "cache"]
     monkeypatch.chdir(tmp_path)
@@ -117,6 +119,7 @@ def test_an_interrupted_run_goes_on_with_the_same_probe_only(argv, tmp_path, mon
     assert {record.classifier for record in plain} == {repr(LinearProbe())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "centroid"])
 def test_other_commands_take_one(argv, trained, name, tmp_path):
     words = [*argv, "--classifier", name]
@@ -167,6 +170,7 @@ def test_when_a_run_is_an_upper_bound():
         assert upper_bound_note(target, attacks) == ""
 
 
+@pytest.mark.slow
 def test_reproduce_chooses_a_classifier(argv, tmp_path, monkeypatch, capsys):
     out = tmp_path / "mixed"
     words = [*argv, *QUICK, "--target", "embedding", "--gallery", "0", "--noise", "false"]

@@ -26,6 +26,7 @@ def measured(out):
     return name, {(r.attack_name, r.level, r.metric): r.value for r in records}
 
 
+@pytest.mark.slow
 def test_evaluation_picks_the_branch_and_says_so(root, tmp_path, capsys):
     few = ["--bank_patches", "40", "--query_patches", "20"]
     encoder = build_encoder("test_byobnet", embedding_dim=16, dual_norm=True, seed=0)
@@ -50,6 +51,7 @@ def test_evaluation_picks_the_branch_and_says_so(root, tmp_path, capsys):
     assert scores["pgd"] == scores[None] != scores["normal"]
 
 
+@pytest.mark.slow
 def test_branches_that_nobody_trained_are_pointed_at(tmp_path, root, capsys, stops, trained):
     encoder = build_encoder("test_byobnet", embedding_dim=8, dual_norm=True, seed=0)
     for part in encoder.modules():

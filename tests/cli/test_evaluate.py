@@ -91,6 +91,7 @@ def test_writes_records_table_plot_and_gallery(trained, root, tmp_path, capsys):
     assert about["settings"]["target"] == "embedding" and about["settings"]["k"] == [5]
 
 
+@pytest.mark.slow
 def test_published_last_and_own_files_of_the_same_weights_measure_alike(trained, published, root, tmp_path):
     own = f"final={trained / 'final.safetensors'},last={trained / 'last.pt'}"
     rest = ["--data.root", str(root), *ONE, "--gallery", "0"]
@@ -153,6 +154,7 @@ def test_bank_and_queries_are_thinned_on_request(trained, root, tmp_path):
     assert {r.n for r in read_records(tmp_path / "out" / "records.jsonl") if r.level == "patch"} == {6}
 
 
+@pytest.mark.slow
 def test_checkpoints_whose_path_holds_an_equals_sign(trained, root, tmp_path):
     folder = tmp_path / "lr=0.1"
     folder.mkdir()

@@ -105,6 +105,7 @@ def test_ranks_that_differ_are_named_before_anything_is_written(
     assert not any((tmp_path / "out").rglob("*")), "no run.json, no state"
 
 
+@pytest.mark.slow
 def test_ranks_started_by_hand_end_with_one_reason(root, options, other_pixels, finish, launch, tmp_path):
     """They used to train each by itself: nothing but torchrun's own mark was looked at."""
     argv = [*options, "--out", "out"]

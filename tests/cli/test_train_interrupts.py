@@ -59,7 +59,11 @@ def assert_one_line(shown, *parts):
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "0")], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "status", "workers"),
+    [
+        pytest.param(signal.SIGINT, 130, "1", id="Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "0", id="SIGTERM"),
+    ],
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     number, status, workers, whole, options, train, launch, finish, tmp_path
@@ -101,6 +105,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(options, launch, finish, tmp_path):
     (tmp_path / "script.py").write_text(SLOW_STEP)
     process = launch("script.py", "train", *options, "--out", "run", cwd=tmp_path)
@@ -143,6 +148,7 @@ def test_two_ranks_stop_together_and_go_on(options, train, rows_of, torchrun, fi
 RANKS = "--train.steps 12 --data.tune_fraction 0 --attack.steps 1".split()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(options, launch, finish, tmp_path):
     with lock_folder(tmp_path / "run"):  # as a training does in this process
         second = launch("train", *options, "--out", "run", cwd=tmp_path)
@@ -159,6 +165,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(options, launch, finish, tmp_path):
     """The checkpoint does not fit; the system's limit on the size of files stands for the end of the disk."""
     (tmp_path / "script.py").write_text(SMALL_FILES)
@@ -174,6 +181,7 @@ def readers_of(process):
     return [int(word) for word in children]
 
 
+@pytest.mark.slow
 def test_a_dead_reader_is_one_line(options, launch, finish, tmp_path):
     out = tmp_path / "run"
     process = launch("train", *options, *LONG, "--data.workers", "1", "--out", out, cwd=tmp_path)
