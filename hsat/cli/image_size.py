@@ -85,8 +85,10 @@ def _side_of_training(files: Sequence[Path]) -> int | None:
 
 def _side_that_fits(sizes: Counter[tuple[int, int]], files: Sequence[Path], model: StoredModelSettings) -> int | None:
     """The one side that the encoders take; the patches' own, where they take any and all patches are such squares."""
-    if model.factory or model.input_size or model.image_size:
+    if model.factory or model.input_size:
         return None
+    if model.image_size:
+        return model.image_size
     taken = {_side_taken(path, model) for path in files}
     if taken == {0} and len(sizes) == 1:
         ((height, width),) = sizes

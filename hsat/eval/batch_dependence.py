@@ -17,8 +17,8 @@ _IMAGES = 4
 _ROUNDING, _COARSE = 5e-3, 5e-2  # share of a row's length, in float32 or wider, and in 16 bits
 _BATCH_NORM = "more than 1 value per channel"  # what BatchNorm in training mode says of a single image
 _CAUSE = (
-    "a module in it is probably in training mode (BatchNorm, dropout), and its running statistics change meanwhile:"
-    " call .eval() on it first"
+    "call .eval() on the module inside, which is probably in training mode (BatchNorm, dropout) and whose running"
+    " statistics change meanwhile"
 )
 
 

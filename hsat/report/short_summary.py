@@ -188,7 +188,11 @@ def _difference_row(
 def _doubt_lines(doubts: Sequence[str], most: int) -> list[str]:
     """The first reasons to distrust the numbers, with the number of those that have no room."""
     lines: list[str] = []
-    shown, hidden = doubts[:most], len(doubts[most:])
+    if most > 1 and doubts and len(doubts[0]) > LINE_WIDTH - _LABEL:
+        shown = doubts[: most - 1]  # the first has two lines
+    else:
+        shown = doubts[:most]
+    hidden = len(doubts) - len(shown)
     for place, doubt in enumerate(shown):
         following = len(shown) - place - 1  # have a line each
         room = most - len(lines) - following

@@ -80,11 +80,11 @@ def test_the_folder_of_a_training_is_refused(argv_of, trained, stops):
 def test_results_alone_are_removed(tmp_path):
     for name in RESULTS:
         (tmp_path / name.replace("*", "x")).write_text("a result")
-    for name in ("cohort/mine.csv", "mine.csv", "report.html", "last.pt"):
+    for name in ("cohort/mine.csv", "mine.csv", "notes.html", "last.pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("something else")
     remove_results(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"cohort", "mine.csv", "report.html", "last.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cohort", "mine.csv", "notes.html", "last.pt"}
     (tmp_path / "cohort" / "adversarial.json").write_text("of hsat export")
     remove_results(tmp_path)
     assert not (tmp_path / "cohort").exists()

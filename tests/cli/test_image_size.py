@@ -46,6 +46,7 @@ def test_patches_keep_their_size_where_nobody_says_another(make, file, capsys):
     shown = capsys.readouterr().err
     assert shown == "note: patches of 40 x 40 pixels are resized to 300 x 300; --data.image_size 40 keeps them\n"
     assert settle(cohort, file, StoredModelSettings(input_size=64)) == 300
+    assert settle(cohort, file, StoredModelSettings(image_size=64)) == 64
 
 
 def test_the_size_of_training_and_that_of_a_fixed_encoder_go_first(make, file, tmp_path):
