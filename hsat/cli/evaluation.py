@@ -26,30 +26,15 @@ from hsat.cli.train import same_on_all_ranks
 from hsat.cli.training_runs import RunSettings, check_synthetic
 from hsat.data import Cohort, PatchDataset, patch_loader
 from hsat.embedding import Layer
+from hsat.eval.result_files import EVIDENCE, RECORDS, RESULT_FILES
 from hsat.models import Encoder
 from hsat.run_folder import LOG_FILE, lock_folder
 from hsat.training import assert_ranks_agree
 from hsat.training.config import written
 from hsat.types import HierarchicalBatch
 
-RECORDS = "records.jsonl"
 STATES = (".state", "state")
-RESULTS = (
-    RECORDS,
-    "run.json",
-    "table.md",
-    "report.html",
-    "scores.npz",
-    "differences.json",
-    "ensemble.csv",
-    "groups.csv",
-    "universal.safetensors",
-    "accuracy_vs_eps.png",
-    "certified_accuracy.png",
-    "patches_*.png",
-    "transfer_*.png",
-    "evidence",
-)
+RESULTS = (*RESULT_FILES, EVIDENCE)
 """Files and folders that evaluations write into --out."""
 MARKED = ("cohort/adversarial.json", "state/**/settings.json")
 """Files by which other folders of --out are known to be of an evaluation."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +30,7 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.patch_flips import ORDERS, Order, patches_to_flip
 from hsat.eval.pooling import own_labels, pool
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
-from hsat.eval.result_files import replaced_result, save_records
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_files import SavedResult, save_records
 from hsat.eval.runner import CLEAN, AttackRunner
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
@@ -74,8 +72,8 @@ class PatchBudget:
             raise ValueError(f"fractions of the patches lie in (0, 1]; got {wrong[0]}. For 10 % write 0.1")
 
 
-@dataclass(frozen=True, eq=False)
-class BudgetResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class BudgetResult(SavedResult):
     """The result of `evaluate_budget`, one entry per slide or patient in ascending order of its id.
 
     Attributes:
@@ -100,22 +98,9 @@ class BudgetResult:
     clean: EmbeddingTable
     attacked: EmbeddingTable
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write records and groups.csv into a folder, as the commands do.
-
-        `hsat.report.write_report([folder], "page.html")` makes a page of it.
-
-        Args:
-            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
-
-        Returns:
-            The folder.
-        """
-        with replaced_result(folder) as working:
-            write_groups(save_records(working, self.records), [self])
-        return Path(folder)
-
-    __repr__ = result_repr
+    def _write(self, folder: Path) -> None:
+        """Records, and groups.csv."""
+        write_groups(save_records(folder, self.records), [self])
 
     @property
     def smallest_fraction(self) -> np.ndarray:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,8 +23,7 @@ from hsat.eval.metrics import chance_levels
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.pooling import own_labels, unreported_levels
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_result
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_files import SavedResult
 from hsat.eval.runner import run_batches
 from hsat.eval.smoothing import Smoothing, Vote, classifier_vote, count_votes, gaussian_noise
 from hsat.eval.store import StoredResult, open_session, open_world
@@ -71,8 +68,8 @@ class CertifyOptions:
             raise ValueError(f"unknown pooling {self.pooling!r} of certificates; choose one of {list(POOLINGS)}")
 
 
-@dataclass(frozen=True, eq=False)
-class CertificateResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class CertificateResult(SavedResult):
     """The result of `certify`.
 
     Attributes:
@@ -93,25 +90,10 @@ class CertificateResult:
     smoothing: Smoothing
     layer: Layer
 
-    __repr__ = result_repr
-
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes of the classifier."""
         return self.classifier.class_names
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do.
-
-        `hsat.report.write_report([folder], "page.html")` makes a page of it.
-
-        Args:
-            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
-
-        Returns:
-            The folder.
-        """
-        return save_result(folder, self.records)
 
 
 def certify(

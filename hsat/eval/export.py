@@ -26,8 +26,7 @@ from hsat.eval.objectives import ObjectiveFactory
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target, software_versions
 from hsat.eval.quantize import PNG_GRID, TIFF_GRID, ValueGrid, quantize_in_ball
 from hsat.eval.records import Record
-from hsat.eval.result_files import save_result
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_files import SavedResult
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import condition_records
@@ -74,8 +73,8 @@ class ExportOptions:
         Scoring(bootstrap=self.bootstrap)  # raises for a count below 0
 
 
-@dataclass(frozen=True, eq=False)
-class ExportResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExportResult(SavedResult):
     """The result of `save_adversarial`.
 
     Attributes:
@@ -91,21 +90,6 @@ class ExportResult:
     records: tuple[Record, ...]
     tables: dict[str, EmbeddingTable]
     changed: float
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do.
-
-        `hsat.report.write_report([folder], "page.html")` makes a page of it.
-
-        Args:
-            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
-
-        Returns:
-            The folder.
-        """
-        return save_result(folder, self.records)
-
-    __repr__ = result_repr
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,7 @@ from hsat.eval.metrics import METRICS
 from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.records import Record
-from hsat.eval.result_files import replaced_result, save_conditions
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_files import SavedResult, save_conditions
 from hsat.eval.runner import CLEAN, Condition
 from hsat.eval.tables import ABSENT, Table
 from hsat.eval.whitebox import condition_records
@@ -36,7 +34,7 @@ OWN_PATIENTS = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LevelScores:
+class LevelScores(SavedResult):
     """The result of `score_levels`: what `evaluate_whitebox` says of clean queries.
 
     Attributes:
@@ -124,25 +122,12 @@ class LevelScores:
         """
         return self.table(metrics=metrics).to_latex()
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write records, scores and evidence into a folder, as the commands do.
-
-        `hsat.report.write_report([folder], "page.html")` makes a page of it.
-
-        Args:
-            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
-
-        Returns:
-            The folder.
-        """
-        with replaced_result(folder) as working:
-            save_conditions(working, [self])
-        return Path(folder)
+    def _write(self, folder: Path) -> None:
+        """Records, scores and evidence."""
+        save_conditions(folder, [self])
 
     def __str__(self) -> str:
         return str(self.table())
-
-    __repr__ = result_repr
 
 
 def _percent(value: float | None) -> str:

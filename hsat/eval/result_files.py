@@ -20,6 +20,7 @@ from hsat.eval.comparison import ScoreTable, save_scores
 from hsat.eval.options import Provenance, Scoring
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.records import Record, write_records
+from hsat.eval.result_text import result_repr
 from hsat.files import write_file
 from hsat.run_folder import LOG_FILE, write_run_file
 from hsat.types import GROUP_LABELS, align_labels
@@ -127,19 +128,31 @@ def _remove_result(folder: Path) -> None:
         (folder / EVIDENCE).rmdir()
 
 
-def save_result(folder: str | os.PathLike[str], records: Sequence[Record]) -> Path:
-    """`save_records` in place of the result that the folder holds; see `replaced_result`.
+class SavedResult:
+    """A result of an evaluation that `save` writes as files, and of which a prompt shows a few lines."""
 
-    Args:
-        folder: The folder of the result.
-        records: Of any evaluation.
+    records: tuple[Record, ...]
 
-    Returns:
-        The folder.
-    """
-    with replaced_result(folder) as working:
-        save_records(working, records)
-    return Path(folder)
+    __repr__ = result_repr
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the result into a folder, as the commands do.
+
+        `hsat.report.write_report([folder], "page.html")` makes a page of it.
+
+        Args:
+            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
+
+        Returns:
+            The folder.
+        """
+        with replaced_result(folder) as working:
+            self._write(working)
+        return Path(folder)
+
+    def _write(self, folder: Path) -> None:
+        """The files, into an empty folder."""
+        save_records(folder, self.records)
 
 
 def save_records(folder: str | os.PathLike[str], records: Sequence[Record], account: RunAccount = RunAccount()) -> Path:

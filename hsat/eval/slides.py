@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -23,8 +21,7 @@ from hsat.eval.outcomes import AttackStats
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.pooling import LevelRows
 from hsat.eval.records import AttackFacts, ClassifierFacts, Record, RecordTemplate
-from hsat.eval.result_files import save_result
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_files import SavedResult
 from hsat.eval.runner import CLEAN, run_batches
 from hsat.eval.slide_attacks import (
     PatchOrder,
@@ -43,8 +40,8 @@ SLIDE_FRACTIONS = (0.001, 0.01, 0.1, 1.0)
 UNLABELLED = "the slides have no labels: shares are of slides whose decision stays what it is without an attack"
 
 
-@dataclass(frozen=True, eq=False)
-class SlidesResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class SlidesResult(SavedResult):
     """The result of `evaluate_slides`; rows are slides in the order of the loader.
 
     Attributes:
@@ -75,21 +72,6 @@ class SlidesResult:
     smallest_fraction: dict[str, np.ndarray]
     order: dict[int, np.ndarray]
     class_names: tuple[str, ...]
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do.
-
-        `hsat.report.write_report([folder], "page.html")` makes a page of it.
-
-        Args:
-            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
-
-        Returns:
-            The folder.
-        """
-        return save_result(folder, self.records)
-
-    __repr__ = result_repr
 
     def accuracy(self, attack: str, fraction: float) -> float:
         """Share of the slides that are decided rightly.

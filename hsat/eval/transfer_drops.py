@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -21,8 +19,7 @@ from hsat.eval.confidence import (
 from hsat.eval.evaluation import ScoredClassifier, ScoresKey
 from hsat.eval.pooling import pool_by_level
 from hsat.eval.records import Record, RecordTemplate
-from hsat.eval.result_files import save_result
-from hsat.eval.result_text import result_repr
+from hsat.eval.result_files import SavedResult
 from hsat.types import EmbeddingTable
 
 OTHERS = "others"  # the surrogate of records that average over all surrogates but the target itself
@@ -33,8 +30,8 @@ Pair = tuple[str, str]
 _Place = tuple[ScoresKey, str, str]  # classifier, level, metric
 
 
-@dataclass(frozen=True, eq=False)
-class TransferResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class TransferResult(SavedResult):
     """The result of `evaluate_transfer`.
 
     Attributes:
@@ -52,21 +49,6 @@ class TransferResult:
     queries: EmbeddingTable
     class_names: dict[str, tuple[str, ...]]
     made: tuple[Pair, ...]
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the records into a folder, as the commands do.
-
-        `hsat.report.write_report([folder], "page.html")` makes a page of it.
-
-        Args:
-            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
-
-        Returns:
-            The folder.
-        """
-        return save_result(folder, self.records)
-
-    __repr__ = result_repr
 
 
 @dataclass(frozen=True, eq=False)

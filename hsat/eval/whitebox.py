@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -36,8 +35,8 @@ from hsat.eval.options import Provenance, RunOptions, Scoring, Target
 from hsat.eval.outcomes import EnsembleOutcome
 from hsat.eval.paper_attacks import add_noise_baselines
 from hsat.eval.records import AttackFacts, Record, RecordTemplate
-from hsat.eval.result_files import replaced_result, save_conditions
-from hsat.eval.result_text import result_html, result_repr
+from hsat.eval.result_files import SavedResult, save_conditions
+from hsat.eval.result_text import result_html
 from hsat.eval.runner import CLEAN, AttackRunner, Condition
 from hsat.eval.store import CleanEmbeddings, Session, open_session, open_world
 from hsat.types import (
@@ -57,8 +56,8 @@ POOLED = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class WhiteboxResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class WhiteboxResult(SavedResult):
     """The result of `evaluate_whitebox`; the keys of all mappings are "clean" and the names of the attacks.
 
     Attributes:
@@ -80,20 +79,9 @@ class WhiteboxResult:
     outcomes: dict[str, EnsembleOutcome] = field(default_factory=dict)
     example_rows: tuple[int, ...] = ()
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write records, scores and evidence into a folder, as the commands do.
-
-        `hsat.report.write_report([folder], "page.html")` makes a page of it.
-
-        Args:
-            folder: The folder; it is made.  A result that it holds is replaced; other files stay.
-
-        Returns:
-            The folder.
-        """
-        with replaced_result(folder) as working:
-            save_conditions(working, [self])
-        return Path(folder)
+    def _write(self, folder: Path) -> None:
+        """Records, scores and evidence."""
+        save_conditions(folder, [self])
 
     def doubts(self) -> tuple[str, ...]:
         """Reasons to distrust the numbers, the weightiest first: flags of records, and what only several show.
@@ -103,7 +91,6 @@ class WhiteboxResult:
         """
         return list_doubts(self.records)
 
-    __repr__ = result_repr
     _repr_html_ = result_html
 
 

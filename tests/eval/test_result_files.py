@@ -11,7 +11,6 @@ import pytest
 
 from hsat.attacks import PGD, AttackEnsemble, Linf, NaturalShift
 from hsat.classifiers import KNNClassifier
-from hsat.cli.evaluation import RESULTS
 from hsat.eval import (
     CertifyOptions,
     Provenance,
@@ -25,7 +24,6 @@ from hsat.eval import (
     load_scores,
     read_records,
 )
-from hsat.eval.result_files import EVIDENCE, RESULT_FILES
 from hsat.report import open_runs, read_artifacts, write_report
 
 ATTACK = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
@@ -137,7 +135,3 @@ def test_a_training_is_not_written_over(parts, tmp_path):
     with pytest.raises(ValueError, match="holds a training"):
         result.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
-
-
-def test_the_commands_know_the_same_names():
-    assert {*RESULT_FILES, EVIDENCE} == set(RESULTS)
