@@ -122,6 +122,7 @@ def test_a_bad_gradient_is_not_stepped_on(value, chosen, options, train, tmp_pat
     assert_kept(tmp_path / "run", 3)
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_the_command_starts_over(
     options, train, rows_of, tmp_path, plant, stops, monkeypatch
 ):

@@ -244,6 +244,7 @@ def test_two_ranks_say_what_one_process_says(names, shared):
     assert max(seen) < 0.75 * network.images < sum(seen)  # each did its share, and together they did all
 
 
+@pytest.mark.slow
 def test_transfer_of_two_ranks_is_that_of_one_process(names, shared):
     out, _, answers, _ = shared
     wanted = names["transfer"]()
@@ -255,6 +256,7 @@ def test_transfer_of_two_ranks_is_that_of_one_process(names, shared):
     assert not list((out / "transfer").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_cache_and_state_are_shared(names, shared):
     """Two files in the cache, one per batch in the state; the second call computes nothing."""
     out, root, answers, _ = shared
@@ -270,6 +272,7 @@ def test_cache_and_state_are_shared(names, shared):
     assert names["bytes_of"](alone) == answers[0]["first"] and network.images == 0
 
 
+@pytest.mark.slow
 def test_a_killed_rank_and_one_process_that_goes_on(names, shared):
     out, _, _, last = shared
     assert last["killed"].startswith("RankFailedError: another process of this evaluation has stopped")
@@ -281,6 +284,7 @@ def test_a_killed_rank_and_one_process_that_goes_on(names, shared):
     assert went_on.images < whole.images
 
 
+@pytest.mark.slow
 def test_errors_reach_every_rank(shared):
     _, _, answers, _ = shared
     for answer in answers:

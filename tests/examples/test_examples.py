@@ -103,6 +103,7 @@ def test_evaluate_whitebox_measures_at_three_levels(tmp_path):
     assert all(f"**{level} level**" in shown for level in ("Patch", "Slide", "Patient"))
 
 
+@pytest.mark.slow
 def test_evaluate_transfer_gives_drops_of_all_pairs(tmp_path):
     shown = run("evaluate_transfer", tmp_path)
     records = read_records(tmp_path / "here/runs/example-transfer/records.jsonl")
@@ -111,6 +112,7 @@ def test_evaluate_transfer_gives_drops_of_all_pairs(tmp_path):
     assert "Acc-D / MCA-D" in shown
 
 
+@pytest.mark.slow
 def test_reproduce_paper_sets_our_numbers_beside_the_printed_ones(tmp_path):
     shown = run("reproduce_paper", tmp_path)
     (printed,) = re.findall(r"^\| HiDisc \| paper \| (.*)$", shown.partition("**Slide level**")[0], re.MULTILINE)
@@ -119,6 +121,7 @@ def test_reproduce_paper_sets_our_numbers_beside_the_printed_ones(tmp_path):
     assert {name for name, _ in ours} == {"HiDisc", "HSAT"}
 
 
+@pytest.mark.slow
 def test_linear_probe_and_mil_are_attacked(tmp_path):
     shown = run("linear_probe_and_mil", tmp_path)
     out = tmp_path / "here/runs/example-slides"

@@ -8,6 +8,7 @@ import pytest
 from committed_numbers import COMMAND, deviations, measured_numbers, stored_numbers
 
 
+@pytest.mark.slow
 def test_numbers_are_where_they_were():
     lines = deviations(stored_numbers(), measured_numbers())
     assert not lines, "\n".join([*lines, f"if this is meant to be so: {COMMAND}"])

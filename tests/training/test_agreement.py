@@ -136,12 +136,14 @@ def messages(folder):
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["all the same", "other keys' order", "no pixels"])
 def test_what_is_the_same_passes(messages, case):
     """Copies elsewhere, NaN, another order of keys; and what nobody compared."""
     assert messages[case] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "words"),
     [
@@ -165,6 +167,7 @@ def test_what_differs_is_named_with_both_values(messages, case, words):
         assert word in messages[case]
 
 
+@pytest.mark.slow
 def test_the_culprits_themselves_are_named(messages, folder):
     """The patient who is missing and the file that has other pixels, and no other."""
     cohort = read_opensrh(folder / "one")

@@ -234,6 +234,7 @@ def test_ranks_equal_one_process(ranks, shared, case, norm, parts):
         torch.testing.assert_close(answers[case], wanted, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_dual_norm_with_clean_images_on_ranks_equals_parts(ranks, shared):
     """Both branches get gradients and statistics, each of its own images."""
     wanted = alone(shared, True, shared.ATTACK, 2, dual=True, clean_weight=0.3)

@@ -325,7 +325,7 @@ OLDER_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 @pytest.mark.parametrize(
     "broadcast_buffers",
     [
-        False,
+        pytest.param(False, marks=pytest.mark.slow),
         pytest.param(
             True,
             marks=pytest.mark.xfail(
