@@ -26,7 +26,7 @@ COMMANDS = {
     "reproduce": "set our numbers beside those of the paper's tables",
     "compare": "measure what each convention of the published evaluation changes",
     "check": "list all bad files of a cohort: unreadable, equal, alike, odd in size, blank",
-    "demo": "train and attack two encoders on a synthetic cohort",
+    "demo": "train and attack three encoders on a synthetic cohort",
 }
 
 RESUMABLE = ("train", "evaluate", "transfer", "certify", "budget", "export")
