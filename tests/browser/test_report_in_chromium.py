@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from itertools import pairwise
 
 import pytest
@@ -103,7 +104,11 @@ HINTS = """[...document.querySelectorAll('.scroll')].filter(e => e.checkVisibili
 @pytest.mark.parametrize("width", [390, 768, 1280, 1920])
 def test_a_hint_stands_where_tables_scroll_and_nowhere_else(chromium, page, width):
     chromium.open(page, width=width)
-    hints = chromium.value(HINTS)
+    deadline = time.monotonic() + 10  # hints come with the first frame that is drawn, later than the page itself
+    while (
+        not all(scrolls == told for scrolls, told in (hints := chromium.value(HINTS))) and time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
     assert hints and all(scrolls == told for scrolls, told in hints), hints
     if width == 390:
         assert any(told for _, told in hints)
