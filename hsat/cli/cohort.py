@@ -151,16 +151,3 @@ def _fitting(parts: list[str], width: int) -> str:
         if len(text) <= width:
             return text
     return f"{len(parts)} classes"
-
-
-def source_words(data: SourceSettings) -> list[str]:
-    """The words that choose the same patches for another command: the root, the layout, and what is not the default."""
-    words = ["--data.root", str(data.root), "--data.layout", data.layout]
-    for name, field in SourceSettings.model_fields.items():
-        value = getattr(data, name)
-        if name in ("root", "layout") or value == field.default:
-            continue
-        if isinstance(value, dict):
-            value = ",".join(f"{key}={column}" for key, column in value.items())
-        words += [f"--data.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return words

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hsat.cli.cohort import open_cohort, source_words
+from hsat.cli.cohort import open_cohort
 from hsat.cli.main import main
-from hsat.cli.options import EvaluationDataSettings, SourceSettings
+from hsat.cli.options import EvaluationDataSettings
 
 
 @pytest.fixture
@@ -87,21 +87,6 @@ def test_without_a_layout_it_is_found_and_said(root, tmp_path, capsys):
 def test_what_cannot_be_done(root, words, message):
     with pytest.raises(SystemExit, match=message):
         main(["check", *(str(root) if word == "DATA" else word for word in words)])
-
-
-def test_the_words_that_choose_the_same_patches():
-    data = SourceSettings(
-        root="d",
-        layout="csv",
-        columns="class=label,patient=case",
-        path_template="{patient}/*.png",
-        mixed="error",
-        allow_links=True,
-    )
-    assert source_words(data) == [
-        *("--data.root", "d", "--data.layout", "csv", "--data.columns", "class=label,patient=case"),
-        *("--data.path_template", "{patient}/*.png", "--data.mixed", "error", "--data.allow_links", "true"),
-    ]
 
 
 def test_layouts_by_command(root, tmp_path):
