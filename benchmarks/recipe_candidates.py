@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hsat.training import TrainConfig
+from hsat.training import InnerAttackConfig, TrainConfig
 
 PAINTED, EBHI = "painted", "ebhi"
 IMAGE_SIZES = {PAINTED: 48, EBHI: 64}
@@ -30,6 +30,10 @@ class Recipe:
         trials: The cohorts on which it is a trial.
         head: The projection head.
         activation: "" for the backbone's own, or the name of a module of torch.nn in place of its ReLUs.
+        norm: "none", pixels as they are, or "image", each image's channels by their own mean and std.
+        input_size: Side to which the encoder resizes its images; 0: as they are.
+        warm: Share of the passes that go to a training without attack before this one.
+        idea: It is one of the ideas for tissue, tried after the eight trials.
     """
 
     family: str
@@ -38,6 +42,10 @@ class Recipe:
     trials: tuple[str, ...] = ()
     head: str = "linear"
     activation: str = ""
+    norm: str = "none"
+    input_size: int = 0
+    warm: float = 0.0
+    idea: bool = False
 
     @property
     def passes_per_batch(self) -> float:
@@ -63,6 +71,11 @@ class Recipe:
         views |= given.pop("views", {})
         return TrainConfig(**common | given, views=views)
 
+    def without_attack(self, cohort: str, *, steps: int, seed: int) -> TrainConfig:
+        """The options of a training without attack that goes before, at the same loss."""
+        config = self.config(cohort, steps=steps, seed=seed)
+        return config.model_copy(update={"attack": InnerAttackConfig(name="none")})
+
 
 def pgd(steps: int) -> dict[str, Any]:
     """PGD whose steps together are 1.25 eps, as the paper's five of 2/255 are."""
@@ -78,6 +91,12 @@ def plus(attack: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]
     """Options of HSAT+ with changes."""
     free = {"name": "free", "replays": 4, "check_every": 50} | dict(attack or {})
     return {"attack": free, "temperature": 0.6, "layer": "features"} | more
+
+
+def idea(family: str, change: str, **more: Any) -> Recipe:
+    """An idea for tissue: a tuned HSAT at the rate of its best trial, or HSAT+, with a change of the network."""
+    options, head = (fast(2, lr=2e-3), "linear") if family == TUNED else (plus(), "none")
+    return Recipe(family, change, options, head=head, idea=True, **more)
 
 
 PLAIN = {"views": {"augmentation": "none"}}
@@ -125,6 +144,20 @@ RECIPES: dict[str, Recipe] = {
     "plus-hot": Recipe(OURS, "temperature 1", plus(temperature=1.0), (PAINTED,), head="none"),
     "plus-rate": Recipe(OURS, "lr 2e-3", plus(lr=2e-3), BOTH, head="none"),
     "plus-free8": Recipe(OURS, "Free-8", plus({"replays": 8}), (PAINTED,), head="none"),
+    "tuned-image": idea(TUNED, "PGD-2, temperature .6, lr 2e-3, images standardised", norm="image"),
+    "plus-image": idea(OURS, "images standardised", norm="image"),
+    "tuned-image-smooth": idea(TUNED, "as before, images standardised, SiLU", norm="image", activation="SiLU"),
+    "plus-image-smooth": idea(OURS, "images standardised, SiLU", norm="image", activation="SiLU"),
+    "tuned-half": idea(TUNED, "PGD-2, temperature .6, lr 2e-3, half the resolution inside", input_size=32),
+    "plus-half": idea(OURS, "half the resolution inside", input_size=32),
+    "tuned-warmed": idea(TUNED, "PGD-2, temperature .6, lr 2e-3, first a seventh without attack", warm=1 / 7),
+    "plus-warmed": idea(OURS, "first a seventh without attack", warm=1 / 7),
+    "hsat-image": Recipe("HSAT", "images standardised", norm="image"),
+    "hidisc-image": Recipe("HiDisc", "images standardised", {"attack": {"name": "none"}}, norm="image"),
+    "tuned-image-plain": Recipe(
+        TUNED, "PGD-2, temperature .6, no augmentation, images standardised", fast(2) | PLAIN, norm="image"
+    ),
+    "plus-image-plain": Recipe(OURS, "no augmentation, images standardised", plus() | PLAIN, head="none", norm="image"),
 }
 """The trials of a cohort are those of the families "tuned HSAT" and "HSAT+" that name it, eight of each."""
 

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import re
 import resource
 import subprocess
@@ -73,7 +74,7 @@ class Run:
         recipe: Its key in `RECIPES`.
         cohort: "painted" or "ebhi".
         index: The painted cohort's seed, or the split; weights, draws and attacks have the same seed.
-        stage: "trial" attacks with PGD-10, "final" with the ensemble as well.
+        stage: "trial" and "idea" attack with PGD-10, "final" with the ensemble as well.
         multiple: Of the passes of 1x.
         equal: What is equal to HSAT at this multiple: "passes", or "seconds" of the CPU.
         backbone: Name of the network; "" is that of the size.
@@ -99,7 +100,7 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
     """The runs in the order of their worth; finalists by what the trials chose so far.
 
     Args:
-        stages: "trial", "final", "seconds", "growth", "resnet10t".
+        stages: "trial", "idea", "final", "seconds", "growth", "resnet10t".
         chosen: By cohort and family, the recipe that the trials chose.
         ebhi: Whether that cohort is there.
     """
@@ -115,6 +116,8 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
             in_turn = itertools.chain.from_iterable(zip(*families, strict=True))
             yield from (Run(name, cohort, 0, "trial", TRIAL) for name in in_turn)
             yield Run("hsat", cohort, 0, "trial", TRIAL)
+        if "idea" in stages:
+            yield from (Run(name, cohort, 0, "idea", multiple) for name, multiple in ideas_of(cohort))
         if "final" in stages:
             for index in indices:
                 yield from (Run(name, cohort, index, "final") for name in ("hsat", *pair))
@@ -129,8 +132,18 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
             yield from (Run(name, cohort, i, "final", backbone="resnet10t") for i in (0, 1) for name in pair)
 
 
+def ideas_of(cohort: str) -> list[tuple[str, float]]:
+    """Names and multiples: the ideas for tissue on EBHI, and what standardised images do to the other recipes."""
+    if cohort == PAINTED:
+        return [("plus-image-plain", TRIAL), ("tuned-image-plain", TRIAL)]
+    names = [(name, TRIAL) for name, one in RECIPES.items() if one.idea]
+    return [*names, ("hsat-image", TRIAL), ("hidisc-image", TRIAL / 6)]
+
+
 def choose(results: Mapping[str, Mapping[str, Any]], cohort: str) -> dict[str, str]:
     """The best trial of each family: highest at the primary radius, then at the next one, then clean.
+
+    On EBHI the ideas are trials, too, as many for each family.
 
     Args:
         results: By key.
@@ -141,7 +154,8 @@ def choose(results: Mapping[str, Mapping[str, Any]], cohort: str) -> dict[str, s
     """
     best: dict[str, tuple[tuple[float, ...], str]] = {}
     for result in results.values():
-        if (result["run"]["cohort"], result["run"]["stage"]) != (cohort, "trial") or "failure" in result:
+        stages = ("trial", "idea") if cohort == EBHI else ("trial",)
+        if result["run"]["cohort"] != cohort or result["run"]["stage"] not in stages or "failure" in result:
             continue
         conditions = [*(f"PGD-10 {radius}/255" for radius in RADII[cohort]), "clean"]
         rank = tuple(result["accuracy"]["knn"][name]["patch"] for name in conditions)
@@ -166,10 +180,11 @@ def open_cohort(run: Run, runs: Path, ebhi: Path | None) -> Cohort:
 
 def build(recipe: Recipe, backbone: str, *, seed: int) -> Encoder:
     """The network before training."""
+    options: dict[str, Any] = {"norm": recipe.norm, "input_size": recipe.input_size or None, "seed": seed}
     if recipe.head == "none":
-        encoder = build_encoder(backbone, head=None, seed=seed)
+        encoder = build_encoder(backbone, head=None, **options)
     else:
-        encoder = build_encoder(backbone, head=recipe.head, embedding_dim=128, seed=seed)
+        encoder = build_encoder(backbone, head=recipe.head, embedding_dim=128, **options)
     if recipe.activation:
         replace_activations(encoder.backbone, getattr(torch.nn, recipe.activation))
     return encoder
@@ -189,14 +204,18 @@ def train(
 ) -> tuple[Encoder, dict[str, Any]]:
     """The trained encoder, and what the training took and found."""
     recipe = RECIPES[run.recipe]
-    config = recipe.config(run.cohort, steps=steps, seed=run.index)
     encoder = build(recipe, backbone, seed=run.index)
     begin = cpu_seconds()
-    Trainer(encoder, cohort, config, out=out, store=store).fit()
+    if first := round(recipe.warm * steps * recipe.passes_per_batch):
+        clean = recipe.without_attack(run.cohort, steps=first, seed=run.index)
+        Trainer(encoder, cohort, clean, out=out / "warm", store=store).fit()
+        steps -= math.ceil(first / recipe.passes_per_batch)
+    config = recipe.config(run.cohort, steps=steps, seed=run.index)
+    Trainer(encoder, cohort, config, out=out / "run", store=store).fit()
     seconds = cpu_seconds() - begin
-    log = read_training_log(out / "train.csv")
+    log = read_training_log(out / "run/train.csv")
     facts: dict[str, Any] = {"config": config.model_dump(mode="json"), "head": recipe.head, "backbone": backbone}
-    facts |= {"steps": steps, "passes": steps * recipe.passes_per_batch, "train_cpu_seconds": seconds}
+    facts |= {"steps": steps, "passes": first + steps * recipe.passes_per_batch, "train_cpu_seconds": seconds}
     facts |= {name: sorted({*log[name]}) for name in ("single_step_share", "free_share") if name in log}
     return encoder.eval(), facts
 
@@ -216,7 +235,7 @@ def evaluate(run: Run, encoder: Encoder, cohort: Cohort, *, size: str) -> dict[s
     begin = cpu_seconds()
     found: dict[str, Any] = {"accuracy": {}, "right": {}}
     classifiers: dict[str, Classifier] = {"knn": KNNClassifier(k=20), "linear": LinearProbe()}
-    if run.stage == "trial":
+    if run.stage != "final":
         del classifiers["linear"]
     for name, classifier in classifiers.items():
         result = evaluate_whitebox(
@@ -325,7 +344,9 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(PASSES), default="cpu")
-    parser.add_argument("--stages", nargs="+", default=["trial", "final"], help="trial final seconds growth resnet10t")
+    parser.add_argument(
+        "--stages", nargs="+", default=["trial", "final"], help="trial idea final seconds growth resnet10t"
+    )
     parser.add_argument("--ebhi", type=Path, help="folders class/patient/slide/patch of H&E patches; left out without")
     parser.add_argument("--only", default="", help="runs whose key has this regular expression")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"), help="cohorts and encoders")

@@ -241,4 +241,5 @@ def normalisation_of(encoder: object) -> dict[str, Any]:
     if not hasattr(encoder, "pixels_stated_by"):
         return {"mean": None, "std": None, "stated_by": "", "note": "whatever the encoder itself does to pixels"}
     mean, std = (None if values is None else list(values) for values in (encoder.mean, encoder.std))  # type: ignore[attr-defined]
-    return {"mean": mean, "std": std, "stated_by": encoder.pixels_stated_by}
+    own = {"per_image": True} if getattr(encoder, "per_image", False) else {}
+    return {"mean": mean, "std": std, "stated_by": encoder.pixels_stated_by, **own}

@@ -204,6 +204,7 @@ def untrained_encoder(encoder: Encoder, *, seed: int) -> Encoder:
         head=head,
         mean=spec["mean"],
         std=spec["std"],
+        norm="image" if spec.get("per_image") else None,
         dual_norm=spec["dual_norm"],
         image_size=spec.get("image_size"),
         seed=seed,

@@ -90,8 +90,8 @@ class EncoderSettings(Section):
     )
     norm: str | None = Field(
         None,
-        description="pixel normalisation of its weights, where neither file nor name says: imagenet, timm, none"
-        " or m,m,m/s,s,s",
+        description="pixel normalisation of its weights, where neither file nor name says: imagenet, timm, none,"
+        " image (each image's own) or m,m,m/s,s,s",
     )
 
 

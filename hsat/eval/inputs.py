@@ -18,12 +18,15 @@ from hsat.data.patch_sizes import count_sizes
 from hsat.data.split_names import describe_unused, split_role
 from hsat.eval.loader_inputs import NO_BANK, open_alone, open_pair
 from hsat.models import Encoder, checkpoint_hash, load_encoder, wrap_encoder
-from hsat.models.pixel_normalisation import choose_normalisation
+from hsat.models.pixel_normalisation import choose_normalisation, standardise_images
 from hsat.types import EmbeddingFunction
 from hsat.types.batch import UNLABELLED
 
 BATCH_SIZE = 32
-NORMS = "norm='imagenet', 'timm', 'none' (it takes [0, 1], or normalises by itself) or 'm,m,m/s,s,s'"
+NORMS = (
+    "norm='imagenet', 'timm', 'none' (it takes [0, 1], or normalises by itself), 'image' (each image's own mean and"
+    " std) or 'm,m,m/s,s,s'"
+)
 NO_LABELS = (
     "the patches have no labels, or all the same, so that no decision can be measured: only how far attacks move the"
     " features is"
@@ -74,6 +77,17 @@ class NormalisedFunction:
         return self._function((images - self._mean.to(images)) / self._std.to(images))
 
 
+class StandardisedFunction:
+    """A function of images that gets each image's channels standardised."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """What the function gives for images (n, c, h, w) in [0, 1]."""
+        return self._function(standardise_images(images))
+
+
 def open_encoder(encoder: object, *, norm: str | None = None, name: str = "") -> NamedEncoder:
     """An encoder from whatever it comes as; its pixel normalisation is stated by somebody, never assumed.
 
@@ -96,7 +110,7 @@ def open_encoder(encoder: object, *, norm: str | None = None, name: str = "") ->
         return NamedEncoder(name or title, loaded, checkpoint_hash(path), f"{path}: {loaded.pixels}")
     if isinstance(encoder, Encoder):
         stated = choose_normalisation(norm, None, None, backbone=encoder.backbone)
-        if stated is not None and stated.values != encoder.pixels.values:
+        if stated is not None and not stated.agrees_with(encoder.pixels):
             raise ValueError(f"the encoder has {encoder.pixels.describe()}, and norm={norm!r} differs; leave norm out")
         title = name or str((encoder.spec or {}).get("name") or type(encoder.backbone).__name__)
         return NamedEncoder(title, encoder, "", f"{title}: {encoder.pixels}")
@@ -118,6 +132,8 @@ def open_encoder(encoder: object, *, norm: str | None = None, name: str = "") ->
     pixels = choose_normalisation(norm, None, None)
     assert pixels is not None
     function = cast(EmbeddingFunction, encoder)
+    if pixels.per_image:
+        return NamedEncoder(title, StandardisedFunction(function), "", f"{title}: {pixels}")
     if pixels.mean is not None and pixels.std is not None:
         function = NormalisedFunction(function, pixels.mean, pixels.std)
     return NamedEncoder(title, function, "", f"{title}: {pixels}")

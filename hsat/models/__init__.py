@@ -34,7 +34,7 @@ from hsat.models.folding import fold_batchnorm
 from hsat.models.frozen import frozen
 from hsat.models.heads import HeadSpec, ProjectionHead, projection_head
 from hsat.models.metadata import LoadReport
-from hsat.models.pixel_normalisation import PixelNormalisation
+from hsat.models.pixel_normalisation import PixelNormalisation, standardise_images
 from hsat.models.wrapper import wrap_encoder
 from hsat.models.zoo import PAPER_NAMES
 
@@ -61,6 +61,7 @@ __all__ = [
     "projection_head",
     "save_encoder",
     "set_branch",
+    "standardise_images",
     "trained_branch",
     "unused_branches",
     "wrap_encoder",

@@ -24,7 +24,13 @@ from hsat.models.backbone_output import (
 )
 from hsat.models.frozen import frozen
 from hsat.models.metadata import LoadReport
-from hsat.models.pixel_normalisation import CALLER, NOBODY, PixelNormalisation, check_normalisation
+from hsat.models.pixel_normalisation import (
+    CALLER,
+    NOBODY,
+    PixelNormalisation,
+    check_normalisation,
+    standardise_images,
+)
 
 Features = Callable[[Tensor], Tensor]
 PROBED_SIZES = (224, 96, 64, 32)
@@ -35,9 +41,10 @@ class Encoder(nn.Module):
 
     `features(x)` gives the backbone's (n, feature_dim) output as it is; `encoder(x)` sends it through `head` (none:
     the features themselves) and scales rows to unit length in float32 or wider; an all-zero row stays zero.
-    Order: (x - mean) / std, bilinear resizing with antialiasing to `input_size` where the images differ from it, cast
-    to the backbone's dtype, backbone.  All of it is differentiable, so a perturbation and its eps stay on the pixels
-    that the caller passes.  mean and std are no part of the state dict.
+    Order: (x - mean) / std, or each image's own (`standardise_images`), bilinear resizing with antialiasing to
+    `input_size` where the images differ from it, cast to the backbone's dtype, backbone.  All of it is differentiable,
+    so a perturbation and its eps stay on the pixels that the caller passes.  mean and std are no part of the state
+    dict.
 
     A backbone's output may be (n, d), or a map (n, d, h, w), which is averaged over h and w; anything else is an error
     that says what to do.  Build one with `build_encoder` or `wrap_encoder`.
@@ -47,6 +54,7 @@ class Encoder(nn.Module):
         head: The projection head, or None.
         mean: Pixel mean per channel, or None for pixels as they are.
         std: Pixel standard deviation per channel, or None.
+        per_image: Whether mean and std are those of each channel of each image; `mean` and `std` are None then.
         pixels_stated_by: Who says that the weights were trained with this mean and std; "" where nobody does.
         input_size: (height, width) to which images are resized, or None.
         fixed_size: The one (height, width) that the backbone takes, or None.
@@ -70,12 +78,16 @@ class Encoder(nn.Module):
         input_size: int | tuple[int, int] | None = None,
         features: str | int | Features | None = None,
         fixed_size: tuple[int, int] | None = None,
+        per_image: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.mean, self.std = check_normalisation(mean, std)
-        self.pixels_stated_by = NOBODY if self.mean is None else CALLER
+        if per_image and self.mean is not None:
+            raise ValueError("per_image=True takes each image's own mean and std; leave mean and std out")
+        self.per_image = per_image
+        self.pixels_stated_by = CALLER if per_image or self.mean is not None else NOBODY
         self.input_size = check_size(input_size)
         self.fixed_size = fixed_size
         self.spec: dict[str, Any] | None = None
@@ -92,12 +104,13 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights and over what the encoder does to pixels; see `hsat.fingerprints`."""
-        return fingerprint_state(self, repr((self.mean, self.std, self.input_size)))
+        own = ("per_image",) if self.per_image else ()
+        return fingerprint_state(self, repr((self.mean, self.std, self.input_size, *own)))
 
     @property
     def pixels(self) -> PixelNormalisation:
         """Pixel normalisation, and who states it."""
-        return PixelNormalisation(self.mean, self.std, self.pixels_stated_by)
+        return PixelNormalisation(self.mean, self.std, self.pixels_stated_by, self.per_image)
 
     def attach_head(self, head: nn.Module, *, embedding_dim: int) -> None:
         """Put another head (n, feature_dim) -> (n, embedding_dim) in place of the present one.
@@ -230,7 +243,8 @@ class Encoder(nn.Module):
 
     def extra_repr(self) -> str:
         """Name what happens to the pixels."""
-        return f"mean={self.mean}, std={self.std}, input_size={self.input_size}"
+        pixels = "per_image=True" if self.per_image else f"mean={self.mean}, std={self.std}"
+        return f"{pixels}, input_size={self.input_size}"
 
     def _prepare(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -256,6 +270,8 @@ class Encoder(nn.Module):
         return x.to(dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
+        if self.per_image:
+            return standardise_images(x)
         if self.pixel_mean is None or self.pixel_std is None:
             return x
         if x.dtype == torch.float64:  # the buffers are float32: too coarse here

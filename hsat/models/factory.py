@@ -76,7 +76,8 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
         mean: Replaces the name's normalisation, on the [0, 1] scale, together with std; 0 and 1 switch it off.
         std: See mean.
         norm: In place of mean and std: "imagenet"; "timm", the values that come with the timm model; "none", pixels as
-            they are; or "m,m,m/s,s,s".
+            they are; "image", each image's channels by their own mean and std, which takes out how strong a stain is
+            (`standardise_images`); or "m,m,m/s,s,s".
         dual_norm: BatchNorm in two branches, see `branch`.
         seed: Draws the random weights and leaves torch's global generator alone; None: from that generator.
 
@@ -113,6 +114,7 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
         std=pixels.std,
         input_size=input_size,
         fixed_size=fixed_size(backbone),
+        per_image=pixels.per_image,
     )
     encoder.pixels_stated_by = pixels.stated_by
     if weights is not None:
@@ -123,6 +125,8 @@ def build_encoder(  # noqa: PLR0913  # the stations of one assembly; each is nee
         encoder.spec = _spec_of(encoder, name, spec, dual_norm=architecture.dual or dual_norm)
         if image_size is not None:
             encoder.spec["image_size"] = check_size(image_size)
+        if encoder.per_image:
+            encoder.spec["per_image"] = True
     return encoder
 
 
@@ -212,7 +216,7 @@ def load_encoder(
             )
         encoder = _build_to_fit(path, content, partial(_rebuild, spec), stated=spec)
         asked = choose_normalisation(norm, mean, std, backbone=encoder.backbone)
-        if asked is not None and asked.values != encoder.pixels.values:
+        if asked is not None and not asked.agrees_with(encoder.pixels):
             raise ValueError(
                 f"{path} states {encoder.pixels.describe()}, and the caller {asked.describe()}; leave norm, mean and"
                 " std out: the file was written with the weights"
@@ -223,7 +227,7 @@ def load_encoder(
     options |= {"input_size": input_size, "image_size": image_size, "mean": mean, "std": std, "norm": norm}
     if spec is not None and spec.name == backbone:
         if norm is None and mean is None and std is None:
-            options |= {"mean": spec.mean, "std": spec.std}
+            options |= {"mean": spec.mean, "std": spec.std, "norm": spec.norm}
         options["input_size"] = spec.input_size if input_size is None else input_size
         options["image_size"] = spec.image_size if image_size is None else image_size
     chosen = None if head is None else _choose_head(path, content.state, head, embedding_dim)
@@ -272,6 +276,7 @@ def _rebuild(spec: EncoderSpec) -> Encoder:
         image_size=spec.image_size,
         mean=spec.mean,
         std=spec.std,
+        norm=spec.norm,
         dual_norm=spec.dual_norm,
         seed=0,
     )

@@ -84,6 +84,12 @@ class EncoderSpec:
     std: tuple[float, ...] | None
     dual_norm: bool
     image_size: tuple[int, int] | None = None
+    per_image: bool = False
+
+    @property
+    def norm(self) -> str | None:
+        """What `build_encoder` takes beside mean and std."""
+        return "image" if self.per_image else None
 
 
 def parse_metadata(text: str, path: object) -> dict[str, Any]:
@@ -126,9 +132,12 @@ def read_spec(values: Mapping[str, Any], path: object) -> EncoderSpec:
             std=_floats(values["std"]),
             dual_norm=values["dual_norm"],
             image_size=_pair(values.get("image_size")),
+            per_image=values.get("per_image", False),
         )
         if (spec.mean is None) != (spec.std is None) or len(spec.mean or ()) != len(spec.std or ()):
             raise ValueError("encoder.mean and encoder.std must have as many values as each other, or be null both")
+        if spec.per_image and spec.mean is not None:
+            raise ValueError("encoder.per_image is true, so that encoder.mean and encoder.std must be null")
     except ValueError as error:
         raise ValueError(
             f"{path}: {error}. Nothing was built, fetched or opened: a file does not decide that."
@@ -191,7 +200,7 @@ def _is_channels(value: object, low: float, high: float) -> bool:
 
 
 _WIDTHS, _SIDES = f"a whole number from 1 to {MOST_WIDTH}", f"a whole number from 1 to {MOST_SIDE}"
-_OPTIONAL = ("encoder.image_size",)  # files of encoders that were built for no size in particular do not have it
+_OPTIONAL = ("encoder.image_size", "encoder.per_image")  # only files of encoders that were built so have them
 _ENCODER: Rules = {
     "name": ("a text of at most 201 characters", lambda value: isinstance(value, str) and len(value) <= 201),
     "embedding_dim": (f"{_WIDTHS}, or null", lambda value: value is None or _is_int(value, MOST_WIDTH)),
@@ -211,6 +220,7 @@ _ENCODER: Rules = {
     ),
     "dual_norm": ("true or false", lambda value: isinstance(value, bool)),
     "image_size": (f"{_SIDES}, a list of two, or null", _is_size),
+    "per_image": ("true or false", lambda value: isinstance(value, bool)),
 }
 _TRAINING: Rules = {
     "kind": (

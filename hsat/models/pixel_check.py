@@ -35,7 +35,8 @@ def stated_pixels(content: WeightFile) -> PixelNormalisation | None:
     if stated is None or not {"mean", "std"} <= stated.keys():
         return None
     try:
-        return PixelNormalisation(*check_normalisation(stated["mean"], stated["std"]), "the file")
+        values = check_normalisation(stated["mean"], stated["std"])
+        return PixelNormalisation(*values, "the file", per_image=stated.get("per_image") is True)
     except (TypeError, ValueError):
         return None
 
@@ -43,12 +44,12 @@ def stated_pixels(content: WeightFile) -> PixelNormalisation | None:
 def check_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str, content: WeightFile) -> None:
     """Somebody has to state the pixel normalisation, and nobody may contradict."""
     stated = stated_pixels(content)
-    if stated is not None and stated.values != encoder.pixels.values:
+    if stated is not None and not stated.agrees_with(encoder.pixels):
         raise ValueError(
             f"{path} was written with an encoder that takes {stated.describe()}, and this one takes"
             f" {encoder.pixels.describe()}; nothing was loaded.  load_encoder({str(path)!r}) builds the one of the file"
         )
-    raw_by_name = layout in RAW_LAYOUTS and encoder.mean is None
+    raw_by_name = layout in RAW_LAYOUTS and encoder.mean is None and not encoder.per_image
     if stated is None and not encoder.pixels_stated_by and not raw_by_name:
         raise ValueError(
             f"{path} does not say how the pixels were normalised that its weights were trained on, and neither does the"
@@ -60,7 +61,7 @@ def check_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str, co
 def _check_published_pixels(path: str | os.PathLike[str], encoder: Encoder, layout: str) -> None:
     """The published names say whether pixels were normalised: `bb.model.` with, `bb.` without."""
     name = "" if encoder.spec is None else encoder.spec["name"]
-    if name not in PAPER_NAMES or not layout.startswith("published"):
+    if encoder.per_image or name not in PAPER_NAMES or not layout.startswith("published"):
         return
     expected, zoo = PAPER_NAMES[name].normalisation, layout == "published zoo"
     if (encoder.mean, encoder.std) != (expected or (None, None)) or zoo == (expected is not None):

@@ -32,7 +32,8 @@ def wrap_encoder(
         mean: Pixel normalisation that the module was trained with, on the [0, 1] scale, together with std.
         std: See mean.
         norm: In place of mean and std: "imagenet"; "timm", the values that come with a timm model; "none" for a module
-            that takes [0, 1] as it is, or normalises by itself; or "m,m,m/s,s,s".
+            that takes [0, 1] as it is, or normalises by itself; "image" for each image's own mean and std, channel by
+            channel; or "m,m,m/s,s,s".
         head: None gives normalised features; otherwise as in `build_encoder`.
         embedding_dim: Width of the head's output.
         input_size: Side or (height, width) to which images are resized inside, differentiably; None takes them as they
@@ -79,6 +80,7 @@ def wrap_encoder(
         std=pixels.std,
         input_size=input_size,
         features=source,
+        per_image=pixels.per_image,
     )
     encoder.pixels_stated_by = pixels.stated_by
     if isinstance(source, int) or (isinstance(source, str) and not has_attribute(backbone, source)):

@@ -281,6 +281,13 @@ def test_null_mean_of_a_backbone_that_normalises_is_no_guess(tmp_path):
         load_encoder(path)
 
 
+@pytest.mark.parametrize("changes", [{"per_image": 1}, {"per_image": True, "mean": [0.5] * 3, "std": [0.5] * 3}])
+def test_standardised_images_are_true_or_false_and_without_a_mean(state, tmp_path, changes):
+    path = with_encoder(tmp_path / "e.safetensors", state, **changes)
+    with pytest.raises(ValueError, match=r"encoder\.per_image"):
+        load_encoder(path)
+
+
 @pytest.mark.parametrize("changes", [{"weights": "/etc/passwd"}, {"name": "hf-hub:a/b"}, {"embedding_dim": 10**9}])
 @pytest.mark.parametrize("inside", ["encoder", "extra"])
 def test_training_checkpoints_are_read_as_strictly(state, tmp_path, changes, inside):

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from hsat.models import build_encoder, load_checkpoint, load_encoder, normalisation_of, save_encoder, wrap_encoder
+from hsat.fingerprints import fingerprint_weights
+from hsat.models import (
+    build_encoder,
+    load_checkpoint,
+    load_encoder,
+    normalisation_of,
+    save_encoder,
+    standardise_images,
+    wrap_encoder,
+)
+from hsat.models.encoder import Encoder
 
 NAME, IMAGENET = "test_byobnet", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -94,3 +107,62 @@ def test_bad_statements_are_refused(norm):
 def test_both_forms_at_once_are_refused():
     with pytest.raises(ValueError, match="give one of them"):
         wrap_encoder(nn.Flatten(), norm="none", mean=0.5, std=0.5)
+
+
+LEAST = (8 / 255) ** 2
+"""What is added to the variance of a channel."""
+
+
+@settings(max_examples=25, deadline=None)
+@given(gain=st.floats(0.5, 2.0), offset=st.floats(-0.2, 0.2), channel=st.integers(0, 2), seed=st.integers(0, 2**31 - 1))
+def test_an_image_by_its_own_mean_and_std(gain, offset, channel, seed):
+    images = torch.rand(3, 3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found = standardise_images(images)
+    torch.testing.assert_close(found, F.instance_norm(images, eps=LEAST), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[1], standardise_images(images[1:2])[0], rtol=1e-12, atol=1e-12)
+    stained = images.clone()
+    stained[:, channel] = gain * stained[:, channel] + offset
+    variance = images.var((2, 3), correction=0)[:, channel, None, None]
+    factor = gain * ((variance + LEAST) / (gain**2 * variance + LEAST)).sqrt()  # 1 but for what is added
+    torch.testing.assert_close(standardise_images(stained)[:, channel], factor * found[:, channel])
+    assert bool((factor - 1).abs().max() < 0.1)
+
+
+def test_what_is_blank_is_not_blown_up_and_gradients_are_right():
+    blank = torch.full((1, 3, 8, 8), 0.9)
+    assert standardise_images(blank).abs().max() < 1e-5
+    speck = blank + torch.randn(blank.shape, generator=torch.Generator().manual_seed(0)) / 255
+    assert standardise_images(speck).std() < 0.2  # with a tiny eps it would be 1
+    images = torch.rand(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(standardise_images, images)
+
+
+def test_the_encoder_standardises_its_file_says_so_and_nobody_contradicts(tmp_path):
+    encoder = build_encoder(NAME, head=None, norm="image", seed=1).eval()
+    raw = build_encoder(NAME, head=None, norm="none", seed=1).eval()
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(encoder.features(images), raw.features(standardise_images(images)))
+    assert fingerprint_weights(encoder) != fingerprint_weights(raw)
+    path = save_encoder(encoder, tmp_path / "e.safetensors")
+    for again in (load_encoder(path), load_encoder(path, NAME), load_encoder(path, norm="image")):
+        assert torch.equal(again(images), encoder(images))
+        assert normalisation_of(again)["per_image"] is True
+        assert "its own mean" in str(again.pixels)
+    with pytest.raises(ValueError, match="its own mean"):
+        load_encoder(path, norm="none")
+    with pytest.raises(ValueError, match="its own mean"):
+        load_checkpoint(raw, path)
+    with pytest.raises(ValueError, match="its own mean"):
+        load_checkpoint(encoder, save_encoder(raw, tmp_path / "raw.safetensors"))
+    with pytest.raises(ValueError, match="leave mean and std out"):
+        Encoder(nn.Flatten(), mean=0.5, std=0.5, per_image=True)
+
+
+def test_a_stranger_s_weights_for_standardised_images(tmp_path):
+    path = backbone_file(tmp_path / "b.pth")
+    encoder = load_encoder(path, NAME, norm="image")
+    assert encoder.pixels.per_image
+    assert encoder.pixels.stated_by == "the caller"
+    own = wrap_encoder(encoder.backbone, norm="image")
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(own.eval().features(images), encoder.features(images))

@@ -303,7 +303,8 @@ def _normalisation_text(stated: object) -> str:
         return str(stated["note"])
     ends = (stated.get("mean"), stated.get("std"))
     numbers = [", ".join(f"{value:g}" for value in end) for end in ends if isinstance(end, list | tuple)]
-    text = f"mean {numbers[0]}; standard deviation {numbers[1]}" if len(numbers) == 2 else "none"
+    text = "each image's own" if stated.get("per_image") else "none"
+    text = f"mean {numbers[0]}; standard deviation {numbers[1]}" if len(numbers) == 2 else text
     return f"{text} (stated by {stated['stated_by']})" if stated.get("stated_by") else text
 
 
