@@ -32,6 +32,11 @@ from hsat.report.panels import (
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 NAMES = {PAINTED: "Painted tissue", EBHI: "Real H&E (EBHI)"}
+IDEAS = {
+    PAINTED: "What standardised images do to the recipes that the trials chose; it chooses nothing here.",
+    EBHI: "Tried when no trial was above always guessing the largest class, as many for the tuned HSAT as for HSAT+;"
+    " the finalists are the best of trials and ideas.",
+}
 FAMILIES = ("HiDisc", "HSAT", TUNED, OURS)
 
 
@@ -60,13 +65,13 @@ def select(results: Results, **wanted: Any) -> list[Result]:
     ]
 
 
-def trial_lines(results: Results, cohort: str) -> list[str]:
-    """The trials of a cohort, best first in each family; what was chosen is in bold."""
+def trial_lines(results: Results, cohort: str, stage: str) -> list[str]:
+    """The trials or the ideas of a cohort, best first in each family; what was chosen is in bold."""
     chosen = choose(results, cohort)
     strong, weak = condition(cohort, "PGD-10"), condition(cohort, "PGD-10", 1)
-    done = select(results, cohort=cohort, stage="trial")
+    done = select(results, cohort=cohort, stage=stage)
     if not done:
-        return ["No trial has been run.", ""]
+        return [f"No {stage} has been run.", ""]
     lines = [
         f"| family | what distinguishes it | clean | {strong} | {weak} | batches | passes | CPU s | least free share |"
     ]
@@ -74,12 +79,12 @@ def trial_lines(results: Results, cohort: str) -> list[str]:
     for family in FAMILIES:
         mine = [one for one in done if one["family"] == family]
         for one in sorted(mine, key=lambda one: -(cell(one, "knn", strong) or 0)):
-            mark = "**" if chosen[family] == one["run"]["recipe"] and family in (TUNED, OURS) else ""
+            mark = "**" if chosen.get(family) == one["run"]["recipe"] and family in (TUNED, OURS) else ""
             values = [percent(cell(one, "knn", name)) for name in ("clean", strong, weak)]
             values += [str(one["steps"]), f"{one['passes']:.0f}", f"{one['train_cpu_seconds']:.0f}", least_share(one)]
             lines.append(f"| {' | '.join([family, mark + one['change'] + mark, *values])} |")
-    counts = [f"{family}: {sum(one['family'] == family for one in done)} of 8" for family in (TUNED, OURS)]
-    text = f"Trials run: {', '.join(counts)}.  Each has {TRIAL:g} of the passes of 1x."
+    counts = [f"{family}: {sum(one['family'] == family for one in done)}" for family in (TUNED, OURS)]
+    text = f"Run: {', '.join(counts)}.  Each has {TRIAL:g} of the passes of 1x."
     return [*lines, "", text, ""]
 
 
@@ -189,22 +194,27 @@ def difference_lines(results: Results, cohort: str) -> list[str]:
     return [*lines, "", "Points of patch accuracy, kNN decision, with 95 % intervals over patients.", ""]
 
 
-def diagnosis_lines(path: Path) -> list[str]:
-    """What benchmarks/recipe_diagnosis.py found."""
+def diagnosis_lines(folder: Path, cohort: str) -> list[str]:
+    """What benchmarks/recipe_diagnosis.py found on a cohort."""
+    path = folder / ("diagnosis_ebhi.json" if cohort == EBHI else "diagnosis.json")
+    place = "EBHI split" if cohort == EBHI else "painted seed"
+    lines = [f"### Is the gradient masked? {NAMES[cohort]}", ""]
     if not path.exists():
-        return ["## Is the gradient masked?", "", "Not diagnosed.", ""]
+        return [*lines, "Not diagnosed.", ""]
     found = json.loads(path.read_text())
     left = found["left"]
-    lines = ["## Is the gradient masked?", ""]
     lines.append(
-        f"`benchmarks/recipe_diagnosis.py`: {RECIPES[found['recipe']].change}, painted seed {found['seed']},"
+        f"`benchmarks/recipe_diagnosis.py`: {RECIPES[found['recipe']].change}, {place} {found['seed']},"
         f" {found['patches']} patches, of which {percent(left['clean'])} % are right.  PGD on the vote, unless it says"
         " otherwise."
     )
     lines += ["", "| attack | left, % |", "| --- | --- |"]
     order = sorted(left, key=lambda name: (int(name.split("/")[0]) if "/" in name else 0, name))
     lines += [f"| {name} | {percent(left[name])} |" for name in order]
-    lines += [f"| 8/255, 10 steps, made on {name} | {percent(value)} |" for name, value in found["transfer"].items()]
+    lines += [
+        f"| {RADII[cohort][1]}/255, 10 steps, made on {name} | {percent(value)} |"
+        for name, value in found["transfer"].items()
+    ]
     tested, changed = found["certificates"]["tested"], found["certificates"]["changed"]
     flags = "; ".join(found["flags"]) or "none"
     return [
@@ -219,7 +229,7 @@ def missing_lines(results: Results) -> list[str]:
     """What the study has planned and not run, and what failed."""
     chosen = {cohort: choose(results, cohort) for cohort in (PAINTED, EBHI)}
     lines = ["## What is missing", ""]
-    for stage in ("trial", "final", "seconds", "growth", "resnet10t"):
+    for stage in ("trial", "idea", "final", "seconds", "growth", "resnet10t"):
         for cohort in (PAINTED, EBHI):
             runs = [run for run in planned([stage], chosen, ebhi=True) if run.cohort == cohort]
             left = [run.key for run in runs if run.key not in results]
@@ -230,12 +240,12 @@ def missing_lines(results: Results) -> list[str]:
     return [*lines, "", *(failed or ["No run failed."]), ""]
 
 
-def document(results: Results, diagnosis: Path) -> str:
+def document(results: Results, folder: Path) -> str:
     """The page.
 
     Args:
         results: Every run, by key.
-        diagnosis: The file of the diagnosis, where there is one.
+        folder: Where the diagnoses are, as far as they were made.
     """
     versions = sorted({str(one["versions"]) for one in results.values()})
     commits = sorted({one["commit"][:12] for one in results.values()})
@@ -257,8 +267,11 @@ def document(results: Results, diagnosis: Path) -> str:
         lines += difference_lines(results, cohort)
         place = "seed" if cohort == PAINTED else "split"
         attack = "PGD-10 on the vote, which is cheaper than the ensemble"
-        lines += [f"### Trials, on {place} 0, under {attack}", "", *trial_lines(results, cohort)]
-    lines += diagnosis_lines(diagnosis)
+        lines += [f"### Trials, on {place} 0, under {attack}", "", *trial_lines(results, cohort, "trial")]
+        lines += [f"### Ideas for tissue, on {place} 0, under the same attack", "", IDEAS[cohort], ""]
+        lines += trial_lines(results, cohort, "idea")
+    for cohort in (PAINTED, EBHI):
+        lines += diagnosis_lines(folder, cohort)
     lines += missing_lines(results)
     return "\n".join([*lines, f"Versions: {'; '.join(versions)}.  Commits: {', '.join(commits)}.", ""])
 
@@ -311,7 +324,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     results = read_results(options.runs)
-    options.out.write_text(document(results, options.runs / "diagnosis.json"))
+    options.out.write_text(document(results, options.runs))
     plot(results, options.out.with_suffix(".png"))
 
 
