@@ -62,6 +62,8 @@ RADII = {PAINTED: (4, 8), EBHI: (2, 4)}
 PASSES = {"minutes": {PAINTED: 24, EBHI: 24}, "cpu": {PAINTED: 1440, EBHI: 1200}, "gpu": {PAINTED: 40_000, EBHI: 6000}}
 """Of a run at 1x."""
 BACKBONES = {"minutes": "test_resnet", "cpu": "test_resnet", "gpu": "resnet18"}
+SHIPPED = {PAINTED: "plus", EBHI: "plus-image"}
+"""What `hsat train --recipe hsat-plus` has, on H&E with `--model.norm image`, where the trials chose another one."""
 TRIAL = 0.5
 """Trials have half of the passes of 1x."""
 
@@ -100,7 +102,7 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
     """The runs in the order of their worth; finalists by what the trials chose so far.
 
     Args:
-        stages: "trial", "idea", "final", "seconds", "growth", "resnet10t".
+        stages: "trial", "idea", "final", "shipped", "seconds", "growth", "resnet10t".
         chosen: By cohort and family, the recipe that the trials chose.
         ebhi: Whether that cohort is there.
     """
@@ -122,6 +124,8 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
             for index in indices:
                 yield from (Run(name, cohort, index, "final") for name in ("hsat", *pair))
                 yield Run("hidisc", cohort, index, "final", equal="seconds")
+        if "shipped" in stages and SHIPPED[cohort] not in pair:
+            yield from (Run(SHIPPED[cohort], cohort, index, "final") for index in indices)
         if "seconds" in stages:
             yield from (Run(name, cohort, index, "final", equal="seconds") for index in indices for name in pair)
         if "growth" in stages:
@@ -345,7 +349,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(PASSES), default="cpu")
     parser.add_argument(
-        "--stages", nargs="+", default=["trial", "final"], help="trial idea final seconds growth resnet10t"
+        "--stages", nargs="+", default=["trial", "final"], help="trial idea final shipped seconds growth resnet10t"
     )
     parser.add_argument("--ebhi", type=Path, help="folders class/patient/slide/patch of H&E patches; left out without")
     parser.add_argument("--only", default="", help="runs whose key has this regular expression")

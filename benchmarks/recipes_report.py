@@ -6,6 +6,7 @@ python benchmarks/recipes_report.py    # writes benchmarks/results/recipes.md an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from recipe_candidates import EBHI, IMAGE_SIZES, OURS, PAINTED, RECIPES, TUNED
-from recipes import PASSES, RADII, RESULTS, TRIAL, choose, planned, read_results
+from recipes import PASSES, RADII, RESULTS, SHIPPED, TRIAL, choose, planned, read_results
 
 from hsat.eval import Scoring, paired_difference
 from hsat.eval.comparison import ScoreTable
@@ -174,21 +175,21 @@ def difference_lines(results: Results, cohort: str) -> list[str]:
     chosen = choose(results, cohort)
     if OURS not in chosen:
         return []
-    lines = [f"| HSAT+ minus | compute | {condition(cohort, 'ensemble')} | clean |", "|" + " --- |" * 4]
-    for multiple in (1, 2, 4):
-        for equal in ("passes", "seconds"):
-            mine = {"recipe": chosen[OURS], "multiple": multiple, "equal": equal, "backbone": ""}
-            for rival in ("hidisc", "hsat", chosen.get(TUNED, "")):
-                theirs = mine | {"recipe": rival}
-                if rival == "hidisc":
-                    theirs |= {"equal": "seconds"}
-                if rival == "hsat":  # whose seconds the others were given
-                    theirs |= {"equal": "passes"}
-                names = (condition(cohort, "ensemble"), "clean")
-                cells = [difference(results, cohort, (mine, theirs), name) for name in names]
-                if cells[0] != "not run":
-                    title = RECIPES[rival].family
-                    lines.append(f"| {title} | {multiple}x, equal {equal} | {' | '.join(cells)} |")
+    lines = [f"| HSAT+ | minus | compute | {condition(cohort, 'ensemble')} | clean |", "|" + " --- |" * 5]
+    ours = dict.fromkeys((chosen[OURS], SHIPPED[cohort]))
+    for recipe, multiple, equal in itertools.product(ours, (1, 2, 4), ("passes", "seconds")):
+        mine = {"recipe": recipe, "multiple": multiple, "equal": equal, "backbone": ""}
+        for rival in ("hidisc", "hsat", chosen.get(TUNED, "")):
+            theirs = mine | {"recipe": rival}
+            if rival == "hidisc":
+                theirs |= {"equal": "seconds"}
+            if rival == "hsat":  # whose seconds the others were given
+                theirs |= {"equal": "passes"}
+            names = (condition(cohort, "ensemble"), "clean")
+            cells = [difference(results, cohort, (mine, theirs), name) for name in names]
+            if cells[0] != "not run":
+                titles = f"{RECIPES[recipe].change} | {RECIPES[rival].family}"
+                lines.append(f"| {titles} | {multiple}x, equal {equal} | {' | '.join(cells)} |")
     if len(lines) == 2:
         return []
     return [*lines, "", "Points of patch accuracy, kNN decision, with 95 % intervals over patients.", ""]
@@ -229,7 +230,7 @@ def missing_lines(results: Results) -> list[str]:
     """What the study has planned and not run, and what failed."""
     chosen = {cohort: choose(results, cohort) for cohort in (PAINTED, EBHI)}
     lines = ["## What is missing", ""]
-    for stage in ("trial", "idea", "final", "seconds", "growth", "resnet10t"):
+    for stage in ("trial", "idea", "final", "shipped", "seconds", "growth", "resnet10t"):
         for cohort in (PAINTED, EBHI):
             runs = [run for run in planned([stage], chosen, ebhi=True) if run.cohort == cohort]
             left = [run.key for run in runs if run.key not in results]
