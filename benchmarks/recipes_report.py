@@ -293,10 +293,11 @@ def plot(results: Results, path: Path) -> None:
 def draw_cohort(panel: Any, results: Results, cohort: str) -> None:
     """One cohort."""
     strong = condition(cohort, "ensemble")
+    finalists = {"hidisc", "hsat", *choose(results, cohort).values()}
     done = [
         one
         for one in select(results, cohort=cohort, stage="final", backbone="")
-        if cell(one, "knn", strong) is not None
+        if cell(one, "knn", strong) is not None and one["run"]["recipe"] in finalists
     ]
     for number, family in enumerate(FAMILIES):
         means = []
