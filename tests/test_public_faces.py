@@ -36,6 +36,7 @@ ABOUT_SEVERAL = {  # test files that belong to no single module, and what they a
     "benchmarks/benchmarks_start": "every script under benchmarks/",
     "benchmarks/gpu_step": "a script under benchmarks/",
     "benchmarks/recipes": "the scripts of the study of recipes under benchmarks/",
+    "benchmarks/colour_shares": "benchmarks/colour_shares.py",
     "browser/report_in_chromium": "the page as a browser shows it",
     "classifiers/knn_decision": "the decision's margin through knn, knn_vote and search",
     "cli/evaluate_ensemble": "one option of hsat evaluate, by itself",

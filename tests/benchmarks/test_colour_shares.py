@@ -33,7 +33,7 @@ def test_the_share_between_groups_by_hand(shares):
 
 
 def test_the_colours_of_painted_tissue_tell_its_classes(shares, tmp_path):
-    cohort = read_opensrh(write_synthetic_cohort(tmp_path, patients_per_class=3, seed=0))
+    cohort = read_opensrh(write_synthetic_cohort(tmp_path, patients_per_class=3, slides=1, patches=4, seed=0))
     found = shares.colour_shares(cohort, image_size=24)
     assert found["patients_share"]["mean red"] > 0.7
     assert found["classes_share"]["mean red"] > 1.5 * found["classes_share_by_chance"]

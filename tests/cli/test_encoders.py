@@ -161,3 +161,14 @@ def test_a_network_of_the_users_own_is_trained_and_evaluated_by_command(
     assert "--model.dual_norm would change nothing" in message
     assert "my_networks:large" in stops(train, [*trained_so, "--model.factory", "my_networks:large"])
     assert "package.module:function" in stops(train, [*trained_so, "--model.factory", "my_networks"])
+
+
+def test_an_encoder_that_standardises_images_is_trained_and_evaluated_by_command(
+    options, root, train, tmp_path, capsys
+):
+    train([*options, "--train.steps", "2", "--out", tmp_path / "run", "--model.norm", "image"])
+    capsys.readouterr()
+    evaluate(["--run", tmp_path / "run", "--untrained", "true", *QUICK.split(), "--out", tmp_path / "out"])
+    assert "each channel of each image minus its own mean" in capsys.readouterr().err
+    stated = [r.settings["pixel_normalisation"] for r in read_records(tmp_path / "out" / "records.jsonl")]
+    assert {(one["mean"], one["std"], one["per_image"]) for one in stated} == {(None, None, True)}  # untrained, too

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hsat.eval.inputs import open_encoder
 from hsat.fingerprints import fingerprint_weights
 from hsat.models import (
     build_encoder,
@@ -166,3 +167,10 @@ def test_a_stranger_s_weights_for_standardised_images(tmp_path):
     own = wrap_encoder(encoder.backbone, norm="image")
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(own.eval().features(images), encoder.features(images))
+
+
+def test_a_function_gets_standardised_images_at_the_front_door():
+    images = torch.rand(2, 3, 8, 8)
+    found = open_encoder(lambda x: x.flatten(1), norm="image", name="own")
+    assert torch.equal(found.encoder(images), standardise_images(images).flatten(1))
+    assert "its own mean" in found.note
