@@ -18,7 +18,7 @@ from recipe_candidates import EBHI, IMAGE_SIZES, OURS, PAINTED, RECIPES, TUNED
 from recipes import PASSES, RADII, RESULTS, SHIPPED, TRIAL, choose, planned, read_results
 
 from hsat.eval import Scoring, paired_difference
-from hsat.eval.comparison import ScoreTable
+from hsat.eval.comparison import Difference, ScoreTable
 from hsat.report.panels import (
     COLOURS,
     GREY,
@@ -162,10 +162,7 @@ def difference(results: Results, cohort: str, pair: tuple[dict[str, Any], dict[s
     if not both:
         return "not run"
     tables = [pooled_table([each[index] for index in both], name, cohort=cohort) for each in runs]
-    generator = np.random.default_rng(0)
-    found = paired_difference(
-        *tables, generator=generator, names=("accuracy",), levels=("patch",), scoring=Scoring(bootstrap=2000)
-    )[0]
+    found = compare(*tables)
     interval = "no interval" if found.low is None else f"{100 * found.low:+.1f}, {100 * found.high:+.1f}"
     return f"{100 * found.difference:+.1f} [{interval}], {len(both)} runs, {found.patients} patients"
 
@@ -192,7 +189,38 @@ def difference_lines(results: Results, cohort: str) -> list[str]:
                 lines.append(f"| {titles} | {multiple}x, equal {equal} | {' | '.join(cells)} |")
     if len(lines) == 2:
         return []
-    return [*lines, "", "Points of patch accuracy, kNN decision, with 95 % intervals over patients.", ""]
+    lines += ["", "Points of patch accuracy, kNN decision, with 95 % intervals over patients.", ""]
+    return [*lines, *(line for recipe in ours for line in chance_lines(results, cohort, recipe))]
+
+
+def chance_lines(results: Results, cohort: str, recipe: str) -> list[str]:
+    """A recipe under the ensemble at 1x, with its interval over patients, beside always guessing the largest class."""
+    name = condition(cohort, "ensemble")
+    runs = select(results, cohort=cohort, stage="final", recipe=recipe, multiple=1, equal="passes", backbone="")
+    if not runs:
+        return []
+    wrong = [dict(one) | {"right": {"knn": {name: "0" * len(one["right"]["knn"][name])}}} for one in runs]
+    value = compare(*(pooled_table(each, name, cohort=cohort) for each in (runs, wrong)))
+    counts = [len(one["right"]["knn"][name]) for one in runs]
+    chance = float(np.average([one["chance"] for one in runs], weights=counts))
+    interval = "" if value.low is None else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return [
+        f"{RECIPES[recipe].change}: {100 * value.difference:.1f} %{interval} under the {name}, {len(runs)} runs;"
+        f" always guessing the largest class: {percent(chance)} %.",
+        "",
+    ]
+
+
+def compare(one: ScoreTable, other: ScoreTable) -> Difference:
+    """The difference of two tables' patch accuracies."""
+    return paired_difference(
+        one,
+        other,
+        generator=np.random.default_rng(0),
+        names=("accuracy",),
+        levels=("patch",),
+        scoring=Scoring(bootstrap=2000),
+    )[0]
 
 
 def diagnosis_lines(folder: Path, cohort: str) -> list[str]:
