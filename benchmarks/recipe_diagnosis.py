@@ -75,7 +75,8 @@ def diagnose(
     chosen = {key: attack for key, attack in attacks(name).items() if not options.short or "10 steps" in key}
     white = evaluate_whitebox(encoder, bank, queries, chosen, classifier=vote, scoring=scoring, run=run)
     left = {one.attack_name: one.value for one in white.records if (one.level, one.metric) == ("patch", "accuracy")}
-    found: dict[str, Any] = {"left": left, "flags": sorted({flag for one in white.records for flag in one.flags})}
+    found: dict[str, Any] = {"left": left, "flags": []}
+    found["flags"] = sorted({f"{one.attack_name}: {flag}" for one in white.records for flag in one.flags})
     encoders = {"target": encoder, **others}
     stronger = f"{RADII[name][1]}/255, 10 steps"
     made = {stronger: attacks(name)[stronger]}
