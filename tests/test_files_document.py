@@ -118,5 +118,6 @@ def test_metadata_of_encoders(trained, name):
     assert metadata.keys() == {"hsat"}
     content = json.loads(metadata["hsat"])
     assert content.keys() <= first_column(section("Encoders"))
-    assert content["encoder"].keys() | {"image_size"} == fields_of(EncoderSpec).keys()  # which few files have
-    assert all(f"`{key}`" in section("Encoders") for key in content["encoder"])
+    rare = {"image_size", "per_image"}  # which few files have
+    assert content["encoder"].keys() | rare == fields_of(EncoderSpec).keys()
+    assert all(f"`{key}`" in section("Encoders") for key in content["encoder"].keys() | rare)
