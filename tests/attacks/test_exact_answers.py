@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hsat.attacks import BIM, FFGSM, FGSM, L2, MIFGSM, PGD, Linf
@@ -75,6 +75,7 @@ def test_l2_attack_beats_shrink_then_clip_at_the_box(seed, eps):
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, greys, st.sampled_from([torch.float32, torch.float64]))
+@example(4723, 8 / 255, torch.float64)
 def test_a_linear_objective_never_falls(seed, eps, dtype):
     x, _, objective = problem(seed, dtype)
     for threat in (Linf(eps), L2(min(3.0, 10 * eps))):
@@ -92,7 +93,8 @@ def test_a_linear_objective_never_falls(seed, eps, dtype):
             seen.clear()
             attack.run(x, watched, generator=torch.Generator().manual_seed(seed))
             values = torch.stack(seen).double()
-            slack = 1e-5 if dtype == torch.float32 else 1e-12
+            # L2 projects to a radius 1e-12 smaller, which costs |w| eps 1e-12 of a point that lay on the sphere itself
+            slack = 1e-5 if dtype == torch.float32 else 1e-11
             assert (values[1:] - values[:-1] >= -slack * values.abs().max()).all(), attack
 
 
