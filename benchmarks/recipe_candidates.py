@@ -34,6 +34,8 @@ class Recipe:
         input_size: Side to which the encoder resizes its images; 0: as they are.
         warm: Share of the passes that go to a training without attack before this one.
         idea: It is one of the ideas for tissue, tried after the eight trials.
+        held_out: Share of the training patients that are held out; the encoder that is best on them is taken.
+        remedy: It is one of those tried at 4x, where HSAT+ without augmentation got worse.
     """
 
     family: str
@@ -46,6 +48,8 @@ class Recipe:
     input_size: int = 0
     warm: float = 0.0
     idea: bool = False
+    held_out: float = 0.0
+    remedy: bool = False
 
     @property
     def passes_per_batch(self) -> float:
@@ -91,6 +95,11 @@ def plus(attack: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]
     """Options of HSAT+ with changes."""
     free = {"name": "free", "replays": 4, "check_every": 50} | dict(attack or {})
     return {"attack": free, "temperature": 0.6, "layer": "features"} | more
+
+
+def headed() -> dict[str, Any]:
+    """Options of HSAT+ with the loss on the embedding, as in HSAT."""
+    return plus() | {"layer": "embedding"}
 
 
 def idea(family: str, change: str, **more: Any) -> Recipe:
@@ -158,6 +167,15 @@ RECIPES: dict[str, Recipe] = {
         TUNED, "PGD-2, temperature .6, no augmentation, images standardised", fast(2) | PLAIN, norm="image"
     ),
     "plus-image-plain": Recipe(OURS, "no augmentation, images standardised", plus() | PLAIN, head="none", norm="image"),
+    "plus-head-plain": Recipe(OURS, "loss on a linear head, no augmentation", headed() | PLAIN, remedy=True),
+    "plus-plain-held": Recipe(
+        OURS,
+        "no augmentation, the best encoder by held-out patients",
+        plus() | PLAIN,
+        head="none",
+        held_out=0.2,
+        remedy=True,
+    ),
 }
 """The trials of a cohort are those of the families "tuned HSAT" and "HSAT+" that name it, eight of each."""
 

@@ -50,7 +50,7 @@ from hsat.data import (
     write_synthetic_cohort,
 )
 from hsat.eval import RunOptions, Scoring, WhiteboxResult, evaluate_whitebox
-from hsat.models import Encoder, build_encoder
+from hsat.models import Encoder, build_encoder, load_encoder
 from hsat.run_folder import installed_versions, read_training_log, write_json
 from hsat.training import Trainer
 from hsat.types import Attack, Classifier
@@ -76,7 +76,7 @@ class Run:
         recipe: Its key in `RECIPES`.
         cohort: "painted" or "ebhi".
         index: The painted cohort's seed, or the split; weights, draws and attacks have the same seed.
-        stage: "trial" and "idea" attack with PGD-10, "final" with the ensemble as well.
+        stage: "trial", "idea" and "remedy" attack with PGD-10, "final" with the ensemble as well.
         multiple: Of the passes of 1x.
         equal: What is equal to HSAT at this multiple: "passes", or "seconds" of the CPU.
         backbone: Name of the network; "" is that of the size.
@@ -102,7 +102,7 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
     """The runs in the order of their worth; finalists by what the trials chose so far.
 
     Args:
-        stages: "trial", "idea", "final", "shipped", "seconds", "growth", "resnet10t".
+        stages: "trial", "idea", "remedy", "final", "shipped", "seconds", "growth", "resnet10t".
         chosen: By cohort and family, the recipe that the trials chose.
         ebhi: Whether that cohort is there.
     """
@@ -120,6 +120,9 @@ def planned(stages: list[str], chosen: Mapping[str, Mapping[str, str]], *, ebhi:
             yield Run("hsat", cohort, 0, "trial", TRIAL)
         if "idea" in stages:
             yield from (Run(name, cohort, 0, "idea", multiple) for name, multiple in ideas_of(cohort))
+        if "remedy" in stages and cohort == PAINTED:
+            remedies = [name for name, one in RECIPES.items() if one.remedy]
+            yield from (Run(name, cohort, 0, "remedy", 4) for name in (*pair[::-1], *remedies, SHIPPED[cohort]))
         if "final" in stages:
             for index in indices:
                 yield from (Run(name, cohort, index, "final") for name in ("hsat", *pair))
@@ -215,7 +218,12 @@ def train(
         Trainer(encoder, cohort, clean, out=out / "warm", store=store).fit()
         steps -= math.ceil(first / recipe.passes_per_batch)
     config = recipe.config(run.cohort, steps=steps, seed=run.index)
-    Trainer(encoder, cohort, config, out=out / "run", store=store).fit()
+    if recipe.held_out:
+        names = ("train", "tune")
+        cohort = cohort.with_split(val_fraction=recipe.held_out, seed=run.index, names=names, of="train")
+    kept = Trainer(encoder, cohort, config, out=out / "run", store=store).fit()
+    if recipe.held_out:
+        encoder.load_state_dict(load_encoder(kept).state_dict())
     seconds = cpu_seconds() - begin
     log = read_training_log(out / "run/train.csv")
     facts: dict[str, Any] = {"config": config.model_dump(mode="json"), "head": recipe.head, "backbone": backbone}
@@ -349,7 +357,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(PASSES), default="cpu")
     parser.add_argument(
-        "--stages", nargs="+", default=["trial", "final"], help="trial idea final shipped seconds growth resnet10t"
+        "--stages",
+        nargs="+",
+        default=["trial", "final"],
+        help="trial idea final shipped seconds growth resnet10t remedy",
     )
     parser.add_argument("--ebhi", type=Path, help="folders class/patient/slide/patch of H&E patches; left out without")
     parser.add_argument("--only", default="", help="runs whose key has this regular expression")
