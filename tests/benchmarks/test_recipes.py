@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hsat.data import read_opensrh, write_synthetic_cohort
+from hsat.models import load_encoder
+from hsat.run_folder import read_training_log
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = ("recipe_candidates", "recipes", "recipes_report")
 
@@ -41,6 +45,7 @@ def result(study, recipe, *, right="", index=0, stage="final", cohort="painted",
         "patients": " ".join(str(row // 2) for row in range(len(right))),
         "steps": 10,
         "passes": 60.0,
+        "config": made.config(cohort, steps=10, seed=index).model_dump(mode="json"),
         "train_cpu_seconds": 5.0,
         "chance": 0.25,
         "commit": "0" * 40,
@@ -110,6 +115,40 @@ def test_the_page_says_what_is_missing_and_what_failed(study, tmp_path):
     assert "`final-ebhi-4-hsat-1x`" in page and "No finalist has been run." in page and "Not diagnosed." in page
     study["recipes_report"].plot({"a": result(study, "plus", right="10", index=3)}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_passes_of_pgd_that_a_check_brought_in_are_counted(study):
+    """A failed check of HSAT+ sends fifty batches from four passes to six."""
+    report = study["recipes_report"]
+    assert report.passes_of(result(study, "plus", free_share=[0.9, 1.1])) == 60
+    assert report.passes_of(result(study, "plus", free_share=[0.28, 0.9])) == 60 + 50 * 2
+    assert report.passes_of(result(study, "hsat")) == 60
+
+
+def test_remedies_are_measured_at_four_times_the_compute_beside_the_finalists(study):
+    recipes, report = study["recipes"], study["recipes_report"]
+    chosen = {"painted": {"tuned HSAT": "tuned-pgd2-plain", "HSAT+": "plus-plain"}, "ebhi": {}}
+    runs = list(recipes.planned(["remedy"], chosen, ebhi=True))
+    assert {(run.cohort, run.index, run.multiple) for run in runs} == {("painted", 0, 4)}
+    names = [run.recipe for run in runs]
+    assert names == ["plus-plain", "tuned-pgd2-plain", "plus-head-plain", "plus-plain-held", "plus"]
+    done = {"a": result(study, "plus-plain-held", right="1101", stage="remedy")}
+    assert recipes.choose(done, "painted") == {}, "they choose no finalist"
+    (row,) = (line for line in report.trial_lines(done, "painted", "remedy") if "held-out" in line)
+    assert "| 75.0 | 75.0 |" in row and "**" not in row
+
+
+def test_a_recipe_that_holds_patients_out_takes_the_best_encoder_on_them(study, tmp_path):
+    """Of three evaluations the one that the training kept, and not the last encoder, is what is attacked."""
+    recipes = study["recipes"]
+    run = recipes.Run("plus-plain-held", "painted", 0, "remedy", 4)
+    small = {"classes": ("hgg", "lgg"), "patients_per_class": 8, "patches": 2}
+    cohort = read_opensrh(write_synthetic_cohort(tmp_path / "cohort", **small))
+    encoder, facts = recipes.train(run, cohort, steps=3, backbone="test_resnet", out=tmp_path, store=None)
+    kept = load_encoder(tmp_path / "run/best.safetensors")
+    assert encoder.fingerprint() == kept.fingerprint() and facts["steps"] == 3
+    scores = read_training_log(tmp_path / "run/train.csv")
+    assert len([value for value in scores["tune_robust_accuracy"] if value == value]) == 3
 
 
 def test_a_training_that_fails_is_a_result(study, tmp_path, monkeypatch):
