@@ -35,6 +35,7 @@ ABOUT_SEVERAL = {  # test files that belong to no single module, and what they a
     "benchmarks/ablation_levels": "a script under benchmarks/",
     "benchmarks/benchmarks_start": "every script under benchmarks/",
     "benchmarks/colour_shares": "a script under benchmarks/",
+    "benchmarks/feature_shares": "a script under benchmarks/",
     "benchmarks/gpu_step": "a script under benchmarks/",
     "benchmarks/recipes": "the scripts of the study of recipes under benchmarks/",
     "browser/report_in_chromium": "the page as a browser shows it",
