@@ -127,7 +127,8 @@ def final_lines(results: Results, cohort: str) -> list[str]:
     for key in order:
         multiple, equal, backbone, family, change = key
         runs = sorted(groups[key], key=lambda one: one["run"]["index"])
-        name = family if family in ("HiDisc", "HSAT") else f"{family} ({change})"
+        shipped = ", as shipped" if change == RECIPES[SHIPPED[cohort]].change and family == OURS else ""
+        name = family if family in ("HiDisc", "HSAT") else f"{family} ({change}{shipped})"
         cells = [f"{multiple:g}x, equal {equal}{', ' + backbone if backbone else ''}", name, str(len(runs))]
         cells += [mean(runs, "knn", "clean"), f"**{mean(runs, 'knn', strong)}**"]
         cells += [", ".join(f"{one['run']['index']}: {percent(cell(one, 'knn', strong))}" for one in runs)]
@@ -333,26 +334,32 @@ def plot(results: Results, path: Path) -> None:
         finish_figure(figure, path)
 
 
+def curves(results: Results, cohort: str) -> list[tuple[str, str, str]]:
+    """Title, recipe and line of what is plotted: the finalists, and HSAT+ as shipped where that is another one."""
+    chosen = choose(results, cohort)
+    found = [("HiDisc", "hidisc", "-"), ("HSAT", "hsat", "-"), (TUNED, chosen.get(TUNED, ""), "-")]
+    found.append((OURS, chosen.get(OURS, ""), "-"))
+    if SHIPPED[cohort] != chosen.get(OURS):
+        found.append((f"{OURS} as shipped", SHIPPED[cohort], "--"))
+    return found
+
+
 def draw_cohort(panel: Any, results: Results, cohort: str) -> None:
     """One cohort."""
     strong = condition(cohort, "ensemble")
-    finalists = {"hidisc", "hsat", *choose(results, cohort).values()}
-    done = [
-        one
-        for one in select(results, cohort=cohort, stage="final", backbone="")
-        if cell(one, "knn", strong) is not None and one["run"]["recipe"] in finalists
-    ]
-    for number, family in enumerate(FAMILIES):
+    done = [one for one in select(results, cohort=cohort, stage="final", backbone="") if cell(one, "knn", strong)]
+    for number, (title, recipe, style) in enumerate(curves(results, cohort)):
         means = []
-        mine = [one for one in done if one["family"] == family]
+        mine = [one for one in done if one["run"]["recipe"] == recipe]
+        colour, marker = COLOURS[min(number, 3)], MARKERS[number]
         for key in sorted({(one["run"]["multiple"], one["run"]["equal"]) for one in mine}):
             runs = [one for one in mine if (one["run"]["multiple"], one["run"]["equal"]) == key]
             points = [(one["train_cpu_seconds"], 100 * (cell(one, "knn", strong) or 0)) for one in runs]
-            panel.plot(*zip(*points, strict=True), MARKERS[number], color=COLOURS[number], markersize=3, alpha=0.4)
+            panel.plot(*zip(*points, strict=True), marker, color=colour, markersize=3, alpha=0.4)
             means.append(tuple(map(statistics.mean, zip(*points, strict=True))))
         if means:
             x, y = zip(*sorted(means), strict=True)
-            panel.plot(x, y, MARKERS[number], color=COLOURS[number], linestyle="-", label=family)
+            panel.plot(x, y, marker, color=colour, linestyle=style, label=title)
     if done:
         chance = 100 * statistics.mean(one["chance"] for one in done)
         panel.axhline(chance, color=GREY, linestyle=":", linewidth=1.1, label="largest class")
