@@ -244,7 +244,8 @@ class TrainConfig(OuterConfig):
         Free training (Shafahi et al., arXiv:1904.12843) with 4 replays of steps of size eps, compared with PGD every 50
         batches; temperature 0.6; the loss reads the unit features that kNN reads, and no projection head.  A batch
         takes 4 steps of the optimiser and 4 passes, where published HSAT takes one step and 6 passes: three batches of
-        HSAT+ cost what two of HSAT do.
+        HSAT+ cost what two of HSAT do.  Leave the augmentation on in a long training: without it the features of
+        patients of one class drift apart.
 
         Args:
             changes: Fields that are to differ; of `attack` as a mapping, single ones.
