@@ -97,11 +97,6 @@ def plus(attack: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]
     return {"attack": free, "temperature": 0.6, "layer": "features"} | more
 
 
-def headed() -> dict[str, Any]:
-    """Options of HSAT+ with the loss on the embedding, as in HSAT."""
-    return plus() | {"layer": "embedding"}
-
-
 def idea(family: str, change: str, **more: Any) -> Recipe:
     """An idea for tissue: a tuned HSAT at the rate of its best trial, or HSAT+, with a change of the network."""
     options, head = (fast(2, lr=2e-3), "linear") if family == TUNED else (plus(), "none")
@@ -167,7 +162,9 @@ RECIPES: dict[str, Recipe] = {
         TUNED, "PGD-2, temperature .6, no augmentation, images standardised", fast(2) | PLAIN, norm="image"
     ),
     "plus-image-plain": Recipe(OURS, "no augmentation, images standardised", plus() | PLAIN, head="none", norm="image"),
-    "plus-head-plain": Recipe(OURS, "loss on a linear head, no augmentation", headed() | PLAIN, remedy=True),
+    "plus-head-plain": Recipe(
+        OURS, "loss on a linear head, no augmentation", plus(layer="embedding") | PLAIN, remedy=True
+    ),
     "plus-plain-held": Recipe(
         OURS,
         "no augmentation, the best encoder by held-out patients",

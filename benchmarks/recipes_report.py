@@ -40,7 +40,7 @@ IDEAS = {
 }
 REMEDIES = (
     "Tried when HSAT+ without augmentation got worse between 1x and 4x on the finalists' seeds: the finalists, and what"
-    " might keep HSAT+ from it.  They chose no finalist."
+    " might keep HSAT+ from it.  They chose no finalist.  Passes are without those of held-out evaluations."
 )
 FAMILIES = ("HiDisc", "HSAT", TUNED, OURS)
 

@@ -146,7 +146,8 @@ def test_a_recipe_that_holds_patients_out_takes_the_best_encoder_on_them(study, 
     cohort = read_opensrh(write_synthetic_cohort(tmp_path / "cohort", **small))
     encoder, facts = recipes.train(run, cohort, steps=3, backbone="test_resnet", out=tmp_path, store=None)
     kept = load_encoder(tmp_path / "run/best.safetensors")
-    assert encoder.fingerprint() == kept.fingerprint() and facts["steps"] == 3
+    last = load_encoder(tmp_path / "run/final.safetensors")
+    assert encoder.fingerprint() == kept.fingerprint() != last.fingerprint() and facts["steps"] == 3
     scores = read_training_log(tmp_path / "run/train.csv")
     assert len([value for value in scores["tune_robust_accuracy"] if value == value]) == 3
 
