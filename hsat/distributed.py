@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -17,6 +18,14 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from hsat.types import HierarchicalBatch
 from hsat.types.batch import require_ids
+
+if dist.is_available():
+    # Before there is a group.  torch 2.8 to 2.14 at least: this module, which the first optimiser or
+    # DistributedDataParallel imports, takes the group of that moment for the defaults of its functions.  A group that
+    # is held keeps gloo's threads beyond its end; such a thread frees the tensors of the last exchange, and on a busy
+    # machine it does so while the interpreter shuts down: "terminate called without an active exception", SIGABRT
+    # (https://github.com/pytorch/pytorch/issues/190489).
+    importlib.import_module("torch.distributed.nn.functional")
 
 _TIMEOUT = timedelta(days=7)  # a rank that has finished waits for the slowest attack of all
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import secrets
@@ -67,11 +66,8 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
 
     On GPUs each process of a machine takes its own (NCCL); on CPUs they talk over gloo.
 
-    The end of the block ends gloo's threads as well, for which nothing may hold the group any more.  torch 2.8 to 2.14
-    at least hold it: `torch.distributed.nn.functional`, which the first optimiser imports, takes the group of that
-    moment for the defaults of its functions.  A thread that is left frees the tensors of the last exchange, and on a
-    busy machine it does so while the interpreter shuts down: "terminate called without an active exception", SIGABRT
-    (https://github.com/pytorch/pytorch/issues/190489).  So that module is imported here, before there is a group.
+    The end of the block ends gloo's threads as well, for which nothing may hold the group any more; `hsat.distributed`
+    sees to it that torch does not.
 
     Of errors, only those that all ranks raise together end the group as well.  After any other one an exchange may be
     under way in which the others wait for this rank.  The end of the group would wait for them (with torch 2.14, until
@@ -113,7 +109,6 @@ def join_ranks(device: str, *, patience: timedelta = MEETING_PATIENCE) -> Iterat
             f"rank {rank} of {size} lost the store at {place.address}:{place.port} ({reason}); whoever kept it, rank 0"
             " or torchrun, has ended: see what it wrote"
         ) from None
-    importlib.import_module("torch.distributed.nn.functional")  # before there is a group; see above
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=room, rank=rank, world_size=size, timeout=PATIENCE)
     try:

@@ -15,7 +15,7 @@ from hsat.types import Levels
 
 RANK = """
 import sys
-import torch, torch.distributed as dist
+import torch, torch.distributed as dist, torch.distributed.nn.functional  # before there is a group: hsat.distributed
 from hsat.losses import HiDiscLoss, gather_with_grad
 from hsat.types import Levels
 
@@ -43,6 +43,7 @@ everything = gather_with_grad(rows)
 (everything * torch.arange(6.0).reshape(3, 2) * (rank + 1)).sum().backward()
 answers["gathered"] = [everything.detach(), rows.grad]
 torch.save(answers, f"{out}/rank{rank}.pt")
+del parallel, model, terms  # held, the group would keep gloo's threads, which may abort the interpreter's end
 dist.destroy_process_group()
 """
 

@@ -200,6 +200,7 @@ try:
     save_checkpoint(folder / "last.pt", model=model, epoch=0, step=1, config={})
 except FloatingPointError as error:
     print("state:", error)
+del model  # held, the group would keep gloo's threads, which may abort the interpreter's end
 dist.destroy_process_group()
 """
 

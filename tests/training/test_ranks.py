@@ -148,6 +148,7 @@ except ValueError as error:
     answers["differs"] = str(error)
 assert_same("the word", "equal")
 torch.save(answers, f"{out}/rank{rank}.pt")
+del parallel  # held, the group would keep gloo's threads, which may abort the interpreter's end
 dist.destroy_process_group()
 """
 )
@@ -174,6 +175,7 @@ for case, attack in (("plain", None), ("attacked", ATTACK)):
     result.loss.backward()
     answers[case] = [[value.cpu() for value in values] for values in outcome(model, result)[1:]]
 torch.save(answers, f"{out}/rank{rank}.pt")
+del parallel  # held, the group would keep gloo's threads, which may abort the interpreter's end
 dist.destroy_process_group()
 """
 )

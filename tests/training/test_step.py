@@ -315,6 +315,7 @@ for gather in (False, True):
         result.loss.backward()
         answers[gather, share] = [result.loss.detach(), model[0].weight.grad.clone(), result.x_adv]
 torch.save(answers, f"{folder}/rank{rank}.pt")
+del parallel  # held, the group would keep gloo's threads, which may abort the interpreter's end
 dist.destroy_process_group()
 """
 
