@@ -187,8 +187,9 @@ def difference_lines(results: Results, cohort: str) -> list[str]:
         return []
     lines = [f"| HSAT+ | minus | compute | {condition(cohort, 'ensemble')} | clean |", "|" + " --- |" * 5]
     ours = dict.fromkeys((chosen[OURS], SHIPPED[cohort]))
-    for recipe, multiple, equal in itertools.product(ours, (1, 2, 4), ("passes", "seconds")):
-        mine = {"recipe": recipe, "multiple": multiple, "equal": equal, "backbone": ""}
+    backbones = sorted({one["run"]["backbone"] for one in select(results, cohort=cohort, stage="final")})
+    for recipe, backbone, multiple, equal in itertools.product(ours, backbones, (1, 2, 4), ("passes", "seconds")):
+        mine = {"recipe": recipe, "multiple": multiple, "equal": equal, "backbone": backbone}
         for rival in ("hidisc", "hsat", chosen.get(TUNED, "")):
             theirs = mine | {"recipe": rival}
             if rival == "hidisc":
@@ -199,7 +200,8 @@ def difference_lines(results: Results, cohort: str) -> list[str]:
             cells = [difference(results, cohort, (mine, theirs), name) for name in names]
             if cells[0] != "not run":
                 titles = f"{RECIPES[recipe].change} | {RECIPES[rival].family}"
-                lines.append(f"| {titles} | {multiple}x, equal {equal} | {' | '.join(cells)} |")
+                compute = f"{multiple}x, equal {equal}{', ' + backbone if backbone else ''}"
+                lines.append(f"| {titles} | {compute} | {' | '.join(cells)} |")
     if len(lines) == 2:
         return []
     lines += ["", "Points of patch accuracy, kNN decision, with 95 % intervals over patients.", ""]

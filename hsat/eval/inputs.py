@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hsat.data import Cohort, PatchDataset, find_cohort, find_splits, patch_loader
@@ -18,7 +17,7 @@ from hsat.data.patch_sizes import count_sizes
 from hsat.data.split_names import describe_unused, split_role
 from hsat.eval.loader_inputs import NO_BANK, open_alone, open_pair
 from hsat.models import Encoder, checkpoint_hash, load_encoder, wrap_encoder
-from hsat.models.pixel_normalisation import choose_normalisation, standardise_images
+from hsat.models.pixel_normalisation import PixelNormalisation, choose_normalisation, standardise_images
 from hsat.types import EmbeddingFunction
 from hsat.types.batch import UNLABELLED
 
@@ -66,26 +65,22 @@ class EvaluationPatches:
 
 
 class NormalisedFunction:
-    """A function of images that gets them normalised."""
+    """A function of images that gets them normalised.
 
-    def __init__(self, function: Callable[[Tensor], Tensor], mean: Sequence[float], std: Sequence[float]) -> None:
-        self._function = function
-        self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    Args:
+        function: Normalised images -> what it gives.
+        pixels: How, by mean and std or by each image's own.
+    """
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """What the function gives for images (n, c, h, w) in [0, 1]."""
-        return self._function((images - self._mean.to(images)) / self._std.to(images))
-
-
-class StandardisedFunction:
-    """A function of images that gets each image's channels standardised."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[Tensor], Tensor], pixels: PixelNormalisation) -> None:
+        self._function, self._pixels = function, pixels
 
     def __call__(self, images: Tensor) -> Tensor:
         """What the function gives for images (n, c, h, w) in [0, 1]."""
-        return self._function(standardise_images(images))
+        if self._pixels.per_image:
+            return self._function(standardise_images(images))
+        mean, std = (images.new_tensor(values or ()).view(1, -1, 1, 1) for values in self._pixels.values)
+        return self._function((images - mean) / std)
 
 
 def open_encoder(encoder: object, *, norm: str | None = None, name: str = "") -> NamedEncoder:
@@ -132,10 +127,8 @@ def open_encoder(encoder: object, *, norm: str | None = None, name: str = "") ->
     pixels = choose_normalisation(norm, None, None)
     assert pixels is not None
     function = cast(EmbeddingFunction, encoder)
-    if pixels.per_image:
-        return NamedEncoder(title, StandardisedFunction(function), "", f"{title}: {pixels}")
-    if pixels.mean is not None and pixels.std is not None:
-        function = NormalisedFunction(function, pixels.mean, pixels.std)
+    if pixels.per_image or pixels.mean is not None:
+        function = NormalisedFunction(function, pixels)
     return NamedEncoder(title, function, "", f"{title}: {pixels}")
 
 
