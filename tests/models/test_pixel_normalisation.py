@@ -169,8 +169,12 @@ def test_a_stranger_s_weights_for_standardised_images(tmp_path):
     torch.testing.assert_close(own.eval().features(images), encoder.features(images))
 
 
-def test_a_function_gets_standardised_images_at_the_front_door():
+def test_a_function_gets_normalised_images_at_the_front_door():
     images = torch.rand(2, 3, 8, 8)
     found = open_encoder(lambda x: x.flatten(1), norm="image", name="own")
     assert torch.equal(found.encoder(images), standardise_images(images).flatten(1))
     assert "its own mean" in found.note
+    found = open_encoder(lambda x: x, norm="0.5,0.25,0/0.5,1,2", name="own")
+    wanted = torch.stack([(images[:, 0] - 0.5) / 0.5, images[:, 1] - 0.25, images[:, 2] / 2], 1)
+    torch.testing.assert_close(found.encoder(images), wanted)
+    assert torch.equal(open_encoder(lambda x: x, norm="none", name="own").encoder(images), images)
