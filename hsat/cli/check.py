@@ -74,6 +74,11 @@ def main(argv: list[str]) -> None:
     print(report(check))
     excluded = check.paths(settings.exclude)
     print(f"list: {path}")
+    if len({one.path for one in check.problems if one.problem == "unreadable"}) == len(cohort):
+        print(
+            "no file can be read: the paths or the options are wrong, or the files; a list of all of them helps nobody"
+        )
+        raise SystemExit(1)
     if excluded:
         print(f"{len(excluded)} files to leave out: add --data.exclude {path} to hsat train, evaluate and the others")
         raise SystemExit(1)
@@ -91,7 +96,7 @@ def report(check: FileCheck) -> str:
     lines = [str(check)]
     counts = Counter(one.problem for one in check.problems)
     for name in PROBLEMS:
-        first = [f"{one.path} ({one.detail})" for one in check.problems if one.problem == name][:_SHOWN]
+        first = [f"{one.path} ({as_typed(one.detail)})" for one in check.problems if one.problem == name][:_SHOWN]
         if first:
             lines.append(f"  {name}: {'; '.join(first)}{'; ...' if counts[name] > _SHOWN else ''}")
     if len(check.sizes) > 1:

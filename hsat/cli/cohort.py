@@ -100,7 +100,13 @@ def split_settings_cohort(cohort: Cohort, data: SourceSettings) -> Cohort:
             f"the names of the splits do not say which one to train on and which one to attack; there are {have}:"
             " name them with --data.splits train=NAME,val=NAME, or draw patients anew with --data.splits draw"
         )
-    return cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
+    drawn = cohort.with_split(val_fraction=data.val_fraction, seed=data.split_seed)
+    if not cohort.splits:
+        return drawn
+    gone = " once the excluded patches are left out" if data.exclude is not None else ""
+    note = f"there is the split {cohort.splits[0]!r} alone{gone}, so that patients to attack were drawn from it"
+    options = {name: getattr(drawn, name) for name in type(drawn).model_fields}
+    return Cohort(**options | {"notes": (*drawn.notes, note)})
 
 
 def open_store(cohort: Cohort, data: DataSettings, *, out: Path) -> PatchStore | None:

@@ -73,18 +73,21 @@ class SourceSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_opensrh(cls, values: Any) -> Any:
-        """An OpenSRH folder, which the synthetic cohort is one, is called so in the records of a run."""
+        """An OpenSRH folder is called so in the records of a run."""
         if not isinstance(values, dict) or values.get("layout", "found") != "found":
             return values
         root = values.get("root")
-        if root is None or (isinstance(root, str | Path) and (Path(root) / PATIENTS_FILE).is_file()):
+        if isinstance(root, str | Path) and (Path(root) / PATIENTS_FILE).is_file():
             return {**values, "layout": "opensrh"}
         return values
 
     def reader_options(self) -> ReadOptions:
         """The options of the layout's reader."""
         names = {one.name for one in dataclasses.fields(ReadOptions)} & type(self).model_fields.keys()
-        return ReadOptions(**{name: getattr(self, name) for name in names})
+        options = {name: getattr(self, name) for name in names}
+        if self.splits == "draw" and self.layout != "opensrh":
+            options["keep_splits"] = False
+        return ReadOptions(**options)
 
 
 class DataSettings(ViewConfig, SourceSettings):

@@ -19,10 +19,15 @@ _ARGUMENT = re.compile(
 )
 _PHRASES = (
     (r", after \.with_split\(\)", " and --data.splits draw"),
+    (
+        r"read without them \(keep_splits=False\) and draw patients anew with \.with_split\(\)",
+        "draw patients anew with --data.splits draw",
+    ),
     (r" and give the Cohort that it returns", ""),
     (r"\. Give the Cohort that a reader of hsat\.data returns in place of the folder", ""),
     (r"(?:hsat\.data\.)?rename_splits\(cohort, \{'(\w+)': '([^']*)'\}\)", r"--data.splits \1=\2"),
-    (r"pass input_size=(\d+)", r"give --model.input_size \1"),
+    (r"pass input_size=(\d+)(?: \(to wrap_encoder or build_encoder\))?", r"give --model.input_size \1"),
+    (r"pass image_size=\.\.\. to the dataset or evaluation", "give --data.image_size SIZE"),
     (r"build_encoder\(\.\.\., image_size=\.\.\.\)", "--model.image_size SIZE"),
 )
 """What the library says of Python, and what is typed."""

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hsat.data.assembly import IMAGE_SUFFIXES, SLIDE_SUFFIXES, TILE_FIRST, Mixed, Rows
+from hsat.data.assembly import IMAGE_SUFFIXES, Mixed, Rows
 from hsat.data.cohort import Cohort, PatchKind
+from hsat.data.folder_names import JUNK, name_masks
 from hsat.data.paths import resolve_root, shorten_names
 from hsat.data.records import PatchRecord
+from hsat.data.survey import LEVELS, expected_layout, layout_hint
 
-_LEVELS = ("class", "patient", "slide")
-_JUNK = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini", "lost+found"})
-_MASK = re.compile(r"(.+?)[-_. ](?:mask|masks|label|labels|seg|segmentation|annotation|gt)", re.IGNORECASE)
-_SURVEYED = 20_000  # entries that are looked at for a hint
+MASKS_READ = "are called as masks or labels of others and were read as patches"
 NO_PATIENTS = (
     "no patients are known, so that every patch counts as a slide and a patient of its own: the three levels coincide,"
     " intervals are too narrow, and a split by patient may put patches of one person on both sides"
@@ -34,6 +33,7 @@ def read_folders(
     class_names: Sequence[str] | None = None,
     mixed: Mixed = "keep",
     on_empty: Literal["error", "skip"] = "error",
+    keep_splits: bool = True,
     allow_links: bool = False,
 ) -> Cohort:
     """A Cohort from folders class/patient/slide/patch.png, or split/class/patient/slide/patch.png.
@@ -52,6 +52,7 @@ def read_folders(
             warning names them, for numbers that start anew in each class mean other patients.  "error" refuses them.
             "drop_minority" keeps the patches of the class with most (of equals, the first by name) and warns.
         on_empty: An empty class, patient or slide folder is an error, or "skip" with a warning.
+        keep_splits: False forgets which split a patch lay in, for patients who are in several.
         allow_links: See `Cohort`.
 
     Returns:
@@ -65,10 +66,10 @@ def read_folders(
         PermissionError: A folder may not be read.
     """
     folder = resolve_root(root)
-    levels = ("split", *_LEVELS) if split_folders else _LEVELS
+    levels = ("split", *LEVELS) if split_folders else LEVELS
     listing = _list_images(folder, levels, on_empty)
     records = [
-        PatchRecord(path, class_name, patient, slide, path.split("/")[0] if split_folders else "")
+        PatchRecord(path, class_name, patient, slide, path.split("/")[0] if split_folders and keep_splits else "")
         for path in listing.images
         for class_name, patient, slide in [path.split("/")[-4:-1]]
     ]
@@ -87,6 +88,7 @@ def read_class_folders(
     split_folders: bool = False,
     class_names: Sequence[str] | None = None,
     on_empty: Literal["error", "skip"] = "error",
+    keep_splits: bool = True,
     allow_links: bool = False,
 ) -> Cohort:
     r"""A Cohort from folders class/patch.tif (NCT-CRC-HE-100K, BACH, LC25000) or split/class/patch.tif.
@@ -103,7 +105,7 @@ def read_class_folders(
         kind: See `read_folders`.
         split_folders: The first level is the split.
         class_names: None takes all classes that occur, in alphabetical order.
-        on_empty: See `read_folders`.
+        on_empty, keep_splits: See `read_folders`.
         allow_links: See `Cohort`.
 
     Returns:
@@ -129,12 +131,26 @@ def read_class_folders(
         warnings.warn(
             f"{folder}: {NO_PATIENTS}; give patient='...', a regular expression, if file names hold it", stacklevel=2
         )
-    records = []
+    records, kept = [], split_folders and keep_splits
     for path, person, glass in zip(listing.images, patients, slides, strict=True):
         names = path.split("/")
-        records.append(PatchRecord(path, names[len(levels) - 1], person, glass, names[0] if split_folders else ""))
+        records.append(PatchRecord(path, names[len(levels) - 1], person, glass, names[0] if kept else ""))
+    listing.notes += _warn_of_one_class(folder, records, len(levels))
     rows = Rows(records, list(listing.images), listing.notes)
     return rows.cohort(folder, kind=kind, class_names=class_names, mixed="keep", allow_links=allow_links)
+
+
+def _warn_of_one_class(root: Path, records: Sequence[PatchRecord], depth: int) -> list[str]:
+    """What to do where the only class may be a folder around those of the classes."""
+    common = os.path.commonpath([os.path.dirname(record.path) for record in records])
+    below = [record.path[len(common) + 1 :].split("/") for record in records]
+    inner = sorted({parts[0] for parts in below if len(parts) > 1})
+    if len({record.class_name for record in records}) > 1 or len(inner) < 2:
+        return []
+    note = f"all patches are of the class {records[0].class_name!r}, and lie in the folders {shorten_names(inner)}"
+    note += f"; if those are the classes, give {root / common} in place of {root}" if depth == 1 else ""
+    warnings.warn(note, stacklevel=3)
+    return [note]
 
 
 def _compile(name: str, pattern: str) -> re.Pattern[str]:
@@ -203,7 +219,7 @@ def _list_images(root: Path, levels: tuple[str, ...], on_empty: str, *, deeper: 
             f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)}) in {'/'.join(levels)} folders"
             + f"; {hint}" * bool(hint)
         )
-    _note_masks(listing)
+    listing.notes += mask_notes(listing.images)
     if listing.outside:
         shown = ", ".join(listing.outside[:5])
         listing.notes.append(f"passed over: {len(listing.outside)} files outside {levels[-1]} folders, {shown}")
@@ -269,105 +285,21 @@ def _walk(folder: _Folder, levels: tuple[str, ...], listing: _Listing, *, deeper
         listing.empty.append(relative)
 
 
-def expected_layout(root: Path, levels: Sequence[str]) -> str:
-    """What a reader wanted, and which reader fits the folder."""
-    hint = layout_hint(root, levels)
-    return f"wanted {'/'.join(levels)}/patch" + (f"; {hint}" if hint else "")
-
-
-def layout_hint(root: Path, asked: Sequence[str] = ()) -> str:
-    """Which reader fits a folder, from the depths at which its images lie and the files beside them.
+def mask_notes(paths: Sequence[str]) -> list[str]:
+    """A note on images that are called as masks or labels of others, which are read as patches; a warning says it too.
 
     Args:
-        root: The folder.
-        asked: The levels of the reader that was called, which is not named.
+        paths: Of all images of a cohort.
 
     Returns:
-        A sentence; "" where nothing fits.
+        One note, or none.
     """
-    depths, others = survey_folder(root)
-    if (root / "meta" / "opensrh.json").is_file() and tuple(asked) != ("opensrh",):
-        return "it is an OpenSRH folder; call read_opensrh (layout='opensrh')"
-    slides = sum(others[suffix] for suffix in SLIDE_SUFFIXES)
-    if slides and not depths:
-        return f"it holds {slides} whole slides; {TILE_FIRST}"
-    fits = {
-        ("class",): "images lie in class/patch folders; call read_class_folders (layout='classes')",
-        _LEVELS: "images lie in class/patient/slide/patch folders; call read_folders (layout='folders')",
-        ("split", "class"): "if they are split/class/patch, call read_class_folders with split_folders=True"
-        " (layout='classes'); if class/patient/patch, put one slide folder in each patient's",
-        ("split", *_LEVELS): "images lie four folders deep; if they are split/class/patient/slide/patch, call"
-        " read_folders with split_folders=True (layout='folders')",
-    }
-    if tuple(asked[:1]) == ("split",):  # the same reader fits, without its option
-        fits[("class",)] += " without split_folders"
-        fits[_LEVELS] += " without split_folders"
-    by_depth = {len(levels): text for levels, text in fits.items() if tuple(levels) != tuple(asked)}
-    if others[".csv"]:
-        table = "or, with the table that lies there, read_csv with columns={...} (layout='csv')"
-    else:
-        table = "for another order of folders write a table of paths and call read_csv (layout='csv')"
-    if len(depths) == 1 and (depth := next(iter(depths))) in by_depth:
-        return f"{by_depth[depth]}; {table}"
-    if not depths:
-        arrays = sum(others[suffix] for suffix in (".h5", ".hdf5", ".npy", ".pt", ".npz"))
-        return f"it holds {arrays} files of arrays, which are no images; write patches as PNG" if arrays else ""
-    counts = ", ".join(f"{count} images {depth} folders deep" for depth, count in sorted(depths.items()))
-    deeper = "call read_class_folders with patient='...', a regular expression, which takes images of any depth"
-    return (
-        f"there are {counts}, so that no layout of folders fits all; if their paths hold the patient, {deeper}"
-        f" (layout='classes'); {table}"
-    )
-
-
-def survey_folder(root: Path) -> tuple[Counter[int], Counter[str]]:
-    """Images by depth, and other files by suffix, among the first entries below a folder; links are not followed."""
-    depths, others, seen = Counter[int](), Counter[str](), 0
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name.lower() not in _JUNK and not name.startswith("."))
-        depth = 0 if folder == str(root) else os.path.relpath(folder, root).count(os.sep) + 1
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or name.lower() in _JUNK:
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                depths[depth] += 1
-            else:
-                others[suffix] += 1
-        seen += len(files) + len(folders)
-        if seen > _SURVEYED:
-            break
-    return depths, others
-
-
-def list_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, in order, without hidden ones and what computers add.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The names.
-    """
-    with os.scandir(folder) as entries:
-        return sorted(
-            one.name for one in entries if one.is_dir() and one.name[0] != "." and one.name.lower() not in _JUNK
-        )
-
-
-def _note_masks(listing: _Listing) -> None:
-    """Count images that are masks or labels of another one by their names; they are read as patches."""
-    stems = {os.path.splitext(path)[0] for path in listing.images}
-    masks = [
-        path for path in listing.images if (match := _MASK.fullmatch(os.path.splitext(path)[0])) and match[1] in stems
-    ]
-    if masks:
-        note = (
-            f"{len(masks)} images are called as masks or labels of others and were read as patches:"
-            f" {shorten_names(masks)}; move them out of the folder"
-        )
-        listing.notes.append(note)
-        warnings.warn(note, stacklevel=4)
+    masks = name_masks(paths)
+    if not masks:
+        return []
+    note = f"{len(masks)} images {MASKS_READ}: {shorten_names(masks)}; move them out of the folder"
+    warnings.warn(note, stacklevel=4)
+    return [note]
 
 
 def _entries(folder: Path, listing: _Listing) -> Iterator[os.DirEntry[str]]:
@@ -378,7 +310,7 @@ def _entries(folder: Path, listing: _Listing) -> Iterator[os.DirEntry[str]]:
     except OSError as error:
         raise type(error)(error.errno, f"folder cannot be read ({error.strerror})", str(folder)) from error
     for entry in listed:
-        if entry.name.lower() in _JUNK or entry.name.startswith("._"):
+        if entry.name.lower() in JUNK or entry.name.startswith("._"):
             listing.junk += 1
         elif not entry.name.startswith("."):
             yield entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,28 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 _NEEDED = ("path", "class", "patient", "slide")
 _CLASS_WORDS = ("tumor", "tumour", "diagnosis", "target", "tumor_patch", "y")  # guesses to type, never read unasked
 _SHOWN = 12
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
+_SEPARATORS = ";\t|"
+_SEARCHED = 20_000  # rows in which a patch is looked for
+_FEWEST = 3  # characters of a cell that begins a file's name
+
+
+def find_separator(header: str) -> str:
+    """What separates the columns of a table: commas, or what else stands in a header without any.
+
+    Args:
+        header: The first line.
+
+    Returns:
+        One character.
+
+    Example:
+        >>> find_separator("path,class"), find_separator("path;class")
+        (',', ';')
+    """
+    counts = {one: header.count(one) for one in _SEPARATORS}
+    best = max(counts, key=lambda one: counts[one])
+    return best if counts[best] and "," not in header else ","
 
 
 @dataclass(frozen=True)
@@ -49,8 +72,12 @@ class FoundTable:
             The table; without columns where the file is none.
         """
         try:
-            with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-                lines = list(csv.reader(file))
+            with path.open("rb") as raw:
+                encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            with path.open(newline="", encoding=encoding, errors="replace") as file:
+                separator = find_separator(file.readline())
+                file.seek(0)
+                lines = list(csv.reader(file, delimiter=separator))
         except (OSError, csv.Error):
             lines = []
         header = tuple(cell.strip() for cell in lines[0]) if lines else ()
@@ -97,20 +124,23 @@ class FoundTable:
                 return column
         return None
 
-    def call(self, example: str = "") -> str:
+    def call(self, example: str = "", others: Sequence[str] = ()) -> str:
         """The call to write for this table, with blanks where nobody can know.
 
         Args:
             example: Path of a patch below the table's folder, for the template of paths.
+            others: Paths of other patches: a folder that differs among them needs a column.
         """
         columns = {role: names[0] for role in ("path", "class", "patient", "slide") if (names := self.named(role))}
+        if "path" in columns and example and not any(map(self._is_image, self.column(columns["path"]))):
+            del columns["path"]  # its cells lead nowhere from here
         if "class" not in columns:
             guess = next((name for name in self.header if name.casefold() in _CLASS_WORDS), "COLUMN")
             columns = {"class": guess, **columns}
         path = self.path
         text = f"read_csv({str(path.parent)!r}, {path.name!r}, columns={columns!r}"
         if columns.get("path") is None:
-            text += f", path_template={self._template(example)!r}"
+            text += f", path_template={self._template(example, others)!r}"
         return text + ")"
 
     def describe(self) -> str:
@@ -121,19 +151,57 @@ class FoundTable:
     def _is_image(self, cell: str) -> bool:
         return cell.lower().endswith(IMAGE_SUFFIXES) and (self.path.parent / cell).is_file()
 
-    def _template(self, example: str) -> str:
-        """Where the folder of a patch is called as a cell, all patches of that folder; else blanks."""
-        parts = example.split("/")
-        for place in range(len(parts) - 2, -1, -1):
-            for column in self.header:
-                if parts[place] in self.column(column):
-                    inner = "" if place == len(parts) - 2 else "/".join(parts[place + 1 : -1]) + "/"
-                    return "/".join([*parts[:place], f"{{{column}}}/{inner}*{Path(example).suffix}"])
-        return "/".join([*parts[:-1][:1], f"...{{COLUMN}}...{Path(example).suffix or '.png'}"])
+    def fit(self, example: str) -> float:
+        """How much of the path of a patch stands in one row; 0 where nothing does."""
+        return self._pieces(example)[0]
+
+    def _template(self, example: str, others: Sequence[str]) -> str:
+        """The path of a patch with names of columns where a row has its parts; else blanks."""
+        fit, pieces = self._pieces(example)
+        suffix = Path(example).suffix
+        if not fit:
+            return "/".join([*example.split("/")[:-1][:1], f"...{{COLUMN}}...{suffix or '.png'}"])
+        alike = [
+            other.split("/") for other in others if other.count("/") == example.count("/") and self.fit(other) >= fit
+        ]
+        for place, piece in enumerate(pieces[:-1]):
+            if "{" not in piece and any(other[place] != piece for other in alike):
+                pieces[place] = "{COLUMN}"
+        return "/".join(pieces)
+
+    def _pieces(self, example: str) -> tuple[float, list[str]]:
+        """How well the row that fits best fits, and the parts of the template that it makes."""
+        *folders, name = example.split("/")
+        stem, suffix = Path(name).stem, Path(name).suffix
+        starts = [stem[: found.start()] for found in re.finditer(r"[-_ ]", stem)]
+        wanted = {*folders, name, stem, *(start for start in starts if len(start) >= _FEWEST)}
+        best: tuple[float, list[str]] = (0, [])
+        for row in self.rows[:_SEARCHED]:
+            cells = {
+                cell.strip(): column for cell, column in zip(row, self.header, strict=True) if cell.strip() in wanted
+            }
+            if not cells:
+                continue
+            start = max((one for one in starts if one in cells and len(one) >= _FEWEST), key=len, default="")
+            parts = [f"{{{cells[part]}}}" if part in cells else part for part in folders]
+            matched = sum(part in cells for part in folders)
+            if name in cells:
+                last, fit = f"{{{cells[name]}}}", 4
+            elif stem in cells:
+                last, fit = f"{{{cells[stem]}}}{suffix}", 4
+            elif folders and folders[-1] in cells:
+                last, fit = f"*{suffix}", 2
+            elif start:
+                last, fit = f"{{{cells[start]}}}{stem[len(start)]}*{suffix}", 2
+            else:
+                last, fit = f"*{suffix}", matched
+            if fit + matched / 10 > best[0]:
+                best = (fit + matched / 10, [*parts, last])
+        return best
 
 
 def find_tables(folder: Path) -> list[FoundTable]:
-    """The CSV files directly in a folder that have a header and rows.
+    """The tables (.csv, .tsv) directly in a folder that have a header and rows.
 
     Args:
         folder: The folder of a cohort.
@@ -141,5 +209,6 @@ def find_tables(folder: Path) -> list[FoundTable]:
     Returns:
         In order of name.
     """
-    found = [FoundTable.read(path) for path in sorted(folder.glob("*.csv")) if not path.name.startswith(".")]
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv") and path.is_file())
+    found = [FoundTable.read(path) for path in paths if not path.name.startswith(".")]
     return [table for table in found if len(table.header) > 1 and table.rows]

@@ -24,6 +24,7 @@ class ReadOptions:
         manifest, columns, path_template: Of "csv"; see `read_csv`.
         patient, slide: Of "classes"; see `read_class_folders`.
         split_folders, on_empty, mixed, kind: See `read_folders`; on_empty also of `read_opensrh`.
+        keep_splits: False reads patients who are in several splits, whose splits are drawn anew; see `read_folders`.
         class_names: None takes all classes that occur, in alphabetical order.
         allow_links: See `Cohort`.
     """
@@ -36,6 +37,7 @@ class ReadOptions:
     split_folders: bool = False
     on_empty: Literal["error", "skip"] = "error"
     mixed: Mixed = "keep"
+    keep_splits: bool = True
     kind: PatchKind | None = None
     class_names: Sequence[str] | None = None
     allow_links: bool = False
@@ -43,9 +45,9 @@ class ReadOptions:
 
 _KNOWN = {
     "opensrh": "on_empty class_names allow_links",
-    "folders": "split_folders on_empty mixed kind class_names allow_links",
-    "classes": "patient slide split_folders on_empty kind class_names allow_links",
-    "csv": "manifest columns path_template mixed kind class_names allow_links",
+    "folders": "keep_splits split_folders on_empty mixed kind class_names allow_links",
+    "classes": "keep_splits patient slide split_folders on_empty kind class_names allow_links",
+    "csv": "keep_splits manifest columns path_template mixed kind class_names allow_links",
 }
 
 

@@ -40,7 +40,7 @@ def collate(samples: Sequence[Sample]) -> HierarchicalBatch:
             raise ValueError(
                 f"{first.paths[0]} (patch {int(first.patch[0])}) gives images of shape {tuple(first.images.shape[1:])}"
                 f" and {sample.paths[0]} (patch {int(sample.patch[0])}) of shape {tuple(sample.images.shape[1:])};"
-                " pass image_size to the dataset so that all images have one size"
+                " pass image_size=... to the dataset or evaluation so that all images have one size"
             )
     images, patch, slide, patient, label = (torch.cat(parts) for parts in list(zip(*samples, strict=True))[:5])
     return HierarchicalBatch(images, patch, slide, patient, label)

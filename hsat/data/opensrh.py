@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsat.data.cohort import Cohort
-from hsat.data.folders import layout_hint
 from hsat.data.paths import resolve_root, shorten_names
 from hsat.data.records import PatchRecord, check_records, sorted_classes
+from hsat.data.survey import layout_hint
 
 NORMAL_CLASS = "normal"
 PATIENTS_FILE = "meta/opensrh.json"

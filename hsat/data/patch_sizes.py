@@ -9,9 +9,12 @@ import numpy as np
 
 from hsat.data.cohort import Cohort
 
+_ORIENTATION = 0x0112  # the tag that says how a camera was held
+_ON_ITS_SIDE = (5, 6, 7, 8)
+
 
 def count_sizes(cohort: Cohort, *, most: int | None = None) -> Counter[tuple[int, int]]:
-    """How many patches have each size; files that cannot be read are left to those who read them.
+    """How many patches have each size, turned as they are read; files that cannot be read are left to those who do.
 
     Args:
         cohort: The patches.
@@ -29,7 +32,8 @@ def count_sizes(cohort: Cohort, *, most: int | None = None) -> Counter[tuple[int
         for row in rows:
             try:
                 with Image.open(cohort.path(int(row))) as image:
-                    sizes[image.height, image.width] += 1
+                    turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE and image.format != "TIFF"
+                    sizes[(image.width, image.height) if turned else (image.height, image.width)] += 1
             except (OSError, ValueError, SyntaxError):
                 continue
     return sizes

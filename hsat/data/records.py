@@ -133,7 +133,8 @@ def _check_one_split(patients: Sequence[str], splits: Sequence[str], where: Call
         if splits[before] != split:
             raise ValueError(
                 f"patient {patient!r} is in two splits, {splits[before]!r} ({where(before)})"
-                f" and {split!r} ({where(i)}); a patient belongs to one split only"
+                f" and {split!r} ({where(i)}); a patient belongs to one split only: read without them"
+                " (keep_splits=False) and draw patients anew with .with_split()"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fnmatch
+import glob
 import math
 import os
 import string
@@ -15,7 +16,8 @@ from typing import Any
 
 from hsat.data.assembly import IMAGE_SUFFIXES, SLIDE_SUFFIXES, TILE_FIRST, Mixed, Rows
 from hsat.data.cohort import Cohort, PatchKind
-from hsat.data.folders import NO_PATIENTS
+from hsat.data.folders import NO_PATIENTS, mask_notes
+from hsat.data.found_tables import find_separator
 from hsat.data.paths import check_inside, resolve_root
 from hsat.data.records import PatchRecord, path_error
 from hsat.types.names import check_cells, is_missing
@@ -23,6 +25,7 @@ from hsat.types.names import check_cells, is_missing
 ROLES = ("path", "class", "patient", "slide", "split", "slide_label", "patient_label")
 """What a column of a table can be."""
 _NEEDED = ("path", "class", "patient", "slide")
+_SEPARATOR_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_csv(
@@ -34,11 +37,13 @@ def read_csv(
     kind: PatchKind | None = None,
     class_names: Sequence[str] | None = None,
     mixed: Mixed = "keep",
+    keep_splits: bool = True,
     allow_links: bool = False,
 ) -> Cohort:
     """A Cohort from a CSV file with a row per patch, or per slide with a template of its patches' paths.
 
-    Rows keep their order.  The file is UTF-8 with commas, and every cell is text: '004' stays '004'.  A missing value
+    Rows keep their order.  The file is UTF-8 with commas (or, where its header has none, with semicolons or tabs, as
+    spreadsheets write it in some languages), and every cell is text: '004' stays '004'.  A missing value
     in whatever spelling ("", "nan", "NA", "NULL", "None", "#N/A", "-"), and a formula, are refused with file and line;
     an empty split means none.  Rows of nothing but commas are left out and counted.
 
@@ -55,6 +60,7 @@ def read_csv(
         kind: As in `read_folders`.
         class_names: As in `read_folders`.
         mixed: As in `read_folders`, without a warning for "keep".
+        keep_splits: False leaves the column of splits out, for patients who are in several.
         allow_links: See `Cohort`.
 
     Returns:
@@ -86,7 +92,7 @@ def read_csv(
         raise ValueError(f"manifest {path} is not UTF-8 text: {error}; save it as UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"manifest {path} is not readable as CSV: {error}") from error
-    source = _Source(folder, f"manifest {path}", columns, path_template, allow_links)
+    source = _Source(folder, f"manifest {path}", columns, path_template, allow_links, keep_splits)
     return source.rows(table).cohort(folder, kind=kind, class_names=class_names, mixed=mixed, allow_links=allow_links)
 
 
@@ -169,7 +175,9 @@ class _Table:
 
 def _read_table(path: Path) -> _Table:
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
+        separator = find_separator(file.readline())
+        file.seek(0)
+        reader = csv.reader(file, strict=True, delimiter=separator)
         table = _Table(next(reader, []), [], [])
         blank = 0
         for row in reader:
@@ -179,7 +187,7 @@ def _read_table(path: Path) -> _Table:
             if len(row) != len(table.header):
                 raise ValueError(
                     f"manifest {path}, line {reader.line_num}: {len(row)} fields, but the header has"
-                    f" {len(table.header)}; quote fields that hold commas"
+                    f" {len(table.header)}; quote fields that hold {_SEPARATOR_NAMES.get(separator, repr(separator))}"
                 )
             table.rows.append(row)
             table.places.append(f"{path.name}, line {reader.line_num}")
@@ -197,6 +205,7 @@ class _Source:
     columns: Mapping[str, str] | None
     path_template: str | None
     allow_links: bool
+    keep_splits: bool = True
 
     def rows(self, table: _Table) -> Rows:
         """The rows; ValueError naming the table and the row for what cannot be used."""
@@ -210,6 +219,8 @@ class _Source:
                 check_cells(role, cells[role], where)
         notes = list(table.notes)
         paths, chosen = self._paths(table, cells, roles)
+        if self.path_template and "*" in self.path_template:
+            notes += mask_notes(paths)
         column: Callable[[str, Sequence[str]], list[str]] = lambda role, default: (  # noqa: E731
             [cells[role][i] for i in chosen] if role in cells else list(default)
         )
@@ -220,7 +231,9 @@ class _Source:
             note = NO_PATIENTS if "slide" not in roles else "no column is the patient: every slide counts as one"
             notes.append(note)
             warnings.warn(f"{self.name}: {note}; name the column, as in columns={{'patient': 'case_id'}}", stacklevel=4)
-        splits = ["" if is_missing(split) else split for split in column("split", [""] * len(chosen))]
+        splits = [""] * len(chosen)
+        if self.keep_splits:
+            splits = ["" if is_missing(split) else split for split in column("split", splits)]
         records = [PatchRecord(*row) for row in zip(paths, column("class", []), patients, slides, splits, strict=True)]
         places = [table.places[i] for i in chosen]
         return Rows(
@@ -247,7 +260,7 @@ class _Source:
                     " columns={'path': 'file', 'class': 'label'}"
                 )
         have = ", ".join(map(repr, header)) or "nothing"
-        hint = "; separate columns with commas" if len(header) == 1 and set(header[0]) & set(";\t|") else ""
+        hint = ""
         if self.columns is not None and (lacking := [role for role in needed if role not in names]):
             raise ValueError(
                 f"columns does not say which column is the {' and the '.join(lacking)} of a patch;"
@@ -281,22 +294,35 @@ class _Source:
         pieces = _parse_template(self.path_template, places, self.name)
         paths, chosen, listed = [], [], dict[str, list[str]]()
         for i, row in enumerate(table.rows):
-            path = self._relative("".join(text + (row[places[name]] if name else "") for text, name in pieces))
+            filled = [(text, row[places[name]] if name else "") for text, name in pieces]
+            path = self._relative("".join(text + cell for text, cell in filled))
             if "*" not in self.path_template:
                 paths.append(path)
                 chosen.append(i)
                 continue
-            folder, _, pattern = path.rpartition("/")
+            folder = path.rpartition("/")[0]
             if problem := path_error(path):
                 raise ValueError(f"{table.places[i]}: path {path!r} is refused: {problem}")
             if folder not in listed:
                 listed[folder] = self._files(folder, table.places[i])
-            names = [name for name in listed[folder] if fnmatch.fnmatchcase(name, pattern)]
+            literal = "".join(text + glob.escape(cell) for text, cell in filled).rpartition("/")[2]
+            names = [name for name in listed[folder] if fnmatch.fnmatchcase(name, literal)]
             if not names:
                 raise ValueError(f"{table.places[i]}: no image {path!r} in {self.root}")
+            self._check_numbers(path.rpartition("/")[2], names, table.places[i])
             paths += [f"{folder}/{name}" if folder else name for name in names]
             chosen += [i] * len(names)
         return paths, chosen
+
+    def _check_numbers(self, pattern: str, names: Sequence[str], place: str) -> None:
+        """ValueError where * goes on with the number of a cell, so that case1 takes the images of case10."""
+        before = pattern.partition("*")[0]
+        longer = [name for name in names if before[-1:].isdigit() and name[len(before) : len(before) + 1].isdigit()]
+        if longer:
+            raise ValueError(
+                f"{place}: path_template {self.path_template!r} takes {longer[0]!r} for {before!r}, whose number goes"
+                " on there; put what stands between them before the *, as in {case}_*.png"
+            )
 
     def _files(self, folder: str, place: str) -> list[str]:
         """Names of the images in a folder below the root, in order."""

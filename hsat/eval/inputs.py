@@ -12,8 +12,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from hsat.data import Cohort, PatchDataset, find_cohort, find_splits, patch_loader
-from hsat.data.folders import NO_PATIENTS
+from hsat.data.folders import MASKS_READ, NO_PATIENTS
 from hsat.data.patch_sizes import count_sizes
+from hsat.data.readers import read_patch
 from hsat.data.split_names import describe_unused, split_role
 from hsat.eval.loader_inputs import NO_BANK, open_alone, open_pair
 from hsat.models import Encoder, checkpoint_hash, load_encoder, wrap_encoder
@@ -218,6 +219,7 @@ def _of_cohort(
     notes, flags = list(cohort.notes), []
     if any("no patients are known" in note for note in cohort.notes):
         flags.append(NO_PATIENTS)
+    flags += [note for note in cohort.notes if MASKS_READ in note]
     labelled = len(cohort.class_names) > 1 and cohort.class_names != (UNLABELLED,)
     size, note = choose_size(cohort, encoders, image_size)
     notes.append(note)
@@ -277,6 +279,7 @@ def choose_size(
 
     Raises:
         ValueError: For encoders of several sizes, and patches of several sizes.
+        OSError, BadPatch: Where no patch can be read, for the first one.
     """
     if image_size is not None:
         return image_size, f"patches resized to {image_size} x {image_size}, as asked for"
@@ -288,6 +291,9 @@ def choose_size(
             " hsat.wrap_encoder(module, norm=..., input_size=...), which resizes inside, and give image_size=..."
         )
     own = set(count_sizes(cohort))
+    if not own:
+        cohort.file_sizes()
+        read_patch(cohort.path(0), kind=cohort.kind)  # says what is wrong with the first one
     if wanted:
         size = next(iter(wanted.values()))
         if own == {size}:

@@ -182,7 +182,8 @@ class Encoder(nn.Module):
                 raise  # whatever it is, it is not the size
             raise ValueError(
                 f"the backbone failed on {given[0]}x{given[1]} images and was built for {built[0]}x{built[1]} ({error})"
-                f"; pass input_size={built[0] if built[0] == built[1] else built} to resize inside the encoder, or"
+                f"; pass input_size={built[0] if built[0] == built[1] else built} (to wrap_encoder or build_encoder)"
+                " to resize inside the encoder, or"
                 " build the backbone for your size: build_encoder(..., image_size=...)"
             ) from error
         picks = isinstance(self._features, int) or (isinstance(self._features, str) and compute is self.backbone)
@@ -264,7 +265,8 @@ class Encoder(nn.Module):
             height, width = self.fixed_size
             raise ValueError(
                 f"the backbone takes {height}x{width} images, got {x.shape[2]}x{x.shape[3]};"
-                f" pass input_size={height if height == width else self.fixed_size} to resize inside the encoder"
+                f" pass input_size={height if height == width else self.fixed_size} (to wrap_encoder or build_encoder)"
+                " to resize inside the encoder"
             )
         dtype = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), x.dtype)
         return x.to(dtype)

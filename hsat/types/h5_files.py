@@ -143,8 +143,11 @@ def _read_file(
     try:
         with h5py.File(path, "r") as file:
             z = _H5Dataset(path, size, features, max_bytes).read(file, "embeddings")
-            if z.ndim != 2:
-                raise ValueError(f"{path}: {features!r} has shape {z.shape}; wanted (n, d), a row per patch")
+            if z.ndim != 2 or 0 in z.shape:
+                raise ValueError(
+                    f"{path}: {features!r} has shape {z.shape}; wanted (n, d), a row per patch"
+                    + "; it holds no patch, so leave the file out" * (z.ndim == 2)
+                )
             arrays = {"": embedding_rows(z, lambda row: f"{path}, row {row}")}
             for role, name in datasets.items():
                 column = _H5Dataset(path, size, name, max_bytes).read(file, "ids or labels")

@@ -46,7 +46,8 @@ def test_calls_have_blanks_where_nobody_can_know(table, tmp_path):
     found = table("id,wsi,tumor\n7,w1,1\n8,w2,0\n")
     root = repr(str(tmp_path))
     columns = "columns={'class': 'tumor', 'slide': 'wsi'}"
-    assert found.call("img/w1/7.png") == f"read_csv({root}, 't.csv', {columns}, path_template='img/{{wsi}}/*.png')"
+    assert found.call("img/w1/7.png") == f"read_csv({root}, 't.csv', {columns}, path_template='img/{{wsi}}/{{id}}.png')"
+    assert found.call("img/w1/9.png") == f"read_csv({root}, 't.csv', {columns}, path_template='img/{{wsi}}/*.png')"
     assert found.call("img/a.png") == f"read_csv({root}, 't.csv', {columns}, path_template='img/...{{COLUMN}}....png')"
     assert "'class': 'COLUMN'" in table("a,b\n1,2\n").call()
     assert found.describe() == "the table t.csv with the columns id, wsi, tumor"
@@ -61,6 +62,6 @@ def test_a_column_of_slides_lists_each_once(table):
 def test_tables_of_a_folder(table, tmp_path):
     table("a,b\n1,2\n", "one.csv")
     table("list\nx\n", "two.csv")
-    (tmp_path / "three.csv").write_bytes(b"\xff\xfe\0,\n\0,\n")
+    (tmp_path / "three.csv").write_text("a,b\n1,2\n", encoding="utf-16")
     assert [found.path.name for found in find_tables(tmp_path)] == ["one.csv", "three.csv"]
     assert FoundTable.read(tmp_path / "gone.csv").header == ()

