@@ -23,7 +23,8 @@ _ORDINAL = re.compile(r"^\d{1,2}[-_. ]+(?=[^\W\d_]{3})")  # "01_TUMOR"
 _SLIDE = re.compile(
     r"(?P<person>.*\w)(?P<word>[-_ .](?:slide|sl|s|wsi|dx|ts|bs|block|section)[-_ ]?)\d+\w?", re.IGNORECASE
 )
-_MAGNIFICATION = re.compile(r"\d{1,4}(?:\.\d+)?x|x\d{1,4}", re.IGNORECASE)
+_POWERS = r"(?:2|2\.5|4|5|10|20|40|50|60|63|80|100|200|400)"
+_MAGNIFICATION = re.compile(rf"{_POWERS}x|x{_POWERS}", re.IGNORECASE)
 _MASK_WORDS = (
     r"masks?|label(?:l?ed|s)?|seg(?:mentations?|s)?|anno(?:tations?|tated|s)?|gt|ground[-_ ]?truths?|overlays?"
 )

@@ -180,13 +180,15 @@ class FolderShape:
         options = ", split_folders=True" if self.is_split else ""
         if self.below == 2:
             options += f", patient={PATIENT_BELOW_SPLIT if self.is_split else PATIENT_FOLDER!r}"
-        return (
+        text = (
             f"the folders {shorten_names(self.names(0))} {'of patches ' * (self.below == 1)}are named as patients or"
             " slides are, not as classes: write a table with a row for each of them and call"
             f" read_csv({str(self.folder)!r}, 'TABLE.csv', columns={columns!r},"
-            f" path_template='{split}{folders}/*.png') {GIVE}; if they are classes, call"
-            f" read_{layout}({str(self.folder)!r}{options}) {GIVE}"
+            f" path_template='{split}{folders}/*.png') {GIVE}"
         )
+        if folders.endswith("{class}"):
+            return text
+        return f"{text}; if they are classes, call read_{layout}({str(self.folder)!r}{options}) {GIVE}"
 
     def _slides(self) -> str:
         """Several slides of one person where patients are looked for."""

@@ -132,6 +132,13 @@ def _of_folders(folder: Path, options: ReadOptions) -> Cohort:
     raise ValueError(f"{folder}: {_why_nothing_fits(folder, list_folders(folder), options)}")
 
 
+def _fit(pair: tuple[FoundTable, str]) -> tuple[bool, float]:
+    """How well a table fits a patch; one of patches to train on goes before one of patches to submit."""
+    table, path = pair
+    fit = table.fit(path)
+    return fit > 0 and split_role(path.split("/")[0]) in ("", "train"), fit
+
+
 def _is_wrapper(folder: Path) -> bool:
     """Whether the only folder of a folder is no class but lies around the classes: data sets are unpacked so."""
     inner = [name for name in list_folders(folder) if holds_images(folder / name)]
@@ -209,9 +216,8 @@ def _of_table_beside(table: FoundTable, first: Sequence[str], *, tables: Sequenc
     if columns := table.match():
         return _of_table(table, ReadOptions(columns=columns))
     folder = table.path.parent
-    examples = sorted(list_images(folder), key=lambda path: split_role(path.split("/")[0]) not in ("", "train"))
-    pairs = ((one, example) for example in examples for one in tables)
-    table, example = max(pairs, key=lambda pair: pair[0].fit(pair[1]))
+    examples = list_images(folder)
+    table, example = max(((one, path) for path in examples for one in tables), key=_fit)
     beside = f"the folder {first[0]!r}, which is no class" if first else "patches without folders of classes"
     if len(first) > 1:
         column, listed = table.lists(first), shorten_names(first)

@@ -101,3 +101,33 @@ def test_a_training_says_that_patches_are_resized(make, capsys):
     assert "patches of 16 x 16 pixels are resized to 300 x 300; --data.image_size 16 keeps them" in shown
     open_cohort(DataSettings(root=root, image_size=16))
     assert "resized" not in capsys.readouterr().err
+
+
+def test_patients_in_several_splits_are_drawn_anew(make, stops):
+    shared = [f"{split}/{c}/p{i}/s/{split}.png" for split in ("train", "test") for c in "ab" for i in (1, 2)]
+    root = make(*[name.replace("/p", f"/{name[-12]}") for name in shared], *shared)
+    message = stops(lambda argv: open_cohort(EvaluationDataSettings(root=root)), [])
+    assert "a patient belongs to one split only: draw patients anew with --data.splits draw" in message
+    cohort = open_cohort(EvaluationDataSettings(root=root, splits="draw"))
+    assert set(cohort.splits) == {"train", "val"} and len({row.path.split("/")[0] for row in cohort.records}) == 2
+
+
+def test_a_split_that_is_alone_is_said(make, tmp_path, capsys):
+    root = make(*names("train", "test"))
+    listed = tmp_path / "exclude.csv"
+    listed.write_text("path\n" + "".join(f"{name}\n" for name in names("train", "test") if name.startswith("test")))
+    open_cohort(EvaluationDataSettings(root=root, exclude=listed))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert (
+        "there is the split 'train' alone once the excluded patches are left out, so that patients to attack" in shown
+    )
+
+
+def test_links_to_folders_are_named_and_followed_when_asked(make, tmp_path, stops):
+    root = make("a/p1/s/1.png", "a/p2/s/1.png", "b/p3/s/1.png", "b/p4/s/1.png")
+    (tmp_path / "linked").mkdir()
+    for name in "ab":
+        (tmp_path / "linked" / name).symlink_to(root / name)
+    message = stops(lambda argv: open_cohort(EvaluationDataSettings(root=tmp_path / "linked")), [])
+    assert "its folders 'a', 'b' are links" in message and "pass --data.allow_links true" in message
+    assert len(open_cohort(EvaluationDataSettings(root=tmp_path / "linked", allow_links=True))) == 4

@@ -18,6 +18,6 @@ def test_pairs():
 def test_an_opensrh_folder_is_called_so_in_the_records_of_a_run(tmp_path):
     root = write_synthetic_cohort(tmp_path / "srh", patients_per_class=2, patches=1)
     assert SourceSettings(root=root).layout == SourceSettings(root=str(root)).layout == "opensrh"
-    assert DataSettings().layout == DataSettings(root=root, layout="found").layout == "opensrh"
-    assert SourceSettings(root=tmp_path).layout == "found"
+    assert DataSettings(root=root, layout="found").layout == "opensrh"
+    assert SourceSettings(root=tmp_path).layout == DataSettings().layout == "found"
     assert SourceSettings(root=root, layout="folders").layout == "folders"

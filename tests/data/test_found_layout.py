@@ -179,3 +179,61 @@ def test_whole_slides_and_half_an_opensrh_folder_say_what_to_do(tmp_path, make):
     message = refusal(tmp_path / "slides")
     assert "whole slides are cut into patches first, as by CLAM" in message and "Give the Cohort" not in message
     assert "meta/opensrh.json is missing" in refusal(make("studies/NIO_001/1/patches/1.png"))
+
+
+def test_tables_whose_cells_are_names_of_files_give_a_call_that_reads_them(make):
+    root = make("train/abc_1.png", "train/abc_2.png", "train/cde_1.png", "test/efg_1.png")
+    (root / "other.csv").write_text("id,label\nefg_1,0\n")
+    (root / "train.csv").write_text("image_id,label\nabc,0\ncde,1\n")
+    message = refusal(root)
+    assert "splits by their names and hold no folders of classes" in message
+    with pytest.warns(UserWarning, match="no patients are known"):
+        (cohort,) = calls_in(message)
+    assert cohort.class_names == ("0", "1") and len(cohort) == 3
+    (root / "other.csv").unlink()
+    for path in (root / "test").iterdir():
+        path.unlink()
+    (root / "train.csv").write_text("filename,label,patient_id\nabc_1.png,0,p\nabc_2.png,0,p\ncde_1.png,1,q\n")
+    (cohort,) = calls_in(refusal(root))
+    assert [row.path for row in cohort.records] == ["train/abc_1.png", "train/abc_2.png", "train/cde_1.png"]
+    assert cohort.patient_names == ("p", "q")
+
+
+def test_a_table_with_the_columns_of_a_manifest_is_read_or_refused_never_passed_over(make):
+    root = make("Bilder/Fall 1/1.png", "Bilder/Fall 2/2.png")
+    lines = "path;class;patient;slide\nBilder/Fall 1/1.png;a;p1;s\nBilder/Fall 2/2.png;b;p2;s\n"
+    (root / "tabelle.csv").write_text(lines, encoding="utf-8-sig")
+    assert find_cohort(root).patient_names == ("p1", "p2")
+    (root / "tabelle.csv").write_text(lines, encoding="utf-16")
+    assert "tabelle.csv is not UTF-8 text" in refusal(root)
+    (root / "tabelle.csv").write_text(lines.replace("/", "\\"))
+    assert "it holds a backslash; write forward slashes" in refusal(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x.h5", "EmbeddingTable.from_h5"),
+        ("x.xlsx", "save it as CSV"),
+        ("x.json", "from_frame"),
+        ("x.zip", "is a file"),
+    ],
+)
+def test_other_files_in_place_of_a_folder_say_what_to_do(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"x")
+    assert words in refusal(tmp_path / name)
+
+
+def test_people_in_the_names_of_files_are_pointed_out(make):
+    cohort = find_cohort(make(*[f"{c}/blk-TCGA-AA-35{i}{p}-01Z-{i}.png" for c in "ab" for i in (10, 12) for p in "ab"]))
+    assert "pass patient='(TCGA-" in cohort.notes[-1]
+
+
+def test_masks_are_named_also_in_one_folder_of_images(make):
+    assert any("masks or labels of others" in note for note in find_cohort(make("1.png", "1_mask.png")).notes)
+
+
+def test_the_folder_around_the_classes_is_named_where_an_expression_finds_the_patients(make):
+    root = make("BreaKHis/breast/benign/x-p1-1.png", "BreaKHis/breast/malignant/x-p2-1.png")
+    with pytest.warns(UserWarning, match="all patches are of the class 'BreaKHis', and lie in the folders 'benign'"):
+        read_class_folders(root, patient=r"-(p\d)-")

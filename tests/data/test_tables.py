@@ -64,6 +64,37 @@ def test_a_row_per_slide_stands_for_its_patches(tmp_path, write_png):
         read_csv(root, "d.csv", columns=columns, path_template="*/{slide}/*.png")
 
 
+def test_cells_are_no_patterns_and_a_number_does_not_go_on_in_the_star(tmp_path, write_png):
+    for name in ("Slide[0] A_1.png", "Slide[0] A_1_mask.png", "SlideX A_1.png", "case1_0.png", "case10_0.png"):
+        write_png(tmp_path / "t" / name)
+    root = write(tmp_path / "d.csv", "slide,label", "Slide[0] A,tumour")
+    columns = {"class": "label", "patient": "slide"}
+    with pytest.warns(UserWarning, match="masks or labels of others"):
+        cohort = read_csv(root, "d.csv", columns=columns, path_template="t/{slide}_*.png")
+    assert [row.path for row in cohort.records] == ["t/Slide[0] A_1.png", "t/Slide[0] A_1_mask.png"]
+    write(tmp_path / "d.csv", "slide,label", "case1,tumour")
+    with pytest.raises(ValueError, match=r"line 2: .* takes 'case10_0.png' for 'case1', whose number goes on there"):
+        read_csv(root, "d.csv", columns=columns, path_template="t/{slide}*.png")
+    assert len(read_csv(root, "d.csv", columns=columns, path_template="t/{slide}_*.png")) == 1
+
+
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_separators_of_spreadsheets(tmp_path, separator):
+    lines = ["path,class,patient,slide,split", "a.png,tumour,004,s,train", "b.png,normal,005,s,val"]
+    root = write(tmp_path / "d.csv", *[line.replace(",", separator) for line in lines])
+    assert read_csv(root, "d.csv").patient_names == ("004", "005")
+    write(tmp_path / "d.csv", lines[0].replace(",", separator), "a.png")
+    with pytest.raises(ValueError, match="line 2: 1 fields, but the header has 5; quote fields that hold"):
+        read_csv(root, "d.csv")
+
+
+def test_patients_in_several_splits_are_read_without_them(tmp_path):
+    root = write(tmp_path / "d.csv", "path,class,patient,slide,split", "a.png,t,p,s,train", "b.png,t,p,s,val")
+    with pytest.raises(ValueError, match=r"belongs to one split only: read without them \(keep_splits=False\)"):
+        read_csv(root, "d.csv")
+    assert read_csv(root, "d.csv", keep_splits=False).splits == ()
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
