@@ -17,7 +17,9 @@ JUNK = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db",
 """Names of files and folders that computers add, in small letters."""
 ID = re.compile(r"\d\d")  # "004", "TCGA-A1-0021", "patient_12": of a patient or slide rather than of a class
 NUMBERED = re.compile(r"(?=.*\d).{3}")  # "s_1" may be a slide, "0" a class
-_LONG_ID = re.compile(r"\d{3}|^(?:patient|case|subject|slide|wsi|participant)s?[-_ ]?\w*\d", re.IGNORECASE)
+_LONG_ID = re.compile(
+    r"\d{3}|^(?:patient|case|subject|slide|wsi|participant)s?[-_ ]?\w*\d|^(?:p|pt|pat|s|id)[-_ ]?\d\d", re.IGNORECASE
+)
 _CASES = tuple(map(re.compile, (r"TCGA-\w\w-\w{4}", r"C3[LN]-\d{5}", r"GTEX-\w{4,5}(?=-)")))  # people in three archives
 _ORDINAL = re.compile(r"^\d{1,2}[-_. ]+(?=[^\W\d_]{3})")  # "01_TUMOR"
 _SLIDE = re.compile(
@@ -54,7 +56,7 @@ def is_magnification(name: str) -> bool:
 
 
 def is_person(name: str) -> bool:
-    """Whether a folder is called as a patient or slide is: three digits in a row, or patient_1, case 7, slide-2."""
+    """Whether a folder is called as a patient or slide is: three digits in a row, patient_1, case 7, slide-2, P01."""
     return bool(_LONG_ID.search(name))
 
 

@@ -101,7 +101,8 @@ def _of_table(table: FoundTable, options: ReadOptions) -> Cohort:
     if columns is None and not table.is_manifest:
         raise ValueError(f"{folder}: {table.describe()}: say which one is what: call {table.call()} {GIVE}")
     said = "" if columns is None else f", {', '.join(f'{role} from column {one}' for role, one in columns.items())}"
-    cohort = _read(folder, "csv", replace(options, manifest=name, columns=columns))
+    chosen = replace(options, manifest=name, columns=columns, split_folders=False, on_empty="error")
+    cohort = _read(folder, "csv", chosen)
     return _noted(cohort, f"read as the table {name}{said}")
 
 
@@ -120,7 +121,7 @@ def _of_folders(folder: Path, options: ReadOptions) -> Cohort:
     for table in tables if depth >= 0 else []:
         listed = depth == 1 and all(map(NUMBERED.search, first)) and table.lists(first)
         if alone or splits_only or listed:
-            return _of_table_beside(table, first, tables=tables)
+            return _of_table_beside(tables, first, options)
     if depth == 0:
         return _read_images(folder, options)
     if alone or (depth > 1 and len(first) == 1 and _is_wrapper(folder / first[0])):
@@ -150,7 +151,7 @@ def _of_shape(shape: FolderShape, tables: Sequence[FoundTable], options: ReadOpt
     """The cohort of folders whose images lie at one depth."""
     folder = shape.folder
     if tables and shape.starts_with_people and not shape.has_classes_of_people:
-        return _of_table_beside(tables[0], shape.names(0), tables=tables)
+        return _of_table_beside(tables, shape.names(0), options)
     if problem := shape.problem():
         raise ValueError(f"{folder}: {problem}")
     if shape.below not in _FITS:
@@ -211,11 +212,11 @@ _FITS: dict[int, tuple[Layout, bool, str]] = {
 """By the depth of patches below the splits: the layout, whether the second folder is the patient, and words."""
 
 
-def _of_table_beside(table: FoundTable, first: Sequence[str], *, tables: Sequence[FoundTable]) -> Cohort:
+def _of_table_beside(tables: Sequence[FoundTable], first: Sequence[str], options: ReadOptions) -> Cohort:
     """The cohort of a table beside patches or folders that are no classes; ValueError where nobody can match it."""
-    if columns := table.match():
-        return _of_table(table, ReadOptions(columns=columns))
-    folder = table.path.parent
+    if len(matched := [table for table in tables if table.match()]) == 1:
+        return _of_table(matched[0], options)
+    folder = tables[0].path.parent
     examples = list_images(folder)
     table, example = max(((one, path) for path in examples for one in tables), key=_fit)
     beside = f"the folder {first[0]!r}, which is no class" if first else "patches without folders of classes"

@@ -28,7 +28,7 @@ from hsat.data.folder_names import (
         (is_split_like, "train Testing test_images train-patches valid", "tumour images fold1 training_day"),
         (is_mask_folder, "masks Ground_Truth gt tumour_masks annotations label", "images masked masquerade tumour"),
         (is_magnification, "40X x20 2.5x 100x", "40 x MAX 40xx x1 7x"),
-        (is_person, "10253 TCGA-AA-3556 patient_1 case7 Slide-2", "tumour grade1 01_TUMOR patient case"),
+        (is_person, "10253 TCGA-AA-3556 patient_1 case7 Slide-2 P01 pt_12", "tumour p1 grade1 01_TUMOR patient case"),
     ],
 )
 def test_rules_of_one_name(rule, said, not_said):
