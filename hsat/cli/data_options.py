@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,7 +78,7 @@ class SourceSettings(Section):
         if not isinstance(values, dict) or values.get("layout", "found") != "found":
             return values
         root = values.get("root")
-        if isinstance(root, str | Path) and (Path(root) / PATIENTS_FILE).is_file():
+        if isinstance(root, str | Path) and os.path.isfile(os.path.join(root, PATIENTS_FILE)):
             return {**values, "layout": "opensrh"}
         return values
 

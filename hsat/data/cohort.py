@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from hsat.data.paths import check_inside, file_sizes, resolve_root
+from hsat.data.paths import check_inside, file_sizes, name_example, resolve_root
 from hsat.data.records import PatchRecord, check_group_labels, check_records, to_record
 from hsat.data.splits import split_by_patient
 from hsat.files import digest_file
@@ -272,7 +272,7 @@ class Cohort(BaseModel):
         count = len(self) - len(records)
         if excluded and not count:
             raise ValueError(
-                f"none of the {len(excluded)} excluded paths, such as {sorted(excluded)[0]!r}, is in the cohort at"
+                f"none of the {len(excluded)} excluded paths{name_example(excluded)} is in the cohort at"
                 f" {self.root}; paths are relative to the root, as in {self.records[0].path!r}"
             )
         if not records:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Literal
 from hsat.data.assembly import IMAGE_SUFFIXES, Mixed, Rows
 from hsat.data.cohort import Cohort, PatchKind
 from hsat.data.folder_names import JUNK, name_masks
+from hsat.data.path_patterns import search_paths
 from hsat.data.paths import resolve_root, shorten_names
 from hsat.data.records import PatchRecord
 from hsat.data.survey import LEVELS, expected_layout, layout_hint
@@ -100,7 +100,8 @@ def read_class_folders(
     Args:
         root: The folder of the classes, or of the splits.
         patient: A regular expression that is searched in each patch's path below the root; its first group (or the
-            whole match) is the patient.
+            whole match) is the patient.  At most 1000 characters; one that has not come to an end after a minute, as
+            repetitions inside each other may, is an error.
         slide: Likewise for the slide; by default a patient has one slide.  Without `patient` it is the patient, too.
         kind: See `read_folders`.
         split_folders: The first level is the split.
@@ -121,7 +122,7 @@ def read_class_folders(
     """
     folder = resolve_root(root)
     levels = ("split", "class") if split_folders else ("class",)
-    patterns = {name: _compile(name, text) for name, text in (("patient", patient), ("slide", slide)) if text}
+    patterns = {name: text for name, text in (("patient", patient), ("slide", slide)) if text}
     listing = _list_images(folder, levels, on_empty, deeper=bool(patterns))
     found = {name: _search(name, pattern, listing.images) for name, pattern in patterns.items()}
     patients = found.get("patient", found.get("slide", listing.images))
@@ -153,26 +154,12 @@ def _warn_of_one_class(root: Path, records: Sequence[PatchRecord], depth: int) -
     return [note]
 
 
-def _compile(name: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from error
-
-
-def _search(name: str, pattern: re.Pattern[str], paths: Sequence[str]) -> list[str]:
+def _search(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
     """What the expression finds in each path."""
-    values, without = [], []
-    for path in paths:
-        match = pattern.search(path)
-        value = match and (match[1] if pattern.groups else match[0])
-        if value:
-            values.append(value)
-        else:
-            without.append(path)
-    if without:
-        raise ValueError(f"{name}={pattern.pattern!r} finds nothing in {len(without)} paths: {shorten_names(without)}")
-    return values
+    found = search_paths(name, pattern, paths)
+    if without := [path for path, value in zip(paths, found, strict=True) if not value]:
+        raise ValueError(f"{name}={pattern!r} finds nothing in {len(without)} paths: {shorten_names(without)}")
+    return [value for value in found if value]
 
 
 def _warn_of_reused_names(records: Sequence[PatchRecord]) -> list[str]:

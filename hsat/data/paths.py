@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _NAMED_AT_MOST = 5
+_SHOWN_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_SHOWN_LENGTH = 200
 
 
 def resolve_root(root: str | os.PathLike[str]) -> Path:
@@ -71,3 +73,12 @@ def shorten_names(names: Iterable[str]) -> str:
     listed = list(names)
     more = f", ... ({len(listed)} in all)" if len(listed) > _NAMED_AT_MOST else ""
     return ", ".join(map(repr, listed[:_NAMED_AT_MOST])) + more
+
+
+def name_example(paths: Iterable[str]) -> str:
+    """An example for a message, between commas; empty where no path ends as a patch does.
+
+    A file that was taken for a list of patches may be anything, and messages do not show its lines.
+    """
+    patches = sorted(path for path in paths if path.lower().endswith(_SHOWN_SUFFIXES))
+    return f", such as {patches[0][-_SHOWN_LENGTH:]!r}," if patches else ""

@@ -106,3 +106,96 @@ def test_who_states_nothing_or_the_synthetic_patients_goes_on(patients, tmp_path
     from hsat.cli.training_runs import check_synthetic
 
     check_synthetic([stated_encoder(tmp_path / "e.safetensors", patients), tmp_path / "nowhere.pt"])
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """run_of(settings): the folder of somebody's training with these settings in its run.json."""
+    folder = tmp_path / "strangers"
+    folder.mkdir()
+    (folder / "best.safetensors").touch()
+
+    def run_of(**settings):
+        (folder / "run.json").write_text(json.dumps({"schema": 1, "settings": settings}))
+        return folder
+
+    return run_of
+
+
+EVIL = """
+from pathlib import Path
+Path("RAN").touch()
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_does_not_say_which_code_is_run(command, run_of, tmp_path, monkeypatch, stops):
+    main = importlib.import_module(f"hsat.cli.{command}").main
+    monkeypatch.chdir(tmp_path)
+    folder = run_of(data={"image_size": 32}, model={"factory": "strangers.evil:make", "features": "save"})
+    (folder / "evil.py").write_text(EVIL)
+    message = stops(main, ["--run", str(folder), "--out", "out"])
+    assert "'strangers.evil:make'" in message and "run.json" in message
+    assert message.endswith("give --model.factory strangers.evil:make --model.features save yourself")
+    assert not (tmp_path / "RAN").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_factory_that_the_user_gives_is_taken(run_of, tmp_path):
+    folder = str(run_of(model={"factory": "m:f", "norm": "none", "input_size": 64}))
+    assert Evaluate.load(["--run", folder, "--model.factory", "m:f"]).model.norm == "none"
+    (tmp_path / "own.yaml").write_text("model: {factory: m:f}")
+    model = Evaluate.load(["--run", folder, "--config", str(tmp_path / "own.yaml")]).model
+    assert (model.factory, model.norm, model.input_size) == ("m:f", "none", 64)
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "said"),
+    [
+        ({"allow_links": True}, "--data.allow_links false", "give --data.allow_links true if the links are your own"),
+        ({"exclude": "/etc/shadow"}, "--data.exclude mine.csv", "give --data.exclude FILE yourself"),
+        ({"exclude": "strangers/../x.csv"}, "--data.exclude mine.csv", "give --data.exclude FILE yourself"),
+        ({"manifest": "/etc/passwd"}, "--data.manifest m.csv", "no plain path below the root"),
+        ({"manifest": "../m.csv"}, "--data.manifest ../m.csv", "no plain path below the root"),
+        ({"manifest": "~/m.csv"}, "--data.manifest m.csv", "no plain path below the root"),
+        ({"image_size": 12000}, "--data.image_size 24", "settings.data.image_size must be a whole number from 0 to"),
+        ({"patient": "a" * 2000}, "--data.patient a", "settings.data.patient has more than 1000 characters"),
+    ],
+)
+def test_what_drops_a_guard_or_opens_a_file_is_given_by_the_user(data, words, said, run_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = str(run_of(data=data))
+    with pytest.raises(SystemExit) as stop:
+        Evaluate.load(["--run", folder])
+    assert folder in str(stop.value) and said in str(stop.value)
+    assert Evaluate.load(["--run", folder, *words.split()]).run == [folder]
+
+
+def test_a_list_in_the_folder_of_the_run_is_taken_and_said(run_of, tmp_path, capsys):
+    folder = run_of(data={"exclude": str(tmp_path / "strangers" / "files.csv"), "patient": "(.)", "workers": 9})
+    data = Evaluate.load(["--run", str(folder)]).data
+    assert data.exclude == folder / "files.csv" and data.workers == 0
+    assert "also patient '(.)', exclude " in capsys.readouterr().err
+    (folder / "files.csv").symlink_to("/etc/hostname")
+    with pytest.raises(SystemExit, match=r"give --data\.exclude FILE yourself"):
+        Evaluate.load(["--run", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "settings must be an object, got a list of 0"),
+        ({"train": 5}, "settings.train must be an object, got 5"),
+        ({"train": {"views": "x"}}, "settings.train.views must be an object, got 'x'"),
+        ({"data": [1]}, "settings.data must be an object, got a list of 1"),
+        ({"model": 7}, "settings.model must be an object, got 7"),
+        ({"data": {"layout": "x"}}, "settings.data.layout: Input should be"),
+        ({"data": {"mixed": "keep"}, "seed": -1}, "seed must be a whole number from 0 to"),
+        ({"data": {"root": "a" * 400}, "model": {"factory": "m:f", "norm": 3}}, "settings.model.norm must be a text"),
+    ],
+)
+def test_damaged_settings_are_named(settings, said, run_of):
+    folder = run_of()
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(SystemExit) as stop:
+        Evaluate.load(["--run", str(folder), "--model.factory", "m:f"])
+    assert f"{folder / 'run.json'}: {said}" in str(stop.value)

@@ -80,8 +80,10 @@ def test_lists_of_exclusions(bad_root, tmp_path_factory):
         read_exclusions(path)
     path.write_text("a1.png\n\na2.png\n")
     assert read_exclusions(path) == ("a1.png", "a2.png")
-    with pytest.raises(ValueError, match="none of the 1 excluded paths, such as 'x', is in the cohort"):
-        cohort.without(["x"])
+    with pytest.raises(ValueError, match=r"none of the 1 excluded paths, such as 'x\.png', is in the cohort"):
+        cohort.without(["x.png"])
+    with pytest.raises(ValueError, match="none of the 1 excluded paths is in the cohort"):
+        cohort.without(["root:x:0:0"])
     with pytest.raises(ValueError, match=r"all 10 patches .* are excluded"):
         cohort.without(row.path for row in cohort.records)
     with pytest.raises(ValueError, match="unknown problem 'odd'"):
