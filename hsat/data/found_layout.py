@@ -23,7 +23,7 @@ from hsat.data.folder_names import (
 )
 from hsat.data.folder_shape import GIVE, PATIENT_BELOW_SPLIT, PATIENT_FIRST, PATIENT_FOLDER, FolderShape
 from hsat.data.folders import NO_PATIENTS, mask_notes
-from hsat.data.found_tables import TABLE_SUFFIXES, FoundTable, find_tables
+from hsat.data.found_tables import MANIFEST, TABLE_SUFFIXES, FoundTable, find_tables, read_manifest
 from hsat.data.layouts import Layout, ReadOptions, read_cohort
 from hsat.data.paths import resolve_root, shorten_names
 from hsat.data.records import PatchRecord
@@ -38,11 +38,12 @@ def find_cohort(root: str | os.PathLike[str], *, options: ReadOptions = _DEFAULT
     """A Cohort from a folder in any of the layouts, or from a CSV file; its first note says how it was read.
 
     In this order: an OpenSRH folder; a CSV file that was given, or manifest.csv with the columns path, class, patient
-    and slide; a table beside a single folder of patches, whose columns of paths and classes have plain names; folders
-    of images by their depth, class/patient/slide/patch, class/patient/patch or class/patch, each also below folders
-    named after splits (train, Val, Testing, NCT-CRC-HE-100K); images alone, which have no labels then.  What could be
-    meant otherwise is refused: folders that are no splits by name and hold folders of the same names, patients without
-    a number in any name, a table whose columns nobody can match.
+    and slide (one that is no table, or has two of them and other folders beside it, is an error); a table beside a
+    single folder of patches, whose columns of paths and classes have plain names; folders of images by their depth,
+    class/patient/slide/patch, class/patient/patch or class/patch, each also below folders named after splits (train,
+    Val, Testing, NCT-CRC-HE-100K); images alone, which have no labels then.  What could be meant otherwise is refused:
+    folders that are no splits by name and hold folders of the same names, patients without a number in any name, a
+    table whose columns nobody can match.
 
     Args:
         root: The folder, or a CSV file in it.
@@ -71,8 +72,9 @@ def find_cohort(root: str | os.PathLike[str], *, options: ReadOptions = _DEFAULT
         return _noted(_read(folder, "classes", options), "read as folders of classes")
     if (folder / "meta" / "opensrh.json").is_file():
         return _noted(_read(folder, "opensrh", replace(options, keep_splits=True)), "read as an OpenSRH folder")
-    if (folder / "manifest.csv").is_file() and FoundTable.read(folder / "manifest.csv").is_manifest:
-        return _of_table(FoundTable.read(folder / "manifest.csv"), options)
+    manifest = read_manifest(folder, allow_links=options.allow_links)
+    if manifest and (manifest.is_manifest or not manifest.rows):
+        return _of_table(manifest, options)
     return _of_folders(folder, options)
 
 
@@ -99,19 +101,33 @@ def _of_table(table: FoundTable, options: ReadOptions) -> Cohort:
     folder, name = table.path.parent, table.path.name
     columns = None if table.is_manifest else table.match()
     if columns is None and not table.is_manifest:
-        raise ValueError(f"{folder}: {table.describe()}: say which one is what: call {table.call()} {GIVE}")
+        raise _in_doubt(table)
     said = "" if columns is None else f", {', '.join(f'{role} from column {one}' for role, one in columns.items())}"
     chosen = replace(options, manifest=name, columns=columns, split_folders=False, on_empty="error")
     cohort = _read(folder, "csv", chosen)
     return _noted(cohort, f"read as the table {name}{said}")
 
 
+def _in_doubt(table: FoundTable) -> ValueError:
+    """The error for a table that is meant, and whose columns are not known."""
+    return ValueError(f"{table.path.parent}: {table.describe()}: say which one is what: call {table.call()} {GIVE}")
+
+
 def _of_folders(folder: Path, options: ReadOptions) -> Cohort:
-    """The cohort of a folder of images that lie at one depth, and perhaps of a table beside them."""
+    """The cohort of a folder of images, and perhaps of a table beside them; says which tables were not read."""
+    tables, unread = find_tables(folder, allow_links=options.allow_links)
+    try:
+        cohort = _of_images(folder, tables, options)
+    except ValueError as error:
+        raise ValueError("; ".join([str(error), *unread])) from error
+    return _with_notes(cohort, (*cohort.notes, *unread)) if unread else cohort
+
+
+def _of_images(folder: Path, tables: Sequence[FoundTable], options: ReadOptions) -> Cohort:
+    """The cohort of images that lie at one depth, or of a table beside them."""
     depths, _ = survey_folder(folder, follow_links=options.allow_links)
     depth = next(iter(depths)) if len(depths) == 1 else -1
     first = [name for name in list_folders(folder) if holds_images(folder / name)]
-    tables = find_tables(folder)
     if len(manifests := [table for table in tables if table.is_manifest]) == 1:
         return _of_table(manifests[0], options)
     alone = depth == 0 or (
@@ -122,6 +138,8 @@ def _of_folders(folder: Path, options: ReadOptions) -> Cohort:
         listed = depth == 1 and all(map(NUMBERED.search, first)) and table.lists(first)
         if alone or splits_only or listed:
             return _of_table_beside(tables, first, options)
+    if meant := next((one for one in tables if one.path.name == MANIFEST and one.is_meant_as_manifest), None):
+        raise ValueError(f"{_in_doubt(meant)}; or rename it, and the folders are read")  # which may say other patients
     if depth == 0:
         return _read_images(folder, options)
     if alone or (depth > 1 and len(first) == 1 and _is_wrapper(folder / first[0])):

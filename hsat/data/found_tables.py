@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from hsat.data.assembly import IMAGE_SUFFIXES
+from hsat.data.paths import check_inside
 from hsat.data.split_names import split_role
 from hsat.types.names import is_missing
+from hsat.untrusted import check_regular, open_regular
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image", "patch_path"),
@@ -22,11 +27,14 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 """What columns are called, by what they are, in small letters."""
 _NEEDED = ("path", "class", "patient", "slide")
 _CLASS_WORDS = ("tumor", "tumour", "diagnosis", "target", "tumor_patch", "y")  # guesses to type, never read unasked
-_SHOWN = 12
+_SHOWN, _SHOWN_LENGTH = 12, 60
+MANIFEST = "manifest.csv"
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 _SEPARATORS = ";\t|"
 _SEARCHED = 20_000  # rows in which a patch is looked for
 _FEWEST = 3  # characters of a cell that begins a file's name
+_LONGEST_LINE = 1 << 20  # characters
+_MOST_UNASKED = 64 << 20  # bytes of a table that nobody named
 
 
 def find_separator(header: str) -> str:
@@ -62,31 +70,54 @@ class FoundTable:
     rows: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def read(cls, path: Path) -> FoundTable:
+    def read(cls, path: Path, *, strict: bool = True) -> FoundTable:
         """The table in a CSV file.
 
         Args:
-            path: The file; what is no text in UTF-8 is replaced, for reading it in earnest comes later.
+            path: The file.
+            strict: False replaces what is no text in UTF-8, for reading it in earnest comes later.
 
         Returns:
-            The table; without columns where the file is none.
+            The table.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no regular file or no table; the message names it.
         """
+        with open_regular(path, kind="table") as raw:
+            encoding = "utf-16" if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            errors = "strict" if strict else "replace"
+            with io.TextIOWrapper(raw, newline="", encoding=encoding, errors=errors) as file:
+                return cls._parse(path, file)
+
+    @classmethod
+    def _parse(cls, path: Path, file: TextIO) -> FoundTable:
+        reader = None
         try:
-            with path.open("rb") as raw:
-                encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-            with path.open(newline="", encoding=encoding, errors="replace") as file:
-                separator = find_separator(file.readline())
-                file.seek(0)
-                lines = list(csv.reader(file, delimiter=separator))
-        except (OSError, csv.Error):
-            lines = []
-        header = tuple(cell.strip() for cell in lines[0]) if lines else ()
-        return cls(path, header, tuple(tuple(row) for row in lines[1:] if len(row) == len(header)))
+            separator = find_separator(file.readline(_LONGEST_LINE))
+            file.seek(0)
+            reader = csv.reader(_lines(file), delimiter=separator, strict=True)
+            header = tuple(cell.strip() for cell in next(reader, []))
+            rows = tuple(tuple(row) for row in reader if len(row) == len(header))
+        except UnicodeError as error:
+            raise ValueError(f"{path} is no table: it is not UTF-8 text ({error}); save it as UTF-8") from error
+        except (csv.Error, _LineError) as error:
+            line = reader.line_num if reader else 1
+            raise ValueError(
+                f"{path} cannot be read as a table: {error} (at line {line}); a quotation mark before it may be without"
+                " the one that closes it"
+            ) from error
+        return cls(path, header, rows)
 
     @property
     def is_manifest(self) -> bool:
         """Whether it has the columns that `read_csv` reads without being told."""
         return set(self.header) >= set(_NEEDED)
+
+    @property
+    def is_meant_as_manifest(self) -> bool:
+        """Whether its header has two or more of these columns, in any case."""
+        return len({name.casefold() for name in self.header} & set(_NEEDED)) > 1
 
     def column(self, name: str) -> list[str]:
         """The cells of a column, without white space around them."""
@@ -145,11 +176,12 @@ class FoundTable:
 
     def describe(self) -> str:
         """Its name and its columns, in words."""
-        shown = ", ".join(self.header[:_SHOWN]) + (", ..." if len(self.header) > _SHOWN else "")
+        names = [name if len(name) <= _SHOWN_LENGTH else f"{name[:_SHOWN_LENGTH]}..." for name in self.header[:_SHOWN]]
+        shown = ", ".join(names) + (", ..." if len(self.header) > _SHOWN else "")
         return f"the table {self.path.name} with the columns {shown or '(none)'}"
 
     def _is_image(self, cell: str) -> bool:
-        return cell.lower().endswith(IMAGE_SUFFIXES) and (self.path.parent / cell).is_file()
+        return cell.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(os.path.join(self.path.parent, cell))
 
     def fit(self, example: str) -> float:
         """How much of the path of a patch stands in one row; 0 where nothing does."""
@@ -200,15 +232,73 @@ class FoundTable:
         return best
 
 
-def find_tables(folder: Path) -> list[FoundTable]:
-    """The tables (.csv, .tsv) directly in a folder that have a header and rows.
+class _LineError(ValueError):
+    """A line that no table has."""
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise _LineError(f"a line has more than {_LONGEST_LINE} characters")
+        yield line
+
+
+def read_manifest(folder: Path, *, allow_links: bool = False) -> FoundTable | None:
+    """The table manifest.csv of a folder, where it is meant as the manifest of a cohort.
 
     Args:
         folder: The folder of a cohort.
+        allow_links: Whether it may be a link out of the folder.
 
     Returns:
-        In order of name.
+        The table; None where there is none, or one of other columns.
+
+    Raises:
+        FileNotFoundError: It is a link to nothing.
+        ValueError: It is no regular file, leads out of the folder, or is no table: it is not passed over, for other
+            patients would be read then.
     """
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv") and path.is_file())
-    found = [FoundTable.read(path) for path in paths if not path.name.startswith(".")]
-    return [table for table in found if len(table.header) > 1 and table.rows]
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return None
+    if not allow_links:
+        check_inside(folder, str(path), path.name)
+    table = FoundTable.read(path)
+    if len(table.header) < 2:
+        raise ValueError(
+            f"{path} is no table: its first line names fewer than two columns; write {','.join(_NEEDED)} there, or"
+            " rename the file if it is no list of patches"
+        )
+    return table if table.is_meant_as_manifest else None
+
+
+def find_tables(folder: Path, *, allow_links: bool = False) -> tuple[list[FoundTable], list[str]]:
+    """The tables (.csv, .tsv) directly in a folder that have a header and rows; nobody named them.
+
+    Args:
+        folder: The folder of a cohort.
+        allow_links: Whether links may lead out of the folder.
+
+    Returns:
+        Tables in order of name, and notes on files that were not read: pipes, devices, files of more than 64 MiB, links
+        out of the folder, and what is no table.
+    """
+    found, notes = [], []
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv")):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        try:
+            if not allow_links:
+                check_inside(folder, str(path), path.name)
+            if (size := check_regular(path, kind="table").st_size) > _MOST_UNASKED:
+                raise ValueError(
+                    f"{path.name} has {size >> 20} MiB, and a table that nobody names is read up to"
+                    f" {_MOST_UNASKED >> 20} MiB; name it if it is the one: manifest={path.name!r}"
+                )
+            table = FoundTable.read(path, strict=False)
+        except (OSError, ValueError) as error:
+            notes.append(f"not read: {error}")
+            continue
+        if len(table.header) > 1 and table.rows:
+            found.append(table)
+    return found, notes

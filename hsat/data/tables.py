@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fnmatch
 import glob
+import io
 import math
 import os
 import string
@@ -21,6 +22,7 @@ from hsat.data.found_tables import find_separator
 from hsat.data.paths import check_inside, resolve_root
 from hsat.data.records import PatchRecord, path_error
 from hsat.types.names import check_cells, is_missing
+from hsat.untrusted import open_regular
 
 ROLES = ("path", "class", "patient", "slide", "split", "slide_label", "patient_label")
 """What a column of a table can be."""
@@ -49,7 +51,7 @@ def read_csv(
 
     Args:
         root: The folder that the paths in the file are relative to.
-        manifest: The file, relative to the root or absolute.
+        manifest: The file, relative to the root or absolute; below the root it may not be a link out of it.
         columns: Which column is what: {"path": "file", "class": "label", "patient": "case_id", "slide": "slide_id"};
             also "split", "slide_label" and "patient_label".  Only these columns are read.  Without "patient" the slide
             is the patient, and without both every patch is, which the notes say; without "slide" a patient has one.
@@ -80,12 +82,14 @@ def read_csv(
     """
     folder = resolve_root(root)
     path = folder / os.path.expanduser(manifest)
-    if not path.is_file():
+    if not os.path.lexists(path):
         tables = sorted(entry.name for entry in folder.glob("*.csv"))
         there = f"; there is {', '.join(map(repr, tables[:5]))}" if tables else ""
         raise FileNotFoundError(
             f"manifest {path} is missing; it is a CSV file with the columns {', '.join(_NEEDED)}{there}"
         )
+    if not allow_links and path.is_relative_to(folder) and ".." not in path.parts:
+        check_inside(folder, str(path), os.path.relpath(path, folder))
     try:
         table = _read_table(path)
     except UnicodeDecodeError as error:
@@ -174,7 +178,10 @@ class _Table:
 
 
 def _read_table(path: Path) -> _Table:
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with (
+        open_regular(path, kind="manifest") as raw,
+        io.TextIOWrapper(raw, newline="", encoding="utf-8-sig") as file,
+    ):
         separator = find_separator(file.readline())
         file.seek(0)
         reader = csv.reader(file, strict=True, delimiter=separator)

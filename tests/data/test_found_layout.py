@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -237,3 +238,26 @@ def test_the_folder_around_the_classes_is_named_where_an_expression_finds_the_pa
     root = make("BreaKHis/breast/benign/x-p1-1.png", "BreaKHis/breast/malignant/x-p2-1.png")
     with pytest.warns(UserWarning, match="all patches are of the class 'BreaKHis', and lie in the folders 'benign'"):
         read_class_folders(root, patient=r"-(p\d)-")
+
+
+def test_a_manifest_is_never_passed_over_for_folders(make):
+    root = make("a/p1/1.png", "b/p2/1.png")
+    assert len(find_cohort(root).patient_names) == 2
+    manifest = root / "manifest.csv"
+    manifest.write_text('path,class,patient,slide\n"a/p1/1.png,a,REAL,s\n' + "#" * 140_000)
+    assert f"{manifest} cannot be read as a table" in refusal(root)
+    manifest.write_text("path,class,patient\na/p1/1.png,a,p\nb/p2/1.png,b,q\n")
+    assert "the table manifest.csv with the columns path, class, patient: say which one is what" in refusal(root)
+    assert refusal(root).endswith("; or rename it, and the folders are read")
+    assert len(calls_in(refusal(root))[0]) == 2
+    manifest.write_text("id,md5\n1,2\n")
+    assert "not read: the table manifest.csv with the columns id, md5" in find_cohort(root).notes
+
+
+def test_tables_that_were_not_read_are_named(make):
+    root = make("a/p1/1.png", "b/p2/1.png")
+    os.mkfifo(root / "notes.csv")
+    assert any("notes.csv is a named pipe" in note for note in find_cohort(root).notes)
+    (root / "deep" / "er" / "st" / "x").mkdir(parents=True)
+    (root / "deep" / "er" / "st" / "x" / "1.png").write_bytes(b"x")
+    assert "notes.csv is a named pipe" in refusal(root)

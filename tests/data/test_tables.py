@@ -260,3 +260,18 @@ def test_pandas(tmp_path):
     with pytest.raises(ValueError, match="row 1: patient is empty"):
         from_frame(frame, tmp_path)
     assert from_frame(frame.fillna("005"), tmp_path).patient_names == ("004", "005")
+
+
+def test_a_manifest_is_a_regular_file_of_the_root(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "outside.csv").write_text("path,class,patient,slide\n")
+    (root / "link.csv").symlink_to("../outside.csv")
+    with pytest.raises(ValueError, match=r"path 'link\.csv' leads out of the cohort's root"):
+        read_csv(root, "link.csv")
+    for manifest, links in (("link.csv", True), ("../outside.csv", False), (tmp_path / "outside.csv", False)):
+        with pytest.raises(ValueError, match="has a header and no rows"):
+            read_csv(root, manifest, allow_links=links)
+    os.mkfifo(root / "pipe.csv")
+    with pytest.raises(ValueError, match=r"pipe\.csv is a named pipe \(FIFO\), not a manifest"):
+        read_csv(root, "pipe.csv")
