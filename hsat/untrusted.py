@@ -21,6 +21,7 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 MOST_DIGITS = 20
+_MOST_BITS = 1024
 
 
 def check_regular(path: str | os.PathLike[str], *, kind: str) -> os.stat_result:
@@ -122,6 +123,8 @@ def shown(value: object, *, most: int = 60) -> str:
     """A value from a file for a message: its repr where it is short, else its beginning and its kind."""
     if isinstance(value, str):
         return repr(value) if len(value) <= most else f"{value[:most]!r}... ({len(value)} characters)"
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a whole number of {value.bit_length()} bits"  # of which Python refuses to make digits
     if value is None or isinstance(value, bool | int | float):
         text = repr(value)
         return text if len(text) <= most else f"{text[:most]}..."

@@ -102,3 +102,4 @@ def test_values_are_shown_short():
     assert shown("a" * 100).endswith("(100 characters)") and len(shown("a" * 100)) < 100
     assert shown([1] * 10**5) == "a list of 100000"
     assert (shown(True), shown(None), shown(0.5)) == ("True", "None", "0.5")
+    assert shown(1 << 20_000) == "a whole number of 20001 bits"

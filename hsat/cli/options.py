@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -26,7 +25,9 @@ from pydantic_settings import (
 )
 
 from hsat.cli.data_options import DataSettings, EvaluationDataSettings, SourceSettings
+from hsat.cli.yaml_files import read_yaml
 from hsat.training.config import Pixels, Section, parse_pixels
+from hsat.untrusted import shown
 
 __all__ = [
     "Counts",
@@ -50,6 +51,7 @@ class _StandardError(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
+_MOST_LINES, _MOST_SHOWN = 20, 1000  # of mistakes in options, and characters of a mistake
 _log = logging.getLogger("hsat.cli")
 if not _log.handlers:
     _log.addHandler(_StandardError())
@@ -270,29 +272,16 @@ def collect_words(argv: list[str], option: str) -> list[str]:
     return [*rest, *([f"--{option}", ",".join(collected)] if collected else [])]
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; anything else ends the program with the reason."""
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SystemExit(f"error: cannot read the configuration {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise SystemExit(
-            f"error: the configuration {path} must hold a mapping of options, not a {type(content).__name__}"
-        )
-    return content
-
-
 def explain(error: ValidationError, cls: type[BaseModel], path: Path | None) -> str:
     """What is wrong with which option, one line each, with the nearest name for a mistyped one."""
     known = option_names(cls)
     sections = {name.partition(".")[0] for name in known}
     lines = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
+    for item in error.errors()[:_MOST_LINES]:
+        name = ".".join(str(part) for part in item["loc"])[:_MOST_SHOWN]
+        message = item["msg"].removeprefix("Value error, ")[:_MOST_SHOWN]
         if item["type"] != "extra_forbidden":
-            lines.append(f"option {name}: {message}" + ("" if "got" in message else f" (got {item['input']!r})"))
+            lines.append(f"option {name}: {message}" + ("" if "got" in message else f" (got {shown(item['input'])})"))
         elif name in known:
             section, _, key = name.partition(".")
             lines.append(f"unknown option {name!r}; write it nested, as in {section}: {{{key}: ...}}")

@@ -21,7 +21,8 @@ from pydantic import BeforeValidator, Field
 
 from hsat.cli.classifiers import ClassifierName
 from hsat.cli.folders import choose_folder
-from hsat.cli.options import Names, Settings, collect_words, read_yaml, say
+from hsat.cli.options import Names, Settings, collect_words, say
+from hsat.cli.yaml_files import read_yaml
 from hsat.eval import Record, read_records
 from hsat.recipes import read_paper_numbers
 from hsat.report import PaperRow, PaperTable, paper_csv, paper_latex, paper_lines, paper_markdown
@@ -50,7 +51,7 @@ class Reproduce(Settings):
 def read_tables(path: Path | None = None) -> dict[str, PaperTable]:
     """The paper's tables by number, of a YAML file or the package's; SystemExit names what is wrong in the file."""
     tables = {}
-    for number, text in (read_paper_numbers() if path is None else read_yaml(path)).items():
+    for number, text in (read_paper_numbers() if path is None else read_yaml(path, numbered=True)).items():
         try:
             tables[str(number)] = as_table(int(number), text)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

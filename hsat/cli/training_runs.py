@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError
 
-from hsat.cli.options import Names, Settings, find_option, merge_layers, read_yaml, say, split_commas
+from hsat.cli.options import Names, Settings, find_option, merge_layers, say, split_commas
+from hsat.cli.yaml_files import read_yaml
 from hsat.data.synthetic import synthetic_patient_name
 from hsat.fingerprints import digest_patient
 from hsat.models.checkpoints import read_weights
