@@ -31,6 +31,9 @@ _PHRASES = (
     (r"build_encoder\(\.\.\., image_size=\.\.\.\)", "--model.image_size SIZE"),
 )
 """What the library says of Python, and what is typed."""
+_LONGEST = 3000  # characters of a message that is rewritten: names from somebody's table may stand in it
+_MOST_ENDS = 20  # brackets that may close a call
+_NO_CODE = (SyntaxError, ValueError, RecursionError, MemoryError)
 _LOST = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
 
@@ -64,7 +67,7 @@ def as_typed(message: str) -> str:
     """A message of the library with the options of the command line in place of Python's calls and arguments.
 
     Args:
-        message: What went wrong, and what to call.
+        message: What went wrong, and what to call.  One of more than 3000 characters stays as it is.
 
     Returns:
         What went wrong, and what to type.
@@ -73,6 +76,8 @@ def as_typed(message: str) -> str:
         >>> as_typed("remove them, or pass on_empty='skip'")
         'remove them, or pass --data.on_empty skip'
     """
+    if len(message) > _LONGEST:
+        return message
     for pattern, text in _PHRASES:
         message = re.sub(pattern, text, message)
     message = _replace_calls(message)
@@ -97,7 +102,7 @@ def _replace_calls(message: str) -> str:
 
 
 def _closing(message: str, start: int) -> list[int]:
-    return [at + 1 for at in range(start, len(message)) if message[at] == ")"]
+    return [at + 1 for at in range(start, len(message)) if message[at] == ")"][:_MOST_ENDS]
 
 
 def _parsed(text: str) -> ast.Call | None:
@@ -108,7 +113,7 @@ def _parsed(text: str) -> ast.Call | None:
             return None
         for one in [*call.args, *(keyword.value for keyword in call.keywords)]:
             ast.literal_eval(one)
-    except (SyntaxError, ValueError):
+    except _NO_CODE:
         return None
     return call
 
@@ -118,7 +123,7 @@ def _value(text: str) -> object:
         return "class=COLUMN,patient=COLUMN"
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except _NO_CODE:
         return text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from hsat.cli.failures import as_typed, explain_failure
@@ -40,6 +42,23 @@ from hsat.data import BadPatch
 )  # fmt: skip
 def test_calls_become_options(said, typed):
     assert as_typed(said) == typed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "read_csv(" + 2900 * "-" + "1)",
+        "read_csv(" + 2900 * ")",
+        "columns={" + 2900 * "-" + "1}",
+        "read_csv(1, columns=0x" + 2900 * "f" + ")",
+        "read_" * 590,
+        "read_" * 100_000,
+    ],
+)
+def test_names_in_a_message_do_no_harm(name):
+    begun = time.process_time()
+    assert as_typed(f"patient {name} is refused").startswith("patient ")
+    assert time.process_time() - begun < 1
 
 
 def test_bad_files_are_listed_by_check():

@@ -175,7 +175,7 @@ def test_yaml_with_mistakes_is_refused_by_name(text, named, tmp_path, stops):
 def test_mistakes_are_shown_short(tmp_path, stops):
     path = tmp_path / "bad.yaml"
     path.write_text(
-        f"seed: [{', '.join(['x' * 50] * 999)}]\n{'b' * 9999}: 1\n" + "".join(f"c{i}: 1\n" for i in range(99))
+        f"seed: [{', '.join(['x' * 50] * 999)}]\n{'b' * 999}: 1\n" + "".join(f"c{i}: 1\n" for i in range(99))
     )
     message = stops(lambda argv: train_settings(*argv), ["--config", str(path)])
     assert "option seed: Input should be a valid integer (got a list of 999)" in message
