@@ -17,7 +17,7 @@ from hsat.files import load_array, load_arrays
 from hsat.report.artifacts import read_artifacts
 from hsat.report.run_folders import open_runs
 from hsat.training.checkpoint import read_checkpoint, write_checkpoint
-from hsat.untrusted import open_regular, shown, strict_json
+from hsat.untrusted import as_cell, of_cell, open_regular, shown, strict_json
 
 
 @pytest.mark.parametrize("read", [load_scores, FittedUniversal.load, read_checkpoint, load_array])
@@ -103,3 +103,14 @@ def test_values_are_shown_short():
     assert shown([1] * 10**5) == "a list of 100000"
     assert (shown(True), shown(None), shown(0.5)) == ("True", "None", "0.5")
     assert shown(1 << 20_000) == "a whole number of 20001 bits"
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd|x", "-1+1", "@SUM(A1)", "\tx", "\rx", "'=x", "''@", "-a.png"])
+def test_cells_of_a_spreadsheet_are_no_formulas(text):
+    assert as_cell(text) == f"'{text}" and of_cell(f"'{text}") == text
+
+
+@pytest.mark.parametrize("value", ["a=b", "-1.5", "+3e-4", "", "'a", "-.5", "a/b.png", 3, None, 0.5])
+def test_other_cells_stay(value):
+    assert as_cell(value) == value
+    assert not isinstance(value, str) or of_cell(value) == value

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from hsat.data.readers import BadPatch, read_patch
 from hsat.data.records import PatchRecord
+from hsat.data.separators import find_separator
 from hsat.files import atomic_path, digest_file
+from hsat.untrusted import as_cell, of_cell, open_regular, shown
 
 Problem = Literal["unreadable", "contradicting", "duplicate", "near duplicate", "size", "blank"]
 EXCLUDED: tuple[Problem, ...] = ("unreadable", "contradicting", "duplicate")
 """What an exclusion list leaves out unless it is told otherwise; the rest is for eyes to judge."""
 PROBLEMS: tuple[Problem, ...] = (*EXCLUDED, "near duplicate", "size", "blank")
+_MOST_BYTES = 256 << 20  # of a list of exclusions
 _BLANK = 1.5 / 255  # standard deviation of each channel
 _NEAR_BITS = 3  # of 64 that may differ
 _NEAR_PIXELS = 4 / 255  # mean difference of 8 x 8 thumbnails
@@ -82,7 +85,8 @@ class FileCheck:
     def write(self, path: str | os.PathLike[str], *, exclude: Sequence[Problem] = EXCLUDED) -> Path:
         """Write all problems as a CSV file with the columns path, problem, detail and exclude (yes or no).
 
-        `read_exclusions` and `--data.exclude` leave out the rows that say yes; edit them as you see fit.
+        `read_exclusions` and `--data.exclude` leave out the rows that say yes; edit them as you see fit.  What a
+        spreadsheet would take for a formula begins with an apostrophe.
 
         Args:
             path: The file; it appears whole or not at all.
@@ -97,7 +101,7 @@ class FileCheck:
         writer.writerow(("path", "problem", "detail", "exclude"))
         for one in self.problems:
             said = "yes" if one.problem in exclude and one.path in left_out else "no"
-            writer.writerow((one.path, one.problem, one.detail, said))
+            writer.writerow((as_cell(one.path), one.problem, as_cell(one.detail), said))
         with atomic_path(Path(path)) as working:
             working.write_text(text.getvalue(), encoding="utf-8")
         return Path(path)
@@ -106,30 +110,43 @@ class FileCheck:
 def read_exclusions(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Paths to leave out: rows of a `FileCheck.write` file that say yes, or the lines of a plain text file.
 
+    Columns may be separated by commas, semicolons or tabs, as spreadsheets write them.
+
     Args:
-        path: The file.
+        path: The file, of at most 256 MiB.
 
     Returns:
         Relative paths, once each.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no UTF-8 text, or a row says neither yes nor no.
+        ValueError: It is no regular file, no UTF-8 text or damaged, or a row says neither yes nor no.
     """
+    name = os.fspath(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open_regular(path, kind="list of exclusions") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"the list of exclusions {name} has more than {_MOST_BYTES >> 20} MiB")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the list of exclusions {os.fspath(path)} is no UTF-8 text: {error}") from error
-    rows = [row for row in csv.reader(text.splitlines()) if any(row)]
-    if not rows or "path" not in rows[0]:
+        raise ValueError(f"the list of exclusions {name} is no UTF-8 text: {error}") from error
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=find_separator(text.partition("\n")[0]))
+    try:
+        rows = [(reader.line_num, row) for row in reader if any(row)]
+    except csv.Error as error:
+        raise ValueError(f"the list of exclusions {name}, line {reader.line_num}: {error}") from error
+    header = [cell.strip() for cell in rows[0][1]] if rows else []
+    if "path" not in header:
         return tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-    header, names = rows[0], []
-    place, said = header.index("path"), header.index("exclude") if "exclude" in header else None
-    for number, row in enumerate(rows[1:], start=2):
+    place, said, names = header.index("path"), header.index("exclude") if "exclude" in header else None, []
+    for number, row in rows[1:]:
         answer = "yes" if said is None else (row[said] if said < len(row) else "").strip().lower()
         if answer not in ("yes", "no"):
-            raise ValueError(f"{os.fspath(path)}, row {number}: exclude is {answer!r}; write yes or no")
-        names += [row[place]] * (answer == "yes")
+            raise ValueError(f"{name}, row {number}: exclude is {shown(answer)}; write yes or no")
+        if answer == "yes" and (place >= len(row) or not row[place].strip()):
+            raise ValueError(f"{name}, row {number}: no path, and exclude is yes; write the path of a patch")
+        names += [of_cell(row[place])] if answer == "yes" else []
     return tuple(dict.fromkeys(names))
 
 

@@ -13,6 +13,7 @@ from typing import TextIO
 
 from hsat.data.assembly import IMAGE_SUFFIXES
 from hsat.data.paths import check_inside
+from hsat.data.separators import find_separator
 from hsat.data.split_names import split_role
 from hsat.types.names import is_missing
 from hsat.untrusted import check_regular, open_regular
@@ -30,29 +31,10 @@ _CLASS_WORDS = ("tumor", "tumour", "diagnosis", "target", "tumor_patch", "y")  #
 _SHOWN, _SHOWN_LENGTH = 12, 60
 MANIFEST = "manifest.csv"
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
-_SEPARATORS = ";\t|"
 _SEARCHED = 20_000  # rows in which a patch is looked for
 _FEWEST = 3  # characters of a cell that begins a file's name
 _LONGEST_LINE = 1 << 20  # characters
 _MOST_UNASKED = 64 << 20  # bytes of a table that nobody named
-
-
-def find_separator(header: str) -> str:
-    """What separates the columns of a table: commas, or what else stands in a header without any.
-
-    Args:
-        header: The first line.
-
-    Returns:
-        One character.
-
-    Example:
-        >>> find_separator("path,class"), find_separator("path;class")
-        (',', ';')
-    """
-    counts = {one: header.count(one) for one in _SEPARATORS}
-    best = max(counts, key=lambda one: counts[one])
-    return best if counts[best] and "," not in header else ","
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 from hsat.data.assembly import IMAGE_SUFFIXES, SLIDE_SUFFIXES, TILE_FIRST, Mixed, Rows
 from hsat.data.cohort import Cohort, PatchKind
 from hsat.data.folders import NO_PATIENTS, mask_notes
-from hsat.data.found_tables import find_separator
 from hsat.data.paths import check_inside, resolve_root
 from hsat.data.records import PatchRecord, path_error
+from hsat.data.separators import find_separator
 from hsat.types.names import check_cells, is_missing
 from hsat.untrusted import open_regular
 

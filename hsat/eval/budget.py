@@ -36,6 +36,7 @@ from hsat.eval.store import CleanEmbeddings, open_session, open_world
 from hsat.eval.whitebox import black_box_flags, check_attacks, ensemble_settings
 from hsat.files import write_file
 from hsat.types import Attack, Classifier, EmbeddingFunction, EmbeddingTable, HierarchicalBatch, Objective, align_labels
+from hsat.untrusted import as_cell
 
 GroupLevel = Literal["slide", "patient"]
 FRACTIONS = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -167,7 +168,15 @@ def write_groups(folder: Path, results: Iterable[BudgetResult]) -> Path:
         columns = zip(result.groups, result.labels, result.sizes, result.needed, strict=True)
         for group, label, size, needed in columns:
             count = ("", "") if needed == float("inf") else (int(needed), f"{needed / size:.6g}")
-            row = (last.model, last.attack_name, result.level, int(group), int(label), int(size), *count)
+            row = (
+                as_cell(last.model),
+                as_cell(last.attack_name),
+                result.level,
+                int(group),
+                int(label),
+                int(size),
+                *count,
+            )
             writer.writerow(row)
     write_file(folder / "groups.csv", file.getvalue())
     return folder

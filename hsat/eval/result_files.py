@@ -24,6 +24,7 @@ from hsat.eval.result_text import result_repr
 from hsat.files import write_file
 from hsat.run_folder import LOG_FILE, write_run_file
 from hsat.types import GROUP_LABELS, align_labels
+from hsat.untrusted import as_cell
 
 RECORDS, EVIDENCE = "records.jsonl", "evidence"
 RESULT_FILES = (
@@ -271,7 +272,7 @@ def _save_ensembles(path: Path, results: Sequence[MeasuredConditions]) -> None:
     for result in results:
         for name, outcome in result.outcomes.items():
             rows = zip(outcome.patch, outcome.broken_by, outcome.margin, strict=True)
-            model = result.records[0].model
-            lines.writerows([model, name, int(patch), by, f"{margin:.6f}"] for patch, by, margin in rows)
+            model, attack = as_cell(result.records[0].model), as_cell(name)
+            lines.writerows([model, attack, int(patch), by, f"{margin:.6f}"] for patch, by, margin in rows)
     if any(result.outcomes for result in results):
         write_file(path, file.getvalue())

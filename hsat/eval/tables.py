@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from hsat.untrusted import as_cell
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -86,11 +88,11 @@ class Table:
         return latex_tabular([self])
 
     def to_csv(self) -> str:
-        """Head and rows as CSV."""
+        """Head and rows as CSV; a text that a spreadsheet would run begins with an apostrophe."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self._flat_head())
-        writer.writerows([str(cell) for cell in row] for row in self.rows)
+        writer.writerow(map(as_cell, self._flat_head()))
+        writer.writerows([as_cell(str(cell)) for cell in row] for row in self.rows)
         return out.getvalue()
 
     def to_frame(self) -> DataFrame:

@@ -18,6 +18,7 @@ from hsat.report.aggregation import (
     mean_chance,
 )
 from hsat.report.tables import accuracy_tables, prefix_caption, transfer_tables
+from hsat.untrusted import as_cell
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -98,7 +99,7 @@ def records_csv(records: Iterable[Record]) -> str:
     """Records as CSV, one line per number; several runs of one number are one line.
 
     The columns are `CSV_COLUMNS`.  value, low, high, sd (standard deviation over the runs) and chance are shares, as in
-    the records; cells are empty where there is nothing.
+    the records; cells are empty where there is nothing.  Texts that a spreadsheet would run begin with an apostrophe.
 
     Args:
         records: Of any evaluation, also of several.
@@ -113,7 +114,7 @@ def records_csv(records: Iterable[Record]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for row in _rows_of(records):
-        writer.writerow("" if cell is None else cell for cell in row)
+        writer.writerow("" if cell is None else as_cell(cell) for cell in row)
     return out.getvalue()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from hsat.data import read_csv, read_exclusions, read_folders
+from hsat.data import FileCheck, read_csv, read_exclusions, read_folders
+from hsat.data.file_check import FileProblem
 
 
 def picture(seed, side=32):
@@ -88,6 +91,35 @@ def test_lists_of_exclusions(bad_root, tmp_path_factory):
         cohort.without(row.path for row in cohort.records)
     with pytest.raises(ValueError, match="unknown problem 'odd'"):
         check.paths(["odd"])
+
+
+def test_lists_as_spreadsheets_write_them(tmp_path):
+    path = FileCheck(1, (FileProblem("=a/1.png", "unreadable", "-x"),), {}).write(tmp_path / "files.csv")
+    assert path.read_text().splitlines()[1] == "'=a/1.png,unreadable,'-x,yes"
+    assert read_exclusions(path) == ("=a/1.png",)
+    path.write_text(path.read_text().replace(",", ";"))
+    assert read_exclusions(path) == ("=a/1.png",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("exclude,path\nyes\n", "row 2: no path, and exclude is yes"),
+        ("exclude,path\nno\n\nyes, \n", "row 4: no path"),
+        ("path,exclude\n" + "a" * 140_000 + ",yes\n", "line 2: field larger than field limit"),
+        ("path,exclude\na," + "b" * 999 + "\n", r"exclude is 'b{60}'\.\.\. \(999 characters\); write yes or no"),
+    ],
+)
+def test_damaged_lists_are_named(text, said, tmp_path):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"list\.csv.*{said}"):
+        read_exclusions(tmp_path / "list.csv")
+
+
+def test_a_list_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="named pipe"):
+        read_exclusions(tmp_path / "pipe")
 
 
 def test_without_splits_patients_are_compared(tmp_path, write_png):

@@ -24,6 +24,7 @@ from hsat.eval import (
     load_scores,
     read_records,
 )
+from hsat.eval.budget import write_groups
 from hsat.report import open_runs, read_artifacts, write_report
 
 ATTACK = PGD(Linf(8 / 255), step_size=4 / 255, steps=2)
@@ -73,6 +74,10 @@ def test_budgets_transfers_and_certificates(parts, tmp_path):
     encoder, bank, queries = parts
     run, scoring = RunOptions(noise=False), Scoring(bootstrap=0)
     budget = evaluate_budget(*parts, ATTACK, classifier=KNN, run=run, scoring=scoring, provenance=NAME)
+    named = dataclasses.replace(
+        budget, records=tuple(dataclasses.replace(record, model="=1+1") for record in budget.records)
+    )
+    assert "\n'=1+1," in (write_groups(tmp_path, [named]) / "groups.csv").read_text()
     with (budget.save(tmp_path / "budget") / "groups.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["group"]) for row in rows] == budget.groups.tolist()

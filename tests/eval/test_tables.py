@@ -52,6 +52,11 @@ def test_csv_comes_back():
     assert head == ["name", "x_1 Acc", "y Acc"] and first == ["a|b\nc", "1 & 2", "50.0 (40.0 to 60.0)"]
 
 
+def test_csv_holds_no_formulas():
+    head, row = csv.reader(io.StringIO(Table(("", "@x"), [("=1+1", "-1.5")]).to_csv()))
+    assert head == ["", "'@x"] and row == ["'=1+1", "-1.5"]
+
+
 def test_a_frame_has_numbers_where_cells_are_numbers():
     rows = [("1", "20", "−3.5", "a", "–", TableCell("9", "8 to 10")), ("2", "200", "–", "", "–", "7")]
     frame = Table(("name", "k", "Acc", "text", "absent", "Acc"), rows, groups=[("x", 4), ("y", 1)]).to_frame()

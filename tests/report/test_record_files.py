@@ -91,6 +91,11 @@ def test_csv_has_a_line_per_number(made_records):
     }
 
 
+def test_csv_holds_no_formulas(made_records):
+    records = made_records("=1+1", 0.8)
+    assert {row["model"] for row in csv.DictReader(io.StringIO(records_csv(records)))} == {"'=1+1"}
+
+
 def test_several_runs_are_one_line_of_csv(made_records):
     records = [r for seed, value in enumerate((0.6, 0.8)) for r in made_records("HSAT", value, seed=seed)]
     rows = [r for r in csv.DictReader(io.StringIO(records_csv(records))) if r["metric"] == "accuracy"]
