@@ -16,7 +16,7 @@ from hsat.data.folder_names import JUNK, name_masks
 from hsat.data.path_patterns import search_paths
 from hsat.data.paths import resolve_root, shorten_names
 from hsat.data.records import PatchRecord
-from hsat.data.survey import LEVELS, expected_layout, layout_hint
+from hsat.data.survey import DEEPEST, LEVELS, expected_layout, layout_hint
 
 MASKS_READ = "are called as masks or labels of others and were read as patches"
 NO_PATIENTS = (
@@ -254,6 +254,11 @@ def _walk(folder: _Folder, levels: tuple[str, ...], listing: _Listing, *, deeper
             if innermost and not deeper:
                 raise ValueError(
                     f"folder {path!r} lies inside a {levels[-1]}'s folder; {expected_layout(folder.root, levels)}"
+                )
+            if len(names) >= DEEPEST:
+                raise ValueError(
+                    f"folders of {folder.root} lie more than {DEEPEST} deep in each other, from {names[0]!r} on; give"
+                    " the folder that holds the patches"
                 )
             inner = _Folder(folder.root, Path(entry.path), (*names, entry.name), (*folder.above, target))
             _walk(inner, levels, listing, deeper=deeper)

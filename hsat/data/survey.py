@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hsat.data.assembly import IMAGE_SUFFIXES, SLIDE_SUFFIXES, TILE_FIRST
@@ -12,6 +12,7 @@ from hsat.data.folder_names import JUNK, is_split_like
 
 LEVELS = ("class", "patient", "slide")
 _PICTURES = (".bmp", ".gif", ".webp", ".jp2", ".jxl", ".ppm", ".heic")
+DEEPEST = 100  # folders inside each other
 SURVEYED = 20_000  # entries that are looked at for a hint
 
 
@@ -80,6 +81,23 @@ def _describe_others(others: Counter[str]) -> str:
     return ""
 
 
+def walk_folders(root: Path, *, follow_links: bool = False) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, which calls itself for each level, down to folders that lie 100 deep.
+
+    Args:
+        root: The folder.
+        follow_links: Look into folders that are links, too.
+
+    Yields:
+        A folder, the names of its folders, which may be changed, and those of its files.
+    """
+    above = len(root.parts)
+    for folder, folders, files in os.walk(root, followlinks=follow_links):
+        if len(Path(folder).parts) - above >= DEEPEST:
+            folders.clear()
+        yield folder, folders, files
+
+
 def survey_folder(root: Path, *, follow_links: bool = False) -> tuple[Counter[int], Counter[str]]:
     """Images by depth, and other files by suffix, among the first entries below a folder.
 
@@ -91,7 +109,7 @@ def survey_folder(root: Path, *, follow_links: bool = False) -> tuple[Counter[in
         Counts of images by the number of folders above them, and of other files by their suffix in small letters.
     """
     depths, others, seen = Counter[int](), Counter[str](), 0
-    for folder, folders, files in os.walk(root, followlinks=follow_links):
+    for folder, folders, files in walk_folders(root, follow_links=follow_links):
         folders[:] = sorted(name for name in folders if name.lower() not in JUNK and not name.startswith("."))
         depth = 0 if folder == str(root) else os.path.relpath(folder, root).count(os.sep) + 1
         for name in files:
@@ -134,7 +152,7 @@ def list_images(root: Path, *, most: int = 12) -> list[str]:
         Relative to the folder, in order.
     """
     found: list[str] = []
-    for path, folders, files in os.walk(root):
+    for path, folders, files in walk_folders(root):
         folders[:] = sorted(name for name in folders if name[0] not in "._@")
         images = [name for name in sorted(files) if is_image(Path(path, name))]
         found += [os.path.relpath(os.path.join(path, name), root) for name in images[: most // 4]]
@@ -145,7 +163,7 @@ def list_images(root: Path, *, most: int = 12) -> list[str]:
 
 def holds_images(folder: Path) -> bool:
     """Whether an image lies in a folder, at any depth; links to folders are not followed."""
-    return any(is_image(Path(path, name)) for path, _, names in os.walk(folder) for name in names)
+    return any(is_image(Path(path, name)) for path, _, names in walk_folders(folder) for name in names)
 
 
 def is_image(path: Path) -> bool:

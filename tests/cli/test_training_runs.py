@@ -199,3 +199,10 @@ def test_damaged_settings_are_named(settings, said, run_of):
     with pytest.raises(SystemExit) as stop:
         Evaluate.load(["--run", str(folder), "--model.factory", "m:f"])
     assert f"{folder / 'run.json'}: {said}" in str(stop.value)
+
+
+@pytest.mark.parametrize("named", ["[1, [2]]", "5", "{a: b}", "['']"])
+def test_run_in_a_configuration_names_folders(named, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"run: {named}\n")
+    with pytest.raises(SystemExit, match=r"^error: --run must name folders of trainings"):
+        Evaluate.load(["--config", str(tmp_path / "own.yaml")])

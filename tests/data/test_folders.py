@@ -7,6 +7,7 @@ import pytest
 import tifffile
 
 from hsat.data import read_class_folders, read_csv, read_folders, read_opensrh
+from hsat.data.survey import walk_folders
 
 BREAKHIS = [
     f"{name}/SOB/{sub}/SOB_{letter}_{code}_14-{patient}/{zoom}X/SOB_{letter}_{code}-14-{patient}-{zoom}-00{k}.png"
@@ -125,3 +126,12 @@ def test_masks_beside_patches_are_counted(tmp_path, write_png):
     with pytest.warns(UserWarning, match="2 images are called as masks or labels of others and were read as patches"):
         cohort = read_folders(tmp_path)
     assert len(cohort) == 6 and "'a/p1/s/x_mask.png', 'b/p2/s/z_seg.png'" in cohort.notes[0]
+
+
+def test_folders_without_an_end_are_refused(tmp_path, write_png):
+    write_png(tmp_path / "a" / "p1" / "1.png")
+    (tmp_path / "a" / "p2" / "/".join("d" * 150)).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"folders of {tmp_path} lie more than 100 deep in each other, from 'a' on"):
+        read_class_folders(tmp_path, patient="^a/([^/]+)")
+    assert max(folder.count("/d") for folder, _, _ in walk_folders(tmp_path)) == 98
+    assert max(folder.count("/d") for folder, _, _ in walk_folders(tmp_path / "a")) == 99
