@@ -8,7 +8,6 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
@@ -33,7 +32,9 @@ from hsat.cli.options import parse_pixels, split_commas
 from hsat.data import Cohort, srh_to_rgb
 from hsat.eval import ensemble_attacks, paper_attacks
 from hsat.eval.paper_attacks import ALIASES
+from hsat.training.config import parse_fraction
 from hsat.types import Attack, ThreatModel
+from hsat.untrusted import shown
 
 Threat = Literal["linf", "l2", "raw_srh", "stain", "stain_image"]
 EPS = {
@@ -59,9 +60,9 @@ def lengths(value: Any) -> list[float]:
         ValueError: For other texts, and for negative or infinite radii.
     """
     try:
-        numbers = [float(Fraction(part) if isinstance(part, str) else part) for part in split_commas(value)]
-    except (ValueError, ZeroDivisionError, TypeError) as error:
-        raise ValueError(f"write fractions such as 8/255 or numbers such as 0.03; got {value!r}") from error
+        numbers = [parse_fraction(part) if isinstance(part, str) else float(part) for part in split_commas(value)]
+    except (ValueError, ZeroDivisionError, TypeError, OverflowError) as error:
+        raise ValueError(f"write fractions such as 8/255 or numbers such as 0.03; got {shown(value)}") from error
     if not all(0 <= number < math.inf for number in numbers):
         raise ValueError(f"radii are finite and not negative; got {value!r}")
     return numbers

@@ -150,7 +150,7 @@ class _Run:
         if "exclude" in options and not _lies_in(self.folder, options["exclude"]):
             raise ValueError(
                 f"the patches of the list {shown(options['exclude'])} were left out of this training, and the list does"
-                f" not lie in {self.folder}; give --data.exclude FILE yourself"
+                f" not lie in {self.folder}; give --data.exclude FILE yourself (None: no list)"
             )
         manifest = options.get("manifest", "")
         if Path(manifest).anchor or ".." in Path(manifest).parts or manifest.startswith("~"):

@@ -61,6 +61,8 @@ def search_paths(name: str, pattern: str, paths: Sequence[str], *, seconds: floa
             )
         except subprocess.TimeoutExpired:
             raise late from None
+        except (subprocess.CalledProcessError, OSError) as error:
+            raise ValueError(f"{name}={pattern!r} could not be searched in {len(paths)} paths: {error}") from error
         return list(json.loads(answer.stdout))
     found: list[str | None] = []
     end = time.monotonic() + seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
@@ -10,10 +11,30 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from hsat.data.augment import default_augmentation
 from hsat.training.resources import parse_memory
+from hsat.untrusted import shown
 
 Levels = Literal["p_s_pt", "p_s", "p_pt", "s_pt", "p", "s", "pt"]
 TrainedLayer = Literal["embedding", "features"]
+_LONGEST_NUMBER = 40  # characters
 InnerAttackName = Literal["none", "pgd", "fgsm_rs", "nfgsm", "free", "warm"]
+
+
+def parse_fraction(text: str) -> float:
+    """The number in a text such as "8/255" or "0.03".
+
+    Args:
+        text: At most 40 characters, with a power of ten of at most two digits: 1e999999999 would fill the memory.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: For another text.
+        ZeroDivisionError: For a fraction over 0.
+    """
+    if len(text) > _LONGEST_NUMBER or re.search(r"[eE][-+]?[\d_]{3}", text):
+        raise ValueError(f"no fraction: {shown(text)}")
+    return float(Fraction(text.strip()))
 
 
 def parse_pixels(value: Any) -> float:
@@ -36,9 +57,9 @@ def parse_pixels(value: Any) -> float:
         ValueError: it must lie in [0, 1], the range of the pixels; got 8. For 8 grey levels write 8/255
     """
     try:
-        number = float(Fraction(value.strip()) if isinstance(value, str) else value)
-    except (ValueError, ZeroDivisionError, TypeError) as error:
-        raise ValueError(f"write a fraction such as 8/255 or a number such as 0.03; got {value!r}") from error
+        number = parse_fraction(value) if isinstance(value, str) else float(value)
+    except (ValueError, ZeroDivisionError, TypeError, OverflowError) as error:
+        raise ValueError(f"write a fraction such as 8/255 or a number such as 0.03; got {shown(value)}") from error
     if not 0 <= number <= 1:
         raise ValueError(f"it must lie in [0, 1], the range of the pixels; got {value}. For 8 grey levels write 8/255")
     return number

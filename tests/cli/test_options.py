@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hsat.cli.attacks import lengths
 from hsat.recipes import read_recipe
+from hsat.training.config import parse_pixels
 
 
 def train_settings(*argv):
@@ -170,6 +172,14 @@ def test_yaml_with_mistakes_is_refused_by_name(text, named, tmp_path, stops):
     path.write_text(text)
     message = stops(lambda argv: train_settings(*argv), ["--config", str(path)])
     assert all(part in message for part in [*named, "bad.yaml"])
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1e1_000_000_000", "1/1e99999999", "9" * 50, "1/0", 10**400])
+def test_numbers_that_fill_the_memory_are_refused(text):
+    with pytest.raises(ValueError, match="write a fraction such as 8/255"):
+        parse_pixels(text)
+    with pytest.raises(ValueError, match="write fractions such as 8/255"):
+        lengths([text])
 
 
 def test_mistakes_are_shown_short(tmp_path, stops):
