@@ -197,6 +197,16 @@ def test_a_model_without_layers_is_attacked_on_its_decision(encoder):
     assert result.embedding is None and result.success.sum() > decision(encoder).success(X).sum()
 
 
+def test_a_lost_tie_is_a_wrong_decision(encoder):
+    def tied(images):
+        return images.flatten(1)[:, :3] * 0  # as a network whose units are all dead
+
+    labels = torch.arange(6) % 3
+    result = SMALL.run(X[:6], margin(tied, labels), generator=seeded(), ids=IDS[:6])
+    assert result.success.tolist() == (result.value > 0).tolist() == [False, True, True] * 2
+    assert result.broken_by == ("", "clean", "clean") * 2
+
+
 def test_each_image_may_have_a_ball_of_its_own(encoder):
     eps = torch.full((30,), EPS)
     eps[::3] = 0
