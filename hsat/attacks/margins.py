@@ -52,8 +52,9 @@ def margin(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor 
     """max over the wrong classes of their logit, minus the logit of the true class, one value per image.
 
     Carlini and Wagner, arXiv:1608.04644, section V-A (f_6 there, with the sign turned and without its clip); called CW
-    loss in arXiv:2003.01690.  Above 0 exactly where the image is misclassified, so `success` and value agree: the objective
-    of Square.  A tie that goes to a lower, wrong class has the value 1e-12 in the place of 0, with the same gradient.
+    loss in arXiv:2003.01690.  Above 0 exactly where the image is misclassified, so `success` and value agree: the
+    objective of Square.  A tie that goes to a lower, wrong class has the value 1e-12 in place of 0, and the same
+    gradient.
     With a target the value is the target's logit minus the true one: its gradient leads to one class however far that
     is, where the untargeted one may change its mind, or lead to the nearest class alone.  Above 0 then still means
     misclassified, but an image may be misclassified as a third class before.
@@ -116,8 +117,8 @@ def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | N
 
     With z_1 >= z_2 >= ... the sorted logits and y the true class, the value is
     (max over i != y of z_i - z_y) / (z_1 - z_3), eq. 6 of Croce and Hein, arXiv:2003.01690;
-    with a target t it is (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Without target it is above 0 exactly where the image is
-    misclassified; a lost tie is 1e-12, as that of `margin`.
+    with a target t it is (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Without target it is above 0
+    exactly where the image is misclassified; a lost tie is 1e-12, as that of `margin`.
     The denominator is floored at 1e-12 (the published code adds that number, which would break the invariance).
 
     Args:
