@@ -60,12 +60,14 @@ class LogitClassifier(ABC):
 
         Raises:
             ValueError: If a table has classes that the classifier does not know, or if it lacks the lengths that a
-                classifier of raw features needs.
+                classifier of raw features needs; for rows that are not finite, naming the first.
         """
         rows = query_rows(z, self.class_names, reads=self.reads)
         scores = np.empty((len(rows), len(self.class_names)))
         with torch.no_grad():
             for part in chunks(len(rows), _QUERIES_PER_BLOCK):
+                if self.reads == "unit":
+                    unit_rows(rows[part], first=part.start)  # names the row
                 block = torch.from_numpy(np.array(rows[part], dtype=np.float64))
                 scores[part] = self.scores(block.to(self.device, widest_dtype(self.device))).cpu().numpy()
         return scores
@@ -121,6 +123,21 @@ def unit_rows(rows: np.ndarray, *, first: int = 0) -> np.ndarray:
         raise ValueError(f"queries are not finite, first in row {first + np.flatnonzero(~np.isfinite(length))[0]}")
     unit: np.ndarray = array / np.where(length > 0, length, 1.0)[:, None]
     return unit
+
+
+def unit_tensor(z: Tensor) -> Tensor:
+    """Embeddings (n, d) of any length as unit rows, as wide as the device allows and differentiable; zeros stay.
+
+    Raises:
+        ValueError: Naming the first row that is not finite; on other devices than the CPU only without a graph, since
+            reading it in every step of an attack would hold them up.
+    """
+    wide = z.to(widest_dtype(z.device))
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    if (z.device.type == "cpu" or not torch.is_grad_enabled()) and not bool(length.isfinite().all()):
+        row = int((~length.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"queries are not finite, first in row {row}")
+    return wide / torch.where(length > 0, length, 1.0)
 
 
 def row_products(subscripts: str, rows: np.ndarray, others: np.ndarray) -> np.ndarray:

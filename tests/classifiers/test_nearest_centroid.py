@@ -87,6 +87,16 @@ def test_gradients_and_blocks(table, tmp_path):
     assert torch.equal(fitted.to("cpu").logits(z), fitted.logits(z))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_queries_that_are_not_finite_are_refused_as_knn_does(table, value):
+    fitted = NearestCentroid().fit(problem(table)[0])
+    queries = np.ones((1200, fitted.tensors()["centroid"].shape[-1]))
+    queries[1100, 2] = value
+    for ask in (fitted.predict, fitted.predict_proba, lambda rows: fitted.logits(torch.from_numpy(rows))):
+        with pytest.raises(ValueError, match="queries are not finite, first in row 1100"):
+            ask(queries)
+
+
 def test_what_cannot_be_fitted_is_refused(table):
     with pytest.raises(ValueError, match="temperature must be above 0"):
         NearestCentroid(temperature=0)
