@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hsat.attacks.margins import decision_is_wrong
 from hsat.types import EmbeddingFunction, HierarchicalBatch, Levels, Objective
+from hsat.types.precision import at_unit_scale
 from hsat.types.row_checks import check_rows
 
 Distance = Literal["cosine", "l2", "l1"]
@@ -42,7 +43,7 @@ class FeatureDrift:
         with torch.autocast(z.device.type, enabled=False):
             z = z.to(self.reference.dtype)
             if self.distance == "cosine":
-                return 1.0 - F.cosine_similarity(z, self.reference, dim=1)
+                return 1.0 - F.cosine_similarity(at_unit_scale(z), at_unit_scale(self.reference), dim=1)
             gap = z - self.reference
             return gap.square().sum(1) if self.distance == "l2" else gap.abs().sum(1)
 
