@@ -137,8 +137,8 @@ def evaluate_slides(
 
     Without labels (`target="own_decision"` or "representation") the attacker knows encoder and classifier, but no class
     of any slide, in the setting of arXiv:2505.24141: a few patches are altered so that what is made of the whole slide
-    moves.  Where the loader has labels all the same, slides that are wrong as they are get attacked like the others, and
-    can become right.
+    moves.  Where the loader has labels all the same, slides that are wrong as they are get attacked like the others,
+    and can become right.
 
     Args:
         encoder: Images -> embeddings, as for `evaluate_whitebox`; it is frozen meanwhile.
