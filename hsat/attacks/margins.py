@@ -289,7 +289,8 @@ def aggregate_margin(
 def _with_sign(margin: Tensor, wrong: Tensor) -> Tensor:
     """The margin, moved by a constant where its sign is not the decision's: positive where wrong, else at most zero."""
     value = margin.detach()
-    return margin + (torch.where(wrong, value.clamp_min(_LOST_TIE), value.clamp_max(0.0)) - value)
+    signed = torch.where(wrong, torch.where(value <= 0, _LOST_TIE, value), value.clamp_max(0.0))
+    return margin + (signed - value)
 
 
 def _check_class_numbers(labels: Tensor, name: str) -> None:

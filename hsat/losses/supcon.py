@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from hsat.types.precision import at_unit_scale
-
+_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 LEAST_TEMPERATURE = 1e-30  # as of kNN: a similarity over less is no float32
 
 
@@ -101,7 +100,11 @@ def check_temperature(temperature: float | Tensor) -> None:
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Rows of z (n, d) divided by their length, in float32 or wider; a zero row stays zero."""
+    """Rows of z (n, d) divided by their length, in float32 or wider; a zero row stays zero.
+
+    They are divided by the power of two below their largest value first, so that no length overflows or vanishes: that
+    loses no digit, and a factor which is constant on a row changes no gradient.
+    """
     if not isinstance(z, Tensor):
         raise TypeError(f"embeddings must be a tensor (n, d), got {type(z).__name__}")
     if z.ndim != 2:
@@ -110,7 +113,10 @@ def unit_rows(z: Tensor) -> Tensor:
     if not z.dtype.is_floating_point:
         raise TypeError(f"embeddings must be floats, got {z.dtype}")
     wide = z if z.dtype == torch.float64 else z.float()
-    return F.normalize(at_unit_scale(wide), dim=1)
+    integer, exponent = _EXPONENT[wide.dtype]
+    largest = wide.detach().abs().amax(1, keepdim=True)
+    power = (largest.view(integer) & exponent).view(wide.dtype).clamp_min(torch.finfo(wide.dtype).tiny)
+    return F.normalize(wide / torch.where(largest == 0, 1.0, power), dim=1)
 
 
 def group_terms(unit: Tensor, groups: Sequence[Tensor], *, temperature: float | Tensor) -> Tensor:
