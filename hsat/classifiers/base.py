@@ -53,7 +53,7 @@ class LogitClassifier(ABC):
     def scores(self, z: Tensor) -> Tensor:
         """Embeddings (n, d) -> class scores (n, classes), float64 and differentiable: softmax of the logits."""
         logits = self.logits(z)
-        return raise_winner(F.softmax(logits.to(widest_dtype(logits.device)), dim=1), logits.detach().argmax(1))
+        return raise_winner(positive_softmax(logits.to(widest_dtype(logits.device))), logits.detach().argmax(1))
 
     def predict_proba(self, z: Queries) -> np.ndarray:
         """Class scores (n, classes) float64 of an array, a tensor or a table, in blocks.
@@ -76,6 +76,11 @@ class LogitClassifier(ABC):
         """Index of the highest score among `class_names`, (n,) int64; ties go to the lower index."""
         winner: np.ndarray = self.predict_proba(z).argmax(1)
         return winner
+
+
+def positive_softmax(logits: Tensor) -> Tensor:
+    """Softmax of rows (n, classes) in which no class has the share 0, which means that a class has no vote at all."""
+    return F.softmax(logits, dim=1).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
 def check_bank(table: EmbeddingTable) -> int:
