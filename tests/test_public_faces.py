@@ -110,7 +110,6 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "eval/passes": "eval/cost",
     "eval/artifact_files": "report/artifacts",
     "eval/default_neighbours": "cli/classifiers",
-    "eval/drift": "robustness",
     "eval/inputs": "robustness",
     "eval/loader_inputs": "robustness",
     "eval/result_text": "robustness",

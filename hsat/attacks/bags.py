@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hsat.attacks.objectives import cosine_similarity
 from hsat.types import EmbeddingFunction, SlideClassifier
 from hsat.types.row_checks import check_rows
 
@@ -94,7 +94,7 @@ class SlideObjective:
         """
         if self.reference is not None:
             moved = _representation(self.classifier, bag).to(self.reference.dtype)
-            return 1.0 - F.cosine_similarity(moved, self.reference, dim=0)
+            return 1.0 - cosine_similarity(moved, self.reference)
         assert self.label is not None  # of all other targets
         logits = slide_logits(self.classifier, bag)
         if self.target == "cross_entropy":

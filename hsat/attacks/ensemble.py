@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hsat.attacks.apgd import APGD
-from hsat.attacks.base import check_counts, check_number, settings_text
+from hsat.attacks.base import GradientAttack, check_counts, check_number, settings_text
 from hsat.attacks.ensemble_pass import (
     LAYERS,
     Candidate,
@@ -19,11 +19,13 @@ from hsat.attacks.ensemble_pass import (
     EnsemblePass,
     member_generator,
 )
+from hsat.attacks.loop import AscentConfig
 from hsat.attacks.pgd import MIFGSM, PGD
 from hsat.attacks.square import Square
 from hsat.attacks.threat import check_threat, eps_value
 from hsat.attacks.worst_case import keep_worst
 from hsat.types import (
+    Attack,
     AttackResult,
     DecisionObjective,
     EmbeddingFunction,
@@ -61,7 +63,7 @@ class AttackEnsemble:
     Attributes:
         threat: A ball of pixels.
         steps: Of the drift members.
-        step_size: Of the drift members; None is eps / 4.
+        step_size: Of the drift members; None is eps / 4, of each image's own eps.
         decision_steps: Of Auto-PGD.
         restarts: Of Auto-PGD on the margin.
         targets: How many wrong classes are aimed at, at most; 0 for none.
@@ -174,24 +176,28 @@ class AttackEnsemble:
             if self.targets:
                 found.append(member(name="APGD best target", attack=apgd, objective="target", target=0))
         for name, other in self.surrogates.items():
-            momentum = MIFGSM(self.threat, step_size=self._step_size(), steps=self.steps, random_start=True)
+            momentum = self._drift_attack(decay=1.0)
             title = f"transfer from {name}"
             found.append(member(name=title, attack=momentum, objective="features", surrogate=_features(other)))
         square = Square(self.threat, queries=self.queries, area=self.area)
         return (*found, member(name="Square", attack=square, objective="scores"))
 
     def _drift_members(self, layers: Sequence[str]) -> list[EnsembleMember]:
-        size = self._step_size()
-        pgd = PGD(self.threat, step_size=size, steps=self.steps)
-        momentum = MIFGSM(self.threat, step_size=size, steps=self.steps, random_start=True)
         return [
             EnsembleMember(name=f"{kind} {layer}", attack=attack, objective=layer, common_start=True)  # type: ignore[arg-type]
-            for kind, attack in (("PGD", pgd), ("MIFGSM", momentum))
+            for kind, attack in (("PGD", self._drift_attack()), ("MIFGSM", self._drift_attack(decay=1.0)))
             for layer in layers
         ]
 
-    def _step_size(self) -> float:
-        return eps_value(self.threat.eps) / 4 if self.step_size is None else self.step_size
+    def _drift_attack(self, *, decay: float | None = None) -> Attack:
+        """PGD, or MI-FGSM with a decay of its momentum."""
+        eps, size = self.threat.eps, self.step_size
+        if size is None and isinstance(eps, Tensor):
+            return _QuarterSteps(self.threat, steps=self.steps, decay=decay)
+        size = eps_value(eps) / 4 if size is None else size
+        if decay is None:
+            return PGD(self.threat, step_size=size, steps=self.steps)
+        return MIFGSM(self.threat, step_size=size, steps=self.steps, decay=decay, random_start=True)
 
     def __call__(
         self,
@@ -259,6 +265,27 @@ class AttackEnsemble:
             best = result if best is None else keep_worst(best, result)
         assert best is not None  # PGD is always a member
         return best
+
+
+@dataclass(frozen=True, repr=False)
+class _QuarterSteps(GradientAttack):
+    """PGD or MI-FGSM where eps is a tensor: each image's step is a quarter of its own eps, whatever the others have."""
+
+    threat: ThreatModel
+    _: KW_ONLY
+    steps: int
+    decay: float | None
+    random_start: bool = True
+
+    def __repr__(self) -> str:
+        name, momentum = ("PGD", "") if self.decay is None else ("MIFGSM", f", decay={self.decay}")
+        return f"{name}(threat={self.threat!r}, step_size=eps/4, steps={self.steps}{momentum}, random_start=True)"
+
+    def _config(self) -> AscentConfig:
+        eps = self.threat.eps
+        return AscentConfig(
+            threat=self.threat, step_size=eps / 4, steps=self.steps, random_start=True, decay=self.decay
+        )
 
 
 def _features(encoder: EmbeddingFunction) -> EmbeddingFunction:

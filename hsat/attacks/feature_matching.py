@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hsat.attacks.objectives import cosine_similarity
 from hsat.types import EmbeddingFunction, EmbeddingTable
 from hsat.types.row_checks import check_labels, check_rows
 
@@ -33,7 +34,7 @@ class FeatureMatch:
             )
         with torch.autocast(z.device.type, enabled=False):
             dtype = torch.promote_types(z.dtype, self.targets.dtype)
-            return F.cosine_similarity(z.to(dtype), self.targets.to(dtype), dim=1)
+            return cosine_similarity(z.to(dtype), self.targets.to(dtype))
 
     def select(self, index: Tensor) -> FeatureMatch:
         """The same for the images `index` of the batch."""

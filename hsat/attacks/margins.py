@@ -31,10 +31,11 @@ class Margin:
     target: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) -> margins (n,); above 0 where the image is misclassified."""
+        """Images (n, c, h, w) -> margins (n,); without target above 0 exactly where the image is misclassified."""
         logits = _logits(self.model(images), self.labels, least=2, name="margin")
         if self.target is None:
-            return _best_wrong(logits, self.labels) - _of(logits, self.labels)
+            value = _best_wrong(logits, self.labels) - _of(logits, self.labels)
+            return _with_sign(value, logits.argmax(1) != self.labels)
         _check_classes(self.target, logits.shape[1], "target")
         return _of(logits, self.target) - _of(logits, self.labels)
 
@@ -51,7 +52,9 @@ def margin(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor 
     """max over the wrong classes of their logit, minus the logit of the true class, one value per image.
 
     Carlini and Wagner, arXiv:1608.04644, section V-A (f_6 there, with the sign turned and without its clip); called CW
-    loss in arXiv:2003.01690.  Above 0 means misclassified, so `success` and value agree: the objective of Square.
+    loss in arXiv:2003.01690.  Above 0 exactly where the image is misclassified, so `success` and value agree: the
+    objective of Square.  A tie that goes to a lower, wrong class has the value 1e-12 in place of 0, and the same
+    gradient.
     With a target the value is the target's logit minus the true one: its gradient leads to one class however far that
     is, where the untargeted one may change its mind, or lead to the nearest class alone.  Above 0 then still means
     misclassified, but an image may be misclassified as a third class before.
@@ -97,7 +100,8 @@ class LogitRatio:
             wrong, spread = _best_wrong(logits, self.labels), top[:, 0] - top[:, 2]
         else:
             wrong, spread = _of(logits, self.target), top[:, 0] - (top[:, 2] + top[:, 3]) / 2
-        return (wrong - _of(logits, self.labels)) / spread.clamp_min(TINY)
+        ratio = (wrong - _of(logits, self.labels)) / spread.clamp_min(TINY)
+        return ratio if self.target is not None else _with_sign(ratio, logits.argmax(1) != self.labels)
 
     def success(self, images: Tensor) -> Tensor:
         """(n,) bool: is the decision, the highest logit with ties to the lower class, wrong?"""
@@ -113,7 +117,8 @@ def dlr(model: Callable[[Tensor], Tensor], labels: Tensor, *, target: Tensor | N
 
     With z_1 >= z_2 >= ... the sorted logits and y the true class, the value is
     (max over i != y of z_i - z_y) / (z_1 - z_3), eq. 6 of Croce and Hein, arXiv:2003.01690;
-    with a target t it is (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Above 0 means misclassified (without target).
+    with a target t it is (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), eq. 7.  Without target it is above 0
+    exactly where the image is misclassified; a lost tie is 1e-12, as that of `margin`.
     The denominator is floored at 1e-12 (the published code adds that number, which would break the invariance).
 
     Args:
@@ -284,7 +289,8 @@ def aggregate_margin(
 def _with_sign(margin: Tensor, wrong: Tensor) -> Tensor:
     """The margin, moved by a constant where its sign is not the decision's: positive where wrong, else at most zero."""
     value = margin.detach()
-    return margin + (torch.where(wrong, value.clamp_min(_LOST_TIE), value.clamp_max(0.0)) - value)
+    signed = torch.where(wrong, torch.where(value <= 0, _LOST_TIE, value), value.clamp_max(0.0))
+    return margin + (signed - value)
 
 
 def _check_class_numbers(labels: Tensor, name: str) -> None:

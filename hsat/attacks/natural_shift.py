@@ -58,7 +58,7 @@ class NaturalShift:
     - "stain": the optical density of haematoxylin and that of eosin grow or shrink by the share `amount`, each in a
       direction that chance chooses for the patch.  Colour images only; SRH patches are not stained.
     - "blur": Gaussian, `amount` is sigma in pixels of the image that the encoder is given.
-    - "jpeg": compression, `amount` is the quality (1 to 95, lower is worse), after rounding to 8 bits.
+    - "jpeg": compression, `amount` is the quality (whole, 1 to 95, lower is worse), after rounding to 8 bits.
     - "brightness": the value of the HSV model, plus or minus `amount` as chance chooses for the patch.
     - "resampling": averaged down to the share `amount` of the side, then interpolated up again (bilinear).
 
@@ -98,6 +98,10 @@ class NaturalShift:
         if not (is_number and low <= self.amount <= high and self.amount > 0):
             raise ValueError(
                 f"the amount of {self.kind!r} must be above 0 and in [{low:g}, {high:g}], got {self.amount!r}"
+            )
+        if self.kind == "jpeg" and self.amount != round(self.amount):
+            raise ValueError(
+                f"the amount of 'jpeg' is a quality, a whole number; got {self.amount!r}: give {round(self.amount)}"
             )
 
     @classmethod

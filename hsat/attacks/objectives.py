@@ -18,6 +18,7 @@ from hsat.attacks.margins import decision_is_wrong
 from hsat.types import EmbeddingFunction, HierarchicalBatch, Levels, Objective
 from hsat.types.row_checks import check_rows
 
+_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 Distance = Literal["cosine", "l2", "l1"]
 DISTANCES = ("cosine", "l2", "l1")
 
@@ -42,7 +43,7 @@ class FeatureDrift:
         with torch.autocast(z.device.type, enabled=False):
             z = z.to(self.reference.dtype)
             if self.distance == "cosine":
-                return 1.0 - F.cosine_similarity(z, self.reference, dim=1)
+                return 1.0 - cosine_similarity(z, self.reference)
             gap = z - self.reference
             return gap.square().sum(1) if self.distance == "l2" else gap.abs().sum(1)
 
@@ -86,6 +87,22 @@ def feature_drift(
     if reference.ndim != 2 or len(reference) != len(x):
         raise ValueError(f"the reference must be ({len(x)}, d), one row per image; got {tuple(reference.shape)}")
     return FeatureDrift(encode, reference.detach().to(torch.promote_types(reference.dtype, torch.float32)), distance)
+
+
+def cosine_similarity(z: Tensor, reference: Tensor) -> Tensor:
+    """Cosine similarity of rows (..., d) of one dtype, float32 or float64 and of any length; 0 for a row of zeros.
+
+    Rows are divided by the power of two below their largest value first, as `supcon_loss` does: that loses no digit,
+    and lengths neither overflow nor vanish.
+    """
+    integer, exponent = _EXPONENT[z.dtype]
+
+    def scaled(rows: Tensor) -> Tensor:
+        largest = rows.detach().abs().amax(-1, keepdim=True)
+        power = (largest.view(integer) & exponent).view(z.dtype).clamp_min(torch.finfo(z.dtype).tiny)
+        return rows / torch.where(largest == 0, 1.0, power)
+
+    return F.cosine_similarity(scaled(z), scaled(reference), dim=-1)
 
 
 def hierarchical(

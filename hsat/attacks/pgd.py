@@ -262,7 +262,7 @@ class NFGSM:
     ) -> Tensor:
         """Training images; arguments as for every attack."""
         first = self._first(x, generator, ids) if start is None else start
-        return self._step_attack()(x, objective, start=first, success=success)
+        return self._step_attack()(x, objective, start=first, ids=ids, success=success)
 
     def run(
         self,
@@ -285,7 +285,7 @@ class NFGSM:
             The images, the objective's values, and what the run cost.
         """
         first = self._first(x, generator, ids) if start is None else start
-        return self._step_attack().run(x, objective, start=first, success=success)
+        return self._step_attack().run(x, objective, start=first, ids=ids, success=success)
 
     @property
     def _eps(self) -> float:
@@ -345,6 +345,8 @@ class RandomNoise:
         check_ids(ids, len(x))
         check_start(start, x)
         if start is not None:
+            if bool(start.isnan().any()):  # no gradient will say so here
+                raise ValueError("start holds NaN")
             return self.threat.project(start.detach().to(x), x.detach())
         inside = require_images(detach_images(x), self.threat)
         return random_start(inside, self.threat, generator=generator, ids=ids, restart=0)

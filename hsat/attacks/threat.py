@@ -253,7 +253,8 @@ class Linf(_Ball):
     """Every pixel may move by at most eps and stays inside [low, high].
 
     Projection is exact in float16, bfloat16, float32 and float64: (x_adv.double() - x.double()).abs() <= eps and
-    low <= x_adv <= high hold without tolerance, feasible points stay as they are, and eps = 0 gives back x.
+    low <= x_adv <= high hold without tolerance, points that are feasible in exact arithmetic stay as they are (in
+    float64 one that is feasible because x_adv - x is rounded may move by that rounding), and eps = 0 gives back x.
 
     Attributes:
         eps: A float in [0, high - low]; or (n,), one per image; or four axes that broadcast to the images, for instance

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsat.classifiers.base import raise_winner
+from hsat.classifiers.base import positive_softmax, raise_winner
 from hsat.classifiers.decision_model import HoldsTensors
 from hsat.fingerprints import fingerprint_state, fingerprint_table, tensor_bytes
 from hsat.types import EmbeddingTable, FittedClassifier, SlideClassifier, align_labels
@@ -83,8 +83,8 @@ def bag_scores(classifier: SlideClassifier, bag: Tensor) -> Tensor:
 
 def softmax_scores(logits: Tensor) -> Tensor:
     """Softmax of the logits (classes,) of a slide, float64 where there is such a thing; the winner stays the winner."""
-    wide = F.softmax(logits.to(widest_dtype(logits.device)), dim=0)
-    return raise_winner(wide[None], logits.detach().argmax()[None])[0]
+    wide = positive_softmax(logits.to(widest_dtype(logits.device))[None])
+    return raise_winner(wide, logits.detach().argmax()[None])[0]
 
 
 def predict_slides(classifier: SlideClassifier, table: EmbeddingTable) -> np.ndarray:

@@ -53,19 +53,21 @@ class LogitClassifier(ABC):
     def scores(self, z: Tensor) -> Tensor:
         """Embeddings (n, d) -> class scores (n, classes), float64 and differentiable: softmax of the logits."""
         logits = self.logits(z)
-        return raise_winner(F.softmax(logits.to(widest_dtype(logits.device)), dim=1), logits.detach().argmax(1))
+        return raise_winner(positive_softmax(logits.to(widest_dtype(logits.device))), logits.detach().argmax(1))
 
     def predict_proba(self, z: Queries) -> np.ndarray:
         """Class scores (n, classes) float64 of an array, a tensor or a table, in blocks.
 
         Raises:
             ValueError: If a table has classes that the classifier does not know, or if it lacks the lengths that a
-                classifier of raw features needs.
+                classifier of raw features needs; for rows that are not finite, naming the first.
         """
         rows = query_rows(z, self.class_names, reads=self.reads)
         scores = np.empty((len(rows), len(self.class_names)))
         with torch.no_grad():
             for part in chunks(len(rows), _QUERIES_PER_BLOCK):
+                if self.reads == "unit":
+                    unit_rows(rows[part], first=part.start)  # names the row
                 block = torch.from_numpy(np.array(rows[part], dtype=np.float64))
                 scores[part] = self.scores(block.to(self.device, widest_dtype(self.device))).cpu().numpy()
         return scores
@@ -74,6 +76,11 @@ class LogitClassifier(ABC):
         """Index of the highest score among `class_names`, (n,) int64; ties go to the lower index."""
         winner: np.ndarray = self.predict_proba(z).argmax(1)
         return winner
+
+
+def positive_softmax(logits: Tensor) -> Tensor:
+    """Softmax of rows (n, classes) in which no class has the share 0, which means that a class has no vote at all."""
+    return F.softmax(logits, dim=1).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
 def check_bank(table: EmbeddingTable) -> int:
@@ -121,6 +128,21 @@ def unit_rows(rows: np.ndarray, *, first: int = 0) -> np.ndarray:
         raise ValueError(f"queries are not finite, first in row {first + np.flatnonzero(~np.isfinite(length))[0]}")
     unit: np.ndarray = array / np.where(length > 0, length, 1.0)[:, None]
     return unit
+
+
+def unit_tensor(z: Tensor) -> Tensor:
+    """Embeddings (n, d) of any length as unit rows, as wide as the device allows and differentiable; zeros stay.
+
+    Raises:
+        ValueError: Naming the first row that is not finite; on other devices than the CPU only without a graph, since
+            reading it in every step of an attack would hold them up.
+    """
+    wide = z.to(widest_dtype(z.device))
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    if (z.device.type == "cpu" or not torch.is_grad_enabled()) and not bool(length.isfinite().all()):
+        row = int((~length.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"queries are not finite, first in row {row}")
+    return wide / torch.where(length > 0, length, 1.0)
 
 
 def row_products(subscripts: str, rows: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -27,7 +27,9 @@ Item = TypeVar("Item")
 class ShardedKNN(NeighbourVote):
     """Several banks that answer as one; rows count through all of them in their order.
 
-    With an exact index the answers are, bit for bit, those of one table with all rows.
+    With an exact index neighbours, scores and decisions are, bit for bit, those of one table with all rows.  The logit
+    of a class that no neighbour has comes from its nearest row by float32 products, which may be another one among rows
+    that these cannot tell apart.
 
     Attributes:
         settings: The settings that were fitted.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.classifiers.base import LogitClassifier, check_bank, logits_dtype, raise_winner
+from hsat.classifiers.base import LogitClassifier, check_bank, logits_dtype, raise_winner, unit_tensor
 from hsat.files import atomic_path
 from hsat.tensor_files import check_safetensors_header, refuse_text
 from hsat.types import EmbeddingTable
@@ -156,14 +156,12 @@ class FittedLinearProbe(LogitClassifier):
             Two classes have the logits -s/2 and s/2, where s is what scikit-learn's `decision_function` gives.
 
         Raises:
-            ValueError: For embeddings of another shape or width.
+            ValueError: For embeddings of another shape or width, and for rows that are not finite.
         """
         if z.ndim != 2 or z.shape[1] != len(self.mean):
             raise ValueError(f"embeddings must be (n, {len(self.mean)}) as the bank's are, got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
-            wide = z.to(widest_dtype(z.device))
-            length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-            standard = (wide / torch.where(length > 0, length, 1.0) - self.mean) / self.scale
+            standard = (unit_tensor(z) - self.mean) / self.scale
             columns = [(standard * weight).sum(1) for weight in self.weight]  # a product's digits depend on the batch
             value = torch.stack(columns, 1) + self.bias
             return raise_winner(value.to(logits_dtype(z)), value.detach().argmax(1))

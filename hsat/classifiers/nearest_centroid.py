@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsat.classifiers.base import LogitClassifier, check_bank, logits_dtype, raise_winner
+from hsat.classifiers.base import LogitClassifier, check_bank, logits_dtype, raise_winner, unit_tensor
 from hsat.classifiers.search import iter_blocks
 from hsat.types import EmbeddingTable
 from hsat.types.precision import widest_dtype
@@ -112,15 +112,16 @@ class FittedNearestCentroid(LogitClassifier):
 
         Returns:
             (n, classes), float32 (float64 for float64 z).  The highest is the decision, ties go to the lower class.
+
+        Raises:
+            ValueError: For embeddings of another shape or width, and for rows that are not finite.
         """
         if z.ndim != 2 or z.shape[1] != self.centroid.shape[1]:
             raise ValueError(
                 f"embeddings must be (n, {self.centroid.shape[1]}) as the bank's are, got {tuple(z.shape)}"
             )
         with torch.autocast(z.device.type, enabled=False):
-            wide = z.to(widest_dtype(z.device))
-            length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-            unit = wide / torch.where(length > 0, length, 1.0)
+            unit = unit_tensor(z)
             columns = [(unit * centroid).sum(1) for centroid in self.centroid]  # one by one: no (n, classes, d) numbers
             cosine = torch.where(self.has_rows, torch.stack(columns, 1), -1.0)
             # a centroid can be opposite to a query: a class without rows stays below it

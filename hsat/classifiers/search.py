@@ -351,8 +351,8 @@ def rounding_bound(width: int) -> float:
 def rerank_exact(unit: np.ndarray, bank: BankRows, k: int, *, on_device: bool = False) -> Neighbours:
     """The exact k nearest rows where float32 products cannot tell: two passes over the bank in float64.
 
-    The first pass finds the similarity of the k-th row, the second gathers all rows above it and the first 2 k of those
-    that tie with it, in the order of the bank.  So equal rows go to the lower row, however many there are.
+    The first pass finds the similarity of the k-th row, the second gathers all rows that are as near, to within
+    rounding; these are measured, and only the k best are kept where they crowd.
     """
     device = bank.device if on_device and bank.device.type != "mps" else torch.device("cpu")
     query = torch.from_numpy(unit).to(device)
@@ -360,19 +360,20 @@ def rerank_exact(unit: np.ndarray, bank: BankRows, k: int, *, on_device: bool = 
     for part in iter_blocks(bank.z, columns=len(unit), item=8):
         value = torch.cat((value, query @ _unit_block(bank, part, device).T), 1)
         value = value.topk(min(k, value.shape[1]), dim=1).values
-    last = value[:, -1:]
-    lines, rows = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    ties = torch.zeros(len(query), 1, dtype=torch.int64, device=device)
+    candidates = [np.empty(0, dtype=np.int64)] * len(unit)
     for part in iter_blocks(bank.z, columns=len(unit), item=8):
-        gap = query @ _unit_block(bank, part, device).T - last
-        tied = gap.abs() <= _EQUAL
-        room = tied.cumsum(1) <= 2 * k - ties
-        ties += tied.sum(1, keepdim=True)
-        line, row = ((gap > _EQUAL) | (tied & room)).nonzero(as_tuple=True)
-        lines.append(line.cpu().numpy())
-        rows.append(row.cpu().numpy() + part.start)
-    candidates = _as_lines(np.concatenate(lines), np.concatenate(rows), len(unit))
-    return bank.rank(unit, candidates, k, on_device=on_device)
+        near = query @ _unit_block(bank, part, device).T >= value[:, -1:] - _EQUAL
+        line, row = (index.cpu().numpy() for index in near.nonzero(as_tuple=True))
+        ends = np.searchsorted(line, np.arange(1, len(unit)))
+        for at, more in enumerate(np.split(row + part.start, ends)):
+            rows = np.concatenate((candidates[at], more)) if len(more) else candidates[at]
+            if len(rows) > 2 * k:
+                rows = bank.rank(unit[at : at + 1], rows[None], k, on_device=on_device).row[0]
+            candidates[at] = rows
+    lines = np.full((len(unit), max(map(len, candidates), default=0)), -1, dtype=np.int64)
+    for line, rows in zip(lines, candidates, strict=True):
+        line[: len(rows)] = rows
+    return bank.rank(unit, lines, k, on_device=on_device)
 
 
 def _unit_block(bank: BankRows, part: slice, device: torch.device) -> Tensor:
@@ -383,14 +384,3 @@ def _unit_block(bank: BankRows, part: slice, device: torch.device) -> Tensor:
     wide = bank.z[part].astype(np.float64)
     lengths = row_lengths(wide)
     return torch.from_numpy(wide / _nonzero(lengths)[:, None])
-
-
-def _as_lines(line: np.ndarray, row: np.ndarray, n: int) -> np.ndarray:
-    """Pairs (line, row) as one array with a line per query, filled up with -1."""
-    order = np.argsort(line, kind="stable")
-    line, row = line[order], row[order]
-    count = np.bincount(line, minlength=n)
-    column = np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)
-    lines = np.full((n, int(count.max(initial=1))), -1, dtype=np.int64)
-    lines[line, column] = row
-    return lines

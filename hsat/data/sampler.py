@@ -1,6 +1,7 @@
 """Seeded draws of patients, slides and patches: pure functions of (seed, epoch, patient, occurrence, slot).
 
-Nothing here reads a file or a global generator, so resumed and re-sharded runs see the same draws.
+Nothing here reads a file or a global generator, so resumed and re-sharded runs see the same draws.  Patients, slides
+and patches are counted as the cohort's rows come, so the same rows in another order are drawn otherwise.
 """
 
 from __future__ import annotations

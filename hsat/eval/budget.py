@@ -49,8 +49,8 @@ class PatchBudget:
     Attributes:
         level: The groups that are pooled, "slide" or "patient".
         fractions: Shares of the patches, in (0, 1]; `floor(fraction * patches)` may be altered.
-        order: "worst": the attacker chooses the patches, and the exact minimum over all choices is computed.  "random":
-            patches are altered in a random order.
+        order: "worst": the attacker chooses the patches, and the minimum over all choices is computed, exact but for
+            ties within rounding (`min_patches_to_flip`).  "random": patches are altered in a random order.
         name: Of the attack; its records are called "name@10%".
         objective: (images, batch) -> an objective, in place of the target; records say "custom".
 

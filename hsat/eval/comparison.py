@@ -35,6 +35,9 @@ from hsat.files import STRICT, atomic_path, load_arrays
 from hsat.types import GROUP_LABELS, LEVELS
 from hsat.untrusted import open_regular
 
+ROUNDING = 1e-12
+"""Differences of means this near to zero are zero: their sums were rounded in another order."""
+
 _IDS = ("label", "patch", "slide", "patient")
 _TEXT = ("cohort", "split", "model", "condition", "classifier")
 
@@ -109,8 +112,8 @@ class Difference:
         value, value_against: The two numbers.
         difference: The first minus the second, in [-1, 1].
         low, high: Its interval; None where there is none.
-        not_above: Share of the resamples in which the difference is not above zero (None without resamples): near 0
-            where `model` is reliably better, near 1 where it is not.
+        not_above: Share of the resamples in which the difference is not above zero by more than rounding, 1e-12 (None
+            without resamples): near 0 where `model` is reliably better, near 1 where it is not.
         n: Rows at this level.
         patients: How many were resampled.
         reason: Why there is no interval.
@@ -214,7 +217,7 @@ def paired_difference(
                     difference=float(values[0][0]),
                     low=interval.low,
                     high=interval.high,
-                    not_above=None if reason else float((values[1] <= 0).mean()),
+                    not_above=None if reason else float((values[1] <= ROUNDING).mean()),
                     n=len(pooled[0][level].labels),
                     patients=n_patients,
                     reason=interval.reason,

@@ -21,6 +21,7 @@ Method = Literal["t", "percentile", "basic", "bca"]
 METHODS: tuple[Method, ...] = ("t", "percentile", "basic", "bca")
 NO_SPREAD = "every resample gives the same value"
 EXACT = "exact bound: every patient scores alike"
+OF_PATIENTS = "; of the mean over patients, whose numbers of rows differ"
 _SHARES = ("accuracy", "mca", "top2", "top3")  # means over patients; average precision is none
 _CHUNK_CELLS = 4_000_000
 _SAFETY = 1e-13  # share of a quantile by which SciPy may err; tests compare with fractions
@@ -59,7 +60,10 @@ def bootstrap_intervals(
     the number of patients only: the same seed gives the same patients for every attack and level.
 
     Where every patient scores 0, or every patient 1, no resample differs.  Accuracy, mca, top2 and top3 then get an
-    exact bound at the open side (see `clopper_pearson_radius`, with patients as the trials), and `reason` says so.
+    exact bound at the open side (see `clopper_pearson_radius`, with patients as the trials), and `reason` says so.  It
+    bounds the mean in which every patient counts once (for mca: every patient who has the class).  Where patients have
+    unequal numbers of rows and those with more are more often right than others, the metric itself can lie outside, by
+    how much no sample of patients who score alike can tell; `reason` then says whose mean it is.
     Otherwise, with one patient, and with resamples=0, there is no interval, and `reason` says why.
 
     Args:
@@ -274,10 +278,12 @@ def _mean_average_precision(
 
 def _exact_interval(value: float, member_of: np.ndarray, groups: np.ndarray, confidence: float) -> Interval:
     """The interval of a metric that is 0, or 1, for every patient; groups: the class of each row, or one for all."""
-    pairs = np.unique(np.stack((groups, member_of)), axis=1)
-    counts = np.unique(pairs[0], return_counts=True)[1]
-    radius = clopper_pearson_radius(counts, (1 - confidence) / 2)
-    return Interval(0.0, radius, EXACT) if value == 0 else Interval(1 - radius, 1.0, EXACT)
+    pairs, rows = np.unique(np.stack((groups, member_of)), axis=1, return_counts=True)
+    place, patient = (np.unique(ids, return_inverse=True)[1] for ids in pairs)
+    patients = np.bincount(place, weights=1.0 / np.bincount(patient)[patient])
+    radius = clopper_pearson_radius(patients, (1 - confidence) / 2)
+    reason = EXACT if rows.min() == rows.max() else EXACT + OF_PATIENTS
+    return Interval(0.0, radius, reason) if value == 0 else Interval(1 - radius, 1.0, reason)
 
 
 def clopper_pearson_radius(patients: np.ndarray, tail: float) -> float:
@@ -287,14 +293,17 @@ def clopper_pearson_radius(patients: np.ndarray, tail: float) -> float:
     prod (1 - r_g) ** n_g at most.  The bound is the largest mean of r_g for which that is `tail`; by Lagrange
     1 - r_g = min(1, level * n_g), and `level` is found by bisection.
 
+    A patient in m groups scores 0 in all of them with probability min (1 - r_g) at most, however they depend on each
+    other, and so with prod (1 - r_g) ** (1 / m) at most: such a patient counts as 1 / m in each.
+
     Args:
-        patients: (groups,) how many patients each group has; one group gives the Clopper-Pearson bound
+        patients: (groups,) how many patients each group has, counted so; one group gives the Clopper-Pearson bound
             1 - tail ** (1 / n).
         tail: In (0, 1).
     """
     counts = np.asarray(patients, dtype=float)
     log_tail = math.log(tail)
-    low, high = log_tail / counts.min() - math.log(counts.max()) - 1, 0.0
+    low, high = log_tail / counts.min() - math.log(counts.max()) - 1, -math.log(counts.min())
     for _ in range(100):
         middle = (low + high) / 2
         total = float((counts * np.minimum(0.0, middle + np.log(counts))).sum())

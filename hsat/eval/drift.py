@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hsat.eval.announcements import announce_cost
+from hsat.eval.budget import mean_interval
 from hsat.eval.confidence import Interval
 from hsat.eval.evaluation import Evaluation
 from hsat.eval.objectives import ObjectiveFactory
@@ -92,7 +93,7 @@ def evaluate_drift(
                 metric=DRIFT,
                 value=float(moved.mean()),
                 n=len(moved),
-                interval=_mean_interval(moved, tables[CLEAN].patient, resamples=scoring.bootstrap, seed=run.seed),
+                interval=drift_interval(moved, tables[CLEAN].patient, resamples=scoring.bootstrap, seed=run.seed),
             )
         )
     examples = {name: torch.cat(one.examples) for name, one in conditions.items() if one.examples}
@@ -104,6 +105,14 @@ def evaluate_drift(
         info.class_names,
         example_rows=conditions[CLEAN].example_rows,
     )
+
+
+def drift_interval(drift: np.ndarray, patients: np.ndarray, *, seed: int, resamples: int) -> Interval:
+    """The interval of a mean drift over resampled patients, by the method of all records: half a drift is in [0, 1]."""
+    half = mean_interval(drift / 2, patients, seed=seed, resamples=resamples)
+    if half.low is None or half.high is None:
+        return half
+    return replace(half, low=2 * half.low, high=2 * half.high)
 
 
 class UnlabelledBatches:
@@ -146,15 +155,3 @@ def _images_of(item: Any) -> Tensor:
             f" (hsat.data.patch_loader); got {what}"
         )
     return first
-
-
-def _mean_interval(values: np.ndarray, patient: np.ndarray, *, resamples: int, seed: int) -> Interval:
-    """The 95 % percentile interval of a mean over resampled patients."""
-    groups, place = np.unique(patient, return_inverse=True)
-    if not resamples or len(groups) < 2:
-        return Interval(None, None, "no resamples were asked for" if not resamples else "a single patient")
-    sums, sizes = np.bincount(place, values), np.bincount(place)
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=resamples)
-    low, high = np.percentile(drawn @ sums / (drawn @ sizes), (2.5, 97.5))
-    return Interval(float(low), float(high))

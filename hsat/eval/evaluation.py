@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from hsat.classifiers import FittedKNN, FittedLinearProbe, concat_tables, fit_classifiers, predict_scores
+from hsat.classifiers import (
+    FittedKNN,
+    FittedLinearProbe,
+    KNNClassifier,
+    concat_tables,
+    fit_classifiers,
+    predict_scores,
+)
 from hsat.distributed import World
 from hsat.embedding import Embedder, Layer, LoaderInfo, eval_mode, loader_info, resolve_device, select_layer
 from hsat.eval.flags import MeasuredData, bank_flags, stated_training
@@ -282,6 +289,13 @@ class ScoredClassifier:
         return self.fitted.k if isinstance(self.fitted, FittedKNN) else self.text
 
     @property
+    def as_fitted(self) -> Classifier:
+        """The settings that came into effect: those of a kNN with the k in use."""
+        if isinstance(self.settings, KNNClassifier) and isinstance(self.fitted, FittedKNN):
+            return dataclasses.replace(self.settings, k=self.fitted.k)
+        return self.settings
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """Reasons to distrust all its numbers."""
         doubtful = isinstance(self.fitted, FittedLinearProbe) and not self.fitted.converged
@@ -320,8 +334,10 @@ class ScoredClassifier:
 def fit_bank(classifier: Classifier | Sequence[Classifier], bank: EmbeddingTable) -> tuple[ScoredClassifier, ...]:
     """Fit one or several classifiers on a bank; the first is the one that is attacked.
 
+    A classifier that is given twice, or is another after its k was cut to the bank, comes once.
+
     Raises:
-        ValueError: For no classifier at all, and for two with the same key.
+        ValueError: For no classifier at all, and for two that differ but have the same key.
     """
     several = tuple(classifier) if isinstance(classifier, Sequence) else (classifier,)
     if not several:
@@ -332,8 +348,15 @@ def fit_bank(classifier: Classifier | Sequence[Classifier], bank: EmbeddingTable
         ScoredClassifier(settings, fitted, attacked=number == 0)
         for number, (settings, fitted) in enumerate(zip(several, fit_classifiers(several, bank), strict=True))
     ]
-    unique = {one.key: one for one in reversed(scored)}  # ks above the bank are cut to it, and may then be equal
-    return tuple(one for one in scored if unique[one.key] is one)
+    unique: dict[ScoresKey, ScoredClassifier] = {}
+    for one in scored:
+        first = unique.setdefault(one.key, one)
+        if first.as_fitted != one.as_fitted:
+            raise ValueError(
+                f"results name classifiers by k, or by their text, and two would have the key {one.key!r}: {first.text}"
+                f" and {one.text}; evaluate them in two calls"
+            )
+    return tuple(unique.values())
 
 
 def score_queries(classifiers: Sequence[ScoredClassifier], queries: EmbeddingTable) -> dict[ScoresKey, np.ndarray]:

@@ -30,7 +30,11 @@ def min_patches_to_flip(
 
     Pooling adds rows up, so the lead of a rival class over the true one is a sum of one term per patch, and altering a
     patch changes only its own.  The best k patches for that rival are then the k with the largest gain; the smallest k
-    over all rivals is the exact minimum over all subsets.
+    over all rivals is the minimum over all subsets.
+
+    The decision is that of `pool`, whose float64 sums are rounded one after the other.  So where a rival and the true
+    class would tie exactly, as with equal votes, rounding decides, and another subset of as many patches may round to
+    the other side: the count is then one that suffices, and the minimum can be smaller.
 
     Args:
         clean, attacked: (n, classes), class scores of the group's patches as they are and after their attack; an

@@ -71,6 +71,9 @@ def pool(
 ) -> PooledScores:
     """Pool the scores of patches into one row per group (slide or patient).
 
+    Members are added one after the other in float64, in the order of the rows.  So scores of classes that would tie in
+    exact arithmetic can differ in the last digit, which then decides in place of "ties go to the lower class".
+
     Args:
         scores: (n, classes), class scores of each patch as `predict_proba` gives them.
         groups: (n,) ids, integers or text.

@@ -54,9 +54,10 @@ class SlidesResult(SavedResult):
         fractions: (f,) the fractions, ascending.
         clean: (g, classes) scores of the slides as they are.
         attacked: By attack, (f, g, classes) scores when that fraction of the patches may be altered.
-        smallest_fraction: By attack, (g,) the smallest of the fractions that reaches the attack's goal: a wrong
-            decision, or for attacks without labels another one than without an attack; 0 where a decision is wrong as
-            it is, inf where none of the fractions does.
+        smallest_fraction: By attack, (g,) the smallest of the fractions that reaches the attack's goal; inf where none
+            of them does.  The goal is a wrong decision, and 0 stands where the decision is wrong as it is.  Under the
+            targets "own_decision" and "representation", and without labels, the goal is another decision than without
+            an attack, right or wrong, so that 0 does not occur.
         order: By slide id, the ids of its patches in the order in which they are chosen.
         class_names: The classes of the slide classifier.
     """
@@ -101,7 +102,8 @@ class SlidesResult(SavedResult):
             attack: Its name.
 
         Returns:
-            Slides by fraction: 0 for those that were wrong before, each fraction, and inf for those that withstood all.
+            Slides by fraction: 0 for those that were wrong before (see `smallest_fraction`), each fraction, and inf for
+            those that withstood all.
         """
         counts = Counter(self.smallest_fraction[attack].tolist())
         return {key: counts[key] for key in (0.0, *self.fractions.tolist(), np.inf)}
@@ -135,7 +137,8 @@ def evaluate_slides(
 
     Without labels (`target="own_decision"` or "representation") the attacker knows encoder and classifier, but no class
     of any slide, in the setting of arXiv:2505.24141: a few patches are altered so that what is made of the whole slide
-    moves.
+    moves.  Where the loader has labels all the same, slides that are wrong as they are get attacked like the others,
+    and can become right.
 
     Args:
         encoder: Images -> embeddings, as for `evaluate_whitebox`; it is frozen meanwhile.
@@ -280,7 +283,7 @@ def _facts(
     facts, whole = [], AttackStats()
     shared = {
         "order": order,
-        "already_wrong": result.distribution(name)[0.0],
+        "already_wrong": int((result.clean.argmax(1) != result.label).sum()),
         "never_flipped": result.distribution(name)[np.inf],
     }
     for number, fraction in enumerate(result.fractions.tolist()):

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+LEAST_TEMPERATURE = 1e-30  # as of kNN: a similarity over less is no float32
+
 
 def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temperature: float | Tensor = 0.07) -> Tensor:
     """Supervised contrastive loss with the sum over positives outside the logarithm, averaged over anchors.
@@ -30,13 +33,13 @@ def supcon_loss(z: Tensor, group: Tensor | np.ndarray | Sequence[int], *, temper
         z: (n, d) floats of any scale; rows are normalised here, an all-zero row stays zero.
         group: (n,) ints (a tensor, an array or a list); images with equal ids are positives of each other, never of
             themselves.
-        temperature: Positive; a tensor () is learned: it gets a gradient, too.
+        temperature: At least 1e-30; a tensor () is learned: it gets a gradient, too.
 
     Returns:
         A scalar in float32, or in float64 for float64 embeddings, whatever autocast says, forward and backward.
 
     Raises:
-        ValueError: When shapes disagree, no id occurs twice, or the temperature is not positive.
+        ValueError: When shapes disagree, no id occurs twice, or the temperature is below 1e-30 or not finite.
         TypeError: For embeddings that are not floats or ids that are not integers.
 
     References:
@@ -85,16 +88,23 @@ def count_groups(ids: Tensor) -> int:
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Raise ValueError unless the temperature is a positive finite number."""
+    """Raise ValueError unless the temperature is a positive finite number that similarities can be divided by."""
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
     value = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature must be a positive finite number, got {value}; the usual value is 0.07")
+    if not (math.isfinite(value) and value >= LEAST_TEMPERATURE):
+        raise ValueError(
+            f"temperature must be a positive finite number, got {value}; the usual value is 0.07 (least:"
+            f" {LEAST_TEMPERATURE})"
+        )
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Rows of z (n, d) divided by their length, in float32 or wider; a zero row stays zero."""
+    """Rows of z (n, d) divided by their length, in float32 or wider; a zero row stays zero.
+
+    They are divided by the power of two below their largest value first, so that no length overflows or vanishes: that
+    loses no digit, and a factor which is constant on a row changes no gradient.
+    """
     if not isinstance(z, Tensor):
         raise TypeError(f"embeddings must be a tensor (n, d), got {type(z).__name__}")
     if z.ndim != 2:
@@ -103,7 +113,10 @@ def unit_rows(z: Tensor) -> Tensor:
     if not z.dtype.is_floating_point:
         raise TypeError(f"embeddings must be floats, got {z.dtype}")
     wide = z if z.dtype == torch.float64 else z.float()
-    return F.normalize(wide, dim=1)
+    integer, exponent = _EXPONENT[wide.dtype]
+    largest = wide.detach().abs().amax(1, keepdim=True)
+    power = (largest.view(integer) & exponent).view(wide.dtype).clamp_min(torch.finfo(wide.dtype).tiny)
+    return F.normalize(wide / torch.where(largest == 0, 1.0, power), dim=1)
 
 
 def group_terms(unit: Tensor, groups: Sequence[Tensor], *, temperature: float | Tensor) -> Tensor:

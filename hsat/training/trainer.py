@@ -146,6 +146,12 @@ class Trainer:
         self.total = config.steps or config.epochs * per_epoch
         self.epochs = math.ceil(self.total / per_epoch)
         self.eps_warmup = _or(config.attack.warmup_epochs, self.epochs // 8)
+        if self.eps_warmup > self.epochs and config.attack.name != "none":
+            raise ValueError(
+                f"eps would never be reached: --attack.warmup_epochs {self.eps_warmup} is longer than the run of"
+                f" {self.epochs} epochs ({self.total} steps of {per_epoch} an epoch); give at most {self.epochs}, an"
+                f" eighth of the run ({self.epochs // 8}) for instance, or train longer"
+            )
         self.plateau = _or(config.plateau, max(1, self.epochs // 800))
         self.eval_every = _or(config.eval_every, max(1, self.total // 10))
         self.loader = view_loader(
@@ -235,7 +241,7 @@ class Trainer:
         chosen = self.config.attack
         if chosen.name == "none":
             return None
-        eps = epsilon_schedule(epoch, warmup=self.eps_warmup, eps=chosen.eps, epochs=max(self.epochs, self.eps_warmup))
+        eps = epsilon_schedule(epoch, warmup=self.eps_warmup, eps=chosen.eps, epochs=self.epochs)
         return PGD(Linf(eps), step_size=chosen.step_size, steps=chosen.steps)
 
     def step(self, batch: HierarchicalBatch) -> dict[str, float]:

@@ -197,11 +197,39 @@ def test_a_model_without_layers_is_attacked_on_its_decision(encoder):
     assert result.embedding is None and result.success.sum() > decision(encoder).success(X).sum()
 
 
+def test_a_lost_tie_is_a_wrong_decision(encoder):
+    def tied(images):
+        return images.flatten(1)[:, :3] * 0  # as a network whose units are all dead
+
+    labels = torch.arange(6) % 3
+    result = SMALL.run(X[:6], margin(tied, labels), generator=seeded(), ids=IDS[:6])
+    assert result.success.tolist() == (result.value > 0).tolist() == [False, True, True] * 2
+    assert result.broken_by == ("", "clean", "clean") * 2
+
+
 def test_each_image_may_have_a_ball_of_its_own(encoder):
     eps = torch.full((30,), EPS)
     eps[::3] = 0
     result = AttackEnsemble(Linf(eps), **QUICK).run(X, decision(encoder), generator=seeded(), ids=IDS)
     assert torch.equal(result.x_adv[::3], X[::3]) and result.success[1::3].any()
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_the_default_step_is_a_quarter_of_each_images_own_eps(encoder, channels):
+    """So that an image of a small ball fares as alone, whatever balls the others have."""
+    eps = torch.tensor([0.5, 8.0, 2.0]).repeat(2)[:, None, None, None] / 255
+    eps = eps * torch.tensor([1.0, 0.5, 2.0])[:, None, None] if channels else eps.flatten()
+    options = QUICK | {"step_size": None, "surrogates": {"other": Colours()}}
+    whole = AttackEnsemble(Linf(eps), **options).run(
+        X[:6], decision(encoder, LABEL[:6]), generator=seeded(), ids=IDS[:6]
+    )
+    for at in range(3):
+        one = slice(at, at + 1)
+        alone = AttackEnsemble(Linf(eps[one]), **options)
+        result = alone.run(X[one], decision(encoder, LABEL[one]), generator=seeded(), ids=IDS[one])
+        torch.testing.assert_close(result.x_adv, whole.x_adv[one], rtol=0, atol=1e-6)
+        assert result.broken_by[0] == whole.broken_by[at]
+    assert "step_size=eps/4" in whole.members[1].attack and whole.members[1].attack.startswith("PGD(")
 
 
 @dataclass(frozen=True)

@@ -385,6 +385,14 @@ def test_feature_drift_values_reference_and_errors(x, encoder):
         feature_drift(encoder, x, reference=clean[:, :2])(x)
 
 
+@pytest.mark.parametrize("power", [-100, -30, 0, 70, 120])
+def test_the_cosine_drift_has_no_scale(x, encoder, power):
+    moved, scale = (x + 0.1).clamp(0, 1), 2.0**power
+    drift = feature_drift(lambda v: scale * encoder(v), x)
+    assert drift(x).abs().max() < 1e-6
+    assert torch.equal(drift(moved), feature_drift(encoder, x)(moved))
+
+
 def test_hierarchical_and_objective_from_are_plain_functions(x, encoder):
     class Terms:
         def __init__(self, total):

@@ -166,6 +166,7 @@ def test_resampling_averages_and_interpolates():
         ("blur", 0, "above 0"),
         ("blur", -1.0, "above 0"),
         ("jpeg", 96, r"\[1, 95\]"),
+        ("jpeg", 1.5, "a whole number; got 1.5: give 2"),
         ("stain", 1.5, r"\[0, 1\]"),
         ("resampling", math.nan, "above 0"),
         ("brightness", True, "got True"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hsat
-from hsat.attacks import L2, NFGSM, PGD, Linf, feature_drift
+from hsat.attacks import L2, NFGSM, PGD, Linf, RandomNoise, feature_drift
 
 EPS = 8 / 255
 BALL = Linf(EPS)
@@ -120,6 +120,21 @@ def test_the_repr_of_nfgsm_is_its_setting():
 def test_bad_settings_of_nfgsm_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("attack", [NFGSM(Linf(8 / 255)), RandomNoise(Linf(8 / 255))], ids=repr)
+def test_starts_with_nan_and_ids_of_another_form_are_refused_as_everywhere(attack):
+    x, objective = images(), partial(linear, weights())
+    nan = x.clone()
+    nan[1, 0, 2, 2] = torch.nan
+    for call in (attack, attack.run):
+        with pytest.raises(ValueError, match="start holds NaN"):
+            call(x, objective, start=nan)
+        for start in (None, x):
+            with pytest.raises(ValueError, match=r"ids must have shape \(4,\)"):
+                call(x, objective, start=start, ids=torch.arange(9))
+            with pytest.raises(TypeError, match="ids must be a tensor of integers"):
+                call(x, objective, start=start, ids=torch.rand(4))
 
 
 def test_nfgsm_refuses_images_out_of_range():

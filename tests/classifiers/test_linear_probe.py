@@ -136,6 +136,16 @@ def test_a_bank_on_disk_and_several_classifiers(table, tmp_path):
     assert torch.equal(hard.logits(z), fitted.logits(z)) and not torch.equal(soft.logits(z), fitted.logits(z))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_queries_that_are_not_finite_are_refused_as_knn_does(table, value):
+    fitted = LinearProbe().fit(problem(table)[0])
+    queries = np.ones((1200, fitted.tensors()["weight"].shape[-1]))
+    queries[1100, 2] = value
+    for ask in (fitted.predict, fitted.predict_proba, lambda rows: fitted.logits(torch.from_numpy(rows))):
+        with pytest.raises(ValueError, match="queries are not finite, first in row 1100"):
+            ask(queries)
+
+
 def test_what_cannot_be_fitted_is_refused(table):
     bank, z = problem(table)
     with pytest.raises(ValueError, match=r"no row of \['too'\].*never seen"):

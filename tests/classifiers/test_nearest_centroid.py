@@ -87,6 +87,23 @@ def test_gradients_and_blocks(table, tmp_path):
     assert torch.equal(fitted.to("cpu").logits(z), fitted.logits(z))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_queries_that_are_not_finite_are_refused_as_knn_does(table, value):
+    fitted = NearestCentroid().fit(problem(table)[0])
+    queries = np.ones((1200, fitted.tensors()["centroid"].shape[-1]))
+    queries[1100, 2] = value
+    for ask in (fitted.predict, fitted.predict_proba, lambda rows: fitted.logits(torch.from_numpy(rows))):
+        with pytest.raises(ValueError, match="queries are not finite, first in row 1100"):
+            ask(queries)
+
+
+def test_no_share_underflows_to_no_vote_at_all(table):
+    bank, queries = problem(table)
+    scores = NearestCentroid(temperature=1e-4).fit(bank).predict_proba(queries)
+    assert (scores > 0).all() and np.abs(scores.sum(1) - 1).max() < 1e-12
+    assert (scores < 1e-300).any(), "a softmax in float64 would be 0 there"
+
+
 def test_what_cannot_be_fitted_is_refused(table):
     with pytest.raises(ValueError, match="temperature must be above 0"):
         NearestCentroid(temperature=0)

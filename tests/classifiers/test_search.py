@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsat.classifiers import KNNClassifier, search
+from hsat.classifiers import KNNClassifier, fit_classifiers, fit_shards, search
 from hsat.classifiers.base import unit_rows
 from hsat.types import EmbeddingTable
 
@@ -53,6 +53,34 @@ def test_a_crowd_closer_than_float32_can_tell_is_ordered(table, index):
     bank = table((rng.standard_normal(16) + 2e-5 * rng.standard_normal((400, 16))).astype(np.float32))
     queries = rng.standard_normal((6, 16))
     equal_to_the_definition(KNNClassifier(k=5, index=index).fit(bank).neighbours(queries), bank, queries)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    noise=st.sampled_from([0.0, 1e-9, 1e-7, 1e-6]),
+    copies=st.booleans(),
+    k=st.sampled_from([1, 5, 40]),
+    index=st.sampled_from(["flat", "stream"]),
+)
+def test_crowds_closer_than_rounding_are_in_the_documented_order(table, seed, noise, copies, k, index):
+    """By float64 similarity, then by row: whatever else is asked in the same call, in one table or in two."""
+    rng = np.random.default_rng(seed)
+    z = np.ones(8) + noise * rng.standard_normal((300, 8))
+    z = z[rng.integers(0, 150, 300)] if copies else z
+    bank, queries = table(z, rng.integers(0, 3, 300), classes=3), np.concatenate((z[:3], rng.standard_normal((3, 8))))
+    everything = np.tile(np.arange(300), (6, 1))
+    true = search.topk(search.BankRows(bank).similarities(unit_rows(queries), everything), everything, k)
+    parts = [table(z[a:b], bank.label[a:b], classes=3) for a, b in ((0, 110), (110, 300))]
+    alone = KNNClassifier(k=k, index=index)
+    for knn in (
+        alone.fit(bank),
+        fit_classifiers([alone, KNNClassifier(k=140, index=index)], bank)[0],
+        fit_shards(alone, parts),
+    ):
+        found = knn.neighbours(queries)
+        np.testing.assert_array_equal(found.row, true.row)
+        np.testing.assert_array_equal(found.similarity, true.similarity)
 
 
 def test_flat_and_stream_agree_bit_for_bit_in_any_blocks(table, small_blocks):

@@ -158,6 +158,14 @@ def test_one_patient_no_resamples_and_equal_models():
     assert {(d.difference, d.low, d.reason, d.not_above) for d in same} == {(0.0, None, NO_SPREAD, 1.0)}
 
 
+def test_a_difference_that_is_nothing_but_rounding_is_not_above_zero():
+    """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1: two models whose mean recall is the same number, added in another order."""
+    label, patient, place = np.repeat(np.arange(3), 20), np.tile(np.arange(2), 30), np.tile(np.arange(20) // 2, 3)
+    a, b = (scored(place < np.array(right)[label], label, patient) for right in ([1, 2, 3], [3, 2, 1]))
+    (found,) = paired_difference(a, b, generator=draw(), names=("mca",), levels=("patch",))
+    assert 0 < found.difference < 1e-15 and found.not_above == 1.0
+
+
 def test_a_perfect_model_and_a_useless_one():
     label, patient = np.repeat(np.arange(6) % 3, 4), np.repeat(np.arange(6), 4)
     perfect, useless = (scored(np.full(24, right), label, patient) for right in (True, False))

@@ -109,6 +109,28 @@ def test_the_exact_bound_is_the_largest_mean(counts):
     assert recall.mean(1).max() >= bound - 2e-3
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_patients_of_several_classes_are_one_trial_however_their_classes_depend(seed):
+    """No recalls under which all patients are wrong as often as the tail average more than the bound allows."""
+    rng = np.random.default_rng(seed)
+    has = np.ones((10, 2), dtype=bool) if seed == 0 else rng.random((12, 3)) < 0.6
+    patients, labels = np.nonzero(has)
+    scores = np.eye(has.shape[1] + 1)[np.full(len(labels), has.shape[1])]
+    found = bootstrap_intervals(scores, labels, patients, generator=np.random.default_rng(0))
+    log_wrong = np.log(rng.random((20_000, has.shape[1])))
+    together = np.where(has, log_wrong[:, None], 0.0).min(2).sum(1)  # the classes of a patient fail together
+    recall = (1 - np.exp(log_wrong * (np.log(0.025) / together)[:, None])).mean(1)
+    assert recall.max() <= found["mca"].high + 1e-9
+    if seed == 0:
+        assert found["mca"] == found["accuracy"] == Interval(0.0, pytest.approx(1 - 0.025 ** (1 / 10)), EXACT)
+
+
+def test_the_bound_says_that_it_is_of_patients_where_their_rows_differ():
+    labels, patients = np.zeros(7, dtype=int), np.array([0, 0, 0, 1, 2, 3, 4])
+    found = bootstrap_intervals(np.eye(2)[labels], labels, patients, generator=np.random.default_rng(0))
+    assert found["accuracy"].reason == EXACT + "; of the mean over patients, whose numbers of rows differ"
+
+
 def test_no_spread_away_from_the_ends_is_no_interval():
     labels = np.zeros(8, dtype=int)
     scores = np.eye(2)[[0, 1] * 4]

@@ -45,6 +45,13 @@ def test_ks_that_are_cut_to_the_same_are_one(bank):
         fit_bank([], bank)
 
 
+def test_two_classifiers_of_one_key_are_refused_unless_they_are_the_same(bank):
+    two = [KNNClassifier(k=5), NearestCentroid(), KNNClassifier(k=5, temperature=0.5)]
+    with pytest.raises(ValueError, match=r"key 5: KNNClassifier\(k=5, temperature=0.07.*temperature=0.5"):
+        fit_bank(two, bank)
+    assert [one.key for one in fit_bank([*two[:2], KNNClassifier(k=5)], bank)] == [5, repr(two[1])]
+
+
 def test_any_classifier_can_be_attacked(toy_encoder, bank, queries):
     options = dict(scoring=Scoring(bootstrap=0), run=RunOptions(noise=False))
     result = evaluate_whitebox(toy_encoder, bank, queries, {"PGD-2": PGD2}, classifier=NearestCentroid(), **options)

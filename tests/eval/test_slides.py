@@ -221,6 +221,11 @@ def test_attacks_without_labels_never_read_them(target, toy_encoder, toy_batches
     moved = with_labels.attacked["PGD-8"][-1].argmax(1) != with_labels.clean.argmax(1)
     np.testing.assert_array_equal(moved, with_labels.smallest_fraction["PGD-8"] <= 1)
     assert moved.any() and {record.target for record in with_labels.records} == {target}
+    wrong = with_labels.clean.argmax(1) != with_labels.label
+    assert wrong.any() and (with_labels.smallest_fraction["PGD-8"] > 0).all(), (
+        "to change a wrong decision costs as much"
+    )
+    assert with_labels.records[-1].settings["already_wrong"] == wrong.sum()
 
 
 def test_cross_entropy_and_a_head_under_mean_pooling(toy_encoder, loader):

@@ -62,6 +62,37 @@ def test_does_not_see_order_names_of_groups_or_lengths_of_rows(batch: tuple[Tens
     torch.testing.assert_close(supcon_loss(z * lengths, group), wanted)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "powers"), [(torch.float32, (-100, -60, 70, 125)), (torch.float64, (-960, -43, 60, 1020))]
+)
+def test_rows_of_any_scale_give_the_same_bits(dtype: torch.dtype, powers: tuple[int, ...]) -> None:
+    """Powers of two change no digit, of the loss or of the gradient, which is the inverse of the scale."""
+    z = torch.randn(6, 3, dtype=dtype, generator=torch.Generator().manual_seed(0)) + 0.5
+    unit, group = z / z.abs().amax(1, keepdim=True), [0, 0, 1, 1, 2, 2]
+
+    def loss_and_gradient(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.clone().requires_grad_()
+        loss = supcon_loss(rows, group)
+        return loss.detach(), torch.autograd.grad(loss, rows)[0]
+
+    wanted, gradient = loss_and_gradient(unit)
+    for power in powers:
+        scale = torch.full((6, 1), 2.0**power, dtype=dtype)
+        scale[::2] = 1.0  # each row has a scale of its own
+        loss, scaled = loss_and_gradient(unit * scale)
+        assert torch.equal(loss, wanted), power
+        if -100 < power < 100:  # else the gradient overflows or vanishes
+            torch.testing.assert_close(scaled * scale, gradient, rtol=1e-6, atol=0)
+    assert supcon_loss((1e-42 if dtype == torch.float32 else 1e-310) * unit, group).isfinite()
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    z = torch.tensor([[0.0, 0.0], [1e25, 0.0], [0.0, 1e-30]], requires_grad=True)
+    loss = supcon_loss(z, [0, 0, 1], temperature=1.0)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
 @given(batches())
 @settings(max_examples=30, deadline=None)
 def test_gradient_is_tangential_and_lone_images_still_push(batch: tuple[Tensor, Tensor]) -> None:
@@ -188,7 +219,7 @@ def test_embeddings_that_are_not_floats() -> None:
         supcon_loss(torch.eye(2).long(), [1, 1])
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.1, math.inf, math.nan])
+@pytest.mark.parametrize("temperature", [0.0, -0.1, 1e-39, math.inf, math.nan])
 def test_temperature_out_of_range(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be a positive finite number, got"):
         supcon_loss(torch.eye(2), [1, 1], temperature=temperature)

@@ -31,6 +31,16 @@ def test_fit_trains_and_returns_the_best_encoder(make_trainer, tmp_path, rows_of
     assert fingerprint_weights(final) == fingerprint_weights(trainer.encoder.eval())
 
 
+def test_a_warm_up_longer_than_the_run_is_refused(make_trainer, tmp_path):
+    attack = {"steps": 2, "warmup_epochs": 50}
+    with pytest.raises(ValueError, match=r"warmup_epochs 50 is longer than the run of 3 epochs .* give at most 3"):
+        make_trainer("run", TrainConfig(**FAST, attack=attack))
+    assert not (tmp_path / "run").exists()
+    trainer = make_trainer("run", TrainConfig(**FAST, attack=attack | {"warmup_epochs": 3}))
+    assert trainer.attack(2).threat.eps == 8 / 255
+    make_trainer("baseline", TrainConfig(**FAST, attack=attack | {"name": "none"}))
+
+
 def test_a_loop_of_ones_own_is_fit_bit_for_bit(make_trainer):
     fitted, looped = make_trainer("fit", TINY), make_trainer("loop", TINY)
     fitted.fit()
