@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import warnings
+import zlib
 
 from PIL import Image
 
@@ -19,3 +22,16 @@ def test_sizes_are_counted_and_unreadable_files_left_out(tmp_path):
         cohort = find_cohort(tmp_path)
     assert count_sizes(cohort) == {(6, 8): 3, (10, 10): 3}
     assert count_sizes(cohort, most=3) == {(6, 8): 1, (10, 10): 1}, "the first, the middle and the last file"
+
+
+def test_bombs_pipes_and_other_formats_are_left_to_those_who_read_them(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{i}.png")
+    cohort = find_cohort(tmp_path)
+    body = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header)
+    (tmp_path / "2.png").unlink()
+    os.mkfifo(tmp_path / "2.png")
+    Image.new("RGB", (8, 6)).save(tmp_path / "3.png", format="BMP")
+    assert count_sizes(cohort) == {(6, 8): 1}

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch.utils.data import DataLoader, Dataset
 
 from hsat.data import BadPatch, read_patch, srh_to_rgb
@@ -137,7 +138,7 @@ def test_alpha_follows_one_rule_in_every_format(tmp_path: Path, suffix: str) -> 
 def test_several_frames_are_refused_in_every_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"patch.{suffix}"
     Image.fromarray(COLOURS).save(path, save_all=True, append_images=[Image.fromarray(COLOURS[::-1])])
-    assert "it holds 2 images; wanted one" in refused(path, "rgb").reason
+    assert "it holds several images; wanted one" in refused(path, "rgb").reason
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,74 @@ def test_several_images_in_one_file_are_refused(tmp_path: Path) -> None:
     assert "holds 2 images" in refused(path).reason
     frames = [Image.fromarray(COLOURS), Image.fromarray(COLOURS)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert "holds 2 images" in refused(path, "rgb").reason
+    assert "holds several images" in refused(path, "rgb").reason
+
+
+def test_a_tiff_of_many_pages_is_refused_without_counting_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "patch.tif"
+    frames = [Image.fromarray(COLOURS)] * 3
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda image: pytest.fail("the frames were counted")))
+    assert "holds several images" in refused(path, "rgb").reason
+
+
+OME = """<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:a">
+<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" SizeX="12" SizeY="20" SizeC="2" SizeZ="1"
+ SizeT="1" BigEndian="false"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>
+<Channel ID="Channel:0:1" SamplesPerPixel="1"/>
+<TiffData IFD="0" FirstC="0" PlaneCount="1"><UUID FileName="patch.tif">urn:uuid:a</UUID></TiffData>
+<TiffData IFD="0" FirstC="1" PlaneCount="1"><UUID FileName="{}">urn:uuid:b</UUID></TiffData></Pixels></Image></OME>"""
+
+
+@pytest.mark.parametrize("where", ["../secret.tif", "absolute", "pipe"])
+def test_a_tiff_never_opens_the_files_that_it_names(tmp_path: Path, where: str) -> None:
+    secret, path = tmp_path / "secret.tif", tmp_path / "cohort" / "patch.tif"
+    path.parent.mkdir()
+    os.mkfifo(path.parent / "pipe")
+    tifffile.imwrite(secret, COUNTS[1], metadata=None)
+    named = str(secret) if where == "absolute" else where
+    tifffile.imwrite(path, COUNTS[0], description=OME.format(named), metadata=None)
+    assert "its shape is (20, 12); wanted (2, h, w)" in refused(path).reason
+    assert readers_module.probe_kind(path.parent, path.name) == "rgb"
+
+
+def test_the_planes_of_an_ome_tiff_are_read_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "patch.ome.tif"
+    tifffile.imwrite(path, COUNTS, ome=True, metadata={"axes": "CYX"})
+    assert read_raw(path).tolist() == (COUNTS / 65536).tolist()
+
+
+@pytest.mark.parametrize("codec", [8, 32946])
+def test_a_strip_that_unpacks_to_more_than_it_declares_is_refused(tmp_path: Path, codec: int) -> None:
+    path = tmp_path / "patch.tif"
+    tifffile.imwrite(path, COUNTS, compression="zlib")
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[1]
+        places = [page.tags[tag].valueoffset for tag in (273, 279)]
+        kinds = [int(page.tags[tag].dtype) for tag in (273, 279)]
+        codecs = [each.tags[259].valueoffset for each in file.pages]
+    content = bytearray(path.read_bytes())
+    bomb = zlib.compress(bytes(1 << 22))
+    for at, value, kind in zip(places, (len(content), len(bomb)), kinds, strict=True):
+        content[at : at + 4] = struct.pack("<I" if kind == 4 else "<HH", *((value,) if kind == 4 else (value, 0)))
+    for at in codecs:
+        content[at : at + 2] = struct.pack("<H", codec)
+    path.write_bytes(content + bomb)
+    assert refused(path).reason.startswith(f"a strip or tile of {len(bomb)} bytes unpacks to more than the 480")
+
+
+def test_codecs_that_nothing_bounds_and_oversized_tiles_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "patch.tif"
+    tifffile.imwrite(path, COUNTS, compression="lzma")
+    assert refused(path).reason == "its compression is LZMA; wanted none or deflate, as tifffile's 'zlib'"
+    tifffile.imwrite(path, COUNTS, tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path) as file:
+        tags = [each.tags[tag] for each in file.pages for tag in (322, 323)]
+    content = bytearray(path.read_bytes())
+    for tag in tags:
+        content[tag.valueoffset : tag.valueoffset + 2] = struct.pack("<H", 65520)
+    path.write_bytes(content)
+    assert "strips or tiles are more, or larger" in refused(path).reason
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"metadata": None}, {"tile": (16, 16)}], ids=str)
