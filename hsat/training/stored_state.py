@@ -34,11 +34,20 @@ def check_model_values(state: Mapping[str, object]) -> None:
     Raises:
         ValueError: Naming entries that hold NaN, infinity or a negative variance.
     """
+    for name, value in state.items():
+        _check_plain(value, f"{name} of its model")
     if entries := find_non_finite(state):
         raise ValueError(f"its model is not finite in {list_entries(entries)}")
     for name, value in state.items():
         if name.rpartition(".")[2] == "running_var" and isinstance(value, Tensor) and bool((value < 0).any()):
             raise ValueError(f"{name} of its model holds a negative variance")
+
+
+def _check_plain(value: object, where: str) -> None:
+    if isinstance(value, Tensor) and (
+        value.layout != torch.strided or value.is_quantized or value.device.type != "cpu"
+    ):
+        raise ValueError(f"{where} is no plain tensor (sparse, quantised or without values)")
 
 
 def checked_optimizer_state(stored: object, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -117,6 +126,7 @@ def _checked_moments(entries: Mapping[str, Any], parameter: Tensor, where: str) 
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
             form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
             raise ValueError(f"{where}.{name} is {form}, and its parameter {parameter.dtype} {tuple(parameter.shape)}")
+        _check_plain(value, f"{where}.{name}")
         if name in _SQUARES and bool((value < 0).any()):
             raise ValueError(f"{where}.{name} holds a negative square")
         # a tensor of a file may be a view in which values share memory

@@ -84,6 +84,7 @@ CHANGES: list[tuple[Callable[[Content], Any], str]] = [
         r"the optimizer of .*state\[0\]\.exp_avg is torch.float32 \(1,\), and its",
     ),
     (every(exp_avg=lambda z: z.double()), r"state\[0\]\.exp_avg is torch.float64 \(4, 3, 2, 2\)"),
+    (every(exp_avg=lambda z: z.to("meta")), r"state\[0\]\.exp_avg is no plain tensor"),
     (every(exp_avg=lambda _: "x"), r"state\[0\]\.exp_avg is 'x'"),
     (every(exp_avg=lambda z: z * torch.nan), r"not finite in state\[0\]\.exp_avg \(48 of 48"),
     (every(exp_avg_sq=lambda z: z * 0 - 1), r"state\[0\]\.exp_avg_sq holds a negative square"),
