@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hsat.untrusted import open_regular
+from hsat.untrusted import open_regular, strict_json
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
@@ -39,6 +39,7 @@ MOST_GROWTH, SMALL = 64, 256 << 20  # of a compressed archive; up to this many b
 _PARTIAL = ".partial"
 _LONGEST_HEADER = 1 << 24  # bytes; no first line that `write_arrays` makes is longer
 _CHUNK = 1 << 20
+_DEEPEST_LINE, _MOST_IN_A_LINE = 32, 10_000  # objects and lists in a line of JSON
 _MAGIC = b"\x93NUMPY"
 
 # numpy parses a file's header with ast.literal_eval, whose recursion counter CPython 3.11 shares between threads
@@ -291,6 +292,8 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError(f"{where}: invalid JSON: nested too deeply") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_json_object(path: PathLike) -> dict[str, Any]:
@@ -315,12 +318,14 @@ def read_json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of JSON lines, each with its place ("FILE, line 3"); empty lines are skipped.
 
     Raises:
-        ValueError: If a line holds no JSON object; the message begins with its place.
+        ValueError: If a line holds no JSON object, or one with a key that comes twice, NaN or infinity; the message
+            begins with its place.
     """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            value = parse_json(line, where)
+            parse_json(line, where)  # which names the column
+            value = strict_json(line, where=where, depth=_DEEPEST_LINE, containers=_MOST_IN_A_LINE)
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
             yield where, value

@@ -176,9 +176,7 @@ def _read_condition(path: Path, *, classes: int) -> ConditionArrays:
         scale=float(arrays.get("scale", 0.0)),
         patches=pictures,
         perturbations=added,
-        patch_rows=tuple(
-            arrays.get("patch_rows", np.arange(1 + max(map(picture_number, pictures), default=-1))).tolist()
-        ),
+        patch_rows=tuple(arrays.get("patch_rows", np.arange(count)).tolist()),
     )
 
 
