@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
@@ -102,8 +103,11 @@ def check_archive(file: IO[bytes], size: int) -> None:
         raise ValueError("something stands before its first entry")
     with ZipFile(file) as archive:
         for entry in filter(_is_pickle, entries):
-            with archive.open(entry) as stream:
-                check_pickle(stream, most=MOST_PICKLE)
+            try:
+                content = archive.read(entry)
+            except BadZipFile as error:
+                raise ValueError(f"the checksum of {_entry_name(entry)} in it is another") from error
+            check_pickle(BytesIO(content), most=MOST_PICKLE)
 
 
 def reason_of(error: BaseException) -> str:
