@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hsat.untrusted import open_regular
+from hsat.untrusted import open_regular, strict_json
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
@@ -39,6 +39,8 @@ MOST_GROWTH, SMALL = 64, 256 << 20  # of a compressed archive; up to this many b
 _PARTIAL = ".partial"
 _LONGEST_HEADER = 1 << 24  # bytes; no first line that `write_arrays` makes is longer
 _CHUNK = 1 << 20
+_DEEPEST_LINE, _MOST_IN_A_LINE = 32, 10_000  # objects and lists in a line of JSON
+_MAGIC = b"\x93NUMPY"
 
 # numpy parses a file's header with ast.literal_eval, whose recursion counter CPython 3.11 shares between threads
 # (python/cpython#106905): two headers read at the same time can end in SystemError.
@@ -168,7 +170,7 @@ def read_arrays(path: PathLike) -> tuple[dict[str, Any], Arrays]:
         line, content = file.readline(_LONGEST_HEADER), file.read()
     try:
         first = json.loads(line)
-        header, digest = first["about"], first["sha256"]
+        header, digest = dict(first["about"]), first["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{path} does not begin with a description of its arrays") from error
     if hashlib.sha256(content).hexdigest() != digest:
@@ -207,28 +209,36 @@ def load_arrays(file: IO[bytes]) -> Arrays:
     """Load all arrays of an open .npz file by name, from any thread, without ever unpickling.
 
     Raises:
-        ValueError: If it is no such archive, holds anything but plain values, or would take more than 64 times its own
-            length (and more than 256 MiB) in memory.
+        ValueError: If it is no such archive, holds anything but plain values, would take more than 64 times its own
+            length (and more than 256 MiB) in memory, or an array in it is shorter than its header says.
         OSError, EOFError, zipfile.BadZipFile, zlib.error: If it is damaged.
     """
-    _check_unpacked(file)
     with _header_lock:
+        _check_unpacked(file)
         archive: Any = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it is one array, and an archive of arrays was wanted")
         with archive:
             return {name: archive[name] for name in archive.files}
 
 
 def _check_unpacked(file: IO[bytes]) -> None:
-    """Raise ValueError for an archive that a few bytes unpack to gigabytes."""
+    """Raise ValueError for an archive that unpacks to gigabytes, and for arrays that claim more than it holds."""
     begin = file.tell()
+    if file.read(len(_MAGIC)) == _MAGIC:
+        raise ValueError("it is one array, and an archive of arrays was wanted")
     if zipfile.is_zipfile(file):
         packed = file.seek(0, os.SEEK_END)
         with zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > max(SMALL, MOST_GROWTH * packed):
-            raise ValueError(f"its {packed} bytes unpack to {unpacked}, which is more than arrays of ours ever do")
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked > max(SMALL, MOST_GROWTH * packed):
+                raise ValueError(f"its {packed} bytes unpack to {unpacked}, which is more than arrays of ours ever do")
+            for entry in entries:
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
+                    raise ValueError(f"its entry {entry.filename[:40]!r} is packed as np.savez never does")
+                with archive.open(entry) as array:
+                    if array.read(len(_MAGIC)) == _MAGIC:
+                        array.seek(0)
+                        _check_header(array, entry.file_size)
     file.seek(begin)
 
 
@@ -238,16 +248,21 @@ def _check_length(path: PathLike) -> None:
         if file.read(2) == b"PK":
             return  # an archive, which np.load reads as one
         file.seek(0)
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"its format is {version[0]}.{version[1]}, which is for structured arrays")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if dtype.hasobject:
-            return  # np.load says so
-        if min(shape, default=0) < 0:
-            raise ValueError(f"its header says shape {shape}")
-        end, size = file.tell() + dtype.itemsize * math.prod(shape), os.fstat(file.fileno()).st_size
+        _check_header(file, os.fstat(file.fileno()).st_size)
+
+
+def _check_header(file: IO[bytes], size: int) -> None:
+    """Raise ValueError where the header of an array, at which a file stands, promises more than `size` bytes hold."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its format is {version[0]}.{version[1]}, which is for structured arrays")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
+        return  # np.load says so
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header says shape {shape}")
+    end = file.tell() + dtype.itemsize * math.prod(shape)
     if size < end:
         raise ValueError(f"{shape} values of {dtype} end at byte {end}, and the file has {size}")
 
@@ -277,6 +292,8 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError(f"{where}: invalid JSON: nested too deeply") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_json_object(path: PathLike) -> dict[str, Any]:
@@ -301,12 +318,14 @@ def read_json_lines(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of JSON lines, each with its place ("FILE, line 3"); empty lines are skipped.
 
     Raises:
-        ValueError: If a line holds no JSON object; the message begins with its place.
+        ValueError: If a line holds no JSON object, or one with a key that comes twice, NaN or infinity; the message
+            begins with its place.
     """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            value = parse_json(line, where)
+            parse_json(line, where)  # which names the column
+            value = strict_json(line, where=where, depth=_DEEPEST_LINE, containers=_MOST_IN_A_LINE)
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
             yield where, value

@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from hsat.files import PathLike, read_json_object, read_text, write_file
+from hsat.untrusted import open_regular
 
 SCHEMA = 1
 """Number of the form of run.json and train.csv; it is raised when a field changes its meaning."""
@@ -160,7 +161,7 @@ class TrainingLog:
         if not self.path.exists():
             return []
         try:
-            with self.path.open(newline="") as file:
+            with io.TextIOWrapper(open_regular(self.path, kind="training log"), "utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if None not in row.values()]
             return [row for row in rows if int(row["step"]) >= 0]
         except (ValueError, KeyError, csv.Error) as error:

@@ -6,10 +6,12 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
+from hsat.tensor_pickles import check_legacy, check_pickle
 from hsat.untrusted import shown, strict_json
 
 MOST_ENTRIES = 200_000
@@ -70,15 +72,19 @@ def check_archive(file: IO[bytes], size: int) -> None:
     """Raise ValueError where reading an archive would take much more memory than the file has bytes.
 
     torch.save writes entries as they are; one that is compressed can be a thousand times as large as the file, and
-    entries that share bytes can be as many.  The pickle in it is bounded by itself.  Files of before torch 1.6 are no
-    archives: their tensors are read one after another from the file, so that its size is their bound, and that of their
-    pickle times sixty.
+    entries that share bytes can be as many.  Its pickle may call what state dicts need, see `hsat.tensor_pickles`; else
+    pickle.UnpicklingError names the object.  Files of before torch 1.6 are no archives: their pickles are checked
+    likewise, and what they say of their tensors against the size of the file, from which these are read.
     """
     file.seek(0)
-    is_archive = file.read(2) == b"PK"
+    start = file.read(2)
     if not is_zipfile(file):
-        if is_archive:
+        if start == b"PK":
             raise ValueError("it has no table of contents at its end")
+        if not start.startswith(b"\x80"):
+            raise ValueError("it is neither an archive nor a pickle")
+        file.seek(0)
+        check_legacy(file, size=size, most=MOST_PICKLE)
         return
     with ZipFile(file) as archive:
         entries = archive.infolist()
@@ -87,12 +93,21 @@ def check_archive(file: IO[bytes], size: int) -> None:
     for entry in entries:
         if entry.compress_type != ZIP_STORED:
             raise ValueError(f"its entry {_entry_name(entry)} is compressed, which torch.save does not do")
-        if entry.filename.endswith("data.pkl") and entry.file_size > MOST_PICKLE:
+        if _is_pickle(entry) and entry.file_size > MOST_PICKLE:
             raise ValueError(f"its data.pkl has {entry.file_size} bytes; at most {MOST_PICKLE} are read")
         if entry.file_size != entry.compress_size:
             raise ValueError(f"its entry {_entry_name(entry)} is stored in another length than its own")
     if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its entries are longer together than the file")
+    if min((entry.header_offset for entry in entries), default=0) > 0:  # torch and zipfile then read different entries
+        raise ValueError("something stands before its first entry")
+    with ZipFile(file) as archive:
+        for entry in filter(_is_pickle, entries):
+            try:
+                content = archive.read(entry)
+            except BadZipFile as error:
+                raise ValueError(f"the checksum of {_entry_name(entry)} in it is another") from error
+            check_pickle(BytesIO(content), most=MOST_PICKLE)
 
 
 def reason_of(error: BaseException) -> str:
@@ -171,6 +186,10 @@ def _tensor_span(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _is_pickle(entry: ZipInfo) -> bool:
+    return entry.filename.lower().endswith("data.pkl")  # torch finds entries in capitals, too
 
 
 def _entry_name(entry: ZipInfo) -> str:

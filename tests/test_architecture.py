@@ -24,7 +24,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in FILES}
 FLOORS = (  # a room imports lower floors only, never a room of its own floor
     {"quantities", "untrusted"},
-    {"files"},
+    {"files", "tensor_pickles"},
     {"tensor_files"},
     {"types"},
     {"distributed", "fingerprints", "progress", "recipes", "rendezvous", "run_folder", "stains"},

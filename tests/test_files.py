@@ -1,11 +1,15 @@
 """Numpy's files are read from several threads at a time, and nothing else is taken for them."""
 
+import hashlib
 import io
+import json
 import threading
+import zipfile
 
 import numpy as np
 import pytest
 
+from hsat.eval.comparison import load_scores
 from hsat.files import (
     CorruptFileError,
     atomic_path,
@@ -91,6 +95,31 @@ def test_damaged_and_crafted_files_are_named_and_cost_nothing(tmp_path, content,
     (tmp_path / "one.npy").write_bytes(content)
     with pytest.raises(ValueError, match=rf"one\.npy is damaged.*{named}"):
         load_array(tmp_path / "one.npy", memory_map=memory_map)
+
+
+@pytest.mark.parametrize("shape", [(10**13,), (10**6, 10**6)])
+def test_arrays_of_an_archive_that_claim_more_than_it_holds_are_refused(tmp_path, shape):
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("about.npy", header(shape=shape))
+    (tmp_path / "one.npy").write_bytes(header(shape=shape))
+    with (tmp_path / "claim.npz").open("rb") as file, pytest.raises(ValueError, match="and the file has 192"):
+        load_arrays(file)
+    with (tmp_path / "one.npy").open("rb") as file, pytest.raises(ValueError, match="it is one array"):
+        load_arrays(file)
+    content = (tmp_path / "claim.npz").read_bytes()
+    line = json.dumps({"about": {}, "sha256": hashlib.sha256(content).hexdigest()}).encode()
+    (tmp_path / "x.arrays").write_bytes(line + b"\n" + content)
+    with pytest.raises(CorruptFileError, match=r"x\.arrays holds no arrays"):
+        read_arrays(tmp_path / "x.arrays")
+    with pytest.raises(ValueError, match=r"claim\.npz: no file of scores"):
+        load_scores(tmp_path / "claim.npz")
+
+
+def test_archives_of_other_packings_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("about.npy", header())
+    with (tmp_path / "a.npz").open("rb") as file, pytest.raises(ValueError, match=r"'about\.npy' is packed as"):
+        load_arrays(file)
 
 
 def test_files_notice_a_single_bit(tmp_path):

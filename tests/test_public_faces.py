@@ -116,6 +116,7 @@ TESTED_BY = {  # modules without a test file of their name, and the one that tes
     "report/evaluation_files": "cli/evaluate",
     "training/encoder_files": "eval/training_flags",
     "training/reporting": "training/trainer",
+    "eval/store_folder": "eval/store",
     "eval/transfer_drops": "eval/transfer",
     "models/dual_norm": "models/factory",
     "models/heads": "models/factory",

@@ -140,3 +140,10 @@ def test_a_damaged_log_is_named_with_its_line(tmp_path, text, place):
 def test_a_diverged_loss_is_no_number_of_a_chart(tmp_path):
     (tmp_path / "train.csv").write_text("step,loss\n0,inf\n1,1e301\n")
     assert all(math.isnan(value) for value in read_training_log(tmp_path / "train.csv")["loss"])
+
+
+def test_a_pipe_in_place_of_the_log_is_named_at_once(tmp_path):
+    os.mkfifo(tmp_path / "train.csv")
+    for write in (lambda log: log.append({"step": 0}), lambda log: log.keep_rows_before(1)):
+        with pytest.raises(ValueError, match=r"train\.csv is damaged .*named pipe"):
+            write(TrainingLog(tmp_path))

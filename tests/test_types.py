@@ -195,6 +195,8 @@ def test_a_saved_table_has_the_permissions_of_any_new_folder(tmp_path):
         '{"class_names": "ab", "cohort": "", "split": "", "encoder": ""}',
         '{"class_names": ["a", "a"], "cohort": "", "split": "", "encoder": ""}',
         '{"class_names": ["a", "b"], "cohort": 3, "split": "", "encoder": ""}',
+        '{"class_names": [1, 2], "cohort": "", "split": "", "encoder": ""}',
+        '{"class_names": [["a"], "b"], "cohort": "", "split": "", "encoder": ""}',
     ],
 )
 def test_a_damaged_description_of_a_table_is_named(tmp_path, damage):
@@ -202,6 +204,14 @@ def test_a_damaged_description_of_a_table_is_named(tmp_path, damage):
     (path / "table.json").write_text(damage)
     with pytest.raises(ValueError, match=str(path)):
         EmbeddingTable.load(path)
+
+
+def test_whole_numbers_for_embeddings_are_named_with_their_folder(tmp_path):
+    path = table().save(tmp_path / "table")
+    np.save(path / "z.npy", np.zeros(np.load(path / "z.npy").shape, np.int64))
+    for memory_map in (False, True):
+        with pytest.raises(ValueError, match=f"{path} is no table"):
+            EmbeddingTable.load(path, memory_map=memory_map)
 
 
 def test_class_names_are_different_texts():

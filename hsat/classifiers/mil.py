@@ -18,8 +18,9 @@ from hsat.classifiers.bags import SlideBag, bags_of, softmax_scores
 from hsat.classifiers.base import check_bank
 from hsat.files import write_file
 from hsat.fingerprints import fingerprint_state
+from hsat.tensor_files import check_safetensors_header
 from hsat.types import EmbeddingTable
-from hsat.untrusted import check_regular, strict_json
+from hsat.untrusted import open_regular, strict_json
 
 FORMAT = "hsat attention MIL 1"
 BagFunction = Callable[[Tensor], Tensor]
@@ -370,20 +371,24 @@ def load_mil(path: str | os.PathLike[str]) -> MIL:
     """
     from safetensors import SafetensorError, safe_open
 
-    check_regular(path, kind="slide classifier")
     try:
-        with safe_open(path, framework="pt") as file:
-            about: Any = strict_json((file.metadata() or {})["hsat"], where="metadata", depth=3, containers=10)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with open_regular(path, kind="slide classifier") as file:
+            texts = check_safetensors_header(Path(path), file, os.fstat(file.fileno()).st_size)
+        about: Any = strict_json(texts["hsat"], where="metadata", depth=3, containers=10)
+        with safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']!r}, wanted {FORMAT!r}")
+        if bad := [name for name, tensor in tensors.items() if not tensor.numel() or not bool(tensor.isfinite().all())]:
+            raise ValueError(f"{bad[0]} is empty or not finite")
         names = about["class_names"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names is no list of texts")
         hidden, width = tensors["value.weight"].shape
         gated = "gate.weight" in tensors
-        module = GatedAttention(width, len(names), hidden=hidden, gated=gated, dropout=about["dropout"])
-        module.load_state_dict(tensors)
-        if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-            raise ValueError(f"{bad[0]} is not finite")
+        with torch.device("meta"):  # nothing is allocated but what the file holds
+            module = GatedAttention(width, len(names), hidden=hidden, gated=gated, dropout=about["dropout"])
+        module.load_state_dict(tensors, assign=True)
         return MIL(module, names)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a slide classifier that hsat saved: {error}") from error

@@ -17,7 +17,7 @@ from hsat.data.records import PatchRecord, check_records, sorted_classes
 from hsat.types.names import DIFFERENCE, alike_names, name_notes
 
 Mixed = Literal["keep", "error", "drop_minority"]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi")
 """Whole slides: pictures of 10,000s of pixels that are cut into patches first."""
 TILE_FIRST = (

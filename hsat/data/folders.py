@@ -38,14 +38,14 @@ def read_folders(
 ) -> Cohort:
     """A Cohort from folders class/patient/slide/patch.png, or split/class/patient/slide/patch.png.
 
-    Rows are in order of name at each level.  Images are files ending in .png, .jpg, .jpeg, .tif or .tiff, in either
-    case.  Hidden files and folders are passed over, and so is what computers add (`__MACOSX`, `@eaDir`, `._*`,
+    Rows are in order of name at each level.  Images are files ending in .png, .jpg, .jpeg, .tif, .tiff or .bmp, in
+    either case.  Hidden files and folders are passed over, and so is what computers add (`__MACOSX`, `@eaDir`, `._*`,
     `Thumbs.db`), which the cohort's notes count; other files are passed over too and counted, with a warning when they
     lie in a slide's folder.
 
     Args:
         root: The folder of the classes, or of the splits.
-        kind: None looks into the first TIFF files (two 16-bit planes are "srh"); PNG and JPEG are "rgb".
+        kind: None looks into the first TIFF files (two 16-bit planes are "srh"); others are "rgb".
         split_folders: The first level is the split.
         class_names: None takes all classes that occur, in alphabetical order.
         mixed: What to do with patients who have folders under several classes.  "keep": labels belong to patches; a

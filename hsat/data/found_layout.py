@@ -203,7 +203,7 @@ def _why_nothing_fits(folder: Path, first: Sequence[str], options: ReadOptions) 
     if links and not options.allow_links and not survey_folder(folder)[0]:
         listed = shorten_names(links)
         return f"its folders {listed} are links, which may lead anywhere; if they are your own, pass allow_links=True"
-    hint = layout_hint(folder) or "no image (.png, .jpg, .tif) lies in it or in its folders"
+    hint = layout_hint(folder) or "no image (.png, .jpg, .tif, .bmp) lies in it or in its folders"
     if "studies" in first:
         hint = f"it has the folder studies of an OpenSRH folder, and meta/opensrh.json is missing; else {hint}"
     give = "" if TILE_FIRST in hint else ". Give the Cohort that a reader of hsat.data returns in place of the folder"

@@ -27,6 +27,7 @@ from hsat.files import digest_file, load_array
 FORMAT = 1
 TABLES = ("index.npy", "sources.npy", "checksums.npy")
 DTYPES: dict[str, np.dtype[Any]] = {"srh": np.dtype("<u2"), "rgb": np.dtype("u1")}
+CHANNELS = {"srh": 2, "rgb": 3}
 HEAD = 128  # bytes of the .npy header of a flat array, whatever its length
 _MOST = 2**60  # elements, so that sums of them are exact
 _REBUILD = "write it again with write_patch_store(cohort, folder, rebuild=True), or delete the folder first"
@@ -247,6 +248,11 @@ def _checked_tables(folder: Path, header: dict[str, Any]) -> dict[str, np.ndarra
     index, item = tables["index.npy"], DTYPES[header["kind"]].itemsize
     sizes = index[:, 1:].prod(axis=1)
     bad = np.array([path in header["bad"] for path in header["paths"]])
+    if wrong := [header["paths"][row] for row in np.flatnonzero((index[:, 1] != CHANNELS[header["kind"]]) & ~bad)]:
+        raise ValueError(
+            f"{folder / 'index.npy'} is damaged: {shorten_names(wrong)} have not {CHANNELS[header['kind']]} channels;"
+            f" {_REBUILD}"
+        )
     sound = index.min() >= 0 and index[:, 1:].astype(np.float64).prod(axis=1).sum() < _MOST
     if not sound or (index[:, 0] != np.cumsum(sizes) - sizes).any() or ((sizes == 0) != bad).any():
         raise ValueError(f"{folder / 'index.npy'} is damaged: its rows do not follow one another; {_REBUILD}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 import stat
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,11 @@ from hsat.data.srh import RAW_RANGE, srh_to_rgb
 MAX_PIXELS = 4096 * 4096
 """Larger images are refused before their pixels are read: a patch is small, a decompression bomb is not."""
 
-_FORMATS = ("PNG", "JPEG", "TIFF")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_OF_SEVERAL_FILES = ("ome", "mmstack", "ndtiff")  # kinds of TIFF for which tifffile opens the files that they name
+_DEFLATE = (8, 32946)
+_CODECS = (1, 5, *_DEFLATE, 32773)  # none, LZW, deflate, PackBits; LZW and PackBits are bounded by imagecodecs
+_OS2_HEADER = 12  # bytes of the header of the oldest BMP files
 _TO_8_BITS = (
     "divide values of 16 bits by 257 (65535 becomes 255) and store them as 8 bits, as in"
     " PIL.Image.fromarray((pixels // 257).astype('uint8')).convert('RGB')"
@@ -59,8 +65,8 @@ def read_patch(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) -> 
 
     Args:
         path: The file.
-        kind: "srh": a TIFF of two 16-bit planes, through `read_raw` and `srh_to_rgb`.  "rgb": PNG, JPEG or TIFF with
-            three 8-bit channels, divided by 255, by one rule for the three formats.  Transparency: a fourth, alpha
+        kind: "srh": a TIFF of two 16-bit planes, through `read_raw` and `srh_to_rgb`.  "rgb": PNG, JPEG, TIFF or BMP
+            with three 8-bit channels, divided by 255, by one rule for all formats.  Transparency: a fourth, alpha
             channel is dropped when it is opaque throughout, and a transparent colour passed over when no pixel has it;
             else the file is refused.  Orientation (EXIF and TIFF tag): applied.  Colour modes (grey, palette, CMYK,
             YCbCr) and depths other than 8 bits: refused, not converted, for what their values mean is the owner's to
@@ -87,13 +93,11 @@ def probe_kind(root: Path, name: str, *, allow_links: bool = False) -> Literal["
     Returns:
         The kind; None for a file that is not there, is no TIFF or lies outside of the root.
     """
-    import tifffile
-
     try:
         if not allow_links:
             check_inside(root, f"{root}/{name}", name)
         _check_file(root / name)
-        with tifffile.TiffFile(root / name) as file:
+        with _open_tiff(root / name) as file:
             image = file.series[0]
             shape, values = tuple(image.shape), np.dtype(image.dtype)
     except Exception:  # the parser of a damaged file raises anything; reading the patch says what is wrong
@@ -117,7 +121,7 @@ def read_stored(path: str | os.PathLike[str], *, kind: Literal["srh", "rgb"]) ->
     except BadPatch:
         raise
     except Exception as error:
-        raise BadPatch(path, _why_unreadable(path, "PNG, JPEG or TIFF", error)) from error
+        raise BadPatch(path, _why_unreadable(path, "PNG, JPEG, TIFF or BMP", error)) from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -184,10 +188,18 @@ def _check_size(path: str | os.PathLike[str], height: int, width: int) -> None:
         )
 
 
-def _planes(path: str | os.PathLike[str]) -> np.ndarray:
+def _open_tiff(path: str | os.PathLike[str]) -> Any:
+    """The file as tifffile sees it by its own pages, in their order.
+
+    Descriptions such as OME-XML may name other files, which tifffile would open: those are not looked at.
+    """
     import tifffile
 
-    with tifffile.TiffFile(Path(path)) as file:
+    return tifffile.TiffFile(Path(path), **{f"is_{kind}": False for kind in _OF_SEVERAL_FILES})
+
+
+def _planes(path: str | os.PathLike[str]) -> np.ndarray:
+    with _open_tiff(path) as file:
         if len(file.series) != 1:
             raise BadPatch(path, f"it holds {len(file.series)} images; wanted one of shape (2, h, w)")
         image = file.series[0]
@@ -198,6 +210,7 @@ def _planes(path: str | os.PathLike[str]) -> np.ndarray:
             raise BadPatch(path, f"its values are {dtype.name}; wanted uint16")
         _check_size(path, shape[1], shape[2])
         _check_complete(path, image)
+        _check_unpacked(path, image)
         counts = np.asarray(image.asarray())
     if counts.shape != shape or counts.dtype.newbyteorder("=") != np.uint16:
         raise BadPatch(path, f"it declares {shape} uint16 and decodes to {counts.shape} {counts.dtype.name}")
@@ -223,14 +236,33 @@ def _check_complete(path: str | os.PathLike[str], image: Any) -> None:
             raise BadPatch(path, f"the file is truncated: it has {size} bytes and its pixels end at byte {end}")
 
 
+def _check_unpacked(path: str | os.PathLike[str], image: Any) -> None:
+    """Refuse strips and tiles that unpack to more than they declare: the decoder would allocate it all."""
+    with open(path, "rb") as file:
+        for page in image.pages:
+            codec, most = int(page.compression), 2 * math.prod(page.chunks)
+            if codec not in _CODECS:
+                name = str(getattr(page.compression, "name", codec))
+                raise BadPatch(path, f"its compression is {name}; wanted none or deflate, as tifffile's 'zlib'")
+            if most > 4 * MAX_PIXELS or len(page.databytecounts) > math.prod(page.chunked):
+                raise BadPatch(path, "its strips or tiles are more, or larger, than its pixels need")
+            if codec not in _DEFLATE:
+                continue
+            for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+                file.seek(offset)
+                if len(zlib.decompressobj().decompress(file.read(count), most + 1)) > most:
+                    raise BadPatch(
+                        path, f"a strip or tile of {count} bytes unpacks to more than the {most} it declares"
+                    )
+
+
 def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    with Image.open(path, formats=_FORMATS) as image:
+    with Image.open(path, formats=FORMATS) as image:
         _check_size(path, image.height, image.width)
-        frames = getattr(image, "n_frames", 1)
-        if frames != 1:
-            raise BadPatch(path, f"it holds {frames} images; wanted one")
+        if _has_second(image):
+            raise BadPatch(path, "it holds several images; wanted one")
         _check_colour(path, image)
         transparent = image.info.get("transparency")
         ImageOps.exif_transpose(image, in_place=True)  # Pillow has done so for TIFF only, and removed the tag
@@ -242,6 +274,15 @@ def _colour_pixels(path: str | os.PathLike[str]) -> np.ndarray:
             raise BadPatch(path, "its alpha channel is not opaque; flatten it onto a background first")
         pixels = np.ascontiguousarray(pixels[..., :3])
     return pixels
+
+
+def _has_second(image: Any) -> bool:
+    """Whether there is another frame; to count all takes seconds where a file has thousands."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
 def _check_colour(path: str | os.PathLike[str], image: Any) -> None:
@@ -258,5 +299,11 @@ def _check_colour(path: str | os.PathLike[str], image: Any) -> None:
             bits = {file.read(25)[24]}
     elif image.format == "TIFF":
         bits = set(image.tag_v2.get(258, (1,)))
+    elif image.format == "BMP":
+        # Pillow widens 15 and 16 bits a pixel to 24 without a word; the place of the depth stands in the header's size.
+        with open(path, "rb") as file:
+            header = file.read(30)
+        depth = int.from_bytes(header[24:26] if header[14] == _OS2_HEADER else header[28:30], "little")
+        bits = {8} if depth in (24, 32) else {depth // 3}
     if bits != {8}:
         raise BadPatch(path, f"its channels have {sorted(bits)} bits; wanted 8: {_TO_8_BITS}")

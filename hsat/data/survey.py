@@ -11,7 +11,7 @@ from hsat.data.assembly import IMAGE_SUFFIXES, SLIDE_SUFFIXES, TILE_FIRST
 from hsat.data.folder_names import JUNK, is_split_like
 
 LEVELS = ("class", "patient", "slide")
-_PICTURES = (".bmp", ".gif", ".webp", ".jp2", ".jxl", ".ppm", ".heic")
+_PICTURES = (".gif", ".webp", ".jp2", ".jxl", ".ppm", ".heic")
 DEEPEST = 100  # folders inside each other
 SURVEYED = 20_000  # entries that are looked at for a hint
 

@@ -28,6 +28,8 @@ _WITHOUT_ADVERSARY = ("RandomNoise", "NaturalShift")  # conditions to compare at
 SCHEMA = 3
 
 Count = Annotated[int, Field(ge=0)]
+_SHARES = ("accuracy", "mca", "map", "certified_accuracy", "smallest_fraction")  # metrics between 0 and 1
+_ROUNDING = 1e-9
 
 
 class _MeasuredSettings(BaseModel):
@@ -125,8 +127,9 @@ def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
         The records in their order.
 
     Raises:
-        ValueError: Naming the line, for text that is not a JSON object, for missing or unknown fields, and for
-            values of another kind, NaN and infinity among them.
+        ValueError: Naming the line, for text that is not a JSON object, for fields that are missing, unknown or given
+            twice, for values of another kind, NaN and infinity among them, and for a share that is none: chance,
+            accuracies and their intervals lie in [0, 1].
     """
     return tuple(_as_record(values, where) for where, values in read_json_lines(path))
 
@@ -141,6 +144,11 @@ def _as_record(values: dict[str, Any], where: str) -> Record:
         raise ValueError(f"{where}: unknown fields {unknown}; a record has {sorted(known)}")
     record = read_fields(Record, values, where)
     read_fields(_MeasuredSettings, record.settings, f"{where}, settings")
+    shares = ("value", "low", "high", "chance") if record.metric in _SHARES else ("chance",)
+    for name in shares:
+        share = getattr(record, name)
+        if share is not None and not -_ROUNDING <= share <= 1 + _ROUNDING:
+            raise ValueError(f"{where}: {name} of {record.metric} is {share}, which must lie in [0, 1]")
     return record
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,16 +19,13 @@ from torch import Tensor
 from hsat.distributed import World, shared_world
 from hsat.embedding import IDS
 from hsat.eval.options import RunOptions
+from hsat.eval.store_folder import SCRATCH, open_folder
 from hsat.files import (
     Arrays,
     CorruptFileError,
     PathLike,
-    is_partial,
     read_arrays,
-    read_json_object,
-    remove_partials,
     write_arrays,
-    write_file,
 )
 from hsat.fingerprints import fingerprint_batch, fingerprint_settings
 from hsat.types import GROUP_LABELS, EmbeddingTable, HierarchicalBatch
@@ -37,8 +33,6 @@ from hsat.types import GROUP_LABELS, EmbeddingTable, HierarchicalBatch
 Settings = Mapping[str, Any]
 _FORMAT = 3  # of what the files hold
 _ENDING = ".arrays"
-_SETTINGS = "settings.json"
-_SCRATCH = "scratch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +66,7 @@ class ResultStore:
         self.folder = None if folder is None else Path(folder)
         self._results: dict[str, StoredResult] = {}
         if self.folder is not None and is_main:
-            _open_folder(self.folder, json.loads(json.dumps({**settings, "format": _FORMAT})), tuple(growing))
+            open_folder(self.folder, json.loads(json.dumps({**settings, "format": _FORMAT})), tuple(growing))
 
     def get(self, *key: str) -> StoredResult | None:
         """The result of a key; None where there is none, or with a warning where its file is damaged."""
@@ -106,7 +100,7 @@ class ResultStore:
         """A folder for work in progress; whatever a killed process left there is removed when the store is opened."""
         if self.folder is None:
             raise ValueError("a store in memory has no folder for work in progress; give RunOptions(resume_dir=...)")
-        scratch = self.folder / _SCRATCH
+        scratch = self.folder / SCRATCH
         scratch.mkdir(exist_ok=True)
         return scratch
 
@@ -216,7 +210,22 @@ class EmbeddingCache:
             The table, or None.
         """
         stored = self.get(key)
-        return None if stored is None else table_of(stored)
+        try:
+            return None if stored is None else table_of(stored)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.hits, self.misses = self.hits - 1, self.misses + 1
+            self.warn(key, error)
+            return None
+
+    def warn(self, key: Settings, error: Exception) -> None:
+        """Say that what is kept under a key cannot be used.
+
+        Args:
+            key: All that decides the result.
+            error: Why.
+        """
+        message = f"{self._path(key)} cannot be used ({type(error).__name__}: {error}); embedding anew"
+        warnings.warn(message, stacklevel=4)
 
     def put_table(self, key: Settings, table: EmbeddingTable) -> None:
         """As `put`, for a table.
@@ -243,15 +252,21 @@ class CleanEmbeddings:
         self._cache = cache if key is not None else None
         self._key = key or {}
         stored = None if self._cache is None else self._cache.get(self._key)
-        self._digests: list[str] = [] if stored is None else list(stored.header["batches"])
-        self._known: Arrays = {} if stored is None else stored.arrays
+        self._digests: list[str] = []
+        self._known: Arrays = {}
+        if stored is not None and self._cache is not None:
+            try:
+                self._digests, self._known = _batches_of(stored), stored.arrays
+            except (KeyError, TypeError, ValueError) as error:
+                self._cache.warn(self._key, error)
         self._new: dict[int, tuple[str, np.ndarray]] = {}
 
     def get(self, number: int, batch: HierarchicalBatch, device: torch.device) -> Tensor | None:
         """The embeddings of a batch (n, d) on a device; None where they, or those of this very batch, are unknown."""
         if number >= len(self._digests) or self._digests[number] != fingerprint_batch(batch):
             return None
-        return torch.from_numpy(self._known[f"z{number}"]).to(device)
+        z = self._known[f"z{number}"]
+        return torch.from_numpy(z).to(device) if len(z) == len(batch) else None
 
     def put(self, number: int, batch: HierarchicalBatch, z: Tensor) -> None:
         """Take in embeddings that were computed."""
@@ -354,43 +369,17 @@ def table_of(stored: StoredResult) -> EmbeddingTable:
     return EmbeddingTable(**columns, **text, class_names=tuple(stored.header["class_names"]))
 
 
+def _batches_of(stored: StoredResult) -> list[str]:
+    """The fingerprints of batches whose embeddings a result holds; ValueError unless they are finite rows."""
+    digests = list(stored.header["batches"])
+    for number in range(len(digests)):
+        z = stored.arrays[f"z{number}"]
+        if z.ndim < 1 or z.dtype not in (np.float32, np.float64) or not np.isfinite(z).all():
+            raise ValueError(f"z{number} is {z.dtype} of shape {z.shape}, and finite rows were wanted")
+    return digests
+
+
 def _file_name(key: Sequence[str]) -> str:
     digest = hashlib.blake2b(json.dumps(list(key)).encode(), digest_size=6).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(key))[:80].lstrip(".")
     return f"{readable}-{digest}{_ENDING}"
-
-
-def _open_folder(folder: Path, settings: dict[str, Any], growing: tuple[str, ...]) -> None:
-    path = folder / _SETTINGS
-    if path.exists():
-        try:
-            before = read_json_object(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; delete {folder} and begin anew") from error
-        _check_same(folder, before, settings, growing)
-        settings = before | settings
-    elif folder.exists() and (not folder.is_dir() or any(not is_partial(entry) for entry in folder.iterdir())):
-        raise ValueError(f"{folder} holds something else than the results of an evaluation; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
-    shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
-    write_file(path, json.dumps(settings, indent=1, sort_keys=True))
-
-
-def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any], growing: tuple[str, ...]) -> None:
-    differing = []
-    for name in sorted(before.keys() | now.keys()):
-        may_grow = name.startswith(growing) if growing else False
-        if may_grow and not (name in before and name in now):
-            continue
-        if before.get(name) != now.get(name):
-            differing.append(f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}")
-    if differing:
-        raise ValueError(
-            f"{folder} was begun under other settings: {'; '.join(differing)}. Go on with those, or give a new folder"
-        )
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text[:12] if re.fullmatch(r"[0-9a-f]{32,}", text) else text  # a hash is told apart by its beginning

@@ -255,7 +255,8 @@ def _read_torch(path: Path, file: IO[bytes], size: int) -> WeightFile:
         if "weights_only" not in str(error).lower():
             raise ValueError(f"{path} is no file of weights: its pickle cannot be read") from error
         raise ValueError(
-            f"{path} holds Python objects beside its tensors, which loading refuses because they can run code:"
+            f"{path} holds Python objects beside its tensors, which loading refuses because they can run code"
+            " or take memory without bound:"
             f" {refused_object(error) or 'a pickle that torch.save did not write'}."
             f" Where you trust it, save its state dict alone, with torch.save, and load that"
         ) from error

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import zipfile
@@ -22,6 +23,8 @@ from hsat.types import LEVELS
 from hsat.untrusted import open_regular
 
 CLEAN = "clean"
+MOST_BYTES = 1 << 30  # of all arrays in a folder together
+_NUMBER = re.compile(r"-(\d{3})(-perturbation)?\.png\Z")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +40,8 @@ class ConditionArrays:
         movement: Share of the squared movement away from the clean embeddings that the map shows, None where nothing
             moved.
         scale: What the perturbations were multiplied with.
-        patches, perturbations: PNG files.
-        patch_rows: Rows of the patches among the labels at patch level.
+        patches, perturbations: PNG files, in the order of the numbers in their names (see `picture_number`).
+        patch_rows: By that number, rows of the patches among the labels at patch level.
     """
 
     name: str
@@ -100,22 +103,50 @@ def read_artifacts(folder: str | os.PathLike[str]) -> tuple[Artifacts, ...]:
         ValueError: Naming a damaged file.
     """
     folder = Path(folder)
-    models = []
+    models: list[Artifacts] = []
+    size = 0
     for about in sorted(folder.glob("[!.]*/about.json")):
         try:
-            models.append(_read_model(_inside(folder, about)))
+            one, size = _read_model(_inside(folder, about), size)
+            models.append(one)
         except (KeyError, TypeError, OSError, EOFError) as error:
             raise ValueError(f"{about.parent}: not artifacts of an evaluation ({error}); evaluate again") from error
     return tuple(sorted(models, key=lambda artifacts: artifacts.model))
 
 
-def _read_model(path: Path) -> Artifacts:
+def picture_number(path: Path) -> int:
+    """The number of a patch in the name of its picture, which is the same in every condition."""
+    match = _NUMBER.search(path.name)
+    if match is None:
+        raise ValueError(f"{path} has no number; evaluate again")
+    return int(match[1])
+
+
+def missing_pictures(artifacts: Artifacts) -> list[str]:
+    """Names of pictures that are absent although others of the same patch are there."""
+    shown = {name: one for name, one in artifacts.conditions.items() if one.patches or one.perturbations}
+    numbers = {picture_number(path) for one in shown.values() for path in (*one.patches, *one.perturbations)}
+    missing = []
+    for name, one in shown.items():
+        kinds = [("", one.patches)] if name == CLEAN else [("-perturbation", one.perturbations), ("", one.patches)]
+        for ending, paths in kinds:
+            absent = numbers - set(map(picture_number, paths))
+            missing += [f"{name}-{number:03}{ending}.png" for number in sorted(absent)]
+    return missing
+
+
+def _read_model(path: Path, size: int) -> tuple[Artifacts, int]:
+    """What is in the folder of about.json, and the bytes of arrays in this folder and those before it."""
     about = read_fields(_About, parse_json(read_text(path), str(path)), str(path))
     conditions = {}
     for arrays_path in sorted(path.parent.glob("*.npz")):
         condition = _read_condition(_inside(path.parent, arrays_path), classes=len(about.class_names))
         conditions[condition.name] = condition
-    return Artifacts(about.model, about.checkpoint, about.target, about.class_names, about.variance, conditions)
+        arrays = (*condition.label.values(), *condition.prediction.values(), condition.places, condition.place_label)
+        size += sum(array.nbytes for array in arrays)
+        if size > MOST_BYTES:
+            raise ValueError(f"{arrays_path}: with it, the arrays of evidence have more than {MOST_BYTES} bytes")
+    return Artifacts(about.model, about.checkpoint, about.target, about.class_names, about.variance, conditions), size
 
 
 def _read_condition(path: Path, *, classes: int) -> ConditionArrays:
@@ -129,10 +160,12 @@ def _read_condition(path: Path, *, classes: int) -> ConditionArrays:
     for name, array in arrays.items():
         if match := re.fullmatch(r"(\w+)_prediction_k(\d+)", name):
             predictions[match[1], int(match[2])] = array
-    pictures = [
-        _inside(path.parent, picture) for picture in sorted(path.parent.glob(f"{path.stem}-[0-9][0-9][0-9].png"))
-    ]
-    added = sorted(path.parent.glob(f"{path.stem}-[0-9][0-9][0-9]-perturbation.png"))
+    stem = f"{glob.escape(path.stem)}-[0-9][0-9][0-9]"
+    pictures, added = (
+        tuple(_inside(path.parent, picture) for picture in sorted(path.parent.glob(f"{stem}{ending}")))
+        for ending in (".png", "-perturbation.png")
+    )
+    count = 1 + max(map(picture_number, pictures), default=-1)
     return ConditionArrays(
         name=str(arrays["name"]),
         label={level: arrays[f"{level}_label"] for level in LEVELS if f"{level}_label" in arrays},
@@ -141,9 +174,9 @@ def _read_condition(path: Path, *, classes: int) -> ConditionArrays:
         place_label=arrays["place_label"],
         movement=None if np.isnan(arrays["movement"]) else float(arrays["movement"]),
         scale=float(arrays.get("scale", 0.0)),
-        patches=tuple(pictures),
-        perturbations=tuple(_inside(path.parent, picture) for picture in added),
-        patch_rows=tuple(arrays.get("patch_rows", np.arange(len(pictures))).tolist()),
+        patches=pictures,
+        perturbations=added,
+        patch_rows=tuple(arrays.get("patch_rows", np.arange(count)).tolist()),
     )
 
 

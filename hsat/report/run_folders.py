@@ -10,7 +10,7 @@ from typing import Any
 from hsat.eval import Difference, Record, read_records
 from hsat.files import parse_json, read_fields, read_text
 from hsat.report.aggregation import is_transfer, label_branch, label_branches
-from hsat.report.artifacts import Artifacts, read_artifacts
+from hsat.report.artifacts import Artifacts, missing_pictures, read_artifacts
 from hsat.run_folder import read_run_file, read_training_log
 
 _FILES = ("records.jsonl", "run.json", "train.csv")
@@ -118,6 +118,10 @@ def _open(path: Path) -> RunFolder:
         )
     elif records and not any(c.patches for one in artifacts for c in one.conditions.values()):
         absent.append("pictures of patches: evaluate with --gallery 6")
+    for one in artifacts:
+        if missing := missing_pictures(one):
+            listed = ", ".join(missing[:3]) + " and others" * (len(missing) > 3)
+            absent.append(f"pictures of {one.model!r}: {listed}; their patches are not shown")
     if not records and not training:
         absent.append("records.jsonl and train.csv: the run has not measured or trained anything yet")
     differences = _read_differences(path, path / "differences.json")

@@ -6,7 +6,8 @@ import glob
 import os
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from zipfile import ZipFile, is_zipfile
@@ -14,6 +15,7 @@ from zipfile import ZipFile, is_zipfile
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from hsat.distributed import gather_objects, world_rank, world_size
 from hsat.files import atomic_path
@@ -21,6 +23,12 @@ from hsat.models.state_dicts import list_entries
 from hsat.tensor_files import UNREADABLE, check_archive, reason_of, refuse_text, refused_object
 from hsat.training.gradients import Stateful, non_finite_state
 from hsat.training.step import unwrap_parallel
+from hsat.training.stored_state import (
+    check_model_values,
+    check_schedule_state,
+    checked_optimizer_state,
+    checked_random_states,
+)
 from hsat.untrusted import open_regular
 
 FORMAT = "hsat training 1"
@@ -144,7 +152,8 @@ def load_training_state(
         FileNotFoundError: If there is no file.
         RandomStateMismatch: Before anything is changed, if the file is of another number of ranks.
         ValueError: For a file that is empty, an HTML page, a Git LFS pointer, truncated, damaged or no training
-            checkpoint, and, before anything is changed, for keys or shapes that differ, listing them.
+            checkpoint, and, before anything is changed, for keys, shapes, dtypes or options that differ, for NaN and
+            infinity, and for states that a scheduler or a generator cannot take in, naming them.
     """
     path, model = Path(path), unwrap_parallel(model)
     content = read_checkpoint(path)
@@ -160,15 +169,38 @@ def load_training_state(
     states = _states_of_rank(path, content["random"]) if restore_random else None
     if states is not None:
         _check_names(path, "generators", set(states["generators"]), set(generators or {}))
+    try:
+        check_model_values(content["model"])
+        states = None if states is None else checked_random_states(states, generators or {})
+    except ValueError as error:
+        raise ValueError(f"{path} is a damaged training checkpoint: {error}") from error
     for name, part in parts.items():
-        try:
+        with _naming(path, name):
+            content[name] = _checked_part(content[name], part)
+    for name, part in parts.items():
+        with _naming(path, name):
             part.load_state_dict(content[name])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the {name} of {path} does not fit the one given: {error}") from error
     model.load_state_dict(content["model"])
     if states is not None:
         _restore_random(states, generators or {})
     return TrainingState(content["epoch"], content["step"], content["config"], content["extra"])
+
+
+@contextmanager
+def _naming(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the {name} of {path} does not fit the one given: {error}") from error
+
+
+def _checked_part(stored: Any, part: Stateful) -> Any:
+    """What `part.load_state_dict` can be given; ValueError for what does not fit it."""
+    if isinstance(part, torch.optim.Optimizer):
+        return checked_optimizer_state(stored, part)
+    if isinstance(part, LRScheduler):
+        check_schedule_state(stored, part.state_dict(), part)
+    return stored
 
 
 def _check_content(path: Path, content: Mapping[str, Any]) -> None:
@@ -182,6 +214,8 @@ def _check_content(path: Path, content: Mapping[str, Any]) -> None:
         names = {"python", "numpy", "torch", "cuda", "generators"}
         if not all(isinstance(states, dict) and names <= states.keys() for states in content["random"]):
             wrong.append("random")
+        elif not all(isinstance(states["generators"], dict) for states in content["random"]):
+            wrong.append("generators")
     if "model" not in wrong and not all(isinstance(key, str) for key in content["model"]):
         wrong.append("model")
     if wrong:
@@ -200,18 +234,13 @@ def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
 
 
 def _restore_random(states: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:
-    random.setstate(_tuples(states["python"]))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
+    if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
     for key, generator in generators.items():
         generator.set_state(states["generators"][key])
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _states_of_rank(path: Path, states: list[dict[str, Any]]) -> dict[str, Any]:

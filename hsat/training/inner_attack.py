@@ -153,8 +153,11 @@ class InnerAttack:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """From the checkpoint."""
-        self.gap = None if state["gap"] is None else LossGap(*state["gap"])
+        """From the checkpoint; ValueError for a gap of losses that are no numbers."""
+        gap = state["gap"]
+        if gap is not None and not all(isinstance(loss, float | int) for loss in gap):
+            raise ValueError(f"inner.gap is {gap}; three losses were wanted")
+        self.gap = None if gap is None else LossGap(*gap)
         if self.warm_starts is not None:
             self.warm_starts.load_state_dict(state["warm"])
 

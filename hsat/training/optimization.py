@@ -95,6 +95,7 @@ class Optimization:
         self._compiled = not config.compile
         self._prepare_encoder()
         self.optimizer = make_adamw(encoder, lr=config.lr, weight_decay=config.weight_decay)
+        self._options = {name: self.optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")}
         self.scaler = make_scaler(config.precision, device)
         warmup = int(config.warmup * total)
         self.schedule = LambdaLR(self.optimizer, lambda step: cosine_with_warmup(step, steps=total, warmup=warmup))
@@ -170,17 +171,22 @@ class Optimization:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """From the checkpoint; the learning rate is that of the options, where the checkpoint has another one."""
+        """From the checkpoint; learning rate, weight decay and the other options are those of this run.
+
+        Raises:
+            ValueError: Naming what cannot be used.
+        """
         if "inner" in state:  # older checkpoints have none
             self.inner.load_state_dict(state["inner"])
         if "scaler" in state:
+            if not 0 < float(state["scaler"].get("scale", 1)) < math.inf:
+                raise ValueError(f"the scale of the loss is {state['scaler']['scale']}")
             self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state.get("skipped", 0))
         rate = self.config.lr
-        if self.schedule.base_lrs == [rate] * len(self.schedule.base_lrs):
-            return
         self.schedule.base_lrs = [rate] * len(self.schedule.base_lrs)
         for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group.update(self._options)
             group["initial_lr"], group["lr"] = rate, rate * factor(self.schedule.last_epoch)
 
     def _to_device(self, batch: HierarchicalBatch) -> HierarchicalBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -354,13 +355,15 @@ class Trainer:
     def _restore(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         folder = self.folder
-        if folder.last.exists():
+        if os.path.lexists(folder.last):  # a link that leads nowhere is an error, not a new beginning
             state = self._load_state()
             folder.check_settings(state.config, f"that {folder.last} was written with")
             self._take_extra(state.extra)
             self.done = state.step
             if self.done > self.total:
                 raise ValueError(f"{folder.last} is damaged: it stands at step {self.done} of {self.total}")
+            if (place := self.optimization.schedule.last_epoch) != self.done:
+                raise ValueError(f"{folder.last} is damaged: its scheduler stands at step {place}, it at {self.done}")
             self.saved = self.done
             folder.note_changes(state.config, self.done)
         else:
@@ -382,6 +385,8 @@ class Trainer:
     def _take_extra(self, extra: Mapping[str, Any]) -> None:
         try:
             self.best = float(extra["best"])
+            if not math.isfinite(self.best):
+                raise ValueError(f"best is {self.best}")
             self.optimization.load_state_dict(extra)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder.last} is damaged ({type(error).__name__}: {error})") from error

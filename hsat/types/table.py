@@ -363,7 +363,7 @@ class EmbeddingTable:
         names = {name: text[name] for name in _TABLE_TEXT}
         try:
             return cls(**arrays, class_names=tuple(text["class_names"]), **names)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no table: {error}") from error
 
 
@@ -372,7 +372,8 @@ def _read_text(path: Path) -> dict[str, Any]:
     try:
         text = json.loads(path.read_text())
         wrong = [name for name in _TABLE_TEXT if not isinstance(text[name], str)]
-        if not isinstance(text["class_names"], list):
+        names = text["class_names"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             wrong.append("class_names")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or of no table ({type(error).__name__}: {error})") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hsat.classifiers import ABMIL, MIL, GatedAttention, load_mil, predict_slides
@@ -135,6 +138,26 @@ def test_it_is_saved_and_loaded_without_pickle(tmp_path):
         load_mil(path)
     with pytest.raises(FileNotFoundError):
         load_mil(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "named"),
+    [
+        ((0, 10**6), {}, r"value\.weight is empty"),
+        ((10**6, 0), {}, r"value\.weight is empty"),
+        ((0, 10**12), {}, r"value\.weight is empty"),
+        ((4, 5), {}, r"Error\(s\) in loading"),
+        ((4,), {}, "not enough values"),
+        ((2, 2), {"class_names": 5}, "class_names is no list of texts"),
+        ((2, 2), {"class_names": "a" * 40_000}, "class_names is no list of texts"),
+        ((2, 2), {"dropout": "x"}, "not supported between"),
+    ],
+)
+def test_a_file_allocates_only_what_it_holds(tmp_path, shape, changes, named):
+    about = {"format": "hsat attention MIL 1", "class_names": ["a", "b"], "dropout": 0.0, **changes}
+    save_file({"value.weight": torch.zeros(shape)}, tmp_path / "mil", metadata={"hsat": json.dumps(about)})
+    with pytest.raises(ValueError, match=f"mil is not a slide classifier that hsat saved: .*{named}"):
+        load_mil(tmp_path / "mil")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import warnings
+import zlib
 
 import pytest
 from PIL import Image
@@ -32,3 +35,16 @@ def test_sizes_are_those_of_the_patches_as_they_are_read(tmp_path, suffix, orien
         cohort = find_cohort(tmp_path)
     height, width = read_patch(tmp_path / f"1.{suffix}", kind="rgb").shape[1:]
     assert count_sizes(cohort) == {(height, width): 1}
+
+
+def test_bombs_pipes_and_other_formats_are_left_to_those_who_read_them(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{i}.png")
+    cohort = find_cohort(tmp_path)
+    body = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header)
+    (tmp_path / "2.png").unlink()
+    os.mkfifo(tmp_path / "2.png")
+    Image.new("RGB", (8, 6)).save(tmp_path / "3.png", format="GIF")
+    assert count_sizes(cohort) == {(6, 8): 1}

@@ -244,6 +244,7 @@ HOSTILE_INDEX = {
     "negative": lambda index: index * np.where(np.arange(len(index)) == 2, -1, 1)[:, None],
     "another patch": lambda index: np.concatenate([index[:2], index[:1], index[3:]]),
     "enormous": lambda index: np.concatenate([index[:2], [[index[2, 0], 2**40, 2**40, 2**40]], index[3:]]),
+    "other channels": lambda index: index * [1, 0, 2, 1] + [0, 1, 0, 0],
     "no pixels": lambda index: np.concatenate([index[:-1], [[index[-1, 0], 0, 0, 0]]]),
 }
 

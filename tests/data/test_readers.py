@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch.utils.data import DataLoader, Dataset
 
 from hsat.data import BadPatch, read_patch, srh_to_rgb
@@ -62,7 +63,7 @@ def test_every_way_of_writing_the_same_counts_is_read(tmp_path: Path, options: d
     assert torch.equal(read_patch(path, kind="srh"), srh_to_rgb(raw))
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
 def test_colours_are_divided_by_255(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"patch.{suffix}"
     Image.fromarray(COLOURS).save(path)
@@ -112,7 +113,8 @@ def test_a_transparent_colour_is_refused_where_a_pixel_has_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("suffix", "mode"), [("jpg", "L"), ("jpg", "CMYK"), ("tif", "L"), ("tif", "CMYK"), ("tif", "P")]
+    ("suffix", "mode"),
+    [("jpg", "L"), ("jpg", "CMYK"), ("tif", "L"), ("tif", "CMYK"), ("tif", "P"), ("bmp", "L"), ("bmp", "P")],
 )
 def test_colour_modes_are_refused_in_every_format(tmp_path: Path, suffix: str, mode: str) -> None:
     path = tmp_path / f"patch.{suffix}"
@@ -137,7 +139,7 @@ def test_alpha_follows_one_rule_in_every_format(tmp_path: Path, suffix: str) -> 
 def test_several_frames_are_refused_in_every_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"patch.{suffix}"
     Image.fromarray(COLOURS).save(path, save_all=True, append_images=[Image.fromarray(COLOURS[::-1])])
-    assert "it holds 2 images; wanted one" in refused(path, "rgb").reason
+    assert "it holds several images; wanted one" in refused(path, "rgb").reason
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,19 @@ def test_sixteen_bit_colour_is_refused_and_not_silently_reduced(tmp_path: Path) 
     path.write_bytes(_png(4, 3, 16, (b"\0" + bytes(24)) * 3))
     reason = refused(path, "rgb").reason
     assert reason.startswith("its channels have [16] bits; wanted 8: divide values of 16 bits by 257")
+
+
+@pytest.mark.parametrize("depth", [16, 24, 32])
+def test_a_bmp_of_fewer_bits_is_refused_and_not_silently_widened(tmp_path: Path, depth: int) -> None:
+    pixels = np.arange(4 * 4 * depth // 8, dtype=np.uint8).tobytes()  # 4 x 4, no padding
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, depth, 0, len(pixels), 2835, 2835, 0, 0)
+    start = struct.pack("<2sIHHI", b"BM", 54 + len(pixels), 0, 0, 54)
+    (tmp_path / "1.bmp").write_bytes(start + header + pixels)
+    if depth == 16:
+        assert "its channels have [5] bits; wanted 8" in refused(tmp_path / "1.bmp", "rgb").reason
+    else:
+        blue_first = np.frombuffer(pixels, np.uint8).reshape(4, 4, -1)[::-1, :, 2::-1].transpose(2, 0, 1)
+        assert np.array_equal(read_patch(tmp_path / "1.bmp", kind="rgb") * 255, blue_first.astype(np.float32))
 
 
 def test_the_hint_for_16_bit_grey_keeps_its_values(tmp_path: Path) -> None:
@@ -247,7 +262,74 @@ def test_several_images_in_one_file_are_refused(tmp_path: Path) -> None:
     assert "holds 2 images" in refused(path).reason
     frames = [Image.fromarray(COLOURS), Image.fromarray(COLOURS)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert "holds 2 images" in refused(path, "rgb").reason
+    assert "holds several images" in refused(path, "rgb").reason
+
+
+def test_a_tiff_of_many_pages_is_refused_without_counting_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "patch.tif"
+    frames = [Image.fromarray(COLOURS)] * 3
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda image: pytest.fail("the frames were counted")))
+    assert "holds several images" in refused(path, "rgb").reason
+
+
+OME = """<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:a">
+<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" SizeX="12" SizeY="20" SizeC="2" SizeZ="1"
+ SizeT="1" BigEndian="false"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>
+<Channel ID="Channel:0:1" SamplesPerPixel="1"/>
+<TiffData IFD="0" FirstC="0" PlaneCount="1"><UUID FileName="patch.tif">urn:uuid:a</UUID></TiffData>
+<TiffData IFD="0" FirstC="1" PlaneCount="1"><UUID FileName="{}">urn:uuid:b</UUID></TiffData></Pixels></Image></OME>"""
+
+
+@pytest.mark.parametrize("where", ["../secret.tif", "absolute", "pipe"])
+def test_a_tiff_never_opens_the_files_that_it_names(tmp_path: Path, where: str) -> None:
+    secret, path = tmp_path / "secret.tif", tmp_path / "cohort" / "patch.tif"
+    path.parent.mkdir()
+    os.mkfifo(path.parent / "pipe")
+    tifffile.imwrite(secret, COUNTS[1], metadata=None)
+    named = str(secret) if where == "absolute" else where
+    tifffile.imwrite(path, COUNTS[0], description=OME.format(named), metadata=None)
+    assert "its shape is (20, 12); wanted (2, h, w)" in refused(path).reason
+    assert readers_module.probe_kind(path.parent, path.name) == "rgb"
+
+
+def test_the_planes_of_an_ome_tiff_are_read_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "patch.ome.tif"
+    tifffile.imwrite(path, COUNTS, ome=True, metadata={"axes": "CYX"})
+    assert read_raw(path).tolist() == (COUNTS / 65536).tolist()
+
+
+@pytest.mark.parametrize("codec", [8, 32946])
+def test_a_strip_that_unpacks_to_more_than_it_declares_is_refused(tmp_path: Path, codec: int) -> None:
+    path = tmp_path / "patch.tif"
+    tifffile.imwrite(path, COUNTS, compression="zlib")
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[1]
+        places = [page.tags[tag].valueoffset for tag in (273, 279)]
+        kinds = [int(page.tags[tag].dtype) for tag in (273, 279)]
+        codecs = [each.tags[259].valueoffset for each in file.pages]
+    content = bytearray(path.read_bytes())
+    bomb = zlib.compress(bytes(1 << 22))
+    for at, value, kind in zip(places, (len(content), len(bomb)), kinds, strict=True):
+        content[at : at + 4] = struct.pack("<I" if kind == 4 else "<HH", *((value,) if kind == 4 else (value, 0)))
+    for at in codecs:
+        content[at : at + 2] = struct.pack("<H", codec)
+    path.write_bytes(content + bomb)
+    assert refused(path).reason.startswith(f"a strip or tile of {len(bomb)} bytes unpacks to more than the 480")
+
+
+def test_codecs_that_nothing_bounds_and_oversized_tiles_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "patch.tif"
+    tifffile.imwrite(path, COUNTS, compression="lzma")
+    assert refused(path).reason == "its compression is LZMA; wanted none or deflate, as tifffile's 'zlib'"
+    tifffile.imwrite(path, COUNTS, tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path) as file:
+        tags = [each.tags[tag] for each in file.pages for tag in (322, 323)]
+    content = bytearray(path.read_bytes())
+    for tag in tags:
+        content[tag.valueoffset : tag.valueoffset + 2] = struct.pack("<H", 65520)
+    path.write_bytes(content)
+    assert "strips or tiles are more, or larger" in refused(path).reason
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"metadata": None}, {"tile": (16, 16)}], ids=str)
@@ -281,7 +363,7 @@ def test_pixels_left_out_of_a_tiff_are_refused(
     assert refused(path).reason == "a part of its pixels is missing"
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
 def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"patch.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)

@@ -38,7 +38,7 @@ def test_links_are_followed_only_when_asked(fill, tmp_path):
 @pytest.mark.parametrize(
     ("names", "asked", "words", "never"),
     [
-        (["1.bmp", "a/2.bmp"], (), "a format that is not read, 2 ending in '.bmp'", "embeddings"),
+        (["1.gif", "a/2.gif"], (), "a format that is not read, 2 ending in '.gif'", "embeddings"),
         (["1.h5"], (), "hsat.EmbeddingTable.from_h5", "format"),
         (["train/a/i/1.png", "test/a/i/1.png"], ("split", "class"), "read_class_folders with patient", "read_folders"),
         (["x/a/i/1.png"], ("split", "class"), "read_folders (layout='folders') without split_folders", "fits all"),

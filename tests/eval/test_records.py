@@ -81,3 +81,31 @@ def test_records_of_schema_2_are_read(made_record, tmp_path):
     old = {name: value for name, value in json.loads(path.read_text()).items() if name != "chance"}
     path.write_text(json.dumps(old) + "\n")
     assert read_records(path) == (made_record(schema=2),) and made_record().chance is None
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        (', "value": 0.99}', "the key 'value' comes twice"),
+        (', "settings": {"x": Infinity}}', "Infinity is no number"),
+        (', "n": ' + "1" * 5000 + "}", "digits"),
+        (', "value": 1e308}', "value of accuracy is 1e[+]308, which must lie in"),
+        (', "value": -0.5}', "value of accuracy is -0.5"),
+        (', "high": 1.5}', "high of accuracy is 1.5"),
+        (', "chance": -5.0}', "chance of accuracy is -5.0"),
+    ],
+)
+def test_what_is_no_share_or_comes_twice_is_refused_by_its_line(made_record, tmp_path, ending, message):
+    path = write_records(tmp_path / "records.jsonl", [made_record()])
+    values = json.loads(path.read_text())
+    name = ending.split('"')[1]
+    kept = values if "twice" in message else {key: value for key, value in values.items() if key != name}
+    path.write_text(path.read_text() + json.dumps(kept)[:-1] + ending + "\n")
+    with pytest.raises(ValueError, match=rf"records\.jsonl, line 2: .*{message}"):
+        read_records(path)
+
+
+def test_drops_and_drifts_may_leave_what_shares_keep(made_record, tmp_path):
+    drop = made_record(metric="accuracy_drop", value=-0.25, low=-0.5, high=0.0, chance=None)
+    rounded = made_record(value=1 + 2e-16)
+    assert read_records(write_records(tmp_path / "records.jsonl", [drop, rounded])) == (drop, rounded)

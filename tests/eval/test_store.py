@@ -19,8 +19,9 @@ from hsat.data import PatchDataset, patch_loader, read_opensrh, write_synthetic_
 from hsat.distributed import World
 from hsat.embedding import embed
 from hsat.eval import EmbeddingCache, RunOptions, Scoring, diagnostics, evaluate_whitebox
-from hsat.eval.store import ResultStore, SeenBatches, StoredResult, open_store
+from hsat.eval.store import CleanEmbeddings, ResultStore, SeenBatches, StoredResult, open_store, result_of
 from hsat.models import build_encoder
+from hsat.types import EmbeddingTable
 
 PAGE = Path(__file__).parents[2] / "docs" / "ensemble.md"
 PGD1 = PGD(Linf(1 / 255), step_size=0.5 / 255, steps=3)
@@ -205,6 +206,40 @@ def test_corrupt_and_foreign_files_are_made_anew(patches, tmp_path):
     one.write_bytes(other.read_bytes())
     with pytest.warns(UserWarning, match="something else than its name says"):
         assert evaluate_whitebox(encoder, bank, queries, {}, **options).records == first.records
+
+
+@pytest.mark.parametrize(
+    ("header", "arrays", "named"),
+    [
+        ({"class_names": None}, {}, "class_names"),
+        ({"class_names": 5}, {}, "TypeError"),
+        ({}, {"evil": np.zeros(2)}, "evil"),
+        ({}, {"z": np.full((3, 3), np.nan, np.float32)}, "ValueError"),
+        ({}, {"label": np.array([0, 1, 9])}, "labels run from 0 to 9"),
+    ],
+)
+def test_a_cached_table_of_other_content_is_made_anew_with_a_warning(tmp_path, header, arrays, named):
+    cache, key = EmbeddingCache(tmp_path), {"encoder": "e"}
+    table = EmbeddingTable.from_arrays(np.eye(3, dtype=np.float32), ["a", "b", "a"], patients=["p", "q", "r"])
+    good = result_of(table)
+    kept = {name: value for name, value in (good.header | header).items() if value is not None}
+    cache.put(key, StoredResult(kept, good.arrays | arrays))
+    with pytest.warns(UserWarning, match=rf"\.arrays cannot be used \(.*{named}.*; embedding anew"):
+        assert cache.get_table(key) is None
+    assert (cache.hits, cache.misses) == (0, 1)
+    cache.put_table(key, table)
+    assert cache.get_table(key) is not None
+
+
+@pytest.mark.parametrize(
+    ("header", "arrays"),
+    [({}, {}), ({"batches": 3}, {}), ({"batches": ["x"]}, {}), ({"batches": ["x"]}, {"z0": np.full((2, 2), np.nan)})],
+)
+def test_cached_batches_of_other_content_are_made_anew_with_a_warning(tmp_path, header, arrays):
+    cache = EmbeddingCache(tmp_path)
+    cache.put({"a": 1}, StoredResult(header, arrays))
+    with pytest.warns(UserWarning, match="cannot be used .*; embedding anew"):
+        CleanEmbeddings(cache, {"a": 1})
 
 
 def test_the_cache_counts_and_takes_writers_at_the_same_time(toy_encoder, toy_batches, tmp_path):

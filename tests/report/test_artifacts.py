@@ -14,7 +14,8 @@ from PIL import Image
 
 from hsat.eval import Provenance
 from hsat.eval.artifact_files import ArtifactSource, explained_displacement, fit_plane, write_artifacts
-from hsat.report import read_artifacts
+from hsat.report import artifacts, read_artifacts
+from hsat.report.artifacts import missing_pictures, picture_number
 
 
 @pytest.fixture
@@ -208,3 +209,23 @@ def test_explained_displacement_by_hand():
 def test_no_rows_have_no_map():
     with pytest.raises(ValueError, match=r"got shape \(0, 3\)"):
         fit_plane(np.zeros((0, 3)))
+
+
+def test_pictures_are_told_by_their_numbers(tmp_path, parts):
+    write(tmp_path, parts)
+    (found,) = read_artifacts(tmp_path)
+    assert missing_pictures(found) == []
+    for name in ("clean-000.png", "PGD-8-001-perturbation.png"):
+        (tmp_path / "mine" / name).unlink()
+    (found,) = read_artifacts(tmp_path)
+    assert missing_pictures(found) == ["PGD-8-001-perturbation.png", "clean-000.png"]
+    assert found.conditions["clean"].patch_rows == (0, 1)
+    assert list(map(picture_number, found.conditions["clean"].patches)) == [1]
+
+
+def test_the_arrays_of_a_folder_are_bounded_together(tmp_path, parts, monkeypatch):
+    for model in ("a", "b"):
+        write(tmp_path, parts, model)
+    monkeypatch.setattr(artifacts, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"b.PGD-8\.npz: with it, the arrays of evidence have more than 1000 bytes"):
+        read_artifacts(tmp_path)

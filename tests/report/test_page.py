@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from base64 import b64encode
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -258,6 +259,16 @@ def spoil_picture(run):
     (run / "evidence" / "HSAT" / "PGD-8-001.png").write_text("<svg>")
 
 
+def pipe_picture(run):
+    picture = run / "evidence" / "HSAT" / "PGD-8-001.png"
+    picture.unlink()
+    os.mkfifo(picture)
+
+
+def swell_picture(run):
+    os.truncate(run / "evidence" / "HSAT" / "PGD-8-001.png", 200 << 20)
+
+
 def link_records(run):
     (run / "records.jsonl").rename(run.parent / "outside.jsonl")
     os.symlink(run.parent / "outside.jsonl", run / "records.jsonl")
@@ -275,6 +286,8 @@ def link_evidence(run):
         (spoil_about, "run.json holds a JSON list, not an object"),
         (spoil_training, r"train.csv, line 2: 'abc' is not a number"),
         (spoil_picture, "is no PNG file"),
+        (pipe_picture, r"PGD-8-001\.png is a named pipe"),
+        (swell_picture, r"PGD-8-001\.png has more than 33554432 bytes, which is no picture"),
         (link_records, "leads out of the run folder"),
         (link_evidence, "leads out of the run folder"),
     ],
@@ -284,6 +297,18 @@ def test_damaged_runs_are_named_and_leave_no_page(run, tmp_path, spoil, message)
     with pytest.raises(ValueError, match=message):
         write_report([run], tmp_path / "report.html")
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_missing_picture_moves_no_other_one(run, tmp_path):
+    folder = run / "evidence" / "HSAT"
+    before = write_report([run], tmp_path / "whole.html").read_text()
+    text = {path.name: b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")}
+    (folder / "clean-000.png").unlink()
+    after = write_report([run], tmp_path / "report.html").read_text()
+    assert "pictures of &#39;HSAT&#39;: clean-000.png; their patches are not shown" in after
+    for name in text.keys() - {"clean-000.png", "PGD-8-000.png", "PGD-8-000-perturbation.png"}:
+        assert after.count(text[name]) == before.count(text[name]), name
+    assert text["PGD-8-000.png"] in before and text["PGD-8-000.png"] not in after
 
 
 def test_what_is_no_run(tmp_path):

@@ -156,3 +156,29 @@ def test_options_that_change_no_number_may_differ_in_a_resumed_run(make_trainer)
     views = BASELINE.views.model_copy(update={"workers": 1})
     other = BASELINE.model_copy(update={"views": views, "save_every": 1, "max_memory": "8GB"})
     assert make_trainer("run", other, resume=True).done == 5
+
+
+@pytest.mark.parametrize("target", ["gone", "last.pt"])
+def test_a_state_behind_a_link_that_leads_nowhere_is_no_new_beginning(make_trainer, tmp_path, target):
+    make_trainer("run", BASELINE)
+    (tmp_path / "run" / "last.pt").symlink_to(target)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"last\.pt.* link"):
+        make_trainer("run", BASELINE, resume=True)
+
+
+def test_the_options_of_the_run_stand_above_those_of_its_file(make_trainer, tmp_path):
+    trainer, path = make_trainer("run", BASELINE), tmp_path / "run" / "last.pt"
+    trainer.step(next(iter(trainer.batches())))
+    trainer.save()
+    content, groups = torch.load(path, weights_only=True), trainer.optimization.optimizer.state_dict()["param_groups"]
+    content["optimizer"]["param_groups"][0].update(lr=1e9, weight_decay=1e30, betas=[0.0, 0.0])
+    torch.save(content, path)
+    resumed = make_trainer("run", BASELINE, resume=True)
+    assert resumed.optimization.optimizer.state_dict()["param_groups"] == groups
+    content["scheduler"]["last_epoch"] = 10**6
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"last\.pt is damaged: its scheduler stands at step 1000000, it at 1"):
+        make_trainer("run", BASELINE, resume=True)
+    torch.save(content | {"scheduler": content["scheduler"] | {"last_epoch": 1}, "extra": {"best": torch.nan}}, path)
+    with pytest.raises(ValueError, match=r"last\.pt is damaged.*best is nan"):
+        make_trainer("run", BASELINE, resume=True)

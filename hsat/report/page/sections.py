@@ -12,7 +12,7 @@ from typing import Any
 from hsat.eval import Record, Table
 from hsat.eval.doubts import is_attack, is_noise, is_shift, norm_of
 from hsat.report.aggregation import CLEAN, mean_chance
-from hsat.report.artifacts import Artifacts
+from hsat.report.artifacts import Artifacts, picture_number
 from hsat.report.natural_shift import shift_table
 from hsat.report.page.figures import (
     PageFigure,
@@ -27,7 +27,9 @@ from hsat.report.run_folders import RunFolder
 from hsat.report.summary import summarize_model, transfer_sentence
 from hsat.report.tables import drop_table, level_table, prefix_caption
 from hsat.types import LEVELS
+from hsat.untrusted import open_regular
 
+_MOST_PICTURE = 32 << 20  # bytes
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAIN_METRICS = ("accuracy", "mca", "certified_accuracy")
 
@@ -209,8 +211,12 @@ def _patches(artifacts: Artifacts, attack: str, k: int) -> tuple[PatchPictures, 
         return ()
     names, labels = artifacts.class_names, clean.label["patch"]
     pictures: dict[int, PatchPictures] = {}
-    triples = zip(clean.patches, attacked.perturbations, attacked.patches, clean.patch_rows, strict=False)
-    for before, added, after, row in triples:
+    before, added, after = (
+        {picture_number(path): path for path in paths}
+        for paths in (clean.patches, attacked.perturbations, attacked.patches)
+    )
+    for number in sorted(before.keys() & added.keys() & after.keys()):
+        row = clean.patch_rows[number] if number < len(clean.patch_rows) else len(labels)
         if not row < min(len(labels), len(attacked.label["patch"])) or int(labels[row]) in pictures:
             continue
         taken = [
@@ -218,9 +224,9 @@ def _patches(artifacts: Artifacts, attack: str, k: int) -> tuple[PatchPictures, 
             for condition in (clean, attacked)
         ]
         pictures[int(labels[row])] = PatchPictures(
-            clean=_data_uri(before),
-            perturbation=_data_uri(added),
-            adversarial=_data_uri(after),
+            clean=_data_uri(before[number]),
+            perturbation=_data_uri(added[number]),
+            adversarial=_data_uri(after[number]),
             truth=names[labels[row]],
             before=taken[0],
             after=taken[1],
@@ -229,7 +235,10 @@ def _patches(artifacts: Artifacts, attack: str, k: int) -> tuple[PatchPictures, 
 
 
 def _data_uri(path: Path) -> str:
-    content = path.read_bytes()
+    with open_regular(path, kind="PNG file") as file:
+        content = file.read(_MOST_PICTURE + 1)
+    if len(content) > _MOST_PICTURE:
+        raise ValueError(f"{path} has more than {_MOST_PICTURE} bytes, which is no picture of a patch; evaluate again")
     if not content.startswith(_PNG):
         raise ValueError(f"{path} is no PNG file; evaluate again")
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
