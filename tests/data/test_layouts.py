@@ -184,8 +184,8 @@ def test_folders_pass_over_what_is_no_image_and_say_so(folders_root: Path) -> No
     cohort = read_folders(folders_root)
     assert len(cohort) == 5
     assert cohort.notes == ("passed over: 2 files outside slide folders, README.md, adenoma/a1/notes.txt",)
-    (folders_root / "adenoma/a1/s1/3.bmp").touch()
-    with pytest.warns(UserWarning, match=r"hold files that are not read: 1 ending in '\.bmp'"):
+    (folders_root / "adenoma/a1/s1/3.gif").touch()
+    with pytest.warns(UserWarning, match=r"hold files that are not read: 1 ending in '\.gif'"):
         assert len(read_folders(folders_root)) == 5
 
 
