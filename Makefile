@@ -20,7 +20,7 @@ demo: announce $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m hsat demo --out runs/demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -62,6 +62,7 @@ def other_pixels(root, tmp_path_factory):
     return copy, path.relative_to(copy).as_posix()
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_named_before_anything_is_written(
     root, options, other_pixels, torchrun, finish, tmp_path
 ):
@@ -155,7 +156,7 @@ def test_an_error_of_the_connection_says_that_rank_0_has_ended(monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["torchrun's store", "a store of rank 0"])
-def test_a_restart_goes_on_only_with_what_washas_begun(kept, monkeypatch):
+def test_a_restart_goes_on_only_with_what_has_begun(kept, monkeypatch):
     """A run that was refused, because another one is in its folder, is refused again by the next attempt."""
     from hsat.cli.ranks import Ranks, has_begun
 

@@ -92,6 +92,7 @@ def test_train_hsat_leaves_an_encoder(tmp_path):
     assert len(rows) == 1 + 8 or len([row for row in rows if not row.startswith("#")]) == 1 + 8
 
 
+@pytest.mark.slow
 def test_evaluate_whitebox_measures_at_three_levels(tmp_path):
     shown = run("evaluate_whitebox", tmp_path)
     records = read_records(tmp_path / "here/runs/example-whitebox/records.jsonl")
@@ -137,6 +138,7 @@ def test_linear_probe_and_mil_are_attacked(tmp_path):
     assert "**Patch level**" in shown
 
 
+@pytest.mark.slow
 def test_own_encoder_trains_and_is_measured(tmp_path):
     shown = run("own_encoder", tmp_path)
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", shown, re.MULTILINE)]
@@ -144,6 +146,7 @@ def test_own_encoder_trains_and_is_measured(tmp_path):
     assert "| SmallNetwork | decision |" in shown
 
 
+@pytest.mark.slow
 def test_own_attack_keeps_all_laws_and_is_measured(tmp_path):
     from hsat.testing import LAWS
 
