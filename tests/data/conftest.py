@@ -86,3 +86,15 @@ def folders_root(tmp_path: Path) -> Path:
     for seed, name in enumerate(names):
         _write_png(root / name, seed=seed)
     return root
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Path]:
+    """make("a/1.png", "b/2.png", ...) writes these RGB PNGs below one root and returns it."""
+
+    def make(*names: str) -> Path:
+        for seed, name in enumerate(names):
+            _write_png(tmp_path / "root" / name, seed=seed)
+        return tmp_path / "root"
+
+    return make

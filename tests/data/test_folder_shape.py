@@ -16,16 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no patients are known")
 TWO = ("1.png", "2.png")
 
 
-@pytest.fixture
-def make(tmp_path, write_png):
-    def make(*names):
-        for seed, name in enumerate(names):
-            write_png(tmp_path / "root" / name, seed=seed)
-        return tmp_path / "root"
-
-    return make
-
-
 def read_as_told(root):
     """The refusal, and the cohorts of the calls in it that need nothing filled in."""
     with pytest.raises(ValueError) as caught:

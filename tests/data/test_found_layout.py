@@ -12,16 +12,6 @@ from hsat.data import ReadOptions, find_cohort, find_splits, read_class_folders,
 READERS = {"read_csv": read_csv, "read_folders": read_folders, "read_class_folders": read_class_folders}
 
 
-@pytest.fixture
-def make(tmp_path, write_png):
-    def make(*names):
-        for seed, name in enumerate(names):
-            write_png(tmp_path / "root" / name, seed=seed)
-        return tmp_path / "root"
-
-    return make
-
-
 def calls_in(message):
     """The calls that a message names, made."""
     calls = re.findall(r"call (read_\w+\(.*?\)) and give the Cohort", message)

@@ -155,6 +155,7 @@ def test_own_attack_keeps_all_laws_and_is_measured(tmp_path):
     assert "| CoarseToFine-8 |" in shown
 
 
+@pytest.mark.slow
 def test_other_libraries_says_what_is_missing_and_uses_the_rest(tmp_path):
     shown = run("other_libraries", tmp_path)
     names = {"torchattacks": "torchattacks PGD", "foolbox": "foolbox PGD", "art": "ART FGSM"}

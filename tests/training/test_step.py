@@ -329,10 +329,13 @@ OLDER_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
         pytest.param(False, marks=pytest.mark.slow),
         pytest.param(
             True,
-            marks=pytest.mark.xfail(
-                OLDER_TORCH,
-                reason="buffers broadcast in the second forward pass break the backward pass of the first in torch 2.8",
-                strict=False,
+            marks=(
+                pytest.mark.slow,
+                pytest.mark.xfail(
+                    OLDER_TORCH,
+                    reason="buffers broadcast in the second forward break the backward of the first in torch 2.8",
+                    strict=False,
+                ),
             ),
         ),
     ],
