@@ -160,8 +160,8 @@ class FolderShape:
         pattern = "THE_PATIENT_IS_(WHAT_STANDS_IN_BRACKETS)"
         options = ", split_folders=True" if self.is_split else ""
         return (
-            f"call read_class_folders({str(self.folder)!r}, patient={pattern!r}{options}), with a regular expression,"
-            f" {GIVE}"
+            f"call read_class_folders({str(self.folder)!r}, patient={pattern!r}{options}) {GIVE}, with your own regular"
+            " expression"
         )
 
     def _people(self) -> str:
